@@ -1,0 +1,258 @@
+"""Every setting, once: its name is the flag, the field and the key in run.json; its default stands beside it.
+
+The dataclasses below are one stage each. `utils/arguments.py` builds the argparse groups from them, so that a
+setting is described in one place only. A default of None means "decided later, where more is known" and the help
+says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a value must satisfy: `holds(value)`, said as "must be {text}"."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+ABOVE_ZERO = Bound("above 0", lambda value: value > 0)
+AT_LEAST_ZERO = Bound("0 or more", lambda value: value >= 0)
+AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
+AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
+HALF_OPEN_UNIT = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+CLOSED_UNIT = Bound("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_HALF = Bound("at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
+MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
+
+ALL_VERBS = ("train", "sft")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    bound: Bound | None = None,
+    usual: str | None = None,
+    verbs: tuple[str, ...] = ALL_VERBS,
+    many: bool = False,
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    `choices` and `bound` limit the value, `usual` is named when it breaks them ("0.1 is usual"), `verbs` are the
+    verbs that know the flag, `many` lets it take several values (separated by spaces or commas; stored as a tuple).
+    """
+    metadata = {"help": help, "choices": choices, "bound": bound, "usual": usual, "verbs": verbs, "many": many}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+TRAIN = ("train",)
+SFT = ("sft",)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """model"""
+
+    model_name_or_path: str | None = flag(None, "hub name or folder of the model to tune; a full model or an adapter")
+    model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)")
+    ref_model_name_or_path: str | None = flag(
+        None, "a separate frozen reference model (default: the policy as it starts)", verbs=TRAIN
+    )
+    adapter_name_or_path: str | None = flag(None, "an existing adapter on top of the model, to continue from")
+    dtype: str = flag(
+        "auto",
+        "computing precision; auto: bfloat16 where the device computes it fast, else float32 (float16 on older GPUs)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    attn_implementation: str | None = flag(None, "transformers attention: sdpa, eager, flash_attention_2, ...")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model (a risk: read it first)")
+    use_4bit: bool = flag(False, "hold what is frozen in 4 bits: the base under --use_lora, else the reference")
+    bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"))
+    chat_template: str | None = flag(
+        None, "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)"
+    )
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA"""
+
+    use_lora: bool = flag(False, "train a LoRA adapter instead of all weights")
+    lora_r: int = flag(16, "rank", bound=AT_LEAST_ONE, usual="8 to 64 is usual")
+    lora_alpha: float = flag(32.0, "scale; the update is weighted by alpha / r", bound=ABOVE_ZERO)
+    lora_dropout: float = flag(0.0, "dropout on the adapter's input", bound=HALF_OPEN_UNIT)
+    lora_target_modules: tuple[str, ...] = flag(
+        ("all-linear",), "module names to adapt, or all-linear (every linear layer but the head)", many=True
+    )
+    use_rslora: bool = flag(False, "rank-stabilised scale: alpha / sqrt(r)")
+    use_dora: bool = flag(False, "weight-decomposed adapters (DoRA)")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """data"""
+
+    dataset_name: str | None = flag(None, "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file")
+    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset")
+    dataset_split: str | None = flag(None, "split to train on (default: train, train_prefs, or the only one)")
+    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields")
+    chosen_column: str | None = flag(None, "column with the preferred response")
+    rejected_column: str | None = flag(None, "column with the other response", verbs=TRAIN)
+    completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
+    text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
+    validation_split: str | None = flag(
+        None,
+        "held-out data: a fraction, the name of a split, or none "
+        "(default: the data's own test or validation split, else 0.1 of the rows, at most 1000)",
+    )
+    max_samples: int | None = flag(None, "use the first N good rows, in file order", bound=AT_LEAST_ONE)
+    on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
+    max_length: int | None = flag(
+        None, "tokens per prompt + response (default: 1024, or the model's context if shorter)", bound=AT_LEAST_TWO
+    )
+    truncation: str = flag(
+        "shorten_prompt",
+        "for longer pairs: shorten_prompt from its left, then cut the response (its cut end is not taught as an end); "
+        "drop the pair; or stop with an error. All are counted",
+        choices=("shorten_prompt", "drop", "error"),
+    )
+
+
+LOSS_NAMES = (
+    "sigmoid",
+    "dpo",
+    "cdpo",
+    "robust",
+    "rdpo",
+    "ipo",
+    "hinge",
+    "slic",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "sft",
+)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """loss"""
+
+    beta: float = flag(0.1, "strength of the pull towards the reference", bound=ABOVE_ZERO, usual="0.1 is usual", verbs=TRAIN)
+    loss_type: tuple[str, ...] = flag(
+        ("sigmoid",),
+        "sigmoid (dpo), cdpo, robust (rdpo), ipo, hinge (slic) and the other losses of TRL; several are summed",
+        choices=LOSS_NAMES,
+        many=True,
+        verbs=TRAIN,
+    )
+    loss_weights: tuple[float, ...] | None = flag(None, "one weight per loss (default: 1 each)", many=True, verbs=TRAIN)
+    label_smoothing: float = flag(
+        0.0,
+        "share of preference labels assumed to be flipped (sigmoid: conservative DPO; robust; exo_pair)",
+        bound=BELOW_HALF,
+        usual="0.1 is usual",
+        verbs=TRAIN,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """training"""
+
+    learning_rate: float | None = flag(
+        None,
+        "peak learning rate (default: train 1e-6, with LoRA 5e-5; sft 2e-5, with LoRA 2e-4)",
+        bound=ABOVE_ZERO,
+    )
+    num_train_epochs: float = flag(1.0, "passes over the training data", bound=ABOVE_ZERO)
+    max_steps: int = flag(-1, "stop after N optimizer steps, whatever the epochs", bound=MAX_STEPS)
+    per_device_train_batch_size: int = flag(8, "rows per device and micro-batch", bound=AT_LEAST_ONE)
+    per_device_eval_batch_size: int = flag(8, "rows per device in evaluation", bound=AT_LEAST_ONE)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bound=AT_LEAST_ONE)
+    gradient_checkpointing: bool | None = flag(
+        None, "recompute activations in the backward pass to save memory (default: on a GPU yes, on a CPU no)"
+    )
+    warmup_steps: float = flag(
+        0.1, "steps of learning-rate warm-up; below 1: a share of all steps", bound=AT_LEAST_ZERO
+    )
+    lr_scheduler_type: str = flag("linear", "shape of the learning rate over the run: linear, cosine, constant, ...")
+    logging_steps: float = flag(10, "steps between two lines of training metrics", bound=ABOVE_ZERO)
+    eval_steps: float | None = flag(
+        None, "steps between two evaluations on the held-out data (default: before and after only)", bound=ABOVE_ZERO
+    )
+    save_steps: float = flag(500, "steps between two checkpoints", bound=ABOVE_ZERO)
+    save_total_limit: int | None = flag(None, "keep only the newest N checkpoints", bound=AT_LEAST_ONE)
+    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=AT_LEAST_ZERO)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """run"""
+
+    output_dir: str | None = flag(None, "folder for the model, the checkpoints and the record of the run")
+    overwrite_output_dir: bool = flag(False, "replace the run that the output folder holds")
+    resume_from_checkpoint: str | None = flag(
+        None, "auto (the newest checkpoint in the output folder), or the path of one"
+    )
+    dry_run: bool = flag(False, "go through every stage, one training step and one evaluation batch; save nothing")
+    report_to: tuple[str, ...] = flag(
+        (), "trackers: wandb, tensorboard, mlflow, trackio, ... (default: none)", many=True
+    )
+    use_wandb: bool = flag(False, "track with Weights & Biases (offline when there is no login)")
+    wandb_project: str = flag("dpo", "W&B project")
+    wandb_run_name: str | None = flag(None, "W&B run name (default: the name of the output folder)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one run. `trainer_fields` are further fields of TRL's config, already type-checked."""
+
+    verb: str
+    model: ModelSettings
+    lora: LoraSettings
+    data: DataSettings
+    loss: LossSettings
+    training: TrainingSettings
+    run: RunSettings
+    trainer_fields: Mapping[str, Any] = MappingProxyType({})
+    given: frozenset[str] = frozenset()  # names that the person set, on the command line or in --config
+
+    def flat(self) -> dict[str, Any]:
+        """Flag name -> value, for run.json and for the copyable command. Flags of other verbs are left out."""
+        values = {
+            field.name: getattr(stage, field.name)
+            for stage in self.stages()
+            for field in dataclasses.fields(stage)
+            if self.verb in field.metadata["verbs"]
+        }
+        return values | dict(self.trainer_fields)
+
+    def stages(self) -> tuple[Any, ...]:
+        """The stage dataclasses, in the order in which --help shows them."""
+        return (self.model, self.lora, self.data, self.loss, self.training, self.run)
+
+
+STAGES: dict[str, type] = {
+    "model": ModelSettings,
+    "lora": LoraSettings,
+    "data": DataSettings,
+    "loss": LossSettings,
+    "training": TrainingSettings,
+    "run": RunSettings,
+}
