@@ -1,7 +1,13 @@
 """The one exception that is the reader's to mend.
 
 UserError            every fault found, one line each; printed without a traceback, exit code 2
+Interrupted          Ctrl-C or SIGTERM, after the state was saved; exit code 130
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -16,3 +22,24 @@ class UserError(Exception):
             raise ValueError("a UserError names at least one fault")
         self.faults = faults
         super().__init__("\n".join(faults))
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state; the message says how to go on."""
+
+
+def gather(*stages: Callable[[], Any]) -> tuple[Any, ...]:
+    """What each stage returns, in order.
+
+    Every stage is tried even when an earlier one failed, and the faults of all of them are raised as one UserError,
+    so the stages must not depend on one another.
+    """
+    results, faults = [], []
+    for stage in stages:
+        try:
+            results.append(stage())
+        except UserError as error:
+            faults += error.faults
+    if faults:
+        raise UserError(*faults)
+    return tuple(results)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 
@@ -29,6 +28,9 @@ AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
 HALF_OPEN_UNIT = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 CLOSED_UNIT = Bound("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_HALF = Bound("at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
+STEPS_OR_SHARE = Bound(
+    "a whole number, or a share of all steps between 0 and 1", lambda value: 0 < value < 1 or value in range(1, 10**9)
+)
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
 
 ALL_VERBS = ("train", "sft")
@@ -153,7 +155,9 @@ LOSS_NAMES = (
 class LossSettings:
     """loss"""
 
-    beta: float = flag(0.1, "strength of the pull towards the reference", bound=ABOVE_ZERO, usual="0.1 is usual", verbs=TRAIN)
+    beta: float = flag(
+        0.1, "strength of the pull towards the reference", bound=ABOVE_ZERO, usual="0.1 is usual", verbs=TRAIN
+    )
     loss_type: tuple[str, ...] = flag(
         ("sigmoid",),
         "sigmoid (dpo), cdpo, robust (rdpo), ipo, hinge (slic) and the other losses of TRL; several are summed",
@@ -185,6 +189,9 @@ class TrainingSettings:
     per_device_train_batch_size: int = flag(8, "rows per device and micro-batch", bound=AT_LEAST_ONE)
     per_device_eval_batch_size: int = flag(8, "rows per device in evaluation", bound=AT_LEAST_ONE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bound=AT_LEAST_ONE)
+    precompute_ref_log_probs: bool = flag(
+        False, "score all pairs with the reference before training, so that it need not stay in memory", verbs=TRAIN
+    )
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass to save memory (default: on a GPU yes, on a CPU no)"
     )
@@ -192,11 +199,13 @@ class TrainingSettings:
         0.1, "steps of learning-rate warm-up; below 1: a share of all steps", bound=AT_LEAST_ZERO
     )
     lr_scheduler_type: str = flag("linear", "shape of the learning rate over the run: linear, cosine, constant, ...")
-    logging_steps: float = flag(10, "steps between two lines of training metrics", bound=ABOVE_ZERO)
+    logging_steps: float = flag(10, "steps between two lines of training metrics", bound=STEPS_OR_SHARE)
     eval_steps: float | None = flag(
-        None, "steps between two evaluations on the held-out data (default: before and after only)", bound=ABOVE_ZERO
+        None,
+        "steps between two evaluations on the held-out data (default: before and after only)",
+        bound=STEPS_OR_SHARE,
     )
-    save_steps: float = flag(500, "steps between two checkpoints", bound=ABOVE_ZERO)
+    save_steps: float = flag(500, "steps between two checkpoints", bound=STEPS_OR_SHARE)
     save_total_limit: int | None = flag(None, "keep only the newest N checkpoints", bound=AT_LEAST_ONE)
     seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=AT_LEAST_ZERO)
 
@@ -230,7 +239,7 @@ class Settings:
     loss: LossSettings
     training: TrainingSettings
     run: RunSettings
-    trainer_fields: Mapping[str, Any] = MappingProxyType({})
+    trainer_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()  # names that the person set, on the command line or in --config
 
     def flat(self) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Fine-tunes a language model on preference pairs with DPO: LoRA, 4-bit or all weights, on CPU or GPU.
+
+    python advanced_dpo_script.py [VERB] --model_name_or_path M --dataset_name D --output_dir O [flags]
+
+The story of a run, stage by stage; every stage is a room under utils/ and computes for itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.arguments import command_line, parse_arguments
+from utils.errors import Interrupted, UserError, gather
+from utils.runtime import is_main_process, quiet_libraries, say
+from utils.settings import Settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the verb that the arguments name. Returns the exit code: 0 done, 2 to be mended, 130 interrupted, else 1."""
+    try:
+        settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        quiet_libraries()
+        VERBS[settings.verb](settings)
+    except UserError as error:
+        report_faults(error)
+        return 2
+    except Interrupted as stop:
+        say(str(stop))
+        return 130
+    except KeyboardInterrupt:
+        say("interrupted; nothing was lost that had been saved before")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def report_faults(error: UserError) -> None:
+    """Prints what is to be mended, one line per fault."""
+    if is_main_process():
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+
+
+def train(settings: Settings) -> None:
+    """Direct preference optimization: policy and reference -> adapter or full model."""
+    from utils.data.tokenizing import PAIR_COLUMNS
+    from utils.models.loading import build_reference
+    from utils.training.preparation import make_preference_trainer
+
+    run_training(settings, PAIR_COLUMNS, build_reference, make_preference_trainer)
+
+
+def sft(settings: Settings) -> None:
+    """Supervised fine-tuning, stage one: a model that imitates completions -> adapter or full model."""
+    from utils.data.tokenizing import SFT_COLUMNS
+    from utils.training.preparation import make_imitation_trainer
+
+    run_training(settings, SFT_COLUMNS, None, make_imitation_trainer)
+
+
+def run_training(
+    settings: Settings, columns: dict[str, str], build_reference: Callable | None, make_trainer: Callable
+) -> None:
+    """The stages that both kinds of training share, in order."""
+    from utils.data.loading import load_pairs
+    from utils.models.loading import load_policy, load_tokenizer
+    from utils.models.sources import find_policy
+    from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
+    from utils.training.preparation import (
+        check_settings,
+        describe_data,
+        describe_start,
+        find_folder,
+        prepare_rows,
+    )
+    from utils.training.running import finish_run, start_run
+
+    quiet_loaded_libraries()
+    set_seed(settings.training.seed)
+    precision = choose_precision(settings.model.dtype, find_device())
+
+    folder, source, _ = gather(
+        lambda: find_folder(settings),
+        lambda: find_policy(settings.model),
+        lambda: check_settings(settings),
+    )
+    data, tokenizer = gather(
+        lambda: load_pairs(settings.data, settings.verb, settings.training.seed),
+        lambda: load_tokenizer(source, settings.model),
+    )
+    rows = prepare_rows(data, tokenizer, source, settings, columns)
+    describe_data(data, rows)
+
+    policy = load_policy(source, settings, precision)
+    reference = build_reference(source, settings, precision) if build_reference else None
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
+        describe_start(trainer, reference, source, settings, precision)
+        run = start_run(trainer, reference, data, rows, settings, precision, folder, command_line(settings))
+        run.train()
+        finish_run(run)
+
+
+VERBS: dict[str, Callable[[Settings], None]] = {"train": train, "sft": sft}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""argv and --config FILE to Settings: every fault of both is gathered and raised as one UserError.
+
+The tokens are read here and argparse only lays out the help, because its parser stops at the first fault.
+Nothing heavy is imported, so that --help and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from utils.config_file import Entry, read_config
+from utils.cross_checks import Candidate, cross_faults
+from utils.errors import UserError
+from utils.flag_values import ValueType, annotated_type, as_texts, is_number, read_list, read_text
+from utils.help_text import help_text
+from utils.settings import ALL_VERBS, STAGES, Bound, Settings
+from utils.trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
+
+DEFAULT_VERB = "train"
+# Names from other scripts and older versions that the nearest spelling would not find.
+KNOWN_AS = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "load_in_4bit": "use_4bit",
+    "lr": "learning_rate",
+    "max_prompt_length": "max_length",
+    "model": "model_name_or_path",
+    "no_cuda": "use_cpu",
+    "torch_dtype": "dtype",
+    "use_peft": "use_lora",
+    "warmup_ratio": "warmup_steps",
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the verb: a field of the stage named `stage`, or of the trainer's config when that is None."""
+
+    name: str
+    kind: ValueType
+    stage: str | None
+    choices: tuple[str, ...] | None = None
+    bound: Bound | None = None
+    usual: str | None = None
+
+
+def parse_arguments(argv: list[str]) -> Settings:
+    """The settings of a run, from the command line (without the program's name) and the --config file it names.
+
+    Raises UserError with every fault found, and SystemExit(0) after printing the help that --help asks for.
+    """
+    faults: list[str] = []
+    verb_word, entries = split_argv(argv, faults)
+    if any(token in ("-h", "--help") for token in argv):
+        print(help_text(choose_verb(verb_word, "", faults)), end="")
+        raise SystemExit(0)
+    entries, complete = _with_config(entries, faults)
+    config_verb = entries.pop("verb", None)
+    label = "" if verb_word or not config_verb else f"{config_verb.label} is "
+    verb = choose_verb(verb_word or (config_verb and " ".join(config_verb.texts)), label, faults)
+    if not complete:  # of flags that are not this verb's, nothing can be said: the file may have named another
+        entries = {name: entry for name, entry in entries.items() if name in known_flags(verb)}
+    values, broken = _read_entries(verb, entries.values(), faults)
+    settings = _build_settings(verb, values, frozenset(values) | broken)
+    labels = {entry.name: entry.label for entry in entries.values()}
+    if complete:
+        faults += cross_faults(Candidate(settings, labels, broken))
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
+    return _join_trackers(settings)
+
+
+def command_line(settings: Settings) -> list[str]:
+    """The argv that gives these settings again: the verb and what the person set, from flags and config alike."""
+    argv = [settings.verb]
+    for name, value in settings.flat().items():
+        if name not in settings.given:
+            continue
+        if value is True:
+            argv.append(f"--{name}")
+            continue
+        texts = ["none"] if name == "report_to" and not value else as_texts(value)
+        if len(texts) == 1 and (not texts[0] or _is_flag(texts[0])):
+            argv.append(f"--{name}={texts[0]}")
+        else:
+            argv += [f"--{name}", *texts]
+    return argv
+
+
+def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str, Entry]]:
+    """The verb's word, if there is one, and an entry per flag with the texts up to the next flag."""
+    verb_word = argv[0] if argv and not argv[0].startswith("-") else None
+    entries: dict[str, Entry] = {}
+    current = None  # the flag that takes the next text; "" when its texts are not to be read
+    for token in argv[1:] if verb_word else argv:
+        if not _is_flag(token):
+            if current is None:
+                faults.append(_stray(token))
+            elif current:
+                entry = entries[current]
+                entries[current] = dataclasses.replace(entry, texts=(*entry.texts, token))
+            continue
+        spelled, equals, text = token.partition("=")
+        name, current = spelled.lstrip("-").replace("-", "_"), ""
+        if not spelled.startswith("--") or not name:
+            faults.append(f"{token}: is no flag; flags start with two dashes and a name (--help lists them)")
+        elif name == "verb":
+            faults.append(f"{spelled}: no such flag; the verb comes first, without dashes")
+        elif name in entries:
+            faults.append(f"{spelled} is given twice: leave one of them out")
+        else:
+            entries[name] = Entry(name, spelled, (text,) if equals else ())
+            current = None if equals else name
+    return verb_word, entries
+
+
+def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
+    """The verb that the word names, DEFAULT_VERB without a word, the nearest one (and a fault) for a misspelling.
+
+    Raises UserError when no verb is near: without a verb the flags cannot be judged.
+    """
+    if not word:
+        return DEFAULT_VERB
+    if word in ALL_VERBS:
+        return word
+    near = difflib.get_close_matches(word, ALL_VERBS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    faults.append(f"{label}{word!r}: no such verb; {hint}the verbs are {', '.join(ALL_VERBS)}")
+    if not near:
+        raise UserError(*faults)
+    return near[0]
+
+
+def _with_config(entries: dict[str, Entry], faults: list[str]) -> tuple[dict[str, Entry], bool]:
+    """The entries of the --config file and those of the command line, which win; and whether the file could be read."""
+    config = entries.pop("config", None)
+    if config is None:
+        return entries, True
+    faults += [_stray(text) for text in config.texts[1:]]
+    if not config.texts or not config.texts[0]:
+        faults.append(f"{config.label} has no value: name a YAML or JSON file")
+        return entries, False
+    try:
+        from_file = {entry.name: entry for entry in read_config(config.texts[0])}
+    except UserError as error:
+        faults += error.faults
+        return entries, False
+    return from_file | entries, True
+
+
+def _read_entries(
+    verb: str, entries: Iterable[Entry], faults: list[str]
+) -> tuple[dict[str, tuple[Flag, Any]], frozenset[str]]:
+    """The values that could be read, each with its flag, and the names of those that could not."""
+    flags = known_flags(verb)
+    values, broken = {}, set()
+    for entry in entries:
+        flag = flags.get(entry.name)
+        if flag is None:
+            faults.append(f"{entry.label}: {_unknown(verb, entry.name)}")
+            continue
+        if entry.shape == "text" and not flag.kind.item:
+            faults += [_stray(text) for text in entry.texts[1:]]
+        try:
+            value = _read_entry(flag, entry)
+            _check_value(flag, value)
+            values[entry.name] = (flag, value)
+        except ValueError as fault:
+            faults.append(f"{entry.label} {fault}")
+            broken.add(entry.name)
+    return values, frozenset(broken)
+
+
+@functools.cache
+def known_flags(verb: str) -> dict[str, Flag]:
+    """Name -> flag, for everything that the verb takes: the fields of its stages and those of its trainer's config."""
+    fields = trainer_fields(verb)
+    flags = {
+        field.name: Flag(field.name, field.kind, None, field.choices)
+        for field in fields.values()
+        if not owned_reason(verb, field.name)
+    }
+    for stage, stage_class in STAGES.items():
+        for field in dataclasses.fields(stage_class):
+            meta = field.metadata
+            if verb in meta["verbs"]:
+                trainer_choices = fields[field.name].choices if field.name in fields else None
+                choices = meta["choices"] or trainer_choices
+                kind = annotated_type(field.type)
+                flags[field.name] = Flag(field.name, kind, stage, choices, meta["bound"], meta["usual"])
+    return flags
+
+
+def _read_entry(flag: Flag, entry: Entry) -> Any:
+    """The value of one entry. Raises ValueError with what is wrong, to be read after the flag's name."""
+    kind, texts = flag.kind, entry.texts
+    if entry.shape == "null":
+        if not kind.optional:
+            raise ValueError(f"is null: must be {kind.description}; leave it out for the default")
+        return None
+    if (entry.shape == "mapping" and "dict" not in kind.scalars) or (entry.shape == "list" and not kind.item):
+        raise ValueError(f"is a {entry.shape}: must be {kind.description}")
+    if not texts and entry.shape == "text":
+        if "bool" in kind.scalars:
+            return True
+        raise ValueError(f"has no value: give it {kind.description}")
+    if flag.stage and kind.item is None and not texts[0].strip():
+        raise ValueError(f"has an empty value: give it {kind.description}")
+    if flag.name == "validation_split" and texts[0].strip().lower() == "none":
+        return "none"  # a value of its own here: hold nothing out
+    return _read_texts(flag, entry)
+
+
+def _read_texts(flag: Flag, entry: Entry) -> Any:
+    kind, texts = flag.kind, entry.texts
+    written = " ".join(texts) if kind.item else texts[0]
+    listed = entry.shape == "list" or len(texts) > 1 or texts[0].lstrip().startswith("[") or "," in texts[0]
+    try:
+        if not kind.item or ("str" in kind.scalars and not listed):
+            return read_text(kind, texts[0])
+        items = read_list(kind, texts, split=entry.shape != "list")
+    except ValueError as error:
+        raise ValueError(f"is {written!r}: {error}") from None
+    if flag.stage is None or items is None:
+        return items
+    if not items and flag.name != "report_to":
+        raise ValueError(f"is empty: must be {kind.description}")
+    return tuple(items)
+
+
+def _check_value(flag: Flag, value: Any) -> None:
+    """Raises ValueError when the value, or one of several, breaks the flag's choices or bound."""
+    usual = f" ({flag.usual})" if flag.usual else ""
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if flag.choices and item is not None and item not in flag.choices:
+            raise ValueError(f"is {item!r}: {_one_of(str(item), flag.choices)}{usual}")
+        if flag.bound and item is not None and not flag.bound.holds(item):
+            raise ValueError(f"is {item!r}: must be {flag.bound.text}{usual}")
+
+
+def _one_of(word: str, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, choices, 1, cutoff=0.75)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}must be one of {', '.join(choices)}"
+
+
+def _unknown(verb: str, name: str) -> str:
+    """Why the verb has no such flag, and what to write instead."""
+    if reason := owned_reason(verb, name):
+        return f"cannot be set here: {reason}"
+    others = [other for other in ALL_VERBS if other != verb and name in known_flags(other)]
+    if others:
+        return f"is a flag of the verb {' and '.join(others)}, not of {verb}"
+    flags = known_flags(verb)
+    near = [KNOWN_AS[name]] if KNOWN_AS.get(name) in flags else difflib.get_close_matches(name, flags, 1)
+    if near:
+        return f"no such flag; did you mean --{near[0]}?"
+    if verb in CONFIG_CLASSES and not trainer_fields(verb):
+        return "no such flag (TRL, whose settings are flags too, is not installed: pip install trl)"
+    return "no such flag (--help lists them)"
+
+
+def _stray(token: str) -> str:
+    if token in ALL_VERBS:
+        return f"{token!r}: stands where no value is expected; the verb comes first, before every flag"
+    return f"{token!r}: stands where no value is expected; write --name value"
+
+
+def _is_flag(token: str) -> bool:
+    return token.startswith("-") and len(token) > 1 and not is_number(token)
+
+
+def _build_settings(verb: str, values: dict[str, tuple[Flag, Any]], given: frozenset[str]) -> Settings:
+    stages = {
+        stage: stage_class(**{flag.name: value for flag, value in values.values() if flag.stage == stage})
+        for stage, stage_class in STAGES.items()
+    }
+    trainer = {flag.name: value for flag, value in values.values() if flag.stage is None}
+    return Settings(verb, **stages, trainer_fields=trainer, given=given)
+
+
+def _join_trackers(settings: Settings) -> Settings:
+    """The settings with `report_to` holding wandb exactly when `use_wandb` is on, and empty for none."""
+    names = dict.fromkeys(name for name in settings.run.report_to if name != "none")
+    if settings.run.use_wandb:
+        names["wandb"] = None
+    run = dataclasses.replace(settings.run, report_to=tuple(names), use_wandb="wandb" in names)
+    return dataclasses.replace(settings, run=run)

@@ -1,0 +1,152 @@
+"""A --config file, YAML or JSON, as the texts that the same settings would have on the command line.
+
+YAML is read as nodes, not as values: `eval_strategy: no` stays "no", `5e-5` stays "5e-5", and a key that stands
+twice is seen. Only what is nested (a mapping for a trainer field) is turned into values here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.errors import UserError
+from utils.flag_values import as_text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting as the person wrote it. `label` is how a fault names it: `--beta`, or `run.yaml: beta`."""
+
+    name: str
+    label: str
+    texts: tuple[str, ...] = ()
+    shape: Literal["text", "list", "mapping", "null"] = "text"
+
+
+def read_config(path: str) -> list[Entry]:
+    """The entries of the file, in its order. Raises UserError when it cannot be read or is no mapping."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); --config takes a YAML or JSON file") from None
+    except ValueError:  # UnicodeDecodeError, or a NUL in the path
+        raise UserError(f"{path}: is not UTF-8 text; --config takes a YAML or JSON file") from None
+    except RuntimeError:  # `~name` of nobody
+        raise UserError(f"{path}: cannot be read (no such home folder); --config takes a YAML or JSON file") from None
+    read = _read_json if path.lower().endswith(".json") else _read_yaml
+    try:
+        return _entries(path, list(read(path, text)))
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
+
+
+def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
+    entries: dict[str, Entry] = {}
+    faults = []
+    for key, value in items:
+        name = key.replace("-", "_")
+        if name in entries:
+            faults.append(f"{path}: {key} is given twice")
+        entries[name] = _entry(name, f"{path}: {key}", value)
+    if faults:
+        raise UserError(*faults)
+    return list(entries.values())
+
+
+def _entry(name: str, label: str, value: Any) -> Entry:
+    try:
+        if value is None:
+            return Entry(name, label, shape="null")
+        if isinstance(value, dict):
+            return Entry(name, label, (as_text(value),), "mapping")
+        if isinstance(value, list):
+            return Entry(name, label, tuple(as_text(item) for item in value), "list")
+        return Entry(name, label, (as_text(value),))
+    except (TypeError, ValueError):  # a date, a set, not-a-number or a reference to itself
+        raise UserError(
+            f"{label}: holds something that is neither text, number, true/false, list nor mapping"
+        ) from None
+
+
+def _read_json(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    repeated = []
+
+    def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        repeated.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        return dict(pairs)
+
+    try:
+        values = json.loads(text, object_pairs_hook=pairs_once)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: is no JSON ({error.msg})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f'{path}: must be a mapping such as {{"beta": 0.1}}')
+    if repeated:
+        raise UserError(*(f"{path}: {key} is given twice" for key in repeated))
+    yield from values.items()
+
+
+def _read_yaml(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"{path}: reading YAML needs PyYAML: pip install pyyaml, or write the file as .json") from None
+
+    try:
+        loader = _strict_loader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}: must be a mapping, one `name: value` per line")
+        seen: dict[str, int] = {}
+        for key, value in root.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{path} line {line}: the key must be the name of a setting")
+            if key.value in seen:
+                raise UserError(f"{path} line {line}: {key.value} is given twice (also on line {seen[key.value]})")
+            seen[key.value] = line
+            yield key.value, _yaml_value(loader, value)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{where}: is no YAML ({reason})") from None
+    except ValueError as error:  # what a tag promises and the value does not keep, such as `!!int x`
+        raise UserError(f"{path}: is no YAML ({error})") from None
+
+
+def _yaml_value(loader: Any, node: Any) -> Any:
+    """Scalars as the text in the file, one level into lists; mappings and deeper lists as values."""
+    if node.id == "scalar":
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if node.id == "sequence":
+        return [_yaml_value(loader, item) if item.id == "scalar" else _nested(loader, item) for item in node.value]
+    return _nested(loader, node)
+
+
+def _nested(loader: Any, node: Any) -> Any:
+    return loader.construct_object(node, deep=True)
+
+
+def _strict_loader(text: str) -> Any:
+    """A safe YAML loader that reads 5e-5 as a number (YAML 1.1 wants 5.0e-5) and refuses a key that stands twice."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return StrictLoader(text)

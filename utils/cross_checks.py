@@ -1,0 +1,248 @@
+"""What single values cannot show: settings that contradict each other, do nothing, or are incomplete.
+
+A check is a generator of faults. CHECKS names the settings that each one rests on: it is skipped when one of
+them could not be read, so that one mistake is reported once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os.path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from utils.flag_values import is_number
+from utils.settings import Settings
+
+TRACKERS = (
+    "wandb",
+    "tensorboard",
+    "mlflow",
+    "trackio",
+    "comet_ml",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "neptune",
+    "codecarbon",
+    "azure_ml",
+    "dagshub",
+    "flyte",
+    "all",
+    "none",
+)
+SAME_LOSS = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings whose values were read one by one, not yet known to fit together.
+
+    `labels` says how the person wrote each given name; `broken` are names whose value could not be read.
+    """
+
+    settings: Settings
+    labels: Mapping[str, str]
+    broken: frozenset[str]
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        return self.settings.flat()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def label(self, name: str) -> str:
+        return self.labels.get(name, f"--{name}")
+
+    def given(self, *names: str) -> list[str]:
+        """Those of the names that the person set to something; None asks for the default."""
+        return [name for name in names if name in self.settings.given and self[name] is not None]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether training continues an adapter, be it on its own or as the model."""
+        model = self["model_name_or_path"]
+        is_adapter = bool(model) and os.path.isfile(os.path.join(model, "adapter_config.json"))
+        return self["adapter_name_or_path"] is not None or is_adapter
+
+
+def cross_faults(candidate: Candidate) -> list[str]:
+    """Every fault of the settings as a whole, one line each."""
+    checks = CHECKS | TRAIN_CHECKS if candidate.settings.verb == "train" else CHECKS
+    sound = [check for check, names in checks.items() if candidate.broken.isdisjoint(names)]
+    return [fault for check in sound for fault in check(candidate)]
+
+
+def required(candidate: Candidate) -> Iterator[str]:
+    wanted = {
+        "model_name_or_path": "name a hub model, a folder with a model, or a folder with an adapter",
+        "dataset_name": "name a hub dataset, a folder or a file",
+    }
+    if not candidate["dry_run"]:
+        wanted["output_dir"] = "name the folder for the results (or pass --dry_run, which saves nothing)"
+    for name, advice in wanted.items():
+        if candidate[name] is None and name not in candidate.broken:
+            yield f"--{name} is missing: {advice}"
+
+
+def lora_without_adapter(candidate: Candidate) -> Iterator[str]:
+    if candidate["use_lora"] or candidate.has_adapter:
+        return
+    shape = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+    for name in candidate.given(*shape):
+        if candidate[name] is not False:
+            yield f"{candidate.label(name)}: has no effect without --use_lora; add it or leave this out"
+
+
+def four_bits(candidate: Candidate) -> Iterator[str]:
+    if (
+        candidate["use_4bit"]
+        and candidate.settings.verb == "sft"
+        and not (candidate["use_lora"] or candidate.has_adapter)
+    ):
+        yield f"{candidate.label('use_4bit')}: 4-bit weights cannot be trained; add --use_lora"
+    if not candidate["use_4bit"] and candidate.given("bnb_4bit_quant_type"):
+        yield f"{candidate.label('bnb_4bit_quant_type')}: has no effect without --use_4bit; add it or leave this out"
+
+
+def trackers(candidate: Candidate) -> Iterator[str]:
+    names, label = candidate["report_to"], candidate.label("report_to")
+    for name in names:
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            yield f"{label} is {name!r}: {hint}must be of {', '.join(TRACKERS)}"
+    for word in ("all", "none"):
+        if word in names and len(set(names)) > 1:
+            yield f"{label} is {' '.join(names)}: {word} must stand alone"
+
+
+def weights_and_biases(candidate: Candidate) -> Iterator[str]:
+    names, use, label = candidate["report_to"], candidate["use_wandb"], candidate.label("use_wandb")
+    if use and names in (("all",), ("none",)):
+        reason = "already includes W&B" if names == ("all",) else "means no tracker"
+        yield f"{label}: --report_to {names[0]} {reason}; leave out one of the two"
+    if candidate.given("use_wandb") and not use and ("wandb" in names or "all" in names):
+        yield f"{label} is false, but --report_to is {' '.join(names)}: name the trackers without wandb"
+    if not use and "wandb" not in names and "all" not in names:
+        for name in candidate.given("wandb_project", "wandb_run_name"):
+            yield f"{candidate.label(name)}: has no effect without --use_wandb; add it or leave this out"
+
+
+def resuming(candidate: Candidate) -> Iterator[str]:
+    if candidate["resume_from_checkpoint"] is None:
+        return
+    label = candidate.label("resume_from_checkpoint")
+    if candidate["overwrite_output_dir"]:
+        yield f"{label}: --overwrite_output_dir would remove what is to be resumed; leave out one of the two"
+    if candidate["dry_run"]:
+        yield f"{label}: --dry_run starts afresh and saves nothing; leave out one of the two"
+
+
+def losses(candidate: Candidate) -> Iterator[str]:
+    names, weights = candidate["loss_type"], candidate["loss_weights"]
+    first_name: dict[str, str] = {}
+    for name in names:
+        same = first_name.setdefault(SAME_LOSS.get(name, name), name)
+        if names.count(name) > 1:
+            yield f"{candidate.label('loss_type')}: {name} stands twice; name each loss once"
+        elif same != name:
+            yield f"{candidate.label('loss_type')}: {same} and {name} are the same loss; name it once"
+    if weights is not None and len(weights) != len(names):
+        yield (
+            f"{candidate.label('loss_weights')} has {len(weights)} for {len(names)} losses ({' '.join(names)}): "
+            "give one weight per loss"
+        )
+
+
+def smoothing(candidate: Candidate) -> Iterator[str]:
+    names, label = candidate["loss_type"], candidate.label("label_smoothing")
+    if candidate["label_smoothing"]:
+        if not {SAME_LOSS.get(name, name) for name in names} & set(SMOOTHED_LOSSES):
+            yield f"{label}: has no effect on {' '.join(names)}; it is for {', '.join(SMOOTHED_LOSSES)}"
+        return
+    if "cdpo" in names:
+        yield f"{candidate.label('loss_type')} cdpo: needs --label_smoothing above 0 (0.1 is usual)"
+    if "exo_pair" in names:
+        yield f"{candidate.label('loss_type')} exo_pair: needs --label_smoothing above 0 (1e-3 is usual)"
+
+
+def loss_fields(candidate: Candidate) -> Iterator[str]:
+    names = [SAME_LOSS.get(name, name) for name in candidate["loss_type"]]
+    divergence = candidate["f_divergence_type"] or "reverse_kl"
+    if candidate.given("discopop_tau") and "discopop" not in names:
+        yield f"{candidate.label('discopop_tau')}: has no effect without --loss_type discopop"
+    if candidate.given("f_alpha_divergence_coef") and divergence != "alpha_divergence":
+        label = candidate.label("f_alpha_divergence_coef")
+        yield f"{label}: has no effect without --f_divergence_type alpha_divergence"
+    if divergence not in F_DIVERGENCES:
+        yield f"{candidate.label('f_divergence_type')} is {divergence!r}: must be one of {', '.join(F_DIVERGENCES)}"
+    elif divergence != "reverse_kl":
+        for name in sorted(set(names) - set(F_DIVERGENCE_LOSSES)):
+            yield f"{candidate.label('f_divergence_type')} {divergence}: is not defined for the loss {name}"
+    if candidate["use_weighting"]:
+        for name in sorted({"aot", "aot_unpaired"} & set(names)):
+            yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {name}, which sorts them"
+    if candidate["ld_alpha"] is not None and not 0 <= candidate["ld_alpha"] <= 1:
+        yield f"{candidate.label('ld_alpha')} is {candidate['ld_alpha']}: must be between 0 and 1"
+
+
+def moving_reference(candidate: Candidate) -> Iterator[str]:
+    if not candidate["sync_ref_model"]:
+        for name in candidate.given("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            yield f"{candidate.label(name)}: has no effect without --sync_ref_model"
+        return
+    label = candidate.label("sync_ref_model")
+    if candidate["use_lora"] or candidate.has_adapter:
+        yield f"{label}: needs a full model as reference, and an adapter's reference is its own base; leave out one"
+    if candidate["precompute_ref_log_probs"]:
+        yield f"{label}: moves the reference that --precompute_ref_log_probs scores once; leave out one of the two"
+
+
+def splits(candidate: Candidate) -> Iterator[str]:
+    held_out, label = candidate["validation_split"], candidate.label("validation_split")
+    if held_out is None:
+        return
+    if is_number(held_out) and not 0 < float(held_out) < 1:
+        yield f"{label} is {held_out}: must be a fraction above 0 and below 1, the name of a split, or none"
+    if held_out == candidate["dataset_split"]:
+        yield f"{label} is {held_out}: is also the split to train on; name another, or a fraction"
+    if held_out == "none":
+        for name in candidate.given("eval_steps"):
+            yield f"{candidate.label(name)}: there is nothing to evaluate with --validation_split none; leave out one"
+        if candidate["eval_strategy"] in ("steps", "epoch"):
+            yield f"{candidate.label('eval_strategy')}: there is nothing to evaluate with --validation_split none"
+
+
+def columns(candidate: Candidate) -> Iterator[str]:
+    if candidate.given("text_column"):
+        for name in candidate.given("prompt_column", "completion_column", "chosen_column"):
+            yield f"{candidate.label(name)}: --text_column already holds the whole text; leave out one of the two"
+    if candidate.given("completion_column") and candidate.given("chosen_column"):
+        yield f"{candidate.label('completion_column')}: --chosen_column names the response too; leave out one"
+
+
+Check = Callable[[Candidate], Iterator[str]]
+
+CHECKS: dict[Check, tuple[str, ...]] = {
+    required: (),  # a value that could not be read is no missing value; the check sees to that itself
+    lora_without_adapter: ("use_lora", "adapter_name_or_path", "model_name_or_path"),
+    four_bits: ("use_4bit", "use_lora", "adapter_name_or_path", "model_name_or_path"),
+    trackers: ("report_to",),
+    weights_and_biases: ("report_to", "use_wandb"),
+    resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
+    splits: ("validation_split", "dataset_split", "eval_strategy"),
+    columns: (),
+}
+TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
+    losses: ("loss_type", "loss_weights"),
+    smoothing: ("loss_type", "label_smoothing"),
+    loss_fields: ("loss_type", "f_divergence_type", "ld_alpha"),
+    moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),
+}

@@ -1,0 +1,92 @@
+"""Rows that cannot be trained on: found, counted by reason, reported with their places, or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from utils.data.places import SHOWN, Place, describe_bad_rows
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """The good rows, in order. `dropped`: reason -> how many rows were left out for it."""
+
+    rows: datasets.Dataset
+    dropped: dict[str, int]
+
+
+def check_rows(
+    converted: datasets.Dataset,
+    place: Place,
+    on_bad_rows: str,
+    max_samples: int | None = None,
+    flag: str = "--dataset_name",
+) -> CheckedRows:
+    """The good rows, the first `max_samples` of them when that is given; rows after those are not looked at.
+
+    Raises UserError, one line per reason, for bad rows unless `on_bad_rows` is "skip"; and when no row is left.
+    """
+    good: list[int] = []
+    bad: dict[str, list[int]] = {}  # reason -> rows of the source
+    for position, (row, reason) in enumerate(_iterate_reasons(converted)):
+        if len(good) == max_samples:
+            break
+        if reason is None:
+            good.append(position)
+        else:
+            bad.setdefault(reason, []).append(row)
+    if bad and on_bad_rows == "error":
+        raise UserError(
+            *(
+                describe_bad_rows(reason, [place(row) for row in rows[:SHOWN]], len(rows))
+                for reason, rows in bad.items()
+            )
+        )
+    dropped = {reason: len(rows) for reason, rows in bad.items()}
+    if not good:
+        found = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there are no rows"
+        raise UserError(f"{flag}: no usable row is left ({found})")
+    rows = converted if len(good) == len(converted) else converted.select(good)
+    return CheckedRows(rows.remove_columns("reason"), dropped)
+
+
+def has_good_rows(converted: datasets.Dataset, wanted: int) -> bool:
+    """Whether at least `wanted` rows are good."""
+    return sum(reason is None for _, reason in _iterate_reasons(converted)) >= wanted
+
+
+def _iterate_reasons(converted: datasets.Dataset) -> Iterator[tuple[int, str | None]]:
+    for batch in converted.select_columns(["row", "reason"]).iter(batch_size=1000):
+        yield from zip(batch["row"], batch["reason"], strict=True)
+
+
+def find_fault(row: Mapping[str, Any], labels: Mapping[str, str], prompt_may_be_empty: bool = False) -> str | None:
+    """Why a converted row cannot be trained on, or None. At most one reason, in a fixed order.
+
+    `labels` are the row's columns, prompt first, each with the name by which its source knows it.
+    """
+    for name, label in labels.items():
+        if name == "prompt" and prompt_may_be_empty:
+            continue
+        if row[name] is None:
+            return f"'{label}' is missing"
+        if _is_blank(row[name]):
+            return f"'{label}' is empty"
+    if "rejected" in labels and _stripped(row["rejected"]) == _stripped(row["chosen"]):
+        return f"'{labels['rejected']}' equals '{labels['chosen']}'"
+    return None
+
+
+def _is_blank(value: str | list[dict[str, str]]) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return not any(turn["content"].strip() for turn in value if turn["role"] != "system")
+
+
+def _stripped(value: str | list[dict[str, str]]) -> str | list[str]:
+    return value.strip() if isinstance(value, str) else [turn["content"].strip() for turn in value]

@@ -1,0 +1,82 @@
+"""Columns of a table by name, dots reaching into nested fields, and the kind of values that they hold."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.data.turns import is_message, is_transcript
+
+TEXT = ("text", "transcript")
+MESSAGES = ("messages", "message", "replies")
+KIND_NAMES = {
+    "text": "texts",
+    "transcript": "transcripts",
+    "messages": "message lists",
+    "message": "single messages",
+    "replies": "assistant messages",
+    "list": "lists",
+    "object": "objects",
+    "other": "values that are not text",
+    "null": "nulls",
+}
+SHOWN_COLUMNS = 24
+
+Rows = Sequence[Mapping[str, Any]]  # the first rows, as a sample
+
+
+def reach(row: Mapping[str, Any], path: str) -> Any:
+    """The value at a column, or at a dotted path into one; None where the row has nothing there."""
+    if path in row:
+        return row[path]
+    head, dot, rest = path.partition(".")
+    value = row.get(head)
+    return reach(value, rest) if dot and isinstance(value, Mapping) else None
+
+
+def list_columns(sample: Rows) -> list[str]:
+    """Every column and nested field that occurs, dotted, in the order of the table."""
+    names: dict[str, None] = {}
+    for row in sample:
+        for name, value in row.items():
+            names[name] = None
+            if isinstance(value, Mapping) and not is_message(value):
+                names |= {f"{name}.{inner}": None for inner in list_columns([value])}
+    return list(names)
+
+
+def kind_of_column(sample: Rows, path: str) -> str:
+    """What most of the sampled values are: one of KIND_NAMES."""
+    counts = Counter(_kind(value) for value in (reach(row, path) for row in sample) if value is not None)
+    return counts.most_common(1)[0][0] if counts else "null"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "transcript" if is_transcript(value) else "text"
+    if isinstance(value, list):
+        return _kind_of_list(value)
+    if isinstance(value, Mapping):
+        return "message" if is_message(value) else "object"
+    return "other"
+
+
+def _kind_of_list(value: list) -> str:
+    if not all(is_message(item) for item in value):
+        return "list"
+    roles = {item.get("role") or item.get("from") for item in value}
+    return "replies" if value and roles <= {"assistant", "gpt"} else "messages"
+
+
+def list_names(columns: Sequence[str]) -> str:
+    """The columns for people, not more than fit in a message."""
+    return ", ".join(columns[:SHOWN_COLUMNS]) + (", ..." if len(columns) > SHOWN_COLUMNS else "")
+
+
+def describe_missing(flag: str, path: str, columns: Sequence[str]) -> str:
+    """One line: the flag, the column it names, the nearest spelling and the columns there are."""
+    near = difflib.get_close_matches(path, columns, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{flag} {path}: no such column; {hint}the data has: {list_names(columns)}"

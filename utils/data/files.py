@@ -1,0 +1,182 @@
+"""Local data files: read fast by the library; where that fails, read line by line to find which one is at fault.
+
+UserError is raised for every file that cannot be read, with the file, the line and what was found there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from utils.data.places import FileLines, FilePlaces, Place, describe_bad_rows
+from utils.data.scanning import Scan, line_numbers, peek_csv, scan_csv, scan_json, whole_rows
+from utils.errors import UserError
+
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SMALL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of some files of one kind, in order. `dropped`: reason -> rows left out (--on_bad_rows skip)."""
+
+    rows: datasets.Dataset
+    place: Place
+    dropped: dict[str, int]
+
+
+def file_kind(path: Path) -> str | None:
+    """json, csv or parquet by the file's ending (a .gz after .json or .jsonl included), else None."""
+    name = path.name.lower()
+    kind = KINDS.get(Path(name.removesuffix(".gz")).suffix)
+    return None if name.endswith(".gz") and kind != "json" else kind
+
+
+def read_files(paths: Sequence[Path], on_bad_rows: str) -> FileRows:
+    """Read files of one kind as one table.
+
+    Raises UserError for an empty or unreadable file; and, unless `on_bad_rows` is "skip", for lines that hold no row.
+    """
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: nothing to read.")
+    kind = file_kind(paths[0])
+    if kind == "parquet":
+        return _read_parquet(paths)
+    rows = _read_fast(kind, paths)
+    if rows is None:
+        return _read_slowly(kind, paths, on_bad_rows)
+    return FileRows(rows, FilePlaces(paths[0].name, len(rows), lambda: [line_numbers(path) for path in paths]), {})
+
+
+def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
+    """The library's reading, or None where it fails or is known to misread."""
+    if any(set("*?[]") & set(str(path)) for path in paths):
+        return None  # the library takes these names for patterns
+    if kind == "csv":
+        header, first = peek_csv(paths[0])
+        # pandas would take the first of the surplus fields for an index and shift every column
+        if len(set(header)) < len(header) or len(first) > len(header):
+            return None
+        # Without these, "None" and "N/A" become nulls and "42" a number: a response is always text.
+        options = {
+            "features": datasets.Features({name: datasets.Value("string") for name in header}),
+            "keep_default_na": False,
+        }
+    else:
+        options = {"parse_agent_traces": False}
+    try:
+        with quiet(sum(path.stat().st_size for path in paths)):
+            rows = datasets.load_dataset(kind, data_files={"train": [str(p) for p in paths]}, split="train", **options)
+        rows.data.table.validate(full=True)  # the JSON reader lets invalid UTF-8 through
+    except Exception:
+        return None
+    return None if kind == "json" and _is_misread(rows, paths) else rows
+
+
+def _is_misread(rows: datasets.Dataset, paths: Sequence[Path]) -> bool:
+    """Texts that look like dates become timestamps; a whole table in one object becomes a single row."""
+    if any(_has_timestamp(field.type) for field in rows.data.table.schema):
+        return True
+    return len(rows) == len(paths) and any(whole_rows(path) is not None for path in paths)
+
+
+def _has_timestamp(kind: pa.DataType) -> bool:
+    return pa.types.is_temporal(kind) or any(_has_timestamp(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _read_parquet(paths: Sequence[Path]) -> FileRows:
+    def count_rows() -> list[FileLines]:
+        return [FileLines(p.name, "row", range(1, pq.read_metadata(p).num_rows + 1)) for p in paths]
+
+    for path in paths:
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}") from None
+    try:
+        with quiet(sum(path.stat().st_size for path in paths)):
+            if any(set("*?[]") & set(str(path)) for path in paths):
+                rows = datasets.Dataset(pa.concat_tables([pq.read_table(path) for path in paths]))
+            else:
+                rows = datasets.load_dataset("parquet", data_files={"train": [str(p) for p in paths]}, split="train")
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError) as error:
+        names = ", ".join(str(path) for path in paths)
+        raise UserError(f"{names} cannot be read as Parquet: {first_line(error.__cause__ or error)}") from None
+    return FileRows(rows, FilePlaces(paths[0].name, len(rows), count_rows), {})
+
+
+def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows:
+    """Every row through Python. All faulty lines of all files are reported together."""
+    scans = [_scan(kind, path) for path in paths]
+    found = [
+        (fault.reason, f"{scan.name} {scan.unit} {fault.number}", fault.detail)
+        for scan in scans
+        for fault in scan.faults
+    ]
+    dropped = dict(Counter(reason for reason, _, _ in found))
+    if found and on_bad_rows == "error":
+        raise UserError(
+            *(
+                describe_bad_rows(
+                    reason,
+                    [place for other, place, _ in found if other == reason],
+                    count,
+                    next(detail for other, _, detail in found if other == reason),
+                )
+                for reason, count in dropped.items()
+            )
+        )
+    table = [row for scan in scans for row in scan.rows]
+    if not table:
+        names = ", ".join(str(path) for path in paths)
+        raise UserError(f"{names} holds no readable row{': ' + ', '.join(dropped) if dropped else ''}.")
+    lines = [FileLines(scan.name, scan.unit, array("Q", scan.numbers)) for scan in scans]
+    return FileRows(_as_dataset(table), FilePlaces(paths[0].name, len(table), lambda: lines), dropped)
+
+
+def _scan(kind: str, path: Path) -> Scan:
+    return scan_csv(path) if kind == "csv" else scan_json(path)
+
+
+def _as_dataset(table: list[dict]) -> datasets.Dataset:
+    """A table of any mixture of types: columns that are not all text are held as JSON."""
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    values = {name: [row.get(name) for row in table] for name in columns}
+    features = {
+        name: datasets.Value("string") if all(v is None or isinstance(v, str) for v in column) else datasets.Json()
+        for name, column in values.items()
+    }
+    return datasets.Dataset.from_dict(values, features=datasets.Features(features))
+
+
+@contextlib.contextmanager
+def quiet(size_bytes: int) -> Iterator[None]:
+    """Hold back the library's own error lines (ours say more) and, for small data, its progress bars."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    bars = size_bytes < SMALL_BYTES and not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    if bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

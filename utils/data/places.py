@@ -1,0 +1,73 @@
+"""Where a row can be found by the person who has to mend it: a line of a file, or a row of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+Place = Callable[[int], str]  # index of a row in its source -> "pairs.jsonl line 41"
+
+SHOWN = 5  # places named per fault
+
+
+@dataclass(frozen=True)
+class FileLines:
+    """The rows of one file: row k stands at `unit` number `numbers[k]`, counted from 1."""
+
+    name: str
+    unit: str  # "line" or "row"
+    numbers: Sequence[int]
+
+
+class FilePlaces:
+    """Places of rows that were read from files, in order. The files are scanned on the first question only."""
+
+    def __init__(self, label: str, rows: int, scan: Callable[[], list[FileLines]]):
+        self._label = label
+        self._rows = rows
+        self._scan = scan
+
+    @cached_property
+    def _files(self) -> list[FileLines]:
+        try:
+            files = self._scan()
+        except Exception:  # the rows are already read; a failed second look only costs the line number
+            return []
+        # Several objects on one line, or one object over several: then a count of lines would name the wrong one.
+        return files if sum(len(file.numbers) for file in files) == self._rows else []
+
+    def __call__(self, index: int) -> str:
+        """The file and line of row `index` (from 0); the file and row where lines cannot be told."""
+        before = 0
+        for file in self._files:
+            if index < before + len(file.numbers):
+                return f"{file.name} {file.unit} {file.numbers[index - before]}"
+            before += len(file.numbers)
+        return f"{self._label} row {index + 1}"
+
+
+def row_places(label: str) -> Place:
+    """Places of rows that are in no readable file: "name[train] row 12"."""
+    return lambda index: f"{label} row {index + 1}"
+
+
+def list_places(places: Sequence[str], count: int) -> str:
+    """The first places of `count`, what they share said once: "pairs.jsonl line 41, 52, 77, 90, 93, ..."."""
+    split = [place.rpartition(" ") for place in places[:SHOWN]]
+    groups = [
+        f"{head} {', '.join(number for _, _, number in group)}"
+        for head, group in groupby(split, key=lambda parts: parts[0])
+    ]
+    return "; ".join(groups) + (", ..." if count > SHOWN else "")
+
+
+def describe_bad_rows(reason: str, places: Sequence[str], count: int, detail: str = "") -> str:
+    """One line for one reason: what, how often, the first five places, and what to do."""
+    rows, them = ("row", "it") if count == 1 else ("rows", "them")
+    note = f"; {'' if count == 1 else 'the first: '}{detail}" if detail else ""
+    return (
+        f"{reason} in {count} {rows} ({list_places(places, count)}{note}). "
+        f"Fix {them}, or pass --on_bad_rows skip (skipped rows are counted)."
+    )

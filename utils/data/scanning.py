@@ -1,0 +1,277 @@
+"""JSON and CSV files read line by line in Python: slower than the library, and able to say which line is at fault."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import json
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.data.places import FileLines
+from utils.errors import UserError
+
+BOM = b"\xef\xbb\xbf"
+WRAPPERS = ("data", "rows", "examples", "instances", "train")  # {"data": [rows]}
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line (or row) that holds no row: `reason` groups faults, `detail` is what was found in this one."""
+
+    number: int
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class Scan:
+    """What one file holds. Row k stands at `unit` number `numbers[k]`."""
+
+    name: str
+    unit: str
+    rows: list[dict] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    def add(self, number: int, row: Any) -> None:
+        """Keep a row, or note why the value found at `number` is not one."""
+        if isinstance(row, dict):
+            self.rows.append(row)
+            self.numbers.append(number)
+        else:
+            self.faults.append(Fault(number, "no JSON object", f"found {name_of(row)}"))
+
+
+def name_of(value: Any) -> str:
+    """What a value is, in words for people: "a list", "a number", ..."""
+    kinds = {bool: "true or false", str: "a text", int: "a number", float: "a number", list: "a list"}
+    return "null" if value is None else kinds.get(type(value), "an object")
+
+
+@contextlib.contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked when it ends in .gz. Raises UserError when the packed data is cut off or damaged."""
+    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
+        try:
+            yield handle
+        except EOFError:
+            raise UserError(f"{path} is cut off: its gzip data ends early. Copy or download it again.") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path} is not valid gzip data ({error}). Copy or download it again.") from None
+
+
+def read_text(path: Path) -> str:
+    """The whole file as text, without a byte order mark. Raises UserError when it is not UTF-8."""
+    with open_binary(path) as handle:
+        content = handle.read()
+    _refuse_utf16(path, content)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line} is not UTF-8 text ({error.reason}). Save the file as UTF-8.") from None
+
+
+def _refuse_utf16(path: Path, start: bytes) -> None:
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16 text. Save it as UTF-8.")
+
+
+def json_layout(path: Path) -> str:
+    """lines (one value per line) or whole (one array or object over the whole file)."""
+    with open_binary(path) as handle:
+        first = next((line for line in handle if line.strip(BOM).strip()), b"")
+        second = next((line for line in handle if line.strip()), b"")
+    first = first.removeprefix(BOM)
+    if second and _is_json(first):
+        return "lines"
+    if first.lstrip().startswith(b"["):
+        return "whole"
+    if path.name.lower().removesuffix(".gz").endswith(".json"):
+        return "whole" if not second or _is_json(read_text(path).encode()) else "lines"
+    return "whole" if not second and whole_rows(path) is not None else "lines"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def whole_rows(path: Path) -> list | None:
+    """The rows of a table in one JSON object, {"data": [rows]} or {"prompt": [...], "chosen": [...]}; else None."""
+    try:
+        value = json.loads(read_text(path))
+    except ValueError:
+        return None
+    return _unwrap(value)
+
+
+def _unwrap(value: Any) -> list | None:
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
+        return None
+    name, column = next(iter(value.items()))
+    if len(value) == 1 and name in WRAPPERS:
+        return column
+    lengths = {len(column) for column in value.values()}
+    if len(lengths) > 1 or any(_is_message(item) for column in value.values() for item in column[:1]):
+        return None
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(keys <= set(value) for keys in MESSAGE_KEYS)
+
+
+def scan_json(path: Path) -> Scan:
+    """Every row of a JSON file (an array, a table in one object, or one object per line) with its faults.
+
+    Raises UserError when the file as a whole cannot be read.
+    """
+    if json_layout(path) == "lines":
+        return _scan_json_lines(path)
+    try:
+        value = json.loads(read_text(path), object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno} is not valid JSON ({_describe(error)}). Mend the file.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not a usable JSON file: {error}. Mend the file.") from None
+    rows = value if isinstance(value, list) else _unwrap(value) or [value]
+    scan = Scan(path.name, "row")
+    for number, row in enumerate(rows, start=1):
+        if not _is_encodable(row):
+            scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
+        else:
+            scan.add(number, row)
+    return scan
+
+
+def _scan_json_lines(path: Path) -> Scan:
+    scan = Scan(path.name, "line")
+    with open_binary(path) as handle:
+        for number, line in enumerate(handle, start=1):
+            if number == 1:
+                _refuse_utf16(path, line)
+                line = line.removeprefix(BOM)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+            except UnicodeDecodeError as error:
+                scan.faults.append(Fault(number, "text that is not UTF-8", f"byte {error.start + 1}: {error.reason}"))
+            except json.JSONDecodeError as error:
+                scan.faults.append(Fault(number, "invalid JSON", _describe(error)))
+            except ValueError as error:
+                scan.faults.append(Fault(number, "invalid JSON", str(error)))
+            else:
+                if SURROGATE.search(line) and not _is_encodable(row):
+                    scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
+                else:
+                    scan.add(number, row)
+    return scan
+
+
+def _describe(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' occurs twice")
+    return row
+
+
+def _is_encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _csv_records(path: Path) -> Iterator[Any]:
+    """A csv reader that notes bad bytes instead of stopping; the module's field limit is lifted meanwhile."""
+    limit = csv.field_size_limit(1 << 30)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+            yield csv.reader(handle, strict=True)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def peek_csv(path: Path) -> tuple[list[str], list[str]]:
+    """The header and the first record of a CSV file; empty lists where there is none.
+
+    Raises UserError when the header cannot be read.
+    """
+    with open(path, "rb") as handle:
+        _refuse_utf16(path, handle.read(2))
+    try:
+        with _csv_records(path) as records:
+            filled = (record for record in records if record)
+            header = next(filled, [])
+            with contextlib.suppress(csv.Error):
+                return header, next(filled, [])
+            return header, []
+    except csv.Error as error:
+        raise UserError(f"{path} line 1 is not valid CSV ({error}). Mend the file.") from None
+
+
+def scan_csv(path: Path) -> Scan:
+    """Every record of a CSV file, all values as text, with its faults. Raises UserError for unusable CSV."""
+    header, _ = peek_csv(path)
+    repeated = next((name for name in header if header.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{path} line 1 names the column '{repeated}' twice. Rename one of them.")
+    scan = Scan(path.name, "line")
+    with _csv_records(path) as records:
+        line, seen_header = 1, False
+        while True:
+            try:
+                record = next(records, None)
+            except csv.Error as error:
+                raise UserError(f"{path} line {line} is not valid CSV ({error}). Mend the file.") from None
+            if record is None:
+                return scan
+            if record and seen_header:
+                _add_record(scan, line, header, record)
+            seen_header = seen_header or bool(record)
+            line = records.line_num + 1
+
+
+def _add_record(scan: Scan, line: int, header: list[str], record: list[str]) -> None:
+    if len(record) > len(header):
+        detail = f"{len(record)} fields under {len(header)} columns"
+        scan.faults.append(Fault(line, "too many fields", detail))
+    elif not _is_encodable(record):
+        scan.faults.append(Fault(line, "text that is not UTF-8"))
+    else:
+        scan.add(line, dict.fromkeys(header) | dict(zip(header, record, strict=False)))
+
+
+def line_numbers(path: Path) -> FileLines:
+    """Where each row of a readable JSON or CSV file stands, without keeping the rows."""
+    if path.name.lower().endswith(".csv"):
+        scan = scan_csv(path)
+        return FileLines(scan.name, scan.unit, scan.numbers)
+    if json_layout(path) == "whole":
+        scan = scan_json(path)
+        return FileLines(scan.name, scan.unit, scan.numbers)
+    with open_binary(path) as handle:
+        lines = (number for number, line in enumerate(handle, start=1) if line.removeprefix(BOM).strip())
+        return FileLines(path.name, "line", array("Q", lines))

@@ -1,0 +1,277 @@
+"""Where the rows come from: a hub dataset, a folder or a file; which split is trained on and which is held out."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+
+from utils.data.files import FileRows, file_kind, first_line, quiet, read_files
+from utils.data.places import Place, row_places
+from utils.errors import UserError, gather
+from utils.settings import DataSettings
+
+ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
+TRAIN_NAMES = {"train": ("train", "train_prefs"), "sft": ("train", "train_sft", "train_prefs")}
+HELD_OUT_NAMES = ("test", "validation", "val", "eval", "dev", "test_prefs")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+ReadSplit = Callable[[], FileRows]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows as they are: nothing converted or checked yet.
+
+    `held_out_rows` is there when the held-out data is a split of its own. `dropped` counts lines that hold no row.
+    """
+
+    rows: datasets.Dataset
+    held_out_rows: datasets.Dataset | None
+    description: str
+    splits: tuple[str, ...]
+    place: Place
+    held_out_place: Place | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Collection:
+    """The splits that a source has, each read when asked for. `aliases` are further names that are understood."""
+
+    splits: Mapping[str, ReadSplit]
+    aliases: Mapping[str, ReadSplit] = field(default_factory=dict)
+
+    def find(self, name: str) -> ReadSplit | None:
+        return self.splits.get(name) or self.aliases.get(name)
+
+
+def load_source(settings: DataSettings, verb: str) -> Source:
+    """Read the training split and, where the held-out data is a split of its own, that one.
+
+    Raises UserError when the data, the split or a readable row is missing, saying what exists.
+    """
+    if not settings.dataset_name:
+        raise UserError(f"--dataset_name is missing: give a hub name, a folder, or a {ENDINGS} file")
+    collection = _find_collection(settings)
+    train = _training_split(settings, verb, collection)
+    held_out = _held_out_split(settings, train, collection)
+    main, other = gather(collection.find(train), (held_out and collection.find(held_out)) or (lambda: None))
+    if other is not None and len(other.rows) == 0 and settings.validation_split is None:
+        other = None
+    dropped = dict(main.dropped)
+    for reason, count in (other.dropped if other else {}).items():
+        dropped[reason] = dropped.get(reason, 0) + count
+    return Source(
+        rows=main.rows,
+        held_out_rows=other.rows if other else None,
+        description=f"{settings.dataset_name} [{train}]",
+        splits=tuple(collection.splits),
+        place=main.place,
+        held_out_place=other.place if other else None,
+        dropped=dropped,
+    )
+
+
+def held_out_wish(validation_split: str | None) -> float | str | None:
+    """What --validation_split asks for: None (not given), "none", a fraction, or the name of a split.
+
+    Raises UserError for a number that is no fraction.
+    """
+    if validation_split is None:
+        return None
+    if validation_split.strip().lower() == "none":
+        return "none"
+    try:
+        fraction = float(validation_split)
+    except ValueError:
+        return validation_split
+    if not 0 < fraction < 1:
+        raise UserError(
+            f"--validation_split is {validation_split}: "
+            "must be a fraction above 0 and below 1, the name of a split, or none"
+        )
+    return fraction
+
+
+def is_local(name: str) -> bool:
+    """Whether a dataset name means a path, which is then never looked up on the hub."""
+    looks_local = name.startswith(("./", "../", "/", "~", ".\\")) or name in (".", "..") or file_kind(Path(name))
+    return bool(looks_local) or Path(name).exists()
+
+
+def _find_collection(settings: DataSettings) -> _Collection:
+    name = settings.dataset_name
+    if not is_local(name):
+        if not HUB_NAME.fullmatch(name):
+            raise UserError(_missing_path(name, Path(name)))
+        return _open_hub(name, settings.dataset_config)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(_missing_path(name, path))
+    if path.is_dir():
+        return _open_folder(path, settings)
+    if file_kind(path) is None:
+        raise UserError(f"--dataset_name {name}: not a kind of file that is read; use {ENDINGS}")
+    if settings.dataset_config is not None:
+        raise UserError(f"--dataset_config {settings.dataset_config}: {name} is a file and has no configurations")
+    return _Collection({"train": lambda: read_files([path], settings.on_bad_rows)})
+
+
+def _missing_path(name: str, path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"--dataset_name {name}: no such file or folder (the folder {folder} does not exist either)"
+    data = sorted(item.name for item in folder.iterdir() if item.is_dir() or file_kind(item))
+    near = difflib.get_close_matches(path.name, data, n=3, cutoff=0.5)
+    if near:
+        return f"--dataset_name {name}: no such file or folder; did you mean {' or '.join(near)}?"
+    files = [item for item in data if file_kind(Path(item))]
+    listed = f"data files in {folder}: {', '.join(files[:8])}" if files else f"there is no data file in {folder}"
+    return f"--dataset_name {name}: no such file or folder; {listed}"
+
+
+def _open_folder(path: Path, settings: DataSettings) -> _Collection:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path)
+    flag = f"--dataset_name {settings.dataset_name}"
+    try:
+        with quiet(0):
+            builder = datasets.load_dataset_builder(str(path.resolve()), name=settings.dataset_config)
+        files = {str(split): [Path(p) for p in paths] for split, paths in (builder.config.data_files or {}).items()}
+    except ValueError as error:
+        raise UserError(_config_fault(settings.dataset_config, flag, error)) from None
+    except (DatasetsError, FileNotFoundError) as error:
+        raise UserError(f"{flag}: no data here that can be read ({first_line(error)}); use {ENDINGS}") from None
+    kinds = {file_kind(file) for paths in files.values() for file in paths}
+    if len(kinds) != 1 or None in kinds:
+        return _prepare(builder, flag, path.name)
+
+    def reader(paths: list[Path]) -> ReadSplit:
+        return lambda: read_files(paths, settings.on_bad_rows)
+
+    every_file = [file for paths in files.values() for file in paths]
+    aliases = {file.name.partition(".")[0]: reader([file]) for file in every_file}
+    return _Collection({split: reader(paths) for split, paths in files.items()}, aliases)
+
+
+def _open_saved(path: Path) -> _Collection:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(f"--dataset_name {path}: cannot be read as a saved dataset ({first_line(error)})") from None
+    return _from_splits(path.name, saved if isinstance(saved, dict) else {"train": saved})
+
+
+def _prepare(builder: datasets.DatasetBuilder, flag: str, label: str) -> _Collection:
+    try:
+        with quiet(0):
+            builder.download_and_prepare()
+            return _from_splits(label, builder.as_dataset())
+    except DatasetsError as error:
+        raise UserError(f"{flag}: cannot be read ({first_line(error.__cause__ or error)}); use {ENDINGS}") from None
+
+
+def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> _Collection:
+    def reader(name: str, rows: datasets.Dataset) -> ReadSplit:
+        return lambda: FileRows(rows, row_places(f"{label}[{name}]"), {})
+
+    return _Collection({str(name): reader(str(name), rows) for name, rows in splits.items()})
+
+
+def _open_hub(name: str, config: str | None) -> _Collection:
+    """All splits of a hub dataset, from the hub or from the local cache of an earlier download."""
+    flag = f"--dataset_name {name}"
+    try:
+        return _from_splits(name, datasets.load_dataset(name, config))
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise UserError(
+                f"{flag}: gated on the Hugging Face Hub; accept its terms at https://huggingface.co/datasets/{name}, "
+                "then run hf auth login"
+            ) from None
+        raise UserError(
+            f"{flag}: no such path here, and the Hugging Face Hub has no such dataset that is open to you; check the "
+            "spelling, run hf auth login for a private one, or give a local file or folder"
+        ) from None
+    except ConnectionError as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or "OfflineMode" in str(error)
+        state = "offline mode is on (HF_HUB_OFFLINE)" if offline else "it could not be reached; check the network"
+        raise UserError(
+            f"{flag}: no such path here and not in the local cache; looked for on the Hugging Face Hub, but {state}. "
+            "Or give a local file or folder"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"{flag}: the Hugging Face Hub answered: {first_line(error)}; try again, run hf auth login, or give a "
+            "local file or folder"
+        ) from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise UserError(
+            f"{flag}: is read by a Python script of its own, which the datasets library no longer runs; download its "
+            "data files and give their folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(_config_fault(config, flag, error)) from None
+    except (DatasetsError, FileNotFoundError) as error:
+        raise UserError(f"{flag}: holds no data that can be read ({first_line(error.__cause__ or error)})") from None
+
+
+def _config_fault(config: str | None, flag: str, error: ValueError) -> str:
+    """The library's complaint about configurations in one line; the error itself when it is about something else."""
+    text = str(error)
+    listed = re.search(r"\[[^\]]*\]", text)
+    if listed and ("BuilderConfig" in text or "Config name" in text):
+        names = ", ".join(re.findall(r"['\"]([^'\"]+)['\"]", listed[0]))
+        if config is None:
+            return f"{flag}: has several configurations; choose one with --dataset_config: {names}"
+        return f"--dataset_config {config}: {flag.partition(' ')[2]} has no such configuration; it has: {names}"
+    return f"{flag}: cannot be read ({first_line(error)})"
+
+
+def _training_split(settings: DataSettings, verb: str, collection: _Collection) -> str:
+    names = list(collection.splits)
+    asked = settings.dataset_split
+    if asked is not None:
+        if collection.find(asked) is None:
+            raise UserError(_missing_split("--dataset_split", asked, names))
+        return asked
+    for name in TRAIN_NAMES.get(verb, TRAIN_NAMES["train"]):
+        if name in names:
+            return name
+    if len(names) == 1:
+        return names[0]
+    raise UserError(
+        f"--dataset_split is missing: {settings.dataset_name} has no train split; it has: {', '.join(names)}"
+    )
+
+
+def _missing_split(flag: str, asked: str, names: list[str]) -> str:
+    if "[" in asked:
+        return f"{flag} {asked}: slices are not read; name a split ({', '.join(names)}) and use --max_samples"
+    return f"{flag} {asked}: no such split; it has: {', '.join(names)}"
+
+
+def _held_out_split(settings: DataSettings, train: str, collection: _Collection) -> str | None:
+    """The split to hold out: the one asked for, or by default one that is made for it."""
+    wish = held_out_wish(settings.validation_split)
+    names = list(collection.splits)
+    if wish is None:
+        like_train = [train.replace("train", word) for word in ("test", "validation", "eval") if "train" in train]
+        return next((n for n in (*like_train, *HELD_OUT_NAMES) if n in names and n != train), None)
+    if isinstance(wish, float) or wish == "none":
+        return None
+    if wish == train:
+        raise UserError(f"--validation_split {wish}: is the training split too; name another, a fraction, or none")
+    if collection.find(wish) is None:
+        raise UserError(_missing_split("--validation_split", wish, names))
+    return wish

@@ -1,0 +1,212 @@
+"""Pairs -> token ids: one BOS, one EOS, the training prefix equal to the inference prompt, truncation that is counted.
+
+A row becomes `prompt_ids`, `chosen_ids` and `rejected_ids` (for `sft`: `prompt_ids` and `completion_ids`). The prompt
+ids are exactly those that generation would be given; the completion ids are what follows and end in an end-of-text
+token, unless the completion had to be cut, in which case `cut` says so and nothing teaches the model to stop there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from utils.errors import UserError
+
+# Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
+PROMPT_SHARE_KEPT = 4
+
+Turns = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What `max_length` did to the rows of one split."""
+
+    prompts_shortened: int
+    completions_cut: int
+    dropped: int
+
+    @property
+    def truncated(self) -> int:
+        """Rows that are trained on in a shorter form."""
+        return self.prompts_shortened + self.completions_cut
+
+
+class PromptEncoder:
+    """Turns rows into token ids with one tokenizer.
+
+    `end_ids` are the tokens that end a reply: the tokenizer's EOS and those of the model's generation config (a chat
+    model may end its turns with a token of its own).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-text token (eos_token): the model could not learn to stop. "
+                "Set one in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset(end_ids) | {tokenizer.eos_token_id}
+        probe = tokenizer("a")["input_ids"]
+        self.bos_ids = [tokenizer.bos_token_id] if probe[:1] == [tokenizer.bos_token_id] else []
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with no token added."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
+        """The ids that generation starts from, one list per prompt."""
+        tools = tools or [None] * len(prompts)
+        texts = [self._prompt_text(prompt, tool) for prompt, tool in zip(prompts, tools, strict=True)]
+        return [self._begin(prompt, ids) for prompt, ids in zip(prompts, self.encode(texts), strict=True)]
+
+    def encode_continuations(
+        self,
+        prompts: Sequence[str | Turns],
+        completions: Sequence[str | Turns],
+        tools: Sequence[Any] | None = None,
+    ) -> list[list[int]]:
+        """The ids that follow each prompt's ids, ending in exactly one end-of-text token."""
+        tools = tools or [None] * len(prompts)
+        rendered = [
+            self._prompt_and_completion(prompt, completion, tool)
+            for prompt, completion, tool in zip(prompts, completions, tools, strict=True)
+        ]
+        whole = self.encode([prompt + completion for prompt, completion in rendered])
+        starts = self.encode([prompt for prompt, _ in rendered])
+        return [
+            self._end_once(ids[len(start) :] if ids[: len(start)] == start else self._encode_apart(completion))
+            for (_, completion), ids, start in zip(rendered, whole, starts, strict=True)
+        ]
+
+    def _begin(self, prompt: str | Turns, ids: list[int]) -> list[int]:
+        # A template writes its own BOS or wants none; plain text gets one where the tokenizer adds it by itself.
+        if isinstance(prompt, str) and self.bos_ids and ids[:1] != self.bos_ids:
+            return self.bos_ids + ids
+        return ids
+
+    def _prompt_text(self, prompt: str | Turns, tools: Any) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self._render(prompt, tools, add_generation_prompt=True)
+
+    def _prompt_and_completion(self, prompt: str | Turns, completion: str | Turns, tools: Any) -> tuple[str, str]:
+        """The text generation starts from, and the text that follows it there."""
+        start = self._prompt_text(prompt, tools)
+        if isinstance(completion, str):
+            return start, completion
+        whole = self._render([*prompt, *completion], tools)
+        if whole.startswith(start):
+            return start, whole[len(start) :]
+        # The template writes something in front of a reply to come that it leaves out of a reply that is there (an
+        # empty think block, say). The prompt keeps it, as in generation; the completion begins where the two part.
+        bare = self._render(prompt, tools)
+        if not whole.startswith(bare):
+            return start, "".join(str(turn.get("content") or "") for turn in completion)
+        opening, reply = start[len(bare) :], whole[len(bare) :]
+        shared = next((i for i, (a, b) in enumerate(zip(opening, reply, strict=False)) if a != b), len(opening))
+        return start, reply[shared:]
+
+    def _render(self, turns: Turns, tools: Any, add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _encode_apart(self, completion: str) -> list[int]:
+        """Ids of a completion whose first characters would merge into the prompt's last token.
+
+        The line break in front keeps tokenizers that put a space before a text's first word from doing it here.
+        """
+        anchor, ids = self.encode(["\n", "\n" + completion])
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode([completion])[0]
+
+    def _end_once(self, ids: list[int]) -> list[int]:
+        """`ids` with one end-of-text token at the end: what a template writes behind it (a line break) is left out."""
+        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.end_ids), None)
+        if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
+            while last > 0 and ids[last - 1] in self.end_ids:
+                last -= 1
+            return ids[: last + 1]
+        return [*ids, self.tokenizer.eos_token_id]
+
+
+def fit_lengths(prompt: int, completions: Sequence[int], max_length: int) -> tuple[int, list[int]]:
+    """How many tokens of a prompt and of its completions are kept so that each pair of them fits `max_length`.
+
+    The prompt gives way first, down to a quarter of `max_length`; then the completions are cut at their end.
+    """
+    room = max_length - max(completions)
+    kept_prompt = min(prompt, max(room, max_length // PROMPT_SHARE_KEPT, 1))
+    return kept_prompt, [min(length, max_length - kept_prompt) for length in completions]
+
+
+def _fit_row(row: dict[str, Any], names: Sequence[str], max_length: int, bos_ids: list[int]) -> dict[str, Any]:
+    """The row with its ids shortened to `max_length`; `shortened` and `cut` say what happened."""
+    prompt, completions = row["prompt_ids"], [row[name] for name in names]
+    kept_prompt, kept = fit_lengths(len(prompt), [len(ids) for ids in completions], max_length)
+    shortened = kept_prompt < len(prompt)
+    if shortened:
+        begin = bos_ids if bos_ids and prompt[:1] == bos_ids and kept_prompt > 1 else []
+        prompt = begin + prompt[len(prompt) - kept_prompt + len(begin) :]
+    fitted = {"prompt_ids": prompt, "shortened": shortened, "cut": False}
+    for name, ids, length in zip(names, completions, kept, strict=True):
+        fitted[name] = ids[:length]
+        fitted["cut"] = fitted["cut"] or length < len(ids)
+    return row | fitted
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]], encoder: PromptEncoder, completions: dict[str, str], max_length: int
+) -> dict[str, list[Any]]:
+    tools = batch.get("tools")
+    columns = {"prompt_ids": encoder.encode_prompts(batch["prompt"], tools), "row": batch["row"]}
+    for name, column in completions.items():
+        columns[name] = encoder.encode_continuations(batch["prompt"], batch[column], tools)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    fitted = [_fit_row(row, list(completions), max_length, encoder.bos_ids) for row in rows]
+    return {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}
+
+
+PAIR_COLUMNS = {"chosen_ids": "chosen", "rejected_ids": "rejected"}
+SFT_COLUMNS = {"completion_ids": "completion"}
+
+
+def tokenize_rows(
+    rows: Dataset, encoder: PromptEncoder, completions: dict[str, str], max_length: int, truncation: str
+) -> tuple[Dataset, Truncation]:
+    """The rows as token ids, each fitting `max_length`, and what that took.
+
+    Args:
+        rows: `prompt`, the columns named by the values of `completions`, and `row`, as the data room makes them.
+        completions: name of the new ids column -> text column, `PAIR_COLUMNS` or `SFT_COLUMNS`.
+        max_length: most tokens of a prompt together with one completion.
+        truncation: `shorten_prompt`, `drop` or `error`, as in --truncation.
+
+    Raises:
+        UserError: rows are too long under `error`, or none is left under `drop`.
+    """
+    tokenized = rows.map(
+        _tokenize_batch,
+        batched=True,
+        fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},
+        remove_columns=rows.column_names,
+    )
+    shortened, cut = tokenized["shortened"][:], tokenized["cut"][:]
+    too_long = [i for i, flags in enumerate(zip(shortened, cut, strict=True)) if any(flags)]
+    if too_long and truncation == "error":
+        raise UserError(
+            f"--max_length {max_length} is too short for {len(too_long)} of {len(rows)} rows "
+            f"(the first: row {tokenized[too_long[0]]['row'] + 1}). "
+            "Raise it, or pass --truncation shorten_prompt or drop"
+        )
+    if truncation == "drop":
+        left_out = set(too_long)
+        tokenized = tokenized.select([i for i in range(len(tokenized)) if i not in left_out])
+        if len(tokenized) == 0 and len(rows) > 0:
+            raise UserError(f"--max_length {max_length} with --truncation drop leaves none of {len(rows)} rows")
+        return tokenized, Truncation(0, 0, len(too_long))
+    return tokenized, Truncation(sum(s and not c for s, c in zip(shortened, cut, strict=True)), sum(cut), 0)

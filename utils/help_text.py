@@ -1,0 +1,81 @@
+"""The text of --help, built from the settings' own descriptions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+from typing import Any
+
+from utils.flag_values import ValueType, annotated_type, as_texts
+from utils.settings import ALL_VERBS, STAGES
+from utils.trainer_fields import CONFIG_CLASSES
+
+VERB_HELP = {
+    "train": "tune a model on preference pairs with DPO (what happens without a verb)",
+    "sft": "supervised fine-tuning on the chosen responses, or on prompt/completion rows",
+}
+EXAMPLES = {
+    "train": """\
+  python advanced_dpo_script.py --model_name_or_path meta-llama/Llama-2-7b-hf \\
+      --dataset_name trl-lib/ultrafeedback_binarized --output_dir ./llama2-7b-dpo-lora \\
+      --use_lora --use_4bit --lora_r 64 --lora_alpha 16 --beta 0.1 --num_train_epochs 1 \\
+      --logging_steps 10 --save_steps 200 --use_wandb""",
+    "sft": """\
+  python advanced_dpo_script.py sft --model_name_or_path meta-llama/Llama-2-7b-hf \\
+      --dataset_name trl-lib/ultrafeedback_binarized --output_dir ./llama2-7b-sft-lora \\
+      --use_lora --use_4bit --lora_r 64 --lora_alpha 16 --num_train_epochs 1 \\
+      --logging_steps 10 --save_steps 200 --use_wandb""",
+}
+
+
+def help_text(verb: str) -> str:
+    """The help of one verb: its flags in groups, what else it takes, and a usage example."""
+    config = CONFIG_CLASSES.get(verb)
+    more = f"Every further field of TRL's {config} works as --field value too.\n" if config else ""
+    verbs = "\n".join(f"  {name:<{max(map(len, ALL_VERBS))}}  {VERB_HELP.get(name, '')}" for name in ALL_VERBS)
+    parser = argparse.ArgumentParser(
+        prog="python advanced_dpo_script.py",
+        usage=f"python advanced_dpo_script.py [{' | '.join(ALL_VERBS)}] [flags]",
+        description=f"verbs:\n{verbs}\n\nThe flags of {verb}:",
+        epilog=f"{more}- and _ are the same in flag names. Yes/no flags take no value, or true/false.\n\n"
+        f"example:\n{EXAMPLES.get(verb, '')}",
+        formatter_class=_HelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="help", help="show this")
+    general.add_argument("--config", metavar="FILE", help="YAML or JSON with the same names; flags win over it")
+    for stage_class in STAGES.values():
+        group = parser.add_argument_group(stage_class.__doc__)
+        for field in dataclasses.fields(stage_class):
+            if verb in field.metadata["verbs"]:
+                _add_flag(group, field)
+    return parser.format_help()
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any):
+        width = min(max(shutil.get_terminal_size().columns, 80), 100)
+        super().__init__(prog, max_help_position=30, width=width, **options)
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
+    text, kind = field.metadata["help"], annotated_type(field.type)
+    if "default:" not in text and field.default is not None and field.default is not False:
+        text += f" (default: {' '.join(as_texts(field.default))})"
+    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if "bool" in kind.scalars:
+        options["action"] = "store_true"
+    else:
+        options["metavar"] = _metavar(field, kind)
+    group.add_argument(f"--{field.name}", **options)
+
+
+def _metavar(field: dataclasses.Field[Any], kind: ValueType) -> str:
+    choices = field.metadata["choices"]
+    if choices and not kind.item and len("|".join(choices)) < 40:
+        return "|".join(choices)
+    word = {"int": "N", "float": "X"}.get(kind.item or kind.scalars[0], "TEXT")
+    return f"{word} [{word} ...]" if kind.item else word

@@ -1,0 +1,228 @@
+"""The policy, the reference and the tokenizer, as they will compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.errors import UserError
+from utils.models.sources import ModelSource, find_model
+from utils.runtime import Precision
+from utils.settings import LoraSettings, ModelSettings, Settings
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the policy is measured against.
+
+    `model` is a model of its own, or None when the policy itself gives the reference (its adapter switched off, or a
+    frozen copy of the adapter it started from). `how` says it in a phrase, for the console and run.json.
+    """
+
+    model: PreTrainedModel | PeftModel | None
+    how: str
+
+
+def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; where it has no padding token the end-of-text token serves (it is masked)."""
+    revision = source.revision if source.tokenizer == source.base else None
+    tokenizer = _translating(
+        f"--model_name_or_path {source.tokenizer}: its tokenizer cannot be loaded",
+        lambda: AutoTokenizer.from_pretrained(
+            source.tokenizer, revision=revision, trust_remote_code=settings.trust_remote_code
+        ),
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(source: ModelSource, settings: ModelSettings) -> int | None:
+    """The most tokens the model can read, from its config; None when the config does not limit it."""
+    config = _translating(
+        f"--model_name_or_path {source.base}: its config cannot be used",
+        lambda: AutoConfig.from_pretrained(
+            source.base, revision=source.revision, trust_remote_code=settings.trust_remote_code
+        ),
+    ).get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def load_policy(source: ModelSource, settings: Settings, precision: Precision) -> PreTrainedModel | PeftModel:
+    """The model to train.
+
+    Weights that will be trained are float32; frozen ones (the base of an adapter) have the computing precision, or
+    4 bits under --use_4bit.
+    """
+    adapts = settings.lora.use_lora or source.adapter is not None
+    dtype = precision.dtype if adapts else torch.float32
+    model = _load_base(
+        "--model_name_or_path", source, settings.model, precision, dtype, settings.model.use_4bit and adapts
+    )
+    if source.adapter is None:
+        return model
+    return _load_adapter(model, source.adapter, trainable=True)
+
+
+def build_reference(source: ModelSource, settings: Settings, precision: Precision) -> Reference:
+    """Decides what the reference is, and loads it where it is a model of its own.
+
+    In this order: --ref_model_name_or_path; a frozen copy of the adapter that training continues; the base with the
+    new adapter switched off; the starting weights once more (in 4 bits under --use_4bit).
+    """
+    quantize = settings.model.use_4bit
+    # Held like the policy where nothing is quantized: both then give the same numbers for the same weights.
+    adapts = settings.lora.use_lora or source.adapter is not None
+    dtype = precision.dtype if adapts or quantize else torch.float32
+    if settings.model.ref_model_name_or_path is not None:
+        flag = "--ref_model_name_or_path"
+        other = find_model(flag, settings.model.ref_model_name_or_path)
+        return Reference(
+            _load_frozen(flag, other, settings.model, precision, dtype, quantize),
+            f"{other.name}{' in 4 bits' if quantize else ''}, frozen",
+        )
+    if source.adapter is not None:
+        return Reference(None, f"a frozen copy of the adapter that training starts from ({source.adapter})")
+    if settings.lora.use_lora:
+        return Reference(None, "the base model, with the adapter switched off")
+    model = _load_frozen("--model_name_or_path", source, settings.model, precision, dtype, quantize)
+    return Reference(model, f"a frozen copy of the starting weights{' in 4 bits' if quantize else ''}")
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+    """Refuses a separate reference that reads other token ids than the policy does.
+
+    Raises:
+        UserError: the two vocabularies differ.
+    """
+    if settings.ref_model_name_or_path is None:
+        return
+    source = find_model("--ref_model_name_or_path", settings.ref_model_name_or_path)
+    other = load_tokenizer(source, settings)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--ref_model_name_or_path {source.name}: another tokenizer ({len(other)} tokens) than the policy's "
+            f"({len(tokenizer)}); the reference must read the same token ids"
+        )
+
+
+def new_adapter_config(settings: LoraSettings, source: ModelSource, model: PreTrainedModel) -> LoraConfig:
+    """The LoRA configuration for a fresh adapter on `model`.
+
+    Raises:
+        UserError: a module named with --lora_target_modules does not occur in the model.
+    """
+    targets: Any = list(settings.lora_target_modules)
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    else:
+        _check_target_modules(targets, model)
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        revision=source.revision,
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_4bit() -> None:
+    """Refuses --use_4bit where bitsandbytes cannot quantize on this machine, with what to install."""
+    try:
+        import bitsandbytes
+        from bitsandbytes.cextension import lib
+    except Exception as error:
+        raise UserError(
+            f"--use_4bit needs bitsandbytes, which cannot be loaded here ({error}). "
+            "Install it with `pip install bitsandbytes`, or leave --use_4bit out"
+        ) from None
+    if type(lib).__name__ == "ErrorHandlerMockBNBNativeLibrary":
+        raise UserError(
+            f"--use_4bit: bitsandbytes {bitsandbytes.__version__} has no library for this machine. "
+            "Reinstall it with `pip install --force-reinstall bitsandbytes`, or leave --use_4bit out"
+        )
+
+
+def _check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
+    if "all-linear" in targets:
+        raise UserError("--lora_target_modules: all-linear stands alone; leave the other names out")
+    head = model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Linear4bit", "Conv1D") and module is not head
+    }
+    faults = []
+    for target in targets:
+        if any(
+            name == target or name.endswith(f".{target}") for name, module in model.named_modules() if module is head
+        ):
+            faults.append(f"--lora_target_modules: {target} is the output head, whose adapter would never be trained")
+        elif not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            faults.append(
+                f"--lora_target_modules: no module is called {target}; this model has {', '.join(sorted(linear))}"
+            )
+    if faults:
+        raise UserError(*faults)
+
+
+def _load_frozen(
+    flag: str, source: ModelSource, settings: ModelSettings, precision: Precision, dtype: torch.dtype, quantize: bool
+) -> PreTrainedModel | PeftModel:
+    model = _load_base(flag, source, settings, precision, dtype, quantize)
+    if source.adapter is not None:
+        model = _load_adapter(model, source.adapter, trainable=False)
+    return model.requires_grad_(False).eval()
+
+
+def _load_base(
+    flag: str, source: ModelSource, settings: ModelSettings, precision: Precision, dtype: torch.dtype, quantize: bool
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "revision": source.revision, "use_safetensors": True}
+    options["trust_remote_code"] = settings.trust_remote_code
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    if quantize:
+        options["quantization_config"] = _quantization(settings, precision)
+        options["device_map"] = {"": precision.device}
+    return _translating(
+        f"{flag} {source.base}: cannot be loaded", lambda: AutoModelForCausalLM.from_pretrained(source.base, **options)
+    )
+
+
+def _quantization(settings: ModelSettings, precision: Precision) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision.dtype,
+    )
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PeftModel:
+    return _translating(
+        f"the adapter {adapter} cannot be put on {model.config._name_or_path}",
+        lambda: PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True),
+    )
+
+
+def _translating(fault: str, load: Callable[[], Loaded]) -> Loaded:
+    """What `load` returns; the libraries' complaints about the files they read become one readable line."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise UserError(f"{fault}: {first_line}") from error

@@ -1,0 +1,187 @@
+"""Where a model is: which base, which adapter, and whether what they name exists. Reads configs, loads no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.settings import ModelSettings
+
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model, with an adapter on top or not. Folders are absolute, so that records of them stay true."""
+
+    base: str
+    adapter: str | None
+    revision: str | None
+    tokenizer: str  # where the tokenizer is: the adapter's folder when it has one, else the base
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.adapter or self.base
+
+
+def find_policy(settings: ModelSettings) -> ModelSource:
+    """The model to tune: a base, or a base with the adapter that training continues."""
+    source = find_model("--model_name_or_path", settings.model_name_or_path, settings.model_revision)
+    if settings.adapter_name_or_path is None:
+        return source
+    if source.adapter is not None:
+        raise UserError(
+            f"--adapter_name_or_path {settings.adapter_name_or_path}: {source.adapter} is an adapter already; "
+            "name its base with --model_name_or_path, or leave one of the two out"
+        )
+    adapter = _absolute_if_local(settings.adapter_name_or_path)
+    config = read_json_file(adapter, ADAPTER_CONFIG, None)
+    if config is None:
+        raise UserError(f"--adapter_name_or_path {adapter}: no {ADAPTER_CONFIG} there, so it is not an adapter")
+    _check_adapter_weights("--adapter_name_or_path", adapter)
+    return ModelSource(source.base, adapter, source.revision, source.tokenizer)
+
+
+def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource:
+    """The model that `flag` names: a folder or a hub name, of a whole model or of an adapter.
+
+    Raises:
+        UserError: it does not exist, has no weights, only pickled ones, or no tokenizer; or an adapter's base is gone.
+    """
+    name = _absolute_if_local(name)
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name}: a file; name the folder that holds config.json and the weights")
+    if _looks_local(name) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: no such folder")
+    adapter_config = read_json_file(name, ADAPTER_CONFIG, revision)
+    if adapter_config is not None:
+        _check_adapter_weights(flag, name)
+        base, base_revision = _base_of_adapter(flag, name, adapter_config)
+        _check_model(flag, base, base_revision)
+        tokenizer = name if _has_tokenizer(name) else base
+        return ModelSource(base, name, base_revision, tokenizer)
+    _check_model(flag, name, revision)
+    if Path(name).is_dir() and not _has_tokenizer(name):
+        raise UserError(f"{flag} {name}: no tokenizer there (tokenizer.json or alike); copy the base model's into it")
+    return ModelSource(name, None, revision, name)
+
+
+def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
+    """The JSON object in `file` of a model folder or hub repository; None when it has no such file."""
+    path: str | None = str(Path(name) / file)
+    if not Path(name).is_dir():
+        path = _hub_file(name, file, revision)
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
+
+
+def _hub_file(name: str, file: str, revision: str | None) -> str | None:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _check_model(flag: str, name: str, revision: str | None) -> None:
+    if not Path(name).is_dir():
+        _check_hub_model(flag, name, revision)
+        return
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{flag} {name}: no config.json there, so it is not a model folder")
+    if any((Path(name) / file).is_file() for file in WEIGHT_FILES):
+        return
+    if any((Path(name) / file).is_file() for file in PICKLED_FILES):
+        raise UserError(
+            f"{flag} {name}: only pickled weights (.bin), which can run code when they are loaded; "
+            "convert them to safetensors with transformers' save_pretrained"
+        )
+    raise UserError(f"{flag} {name}: no weights there (model.safetensors)")
+
+
+def _check_hub_model(flag: str, name: str, revision: str | None) -> None:
+    """Asks for the config of a hub model; what can go wrong is told in one line."""
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {name}: {_hub_fault(error)}") from None
+
+
+def _hub_fault(error: BaseException) -> str:
+    """One line of advice for an error of the hub's client, found by the kinds of error that led to it."""
+    kinds, seen = [], error
+    while seen is not None:
+        kinds.append(type(seen).__name__)
+        seen = seen.__cause__ or seen.__context__
+    if "GatedRepoError" in kinds:
+        return "a gated model; accept its terms on its hub page, then log in with `hf auth login`"
+    if "RevisionNotFoundError" in kinds:
+        return "the hub has no such revision; see --model_revision"
+    if "RepositoryNotFoundError" in kinds:
+        return "no such folder, and no such model on the hub (a private one needs `hf auth login`)"
+    if "EntryNotFoundError" in kinds or "RemoteEntryNotFoundError" in kinds:
+        return "the hub repository has no config.json, so it is not a model"
+    if "HFValidationError" in kinds:
+        return "no such folder, and not a possible hub name (owner/name)"
+    return (
+        "no such folder here, not in the local hub cache, and the hub cannot be reached; name a local folder or connect"
+    )
+
+
+def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str, str | None]:
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{flag} {name}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    if _looks_local(base) and not Path(base).expanduser().is_dir():
+        beside = Path(name) / base
+        if not beside.is_dir():
+            raise UserError(
+                f"{flag} {name}: an adapter for {base}, which is not there any more; "
+                "move it back, or mend base_model_name_or_path in its adapter_config.json"
+            )
+        base = str(beside)
+    return _absolute_if_local(base), config.get("revision")
+
+
+def _check_adapter_weights(flag: str, name: str) -> None:
+    if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
+        raise UserError(f"{flag} {name}: an adapter without weights (adapter_model.safetensors)")
+
+
+def _has_tokenizer(name: str) -> bool:
+    if Path(name).is_dir():
+        return any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
+    return any(_hub_file(name, file, None) for file in TOKENIZER_FILES[:2])
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~", "\\")) or "\\" in name or (len(name) > 1 and name[1] == ":")
+
+
+def _absolute_if_local(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() or _looks_local(name) else name

@@ -1,0 +1,76 @@
+"""Chat templates for tokenizers that have none: built only from text and from tokens the tokenizer already has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from utils.errors import UserError
+
+# Turns as in Anthropic's HH-RLHF transcripts: rendering their turns gives the transcript back.
+TRANSCRIPT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ '\\n\\nAssistant: ' + message['content'] }}"
+    "{%- elif message['role'] == 'user' -%}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{%- else -%}{{ '\\n\\n' + message['role'] | capitalize + ': ' + message['content'] }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\\n\\nAssistant:' }}{%- endif -%}"
+)
+
+# "User: ...", "Assistant: ..." on lines of their own; each of the assistant's turns ends with the end-of-text token.
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '\\n\\n' if not loop.first else '' -}}"
+    "{{- message['role'] | capitalize + ': ' + message['content'] -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '\\n\\nAssistant:' -}}{%- endif -%}"
+)
+
+
+def read_chat_template(wish: str) -> str:
+    """The template that --chat_template names: the text of a file, or the given text itself."""
+    path = Path(wish).expanduser()
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8-sig")
+    except OSError:  # a template as text can be longer than a file name may be
+        pass
+    if "{" not in wish:
+        raise UserError(f"--chat_template {wish}: no such file, and not a Jinja template either")
+    return wish
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, wish: str | None, transcript: bool) -> str:
+    """Gives the tokenizer the chat template to use, and returns a phrase that says which one it is.
+
+    `transcript` says that the data are "Human: / Assistant:" transcripts, whose own form is then the default.
+
+    Raises:
+        UserError: the wished template cannot be read or does not render a conversation.
+    """
+    if wish is not None:
+        tokenizer.chat_template = read_chat_template(wish)
+        _check_renders(tokenizer, "--chat_template")
+        return "as given with --chat_template"
+    if tokenizer.chat_template:
+        _check_renders(tokenizer, "the tokenizer's chat template")
+        return "the tokenizer's own"
+    begin = "{{- bos_token -}}" if _adds_bos(tokenizer) else ""
+    tokenizer.chat_template = begin + (TRANSCRIPT_TEMPLATE if transcript else PLAIN_TEMPLATE)
+    form = "Human: / Assistant:" if transcript else "User: / Assistant:"
+    return f"the tokenizer has none; using plain '{form}' turns, saved with it (--chat_template sets another)"
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    turns = [{"role": "user", "content": "Hello"}]
+    try:
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{name} does not render a user's turn: {error}") from None

@@ -1,0 +1,155 @@
+"""The machine: device, precision, seed, versions, memory, and the one place that prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "wandb")
+
+
+def is_main_process() -> bool:
+    """True in the process that prints and writes; launchers number theirs in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str = "") -> None:
+    """Prints one line for the person, from the main process only, at once."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from writing over our lines: what matters in them is said by us. Call before importing them."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    # The thread pools of a busy-waiting OpenMP starve each other when two processes share the cores.
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
+def quiet_loaded_libraries() -> None:
+    """The part of `quiet_libraries` that needs the libraries themselves."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # Notices of the libraries to their own developers, about calls between them that we do not make.
+    for module in ("trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{module}(\..*)?")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are computed: `dtype` in the matrix products, float32 in what is trained and in the loss."""
+
+    dtype: torch.dtype
+    device: torch.device
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def autocast(self) -> bool:
+        """True when float32 weights are computed with in a shorter format."""
+        return self.name != "float32"
+
+
+def find_device() -> torch.device:
+    """The accelerator of this process when there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def cpu_computes_bfloat16_fast() -> bool:
+    """True when the processor has bfloat16 arithmetic (AVX512-BF16, AMX, Arm BF16): else it is emulated, and slow."""
+    import torch
+
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return bool(check and check())
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def choose_precision(wish: str, device: torch.device) -> Precision:
+    """The computing precision for `--dtype` on this device, with the reason as a readable phrase."""
+    import torch
+
+    if wish != "auto":
+        return Precision(getattr(torch, wish), device, "as asked with --dtype")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(torch.bfloat16, device, "this GPU computes it fast")
+        return Precision(torch.float16, device, "this GPU has no bfloat16 arithmetic")
+    if device.type == "cpu" and cpu_computes_bfloat16_fast():
+        return Precision(torch.bfloat16, device, "this processor computes it fast")
+    return Precision(torch.float32, device, "bfloat16 is slow on this processor")
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device: the GPU's name, or the CPU with its number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, NumPy and torch."""
+    import transformers
+
+    transformers.set_seed(seed)
+
+
+def read_versions() -> dict[str, str]:
+    """Package name -> installed version, Python included."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU where one computes, else of this process (resident set)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    info: Any = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

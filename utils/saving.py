@@ -1,0 +1,328 @@
+"""What a run writes: its record, its metrics, its checkpoints. Everything is written beside, flushed, then renamed.
+
+Nothing in a run folder is a pickle: tensors are safetensors, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+RECORD = "run.json"
+METRICS = "metrics.jsonl"
+PAIRS = "held_out_pairs.jsonl"
+TRAINER_STATE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+# What a run of this script puts into its folder, and so what --overwrite_output_dir may remove from it.
+OWN_FILES = (
+    RECORD,
+    METRICS,
+    PAIRS,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file in one step: a reader sees the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as indented JSON, in one step."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object per line, in one step."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class RunRecord:
+    """run.json: what the run is and how it went. Every update rewrites it; without a folder nothing is written."""
+
+    def __init__(self, folder: Path | None, content: Mapping[str, Any]):
+        self.path = folder / RECORD if folder is not None else None
+        self.content = dict(content)
+
+    def update(self, **values: Any) -> None:
+        """Sets keys; mappings are merged into what stands there."""
+        for key, value in values.items():
+            old = self.content.get(key)
+            self.content[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+        self.write()
+
+    def warn(self, text: str) -> None:
+        """Adds a warning, once."""
+        warnings = self.content.setdefault("warnings", [])
+        if text not in warnings:
+            warnings.append(text)
+
+    def write(self) -> None:
+        """Writes the file, where there is a folder for it."""
+        if self.path is not None:
+            write_json(self.path, self.content)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's run.json; None when it has none that can be read."""
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
+    """Adds one line to metrics.jsonl."""
+    with open(folder / METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def keep_metrics_until(folder: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl that lie after `step`: a resumed run writes them again."""
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:  # a last line that was being written when the run died
+            continue
+        if event.get("step", 0) <= step:
+            kept.append(event)
+    write_json_lines(path, kept)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first: those with the trainer's state, which is written last."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / TRAINER_STATE).is_file()]
+
+
+def find_resume_point(output_dir: Path, wish: str | None) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None for a start from the beginning.
+
+    Raises:
+        UserError: the path is no complete checkpoint.
+    """
+    if wish is None:
+        return None
+    if wish == "auto":
+        checkpoints = find_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    path = Path(wish).expanduser().resolve()
+    if not (path / TRAINER_STATE).is_file():
+        newest = find_checkpoints(output_dir)
+        hint = f"the newest in {output_dir} is {newest[-1].name}" if newest else "pass auto to start without one"
+        raise UserError(f"--resume_from_checkpoint {wish}: not a complete checkpoint (no {TRAINER_STATE}); {hint}")
+    return path
+
+
+# Settings that may differ between the parts of one run: they change how it is run, not what it computes.
+FREE_TO_CHANGE = frozenset(
+    {
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "output_dir",
+        "dry_run",
+        "report_to",
+        "use_wandb",
+        "wandb_project",
+        "wandb_run_name",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "save_total_limit",
+        "per_device_eval_batch_size",
+        "dataset_num_proc",
+        "dataloader_num_workers",
+    }
+)
+
+
+def check_output_folder(
+    output_dir: Path, verb: str, settings: Mapping[str, Any], resume: bool, overwrite: bool
+) -> None:
+    """Refuses a folder whose content this run would spoil.
+
+    Raises:
+        UserError: the folder holds another run, or files that are not a run's; or it cannot be written.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: a file of that name exists")
+    _check_writable(output_dir)
+    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    record = read_record(output_dir)
+    if record is None:
+        raise UserError(
+            f"--output_dir {output_dir}: not empty, and not a run of this script. Choose another folder, or pass "
+            "--overwrite_output_dir (it removes only what a run writes)"
+        )
+    if not resume:
+        go_on = "pass --resume_from_checkpoint auto to continue it, " if record.get("status") != "finished" else ""
+        raise UserError(
+            f"--output_dir {output_dir}: holds a run ({record.get('verb')}, {record.get('status')}). Choose another "
+            f"folder, {go_on}or pass --overwrite_output_dir to replace it"
+        )
+    _check_same_run(output_dir, record, verb, settings)
+
+
+def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, settings: Mapping[str, Any]) -> None:
+    if record.get("verb") != verb:
+        raise UserError(f"--resume_from_checkpoint: {output_dir} holds a run of {record.get('verb')}, not of {verb}")
+    before = record.get("settings") or {}
+    now = json.loads(json.dumps(dict(settings), default=str))
+    faults = [
+        f"--{name} is {now.get(name)!r}, but the run in {output_dir} began with {before.get(name)!r}: "
+        "resume with the same value, or choose another --output_dir"
+        for name in sorted(set(before) | set(now))
+        if name not in FREE_TO_CHANGE and before.get(name) != now.get(name)
+    ]
+    if faults:
+        raise UserError(*faults)
+
+
+def _check_writable(output_dir: Path) -> None:
+    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder")
+
+
+def clear_run(output_dir: Path) -> None:
+    """Removes what a former run wrote into the folder, and nothing else."""
+    if not output_dir.is_dir():
+        return
+    for path in list(output_dir.iterdir()):
+        if path.is_dir() and CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.name in OWN_FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
+            path.unlink()
+
+
+def save_state(folder: Path, name: str, state: Any) -> None:
+    """Writes a nested state (dicts, lists, tuples, numbers, text, tensors) as `name`.json and `name`.safetensors."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    skeleton = _take_apart(state, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{name}.safetensors")
+    write_json(folder / f"{name}.json", skeleton)
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """Reads what `save_state` wrote."""
+    from safetensors.torch import load_file
+
+    skeleton = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return _put_together(skeleton, load_file(folder / f"{name}.safetensors"))
+
+
+def _take_apart(value: Any, tensors: dict[str, Any]) -> Any:
+    """`value` as JSON; its tensors go into `tensors` and are named where they stood."""
+    import numpy
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        key = f"{len(tensors)}"
+        # A copy of its own: safetensors refuses tensors that share memory.
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if isinstance(value, numpy.ndarray):
+        key = f"{len(tensors)}"
+        tensors[key] = torch.from_numpy(value.astype(numpy.int64))
+        return {"array": key, "dtype": str(value.dtype)}
+    if isinstance(value, Mapping):
+        return {"items": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple | list):
+        return {
+            type(value).__name__ if type(value) in (tuple, list) else "list": [_take_apart(v, tensors) for v in value]
+        }
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be saved in a checkpoint")
+
+
+def _put_together(skeleton: Any, tensors: Mapping[str, Any]) -> Any:
+    if not isinstance(skeleton, dict):
+        return skeleton
+    if "tensor" in skeleton:
+        return tensors[skeleton["tensor"]]
+    if "array" in skeleton:
+        return tensors[skeleton["array"]].numpy().astype(skeleton["dtype"])
+    if "items" in skeleton:
+        return {_put_together(k, tensors): _put_together(v, tensors) for k, v in skeleton["items"]}
+    if "tuple" in skeleton:
+        return tuple(_put_together(v, tensors) for v in skeleton["tuple"])
+    return [_put_together(v, tensors) for v in skeleton["list"]]
+
+
+def read_random_state() -> dict[str, Any]:
+    """The state of every random number generator: Python, NumPy, torch and the GPU of this process."""
+    import numpy
+    import torch
+
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts every random number generator where `read_random_state` found it."""
+    import numpy
+    import torch
+
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def now() -> str:
+    """The time as run.json holds it (UTC, ISO 8601)."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

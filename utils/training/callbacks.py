@@ -1,0 +1,131 @@
+"""What happens beside the training loop: lines on the console, metrics.jsonl, run.json, and a stop that saves."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from utils.runtime import say
+from utils.saving import RunRecord, append_metrics, keep_metrics_until, now
+from utils.training.run_folder import Stopwatch
+
+# name in the log -> how the console shows it
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.0%}",
+    "margin": "margin {:+.3f}",
+    "perplexity": "perplexity {:.2f}",
+    "mean_token_accuracy": "token accuracy {:.0%}",
+    "token_accuracy": "token accuracy {:.0%}",
+}
+
+
+def readable_seconds(seconds: float) -> str:
+    """`4:07`, or `1:02:09` from an hour on."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def readable_metrics(metrics: Mapping[str, Any]) -> str:
+    """The metrics a person watches, in one phrase."""
+    return "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
+
+
+class RunWatcher(TrainerCallback):
+    """Prints and records each log line and evaluation, and stops the run in good order when it is asked to."""
+
+    def __init__(self, record: RunRecord, folder: Path | None):
+        self.record = record
+        self.folder = folder
+        self.stopwatch = Stopwatch()
+        self._made = time.perf_counter()
+        self.interrupted = False
+        self.before: dict[str, float] | None = None
+        self.resumed_step = 0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the run began, evaluations and all."""
+        return time.perf_counter() - self._made
+
+    def on_train_begin(self, args, state, control, **_):
+        self.resumed_step = state.global_step
+        if self.folder is not None and state.is_world_process_zero:
+            keep_metrics_until(self.folder, state.global_step)
+        self.stopwatch.start()
+
+    def on_step_end(self, args, state, control, **_):
+        last = state.global_step >= state.max_steps
+        if self.interrupted:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+        # A log line before every checkpoint: what it counts is then never lost between two parts of a run.
+        if control.should_save or last:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        held_out = any(name.startswith("eval_") for name in logs)
+        line = {name.replace("eval_", "held_out_"): value for name, value in logs.items()}
+        bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            self.record.warn(f"step {state.global_step}: {', '.join(bad)} not finite")
+        if self.folder is not None:
+            append_metrics(self.folder, {"step": state.global_step, **line})
+        if not held_out:
+            say(self._progress(state, logs))
+            self.record.update(step=state.global_step, steps=state.max_steps, updated=now())
+
+    def _progress(self, state, logs: Mapping[str, Any]) -> str:
+        width = len(str(state.max_steps))
+        done = state.global_step - self.resumed_step
+        left = self.stopwatch.seconds / max(done, 1) * (state.max_steps - state.global_step)
+        return (
+            f"  step {state.global_step:>{width}}/{state.max_steps}  {readable_metrics(logs)}  "
+            f"lr {logs.get('learning_rate', 0):.1e}  {readable_seconds(left)} left"
+        )
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+        if state.global_step == 0:
+            self.before = shown
+            self.record.update(metrics={"held_out_before": shown})
+        if state.is_world_process_zero:
+            when = "before training" if state.global_step == 0 else f"at step {state.global_step}"
+            say(f"  held out {when}: {readable_metrics(shown)}")
+
+    def on_train_end(self, args, state, control, **_):
+        self.stopwatch.stop()
+
+
+class StopInGoodOrder:
+    """Within the context Ctrl-C and SIGTERM let the step finish and its state be saved; a second one is final."""
+
+    def __init__(self, watcher: RunWatcher):
+        self.watcher = watcher
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.former[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.watcher.interrupted:
+            raise KeyboardInterrupt
+        self.watcher.interrupted = True
+        say("  stopping after this step; its state is saved (once more to stop at once, without saving)")

@@ -1,0 +1,95 @@
+"""Settings -> TRL's DPOConfig or SFTConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trl import DPOConfig, SFTConfig
+
+from utils.errors import UserError
+from utils.runtime import Precision
+from utils.settings import Settings
+from utils.training.losses import canonical_loss
+
+# verb -> learning rate without and with an adapter, where --learning_rate is not given
+LEARNING_RATES = {"train": (1e-6, 5e-5), "sft": (2e-5, 2e-4)}
+
+
+def learning_rate(settings: Settings, adapts: bool) -> float:
+    """The peak learning rate: as given, or the usual one for the verb and for what is trained."""
+    if settings.training.learning_rate is not None:
+        return settings.training.learning_rate
+    return LEARNING_RATES[settings.verb][adapts]
+
+
+def checkpoints_activations(settings: Settings, precision: Precision) -> bool:
+    """Whether activations are recomputed in the backward pass."""
+    wish = settings.training.gradient_checkpointing
+    return precision.device.type != "cpu" if wish is None else wish
+
+
+def build_config(settings: Settings, precision: Precision, folder: Path, adapts: bool, evaluates: bool) -> Any:
+    """The trainer's configuration. `folder` is where checkpoints go, `evaluates` whether there are held-out rows.
+
+    Raises:
+        UserError: a field's value is refused by TRL or transformers.
+    """
+    training = settings.training
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "learning_rate": learning_rate(settings, adapts),
+        "num_train_epochs": training.num_train_epochs,
+        "max_steps": training.max_steps,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_checkpointing": checkpoints_activations(settings, precision),
+        "warmup_steps": training.warmup_steps,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "logging_steps": training.logging_steps,
+        "save_steps": training.save_steps,
+        "save_total_limit": training.save_total_limit,
+        "seed": training.seed,
+        "bf16": precision.name == "bfloat16",
+        "fp16": precision.name == "float16",
+        "use_cpu": precision.device.type == "cpu",
+        "report_to": list(settings.run.report_to) or "none",
+        "run_name": settings.run.wandb_run_name or Path(settings.run.output_dir or "dry-run").name,
+        "max_length": None,  # rows are cut to length when they are tokenized
+        "trust_remote_code": settings.model.trust_remote_code,
+        "disable_tqdm": True,  # the console callback shows progress
+        # A loss that is not finite must be seen, not replaced; and looking for it would wait for the GPU every step.
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": precision.device.type == "cuda",
+        "remove_unused_columns": True,
+    }
+    if evaluates:
+        values["eval_on_start"] = True
+        if training.eval_steps is not None:
+            values |= {"eval_strategy": "steps", "eval_steps": training.eval_steps}
+    if settings.run.dry_run:
+        values |= {
+            "max_steps": 1,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+            "logging_steps": 1,
+        }
+    if settings.verb == "train":
+        values |= _loss_values(settings)
+    config_class = DPOConfig if settings.verb == "train" else SFTConfig
+    try:
+        return config_class(**(values | settings.trainer_fields))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the trainer refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _loss_values(settings: Settings) -> dict[str, Any]:
+    loss = settings.loss
+    return {
+        "beta": loss.beta,
+        "loss_type": [canonical_loss(name) for name in loss.loss_type],
+        "loss_weights": list(loss.loss_weights) if loss.loss_weights is not None else None,
+        "label_smoothing": loss.label_smoothing,
+    }

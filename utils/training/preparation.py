@@ -1,0 +1,258 @@
+"""From settings, data and models to a trainer that can start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.data.loading import PreferenceData
+from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
+from utils.errors import UserError, gather
+from utils.models.loading import (
+    Reference,
+    check_4bit,
+    check_same_tokenizer,
+    context_length,
+    new_adapter_config,
+)
+from utils.models.sources import ModelSource, find_model, read_json_file
+from utils.models.templates import set_chat_template
+from utils.runtime import Precision, device_name, say
+from utils.saving import check_output_folder
+from utils.settings import Settings
+from utils.tracking import check_trackers
+from utils.training.config import build_config
+from utils.training.run_folder import RunFolderTrainer
+from utils.training.sft import ImitationTrainer
+from utils.training.trainer import PreferenceTrainer
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenized rows of both sides, what the length limit did to them, and what they were made with."""
+
+    train: Dataset
+    held_out: Dataset | None
+    truncation: Truncation
+    held_out_truncation: Truncation
+    max_length: int
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    end_ids: frozenset[int]
+
+
+def find_folder(settings: Settings) -> Path | None:
+    """The output folder, checked but not made; None in a dry run.
+
+    Raises:
+        UserError: it holds something that this run would spoil.
+    """
+    if settings.run.dry_run:
+        return None
+    folder = Path(settings.run.output_dir).expanduser().resolve()
+    for name in ("model_name_or_path", "ref_model_name_or_path", "adapter_name_or_path"):
+        value = getattr(settings.model, name)
+        if value is not None and Path(value).expanduser().resolve() == folder:
+            raise UserError(f"--output_dir {folder}: the same folder as --{name}; the result would overwrite it")
+    resume = settings.run.resume_from_checkpoint is not None
+    check_output_folder(folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    return folder
+
+
+def check_settings(settings: Settings) -> None:
+    """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
+    checks = [lambda: check_trackers(settings)]
+    if settings.model.use_4bit:
+        checks.append(check_4bit)
+    if settings.model.ref_model_name_or_path is not None:
+        checks.append(lambda: find_model("--ref_model_name_or_path", settings.model.ref_model_name_or_path))
+    gather(*checks)
+
+
+def prepare_rows(
+    data: PreferenceData,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
+    settings: Settings,
+    columns: dict[str, str],
+) -> Rows:
+    """The rows as token ids, with the chat template and the length limit that apply.
+
+    Raises:
+        UserError: settings that do not fit the model or its adapter, or rows that do not fit the length limit.
+    """
+    template, max_length, end_ids, _, _ = gather(
+        lambda: _choose_template(data, tokenizer, settings),
+        lambda: _choose_max_length(source, settings),
+        lambda: _read_end_ids(source, tokenizer),
+        lambda: _check_adapter_settings(source, settings),
+        lambda: check_same_tokenizer(tokenizer, settings.model),
+    )
+    encoder = PromptEncoder(tokenizer, end_ids)
+    parts = [
+        tokenize_rows(part, encoder, columns, max_length, settings.data.truncation) if part is not None else None
+        for part in (data.train, data.held_out)
+    ]
+    (train, truncation), held_out = parts[0], parts[1] or (None, Truncation(0, 0, 0))
+    return Rows(train, held_out[0], truncation, held_out[1], max_length, tokenizer, template, encoder.end_ids)
+
+
+def _choose_template(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> str | None:
+    """Which chat template is used, as a phrase; None for data that are plain text."""
+    if isinstance(data.train[0]["prompt"], str) and settings.model.chat_template is None:
+        return None
+    return set_chat_template(tokenizer, settings.model.chat_template, transcript=data.reading.is_transcript)
+
+
+def _choose_max_length(source: ModelSource, settings: Settings) -> int:
+    wish, limit = settings.data.max_length, context_length(source, settings.model)
+    if wish is None:
+        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if limit is not None and wish > limit:
+        raise UserError(f"--max_length is {wish}, but this model reads at most {limit} tokens; lower it")
+    return wish
+
+
+def _read_end_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a reply, by the tokenizer and the model's generation config."""
+    config = read_json_file(source.base, "generation_config.json", source.revision) or {}
+    named = config.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < len(tokenizer))
+
+
+def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:
+    """An adapter that training continues has its own shape; a flag that says otherwise cannot be honoured."""
+    if source.adapter is None:
+        return
+    config = read_json_file(source.adapter, "adapter_config.json", None) or {}
+    wishes = {
+        "lora_r": (settings.lora.lora_r, config.get("r")),
+        "lora_alpha": (settings.lora.lora_alpha, config.get("lora_alpha")),
+        "use_rslora": (settings.lora.use_rslora, config.get("use_rslora", False)),
+        "use_dora": (settings.lora.use_dora, config.get("use_dora", False)),
+    }
+    faults = [
+        f"--{name} is {wish}, but the adapter that training continues ({source.adapter}) has {own}: leave the flag out"
+        for name, (wish, own) in wishes.items()
+        if name in settings.given and wish != own
+    ]
+    if "lora_target_modules" in settings.given:
+        faults.append(
+            f"--lora_target_modules: the adapter that training continues ({source.adapter}) has its own; leave it out"
+        )
+    if faults:
+        raise UserError(*faults)
+
+
+def make_preference_trainer(
+    policy: PreTrainedModel | PeftModel,
+    reference: Reference,
+    rows: Rows,
+    source: ModelSource,
+    settings: Settings,
+    precision: Precision,
+    folder: Path,
+) -> PreferenceTrainer:
+    """The DPO trainer, with a fresh adapter on the policy where --use_lora asks for one."""
+    trainer = PreferenceTrainer(
+        reference=reference, end_ids=rows.end_ids, **_trainer_parts(policy, rows, source, settings, precision, folder)
+    )
+    if settings.training.precompute_ref_log_probs:
+        say("scoring all pairs with the reference")
+        trainer.precompute_reference()
+    return trainer
+
+
+def make_imitation_trainer(
+    policy: PreTrainedModel | PeftModel,
+    reference: None,
+    rows: Rows,
+    source: ModelSource,
+    settings: Settings,
+    precision: Precision,
+    folder: Path,
+) -> ImitationTrainer:
+    """The SFT trainer, with a fresh adapter where --use_lora asks for one."""
+    return ImitationTrainer(**_trainer_parts(policy, rows, source, settings, precision, folder))
+
+
+def _trainer_parts(
+    policy: Any, rows: Rows, source: ModelSource, settings: Settings, precision: Precision, folder: Path
+) -> dict[str, Any]:
+    adds_adapter = settings.lora.use_lora and source.adapter is None
+    train, held_out = (_longest(part, settings) for part in (rows.train, rows.held_out))
+    adapts = adds_adapter or source.adapter is not None
+    return {
+        "model": policy,
+        "args": build_config(settings, precision, folder, adapts, evaluates=held_out is not None),
+        "lora_dropout": settings.lora.lora_dropout,
+        "train_dataset": train,
+        "eval_dataset": held_out,
+        "processing_class": rows.tokenizer,
+        "peft_config": new_adapter_config(settings.lora, source, policy) if adds_adapter else None,
+    }
+
+
+def _longest(rows: Dataset | None, settings: Settings) -> Dataset | None:
+    """In a dry run the longest rows, as many as one step and one evaluation batch take: what fits them fits all."""
+    if rows is None or not settings.run.dry_run:
+        return rows
+    training = settings.training
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    columns = [name for name in rows.column_names if name.endswith("_ids")]
+    lengths = [sum(map(len, ids)) for ids in zip(*(rows[name] for name in columns), strict=True)]
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    return rows.select(order[: max(step, training.per_device_eval_batch_size)])
+
+
+def describe_data(data: PreferenceData, rows: Rows) -> None:
+    """Says what was read and how."""
+    say(f"data: {data.source}, read as {data.reading.description}")
+    held_out = len(rows.held_out) if rows.held_out is not None else 0
+    say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out; no prompt stands in both")
+    if data.shared_prompts:
+        say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
+    for reason, count in data.dropped.items():
+        say(f"      dropped {count:,}: {reason}")
+    shortened = rows.truncation.prompts_shortened + rows.held_out_truncation.prompts_shortened
+    cut = rows.truncation.completions_cut + rows.held_out_truncation.completions_cut
+    too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
+    if shortened or cut or too_long:
+        say(
+            f"      over {rows.max_length} tokens: {shortened:,} with the prompt shortened from its left, "
+            f"{cut:,} with a response cut (not taught to end there), {too_long:,} dropped"
+        )
+    if rows.template is not None:
+        say(f"      chat template: {rows.template}")
+
+
+def describe_start(
+    trainer: RunFolderTrainer,
+    reference: Reference | None,
+    source: ModelSource,
+    settings: Settings,
+    precision: Precision,
+) -> None:
+    """Says what will be trained, against what, how, and where."""
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = trainer.model.num_parameters() if hasattr(trainer.model, "num_parameters") else trainable
+    args = trainer.args
+    bits = " on a 4-bit base" if settings.model.use_4bit and (settings.lora.use_lora or source.adapter) else ""
+    say(f"model: {source.name}, {trainable:,} of {total:,} parameters trained{bits}")
+    if reference is not None:
+        say(f"reference: {reference.how}")
+    if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:
+        say("      --use_4bit without --use_lora: 4-bit weights cannot be trained, so the reference is held in 4 bits")
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    say(
+        f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason}); "
+        f"{pairs} rows per step, learning rate {args.learning_rate:g}"
+    )

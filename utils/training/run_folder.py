@@ -1,0 +1,177 @@
+"""What both trainers do in the same way: checkpoints without pickles, and an exact evaluation of held-out rows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import Trainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from utils.saving import load_state, read_random_state, save_state, set_random_state
+
+TRAINED_ADAPTER = "default"
+
+
+@contextlib.contextmanager
+def float32_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Around the making of a trainer: what is trained on 4-bit weights stays float32.
+
+    TRL casts it to bfloat16, whose steps are so coarse that small updates vanish. Values that were there before are
+    put back exactly; an adapter that the trainer adds (to the base, in place) continues in float32.
+    """
+    if not getattr(model, "is_loaded_in_4bit", False):
+        yield
+        return
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if name in before:
+                parameter.data.copy_(before[name])
+
+
+def set_lora_dropout(model: torch.nn.Module, probability: float) -> None:
+    """Turns dropout on for the adapter that is trained. TRL turns all dropout off, adapters' too; a frozen copy of an
+    adapter that serves as reference must stay without."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and TRAINED_ADAPTER in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[TRAINED_ADAPTER] = torch.nn.Dropout(probability) if probability else torch.nn.Identity()
+
+
+class Stopwatch:
+    """Seconds of the training loop alone: it stands still within `paused`."""
+
+    def __init__(self):
+        self._total = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The seconds counted so far."""
+        return self._total + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def start(self) -> None:
+        """Begins or goes on counting."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stands still until the next start."""
+        self._total, self._since = self.seconds, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count what happens within."""
+        running = self._since is not None
+        self.stop()
+        yield
+        if running:
+            self.start()
+
+
+class RunFolderTrainer(Trainer):
+    """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give."""
+
+    stopwatch = Stopwatch()  # replaced by the run's own
+
+    def measure_held_out(self) -> dict[str, float]:
+        """Metrics of the held-out rows, exact over rows, by name."""
+        raise TypeError("a trainer of this project says how it measures held-out rows")
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measures the held-out rows; names get the prefix, as the trainer's best-model logic expects."""
+        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with (
+                self.stopwatch.paused(),
+                torch.no_grad(),
+                self.compute_loss_context_manager(),
+                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            ):
+                metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure_held_out().items()}
+        finally:
+            model.train(was_training)
+        Trainer.log(self, dict(metrics))  # past the trainers' own versions, which add metrics of training batches
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def share_of_batches(self, batches: list[list[int]]) -> list[list[int]]:
+        """This process's share of the batches, as many for each process, since sharded models compute in step.
+
+        A process that would have fewer gets one of its batches, or the first, once more; `merge_rows` counts it once.
+        """
+        world, rank = self.args.world_size, self.args.process_index
+        own = batches[rank::world]
+        return own + [own[0] if own else batches[0]] * (-(-len(batches) // world) - len(own))
+
+    def merge_rows(self, rows: dict[int, dict[str, float]]) -> list[dict[str, float]]:
+        """The rows of all processes, by index: each row once, whichever processes computed it."""
+        if self.args.world_size > 1:
+            gathered: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = {index: row for part in gathered for index, row in part.items()}
+        return [rows[index] for index in sorted(rows)]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        options: dict[str, Any] = {"state_dict": state_dict} if state_dict is not None else {}
+        if isinstance(model, PeftModel):
+            options |= {"selected_adapters": [TRAINED_ADAPTER], "save_embedding_layers": False}
+        model.save_pretrained(folder, **options)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
+        self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # Past TRL's own version, which writes a model card into every checkpoint.
+        Trainer._save_checkpoint(self, model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            save_state(Path(output_dir), "optimizer", state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = load_state(Path(checkpoint), "optimizer")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            save_state(Path(output_dir), "scaler", scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is not None and scaler is not None and (Path(checkpoint) / "scaler.json").is_file():
+            scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+
+    def _random_state_name(self) -> str:
+        return f"random_state_{self.args.process_index}"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        save_state(Path(output_dir), self._random_state_name(), read_random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = self._random_state_name()
+        if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
+            set_random_state(load_state(Path(checkpoint), name))

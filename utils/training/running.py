@@ -1,0 +1,223 @@
+"""A run from its first step to its record: trains, stops in good order, evaluates, saves."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from utils.data.loading import PreferenceData
+from utils.errors import Interrupted
+from utils.models.loading import Reference
+from utils.runtime import Precision, peak_memory_bytes, read_versions, say
+from utils.saving import (
+    PAIRS,
+    RunRecord,
+    clear_run,
+    find_resume_point,
+    now,
+    read_record,
+    write_json_lines,
+)
+from utils.settings import Settings
+from utils.tracking import prepare_trackers, say_how_to_upload
+from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics, readable_seconds
+from utils.training.preparation import Rows
+from utils.training.run_folder import RunFolderTrainer
+
+METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
+
+
+@dataclass
+class Run:
+    """A trainer with its record; `folder` is None in a dry run, which leaves nothing behind."""
+
+    trainer: RunFolderTrainer
+    record: RunRecord
+    watcher: RunWatcher
+    settings: Settings
+    precision: Precision
+    rows: Rows
+    folder: Path | None
+    resume_from: Path | None
+
+    def train(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; the state was saved.
+        """
+        try:
+            with StopInGoodOrder(self.watcher):
+                self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
+        except BaseException:
+            self.record.update(status="failed", updated=now())
+            raise
+        if self.watcher.interrupted:
+            self.record.update(status="interrupted", updated=now(), resources=self.resources())
+            command = shlex.join(["python", "advanced_dpo_script.py", *self.record.content["arguments"]])
+            again = "" if "--resume_from_checkpoint" in command else " --resume_from_checkpoint auto"
+            raise Interrupted(f"interrupted at step {self.trainer.state.global_step}; to go on:\n  {command}{again}")
+
+    def resources(self) -> dict[str, Any]:
+        """Time, speed and memory so far, in seconds, rows and tokens per second, and bytes."""
+        seconds = self.watcher.stopwatch.seconds
+        done = self.trainer.state.global_step - self.watcher.resumed_step
+        steps = max(self.trainer.state.max_steps, 1)
+        tokens, rows = count_training(self.trainer, self.rows)
+        share = done / steps
+        gpus = self.trainer.args.world_size if self.precision.device.type == "cuda" else 0
+        return {
+            "seconds": self.watcher.wall_seconds,
+            "train_seconds": seconds,
+            "pairs_per_second": rows * share / seconds if seconds else 0.0,
+            "tokens_per_second": tokens * share / seconds if seconds else 0.0,
+            "peak_memory_bytes": peak_memory_bytes(self.precision.device),
+            "gpu_hours": gpus * self.watcher.wall_seconds / 3600,
+            "cost": None,
+        }
+
+
+def count_training(trainer: RunFolderTrainer, rows: Rows) -> tuple[float, float]:
+    """Tokens and rows of the whole schedule: every token of the data once per pass, padding not counted."""
+    names = [name for name in rows.train.column_names if name.endswith("_ids")]
+    tokens = sum(sum(map(len, rows.train[name])) for name in names)
+    args = trainer.args
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    passes = trainer.state.max_steps * step / len(rows.train)
+    if args.max_steps <= 0:
+        passes = args.num_train_epochs
+    return tokens * passes, len(rows.train) * passes
+
+
+def start_run(
+    trainer: RunFolderTrainer,
+    reference: Reference | None,
+    data: PreferenceData,
+    rows: Rows,
+    settings: Settings,
+    precision: Precision,
+    folder: Path | None,
+    arguments: list[str],
+) -> Run:
+    """Makes the output folder and its record, and attaches to the trainer what watches it."""
+    wish = settings.run.resume_from_checkpoint
+    resume_from = find_resume_point(folder, wish) if folder is not None else None
+    former = read_record(folder) if resume_from is not None else None
+    if folder is not None:
+        if resume_from is None:
+            clear_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare_trackers(settings, folder)
+    if wish is not None:
+        say(
+            f"resuming from {resume_from}"
+            if resume_from
+            else "no checkpoint to resume from yet: starting from the beginning"
+        )
+    record = RunRecord(folder, _first_record(trainer, reference, data, rows, settings, arguments))
+    if former is not None:
+        record.content["metrics"] = former.get("metrics", {})
+        record.content["started"] = former.get("started", record.content["started"])
+        trainer.args.eval_on_start = False
+    record.write()
+    watcher = RunWatcher(record, folder)
+    trainer.stopwatch = watcher.stopwatch
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watcher)
+    return Run(trainer, record, watcher, settings, precision, rows, folder, resume_from)
+
+
+def _first_record(
+    trainer: RunFolderTrainer,
+    reference: Reference | None,
+    data: PreferenceData,
+    rows: Rows,
+    settings: Settings,
+    arguments: list[str],
+) -> dict[str, Any]:
+    kind = "pairs" if settings.verb == "train" else "rows"
+    model = trainer.model
+    dropped = dict(data.dropped)
+    too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
+    if too_long:
+        dropped[f"longer than {rows.max_length} tokens"] = too_long
+    return {
+        "status": "running",
+        "verb": settings.verb,
+        "started": now(),
+        "settings": settings.flat(),
+        "arguments": arguments,
+        "command": shlex.join(["python", "advanced_dpo_script.py", *arguments]),
+        "versions": read_versions(),
+        "model": {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "architecture": (model.config.architectures or [type(model).__name__])[0],
+        },
+        "data": {
+            "source": data.source,
+            "reading": data.reading.description,
+            f"train_{kind}": len(rows.train),
+            f"held_out_{kind}": len(rows.held_out) if rows.held_out is not None else 0,
+            "dropped": dropped,
+            "truncated": rows.truncation.truncated + rows.held_out_truncation.truncated,
+            "max_length": rows.max_length,
+            "chat_template": rows.template,
+            "shared_prompts": data.shared_prompts,
+            "fingerprint": data.fingerprint,
+        },
+        "reference": reference.how if reference is not None else None,
+        "metrics": {},
+        "resources": {},
+        "warnings": [],
+    }
+
+
+def finish_run(run: Run) -> None:
+    """Evaluates, saves the model or adapter at the folder's root, completes the record and says how it went."""
+    trainer, record = run.trainer, run.record
+    metrics = {"train": training_metrics(trainer.state.log_history)}
+    if trainer.eval_dataset is not None:
+        held_out = trainer.evaluate()
+        metrics["held_out"] = {name.removeprefix("eval_"): value for name, value in held_out.items()}
+    if run.folder is None:
+        say("dry run: every stage works; nothing was saved")
+        return
+    trainer.save_model(str(run.folder))
+    if trainer.args.should_save and trainer.eval_dataset is not None:
+        rows = run.rows.held_out["row"][:]
+        write_json_lines(
+            run.folder / PAIRS,
+            [{"row": row, **values} for row, values in zip(rows, trainer.held_out_rows, strict=True)],
+        )
+    record.update(status="finished", updated=now(), metrics=metrics, resources=run.resources())
+    _say_result(run)
+
+
+def training_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the whole training, from its log lines, each weighted by the rows it stands for."""
+    lines = [line for line in history if "loss" in line and "learning_rate" in line]
+    weights = [line.get("pairs", 1.0) for line in lines]
+    names = [name for name in METRIC_NAMES if lines and all(name in line for line in lines)]
+    total = sum(weights)
+    return {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}
+
+
+def _say_result(run: Run) -> None:
+    content = run.record.content
+    before, after = content["metrics"].get("held_out_before"), content["metrics"].get("held_out")
+    if before and after:
+        say(f"held out: before {readable_metrics(before)}")
+        say(f"          after  {readable_metrics(after)}")
+    resources = content["resources"]
+    say(
+        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} rows/s in training, "
+        f"peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
+    )
+    what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"
+    say(f"{what}, tokenizer and record (run.json): {run.folder}")
+    say_how_to_upload(run.settings, run.folder)

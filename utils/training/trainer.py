@@ -1,0 +1,307 @@
+"""The DPO trainer: TRL's DPOTrainer with the loss, the metrics and the evaluation computed pair by pair."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
+
+from utils.models.loading import Reference
+from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
+from utils.training.run_folder import RunFolderTrainer, float32_kept, set_lora_dropout
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass(frozen=True)
+class CompletionLogProbs:
+    """What one forward pass says of 2 x pairs completions, chosen first: each tensor has shape (2 x pairs,)."""
+
+    summed: Tensor  # nats, in float32, weighted by ld_alpha where it is set
+    mean_negative: Tensor  # nats per token, unweighted
+    length: Tensor  # tokens
+    ended: Tensor  # whether the last token is an end-of-text token
+    weight: Tensor | None  # WPO weights, where they are used
+    auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar
+
+
+def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Tensor:
+    """Summed log-probs of 2 x pairs completions, shape (2 x pairs,), in float32.
+
+    With `ld_alpha` a, tokens beyond the length of the pair's shorter completion count a instead of 1 (LD-DPO, arXiv
+    2409.06411).
+
+    Args:
+        log_probs: shape (2 x pairs, length), zero outside `mask`.
+        mask: the same shape, 1 on completion tokens.
+    """
+    log_probs = log_probs.float()
+    if ld_alpha is None:
+        return log_probs.sum(dim=1)
+    position, length = mask.cumsum(dim=1), mask.sum(dim=1)
+    shorter = torch.minimum(*length.chunk(2)).repeat(2)
+    return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
+
+
+class PairCollator(DataCollatorForPreference):
+    """TRL's padded batch of pairs, chosen completions first."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        for name in REFERENCE_COLUMNS:
+            if name in batch:
+                batch[name] = batch[name].float()
+        return batch
+
+
+class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
+    """Direct preference optimization of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, `row`).
+
+    Differs from its parent in what it computes with the log-probs: each pair weighs the same in its optimizer step
+    whatever micro-batch or process it fell in, metrics are means over pairs, trained weights are float32, and the
+    evaluation reads each held-out pair once.
+    """
+
+    loss_is_scaled_for_ga = True  # by the pairs of the whole optimizer step, in `compute_loss`
+
+    def __init__(
+        self,
+        *,
+        model,
+        reference: Reference,
+        args: DPOConfig,
+        lora_dropout: float,
+        end_ids: frozenset[int],
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class,
+        peft_config=None,
+        callbacks=None,
+    ):
+        with float32_kept(model):
+            super().__init__(
+                model=model,
+                ref_model=reference.model,
+                args=args,
+                data_collator=PairCollator(pad_token_id=processing_class.pad_token_id),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                callbacks=callbacks,
+            )
+        set_lora_dropout(self.model, lora_dropout)
+        self._freeze_reference_adapter()
+        self.end_ids = torch.tensor(sorted(end_ids))
+        self.held_out_rows: list[dict[str, float]] = []
+        self.tokens_computed = 0
+        self._sums: dict[str, Tensor] = {}
+        parameters = LossParameters(
+            beta=args.beta,
+            label_smoothing=args.label_smoothing,
+            discopop_tau=args.discopop_tau,
+            divergence=Divergence(args.f_divergence_type, args.f_alpha_divergence_coef),
+        )
+        self.objective = Objective(tuple(args.loss_type), tuple(self.loss_weights), parameters)
+
+    def _freeze_reference_adapter(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if f".{REFERENCE_ADAPTER}." in name:
+                parameter.requires_grad_(False)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset  # tokenized already, by utils/data/tokenizing.py
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """The pairs of this optimizer step, over all its micro-batches and processes."""
+        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        count = torch.tensor(pairs, device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
+        policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
+        pairs = self._pair(policy, inputs)
+        losses = self.objective(pairs)
+        if policy.weight is not None:
+            chosen_weight, rejected_weight = policy.weight.chunk(2)
+            losses = losses * chosen_weight * rejected_weight
+        self._count(pairs, losses)
+        # Processes average their gradients; times the world size, that average is a sum again.
+        share = self.args.world_size / num_items_in_batch
+        loss = losses.sum() * share
+        if policy.auxiliary is not None:
+            loss = loss + self.router_aux_loss_coef * policy.auxiliary * len(losses) * share
+        return loss
+
+    def score_completions(
+        self, model, inputs: Mapping[str, Tensor], with_auxiliary: bool = False
+    ) -> CompletionLogProbs:
+        """The log-probs that `model` gives the completions of a batch."""
+        mask = inputs["completion_mask"]
+        options = {"output_router_logits": True} if with_auxiliary else {}
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["input_ids"].masked_fill(mask == 0, -100),
+            fused_lm_head=True,
+            use_cache=False,
+            **options,
+        )
+        mask = mask[:, 1:]
+        # Prompt-learning adapters put virtual tokens in front of the real ones.
+        log_probs = outputs.log_probs[:, -mask.size(1) :]
+        length = mask.sum(dim=1)
+        weight = None
+        if self.use_weighting and outputs.log_sum_sq_probs is not None:
+            # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
+            aligned = (log_probs - outputs.log_sum_sq_probs[:, -mask.size(1) :]).detach() * mask
+            weight = torch.exp(aligned.sum(dim=1) / length)
+        last = inputs["input_ids"].gather(1, inputs["attention_mask"].sum(dim=1, keepdim=True) - 1)
+        return CompletionLogProbs(
+            summed=sum_log_probs(log_probs, mask, self.ld_alpha),
+            mean_negative=-log_probs.float().sum(dim=1) / length,
+            length=length,
+            ended=torch.isin(last.squeeze(1), self.end_ids.to(last.device)),
+            weight=weight,
+            auxiliary=outputs.aux_loss if with_auxiliary else None,
+        )
+
+    def score_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The reference's summed log-probs of a batch's completions, shape (2 x pairs,), without gradient."""
+        if REFERENCE_COLUMNS[0] in inputs:
+            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self._reference_active() as model,
+        ):
+            return self.score_completions(model, inputs).summed
+
+    @contextlib.contextmanager
+    def _reference_active(self):
+        """The model that computes as the reference within the context."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None
+        with use_adapter(unwrapped, adapter_name=adapter):
+            yield self.model
+
+    def _pair(self, policy: CompletionLogProbs, inputs: Mapping[str, Tensor]) -> PairLogProbs:
+        reference = self.score_reference(inputs)
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy.summed.chunk(2), reference.chunk(2)
+        chosen_length, rejected_length = policy.length.chunk(2)
+        chosen_nll = policy.mean_negative.chunk(2)[0]
+        return PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, chosen_nll)
+
+    def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:
+        """Adds a micro-batch to the sums that the next log line divides by its pairs. Stays on the device."""
+        rows = pair_metrics(pairs, losses, self.objective.parameters.beta)
+        sums = {name: values.sum() for name, values in rows.items()} | {"pairs": torch.tensor(float(len(losses)))}
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().to(losses.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over the pairs since the last line to a line of training metrics."""
+        if self._sums and "loss" in logs:
+            names = sorted(self._sums)
+            sums = torch.stack([self._sums[name] for name in names]).double()
+            if self.args.world_size > 1:
+                sums = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0)
+            totals = dict(zip(names, sums.tolist(), strict=True))
+            pairs = totals.pop("pairs")
+            logs |= {name: total / pairs for name, total in totals.items()} | {"pairs": pairs}
+            self._sums = {}
+        Trainer.log(self, logs, start_time)
+
+    def measure_held_out(self) -> dict[str, float]:
+        """Means over the held-out pairs; the pairs themselves stay in `held_out_rows`."""
+        self.held_out_rows = self.score_dataset(self.eval_dataset)
+        return summarise(self.held_out_rows)
+
+    def score_dataset(self, dataset: Dataset) -> list[dict[str, float]]:
+        """One row of metrics per pair, in the order of the data set. Memory grows with the batch, not with the data.
+
+        Pairs of similar length share a batch, which saves padding and changes no pair's numbers.
+        """
+        lengths = [max(len(c), len(r)) + len(p) for p, c, r in zip(*(dataset[n] for n in PAIR_IDS), strict=True)]
+        order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
+        size = self.args.per_device_eval_batch_size
+        rows: dict[int, dict[str, float]] = {}
+        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        for indices in self.share_of_batches([order[i : i + size] for i in range(0, len(order), size)]):
+            inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+            policy = self.score_completions(model, inputs)
+            pairs = self._pair(policy, inputs)
+            columns = pair_metrics(pairs, self.objective(pairs), self.objective.parameters.beta)
+            columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
+            columns |= {"chosen_tokens": pairs.chosen_length, "rejected_tokens": pairs.rejected_length}
+            columns["chosen_ends"] = policy.ended.chunk(2)[0]
+            values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
+            rows |= {i: dict(zip(columns, row, strict=True)) for i, row in zip(indices, values, strict=True)}
+        return self.merge_rows(rows)
+
+    def precompute_reference(self) -> None:
+        """Scores every pair with the reference once, and lets go of a reference that is a model of its own."""
+        size, self.args.per_device_eval_batch_size = (
+            self.args.per_device_eval_batch_size,
+            self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
+        )
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.train_dataset = self._with_reference(self.train_dataset)
+            if self.eval_dataset is not None:
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+        self.args.per_device_eval_batch_size = size
+        self.ref_model = None
+
+    def _with_reference(self, dataset: Dataset) -> Dataset:
+        was_training = self.model.training
+        self.model.eval()
+        rows = self.score_dataset(dataset)
+        self.model.train(was_training)
+        for name in REFERENCE_COLUMNS:
+            dataset = dataset.add_column(name, [row[name] for row in rows])
+        return dataset
+
+
+PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def pair_metrics(pairs: PairLogProbs, losses: Tensor, beta: float) -> dict[str, Tensor]:
+    """Metrics by pair, each of shape (pairs,).
+
+    Rewards are beta times the log-ratio (arXiv 2305.18290, section 4). Accuracy is 1 where the chosen completion has
+    the higher reward, and a half where the two are equal, as before the first step.
+    """
+    chosen, rejected = beta * pairs.chosen_logratio.detach(), beta * pairs.rejected_logratio.detach()
+    return {
+        "loss": losses.detach(),
+        "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "chosen_logps": pairs.chosen.detach(),
+        "rejected_logps": pairs.rejected.detach(),
+    }
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over pairs, and their count."""
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"pairs": len(rows)}
