@@ -73,6 +73,7 @@ def run_training(
     from utils.models.loading import load_policy, load_tokenizer
     from utils.models.sources import find_policy
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
+    from utils.tracking import prepare_trackers
     from utils.training.preparation import (
         check_settings,
         describe_data,
@@ -86,20 +87,20 @@ def run_training(
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
 
-    folder, source, _ = gather(
+    folder, source, data, _ = gather(
         lambda: find_folder(settings),
         lambda: find_policy(settings.model),
+        lambda: load_pairs(settings.data, settings.verb, settings.training.seed),
         lambda: check_settings(settings),
     )
-    data, tokenizer = gather(
-        lambda: load_pairs(settings.data, settings.verb, settings.training.seed),
-        lambda: load_tokenizer(source, settings.model),
-    )
+    tokenizer = load_tokenizer(source, settings.model)
     rows = prepare_rows(data, tokenizer, source, settings, columns)
     describe_data(data, rows)
 
     policy = load_policy(source, settings, precision)
     reference = build_reference(source, settings, precision) if build_reference else None
+    if folder is not None:
+        prepare_trackers(settings, folder)
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         describe_start(trainer, reference, source, settings, precision)

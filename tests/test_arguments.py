@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from utils.arguments import command_line, known_flags, parse_arguments
+from utils.arguments import command_line, parse_arguments
+from utils.arguments.parsing import known_flags
+from utils.arguments.trainer_fields import OWNED, trainer_fields
 from utils.errors import UserError
 from utils.settings import STAGES
-from utils.trainer_fields import OWNED, trainer_fields
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]

@@ -5,13 +5,14 @@ Nothing in a run folder is a pickle: tensors are safetensors, everything else is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,25 @@ OWN_FILES = (
 )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file in one step: a reader sees the old content or the new one, never a part."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what was written there takes the place of `path` in one step, or nothing does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield beside
+        with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file in one step: a reader sees the old content or the new one, never a part."""
+    # A lone surrogate, which JSON may hold, is written as the JSON escape \udXXX.
+    with _replacing(path) as beside, open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -117,10 +125,10 @@ def keep_metrics_until(folder: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             event = json.loads(line)
-        except ValueError:  # a last line that was being written when the run died
+        except ValueError:  # the nothing behind the last line, or a line that was being written when the run died
             continue
         if event.get("step", 0) <= step:
             kept.append(event)
@@ -221,7 +229,7 @@ def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, sett
 
 def _check_writable(output_dir: Path) -> None:
     existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder")
 
 
@@ -242,8 +250,8 @@ def save_state(folder: Path, name: str, state: Any) -> None:
 
     tensors: dict[str, Any] = {}
     skeleton = _take_apart(state, tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{name}.safetensors")
+    with _replacing(folder / f"{name}.safetensors") as beside:
+        save_file(tensors, beside)
     write_json(folder / f"{name}.json", skeleton)
 
 
@@ -267,7 +275,8 @@ def _take_apart(value: Any, tensors: dict[str, Any]) -> Any:
         return {"tensor": key}
     if isinstance(value, numpy.ndarray):
         key = f"{len(tensors)}"
-        tensors[key] = torch.from_numpy(value.astype(numpy.int64))
+        # Not every reader of safetensors knows unsigned integers; as signed ones they keep their bits.
+        tensors[key] = torch.from_numpy(value.astype(numpy.int64) if value.dtype.kind == "u" else value.copy())
         return {"array": key, "dtype": str(value.dtype)}
     if isinstance(value, Mapping):
         return {"items": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in value.items()]}

@@ -140,6 +140,8 @@ def _missing_path(name: str, path: Path) -> str:
 
 def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if settings.dataset_config is not None:
+            raise UserError(f"--dataset_config {settings.dataset_config}: {path} has no configurations")
         return _open_saved(path)
     flag = f"--dataset_name {settings.dataset_name}"
     try:

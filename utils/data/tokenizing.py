@@ -7,17 +7,22 @@ token, unless the completion had to be cut, in which case `cut` says so and noth
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
 
 # Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
 PROMPT_SHARE_KEPT = 4
+
+# Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
+ANY_REPLY = "\ue000"
 
 Turns = list[dict[str, Any]]
 
@@ -53,6 +58,13 @@ class PromptEncoder:
         self.end_ids = frozenset(end_ids) | {tokenizer.eos_token_id}
         probe = tokenizer("a")["input_ids"]
         self.bos_ids = [tokenizer.bos_token_id] if probe[:1] == [tokenizer.bos_token_id] else []
+
+    @property
+    def opening_ids(self) -> list[int]:
+        """The BOS that a prompt may begin with, from the tokenizer or the template; a shortened prompt keeps it."""
+        if self.bos_ids or "bos_token" not in str(self.tokenizer.chat_template):
+            return self.bos_ids
+        return [self.tokenizer.bos_token_id]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with no token added."""
@@ -103,35 +115,63 @@ class PromptEncoder:
         if whole.startswith(start):
             return start, whole[len(start) :]
         # The template writes something in front of a reply to come that it leaves out of a reply that is there (an
-        # empty think block, say). The prompt keeps it, as in generation; the completion begins where the two part.
-        bare = self._render(prompt, tools)
-        if not whole.startswith(bare):
-            return start, "".join(str(turn.get("content") or "") for turn in completion)
-        opening, reply = start[len(bare) :], whole[len(bare) :]
-        shared = next((i for i, (a, b) in enumerate(zip(opening, reply, strict=False)) if a != b), len(opening))
-        return start, reply[shared:]
+        # empty think block, say). The prompt keeps it, as in generation; the completion begins where any reply would.
+        any_reply = self._render([*prompt, {**completion[0], "content": ANY_REPLY}], tools)
+        head, found, tail = any_reply.rpartition(ANY_REPLY)
+        if found and start.startswith(head) and whole.startswith(head):
+            return start, whole[len(head) :]
+        contents = "".join(str(turn.get("content") or "") for turn in completion)
+        return start, contents + (tail if found else "")
 
     def _render(self, turns: Turns, tools: Any, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tools=_read_tools(tools), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(
+                f"the chat template refuses a conversation of {roles}: {error}. "
+                "Leave such rows out of the data, or give another template with --chat_template"
+            ) from None
 
     def _encode_apart(self, completion: str) -> list[int]:
         """Ids of a completion whose first characters would merge into the prompt's last token.
 
-        The line break in front keeps tokenizers that put a space before a text's first word from doing it here.
+        The text in front keeps tokenizers that put a space before a text's first word from doing it here; it has to
+        be one that the completion does not merge into either.
         """
-        anchor, ids = self.encode(["\n", "\n" + completion])
-        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode([completion])[0]
+        for front in ("\n", "a", "."):
+            anchor, ids = self.encode([front, front + completion])
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :]
+        return self.encode([completion])[0]
 
     def _end_once(self, ids: list[int]) -> list[int]:
-        """`ids` with one end-of-text token at the end: what a template writes behind it (a line break) is left out."""
-        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.end_ids), None)
-        if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
-            while last > 0 and ids[last - 1] in self.end_ids:
-                last -= 1
-            return ids[: last + 1]
-        return [*ids, self.tokenizer.eos_token_id]
+        """`ids` up to the first of the end-of-text tokens at their end, with nothing but blanks between and behind
+        them (a template may write a line break there); without one, `ids` and the tokenizer's own."""
+        ends = [index for index, token in enumerate(ids) if token in self.end_ids]
+        end = len(ids)
+        while ends and not self.tokenizer.decode(ids[ends[-1] + 1 : end]).strip():
+            end = ends.pop()
+        return [*ids[:end], ids[end] if end < len(ids) else self.tokenizer.eos_token_id]
+
+
+def _read_tools(tools: Any) -> Any:
+    """The tools of a conversation as a template takes them; rows hold them as JSON text.
+
+    Raises:
+        UserError: the text is not a list of JSON objects.
+    """
+    if not isinstance(tools, str):
+        return tools
+    try:
+        read = json.loads(tools)
+    except ValueError:
+        read = None
+    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
+        raise UserError(f"the column 'tools' holds {tools[:60]!r}: must be a list of JSON objects, one for each tool")
+    return read
 
 
 def fit_lengths(prompt: int, completions: Sequence[int], max_length: int) -> tuple[int, list[int]]:
@@ -144,13 +184,13 @@ def fit_lengths(prompt: int, completions: Sequence[int], max_length: int) -> tup
     return kept_prompt, [min(length, max_length - kept_prompt) for length in completions]
 
 
-def _fit_row(row: dict[str, Any], names: Sequence[str], max_length: int, bos_ids: list[int]) -> dict[str, Any]:
+def _fit_row(row: dict[str, Any], names: Sequence[str], max_length: int, opening_ids: list[int]) -> dict[str, Any]:
     """The row with its ids shortened to `max_length`; `shortened` and `cut` say what happened."""
     prompt, completions = row["prompt_ids"], [row[name] for name in names]
     kept_prompt, kept = fit_lengths(len(prompt), [len(ids) for ids in completions], max_length)
     shortened = kept_prompt < len(prompt)
     if shortened:
-        begin = bos_ids if bos_ids and prompt[:1] == bos_ids and kept_prompt > 1 else []
+        begin = opening_ids if opening_ids and prompt[:1] == opening_ids and kept_prompt > 1 else []
         prompt = begin + prompt[len(prompt) - kept_prompt + len(begin) :]
     fitted = {"prompt_ids": prompt, "shortened": shortened, "cut": False}
     for name, ids, length in zip(names, completions, kept, strict=True):
@@ -167,7 +207,7 @@ def _tokenize_batch(
     for name, column in completions.items():
         columns[name] = encoder.encode_continuations(batch["prompt"], batch[column], tools)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    fitted = [_fit_row(row, list(completions), max_length, encoder.bos_ids) for row in rows]
+    fitted = [_fit_row(row, list(completions), max_length, encoder.opening_ids) for row in rows]
     return {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}
 
 

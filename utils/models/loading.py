@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import UserError
@@ -223,6 +224,6 @@ def _translating(fault: str, load: Callable[[], Loaded]) -> Loaded:
     """What `load` returns; the libraries' complaints about the files they read become one readable line."""
     try:
         return load()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise UserError(f"{fault}: {first_line}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,17 @@ def find_policy(settings: ModelSettings) -> ModelSource:
             f"--adapter_name_or_path {settings.adapter_name_or_path}: {source.adapter} is an adapter already; "
             "name its base with --model_name_or_path, or leave one of the two out"
         )
-    adapter = _absolute_if_local(settings.adapter_name_or_path)
-    config = read_json_file(adapter, ADAPTER_CONFIG, None)
-    if config is None:
-        raise UserError(f"--adapter_name_or_path {adapter}: no {ADAPTER_CONFIG} there, so it is not an adapter")
-    _check_adapter_weights("--adapter_name_or_path", adapter)
-    return ModelSource(source.base, adapter, source.revision, source.tokenizer)
+    flag, adapter = "--adapter_name_or_path", _absolute_if_local(settings.adapter_name_or_path)
+    _check_place(flag, adapter, ADAPTER_CONFIG)
+    if read_json_file(adapter, ADAPTER_CONFIG, None) is None:
+        if not Path(adapter).is_dir():
+            _check_hub_model(flag, adapter, None, ADAPTER_CONFIG)
+        raise UserError(
+            f"{flag} {adapter}: no {ADAPTER_CONFIG} there, so it is not an adapter; "
+            "name a folder that holds one, or leave the flag out"
+        )
+    _check_adapter_weights(flag, adapter)
+    return ModelSource(source.base, adapter, source.revision, adapter if _has_tokenizer(adapter) else source.tokenizer)
 
 
 def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource:
@@ -56,20 +62,17 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
         UserError: it does not exist, has no weights, only pickled ones, or no tokenizer; or an adapter's base is gone.
     """
     name = _absolute_if_local(name)
-    if Path(name).is_file():
-        raise UserError(f"{flag} {name}: a file; name the folder that holds config.json and the weights")
-    if _looks_local(name) and not Path(name).is_dir():
-        raise UserError(f"{flag} {name}: no such folder")
+    _check_place(flag, name, "config.json")
     adapter_config = read_json_file(name, ADAPTER_CONFIG, revision)
     if adapter_config is not None:
         _check_adapter_weights(flag, name)
         base, base_revision = _base_of_adapter(flag, name, adapter_config)
         _check_model(flag, base, base_revision)
         tokenizer = name if _has_tokenizer(name) else base
+        _check_tokenizer(flag, tokenizer)
         return ModelSource(base, name, base_revision, tokenizer)
     _check_model(flag, name, revision)
-    if Path(name).is_dir() and not _has_tokenizer(name):
-        raise UserError(f"{flag} {name}: no tokenizer there (tokenizer.json or alike); copy the base model's into it")
+    _check_tokenizer(flag, name)
     return ModelSource(name, None, revision, name)
 
 
@@ -105,12 +108,19 @@ def _hub_file(name: str, file: str, revision: str | None) -> str | None:
         return None
 
 
+def _check_place(flag: str, name: str, config: str) -> None:
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name}: a file; name the folder that holds {config} and the weights")
+    if _looks_local(name) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: no such folder; check the path")
+
+
 def _check_model(flag: str, name: str, revision: str | None) -> None:
     if not Path(name).is_dir():
         _check_hub_model(flag, name, revision)
         return
     if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{flag} {name}: no config.json there, so it is not a model folder")
+        raise UserError(f"{flag} {name}: no config.json there, so it is not a model folder; name one that has it")
     if any((Path(name) / file).is_file() for file in WEIGHT_FILES):
         return
     if any((Path(name) / file).is_file() for file in PICKLED_FILES):
@@ -118,20 +128,27 @@ def _check_model(flag: str, name: str, revision: str | None) -> None:
             f"{flag} {name}: only pickled weights (.bin), which can run code when they are loaded; "
             "convert them to safetensors with transformers' save_pretrained"
         )
-    raise UserError(f"{flag} {name}: no weights there (model.safetensors)")
+    raise UserError(f"{flag} {name}: no weights there (model.safetensors); save or copy them into it")
 
 
-def _check_hub_model(flag: str, name: str, revision: str | None) -> None:
-    """Asks for the config of a hub model; what can go wrong is told in one line."""
+def _check_hub_model(flag: str, name: str, revision: str | None, config: str = "config.json") -> None:
+    """Asks for the config of a hub model or adapter; what can go wrong is told in one line."""
     from transformers.utils import cached_file
 
     try:
-        cached_file(name, "config.json", revision=revision)
+        found = cached_file(name, config, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: {_hub_fault(error)}") from None
+        raise UserError(f"{flag} {name}: {_hub_fault(error, config)}") from None
+    if found is None:
+        raise UserError(f"{flag} {name}: {_without_config(config)}")
 
 
-def _hub_fault(error: BaseException) -> str:
+def _without_config(config: str) -> str:
+    kind = "an adapter" if config == ADAPTER_CONFIG else "a model"
+    return f"the hub repository has no {config}, so it is not {kind}; check the name"
+
+
+def _hub_fault(error: BaseException, config: str = "config.json") -> str:
     """One line of advice for an error of the hub's client, found by the kinds of error that led to it."""
     kinds, seen = [], error
     while seen is not None:
@@ -143,8 +160,9 @@ def _hub_fault(error: BaseException) -> str:
         return "the hub has no such revision; see --model_revision"
     if "RepositoryNotFoundError" in kinds:
         return "no such folder, and no such model on the hub (a private one needs `hf auth login`)"
-    if "EntryNotFoundError" in kinds or "RemoteEntryNotFoundError" in kinds:
-        return "the hub repository has no config.json, so it is not a model"
+    # For a file that the repository lacks, transformers raises an error of its own, with none behind it.
+    if kinds == ["OSError"] or "EntryNotFoundError" in kinds or "RemoteEntryNotFoundError" in kinds:
+        return _without_config(config)
     if "HFValidationError" in kinds:
         return "no such folder, and not a possible hub name (owner/name)"
     return (
@@ -156,7 +174,7 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{flag} {name}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
-    if _looks_local(base) and not Path(base).expanduser().is_dir():
+    if _looks_local(base) and not Path(expanduser(base)).is_dir():
         beside = Path(name) / base
         if not beside.is_dir():
             raise UserError(
@@ -169,7 +187,14 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
 
 def _check_adapter_weights(flag: str, name: str) -> None:
     if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{flag} {name}: an adapter without weights (adapter_model.safetensors)")
+        raise UserError(
+            f"{flag} {name}: an adapter without weights (adapter_model.safetensors); save or copy them into it"
+        )
+
+
+def _check_tokenizer(flag: str, name: str) -> None:
+    if Path(name).is_dir() and not _has_tokenizer(name):
+        raise UserError(f"{flag} {name}: no tokenizer there (tokenizer.json or alike); copy the base model's into it")
 
 
 def _has_tokenizer(name: str) -> bool:
@@ -183,5 +208,5 @@ def _looks_local(name: str) -> bool:
 
 
 def _absolute_if_local(name: str) -> str:
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     return str(path.resolve()) if path.exists() or _looks_local(name) else name

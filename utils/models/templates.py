@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -32,10 +33,12 @@ PLAIN_TEMPLATE = (
 
 def read_chat_template(wish: str) -> str:
     """The template that --chat_template names: the text of a file, or the given text itself."""
-    path = Path(wish).expanduser()
+    path = Path(expanduser(wish))
     try:
         if path.is_file():
             return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat_template {wish}: not a text file in UTF-8 ({error})") from None
     except OSError:  # a template as text can be longer than a file name may be
         pass
     if "{" not in wish:
@@ -71,6 +74,8 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     turns = [{"role": "user", "content": "Hello"}]
     try:
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{name} does not render a user's turn: {error}") from None
+    if turns[0]["content"] not in text:
+        raise UserError(f"{name} leaves out what the user says; it renders a turn as {text!r}")

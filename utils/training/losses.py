@@ -39,15 +39,22 @@ class PairLogProbs:
         return self.rejected - self.ref_rejected
 
 
+# exp(80) is about the largest that float32 holds with room for a product.
+LARGEST_EXPONENT = 80.0
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """The f-divergence between policy and reference (f-DPO, arXiv 2309.16240): its f' maps log-ratios to scores."""
+    """The f-divergence between policy and reference (f-DPO, arXiv 2309.16240): its f' maps log-ratios to scores.
+
+    `alpha` is that of f'(t) = (t^(alpha - 1) - 1) / (alpha - 1): towards 1 it is the reverse KL.
+    """
 
     name: str = "reverse_kl"
     alpha: float = 0.5
 
     def score(self, logratio: Tensor) -> Tensor:
-        """f'(t) for t = exp(logratio); additive constants that cancel within a pair are kept as in the paper.
+        """f'(t) for t = exp(logratio), with the additive constant that makes it 0 where policy and reference agree.
 
         Raises:
             ValueError: the name is unknown.
@@ -55,12 +62,11 @@ class Divergence:
         if self.name == "reverse_kl" or (self.name == "alpha_divergence" and abs(self.alpha - 1) < 1e-6):
             return logratio
         if self.name == "forward_kl":
-            return 1 - torch.exp(-logratio)
+            return 1 - torch.exp(torch.clamp(-logratio, max=LARGEST_EXPONENT))
         if self.name == "js_divergence":
             return math.log(2) + F.logsigmoid(logratio)
         if self.name == "alpha_divergence":
-            # exp(80) is about the largest that float32 holds with room for a product.
-            power = torch.clamp((self.alpha - 1) * logratio, max=80.0)
+            power = torch.clamp((self.alpha - 1) * logratio, max=LARGEST_EXPONENT)
             return torch.expm1(power) / (self.alpha - 1)
         raise ValueError(f"unknown f-divergence: {self.name}")
 
@@ -188,8 +194,10 @@ def apo_down_loss(pairs: PairLogProbs, parameters: LossParameters) -> Tensor:
 def discopop_loss(pairs: PairLogProbs, parameters: LossParameters) -> Tensor:
     """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414, eq. 5)."""
     margin = parameters.beta * _score_difference(pairs, parameters)
-    exponential_share = torch.sigmoid(margin / parameters.discopop_tau)
-    return -F.logsigmoid(margin) * (1 - exponential_share) + torch.exp(-margin) * exponential_share
+    modulation = margin / parameters.discopop_tau
+    # s(m/tau) exp(-m) as one power: apart, they are 0 and infinity where the margin is far below 0.
+    exponential = torch.exp(F.logsigmoid(modulation) - margin)
+    return -F.logsigmoid(margin) * torch.sigmoid(-modulation) + exponential
 
 
 def sft_loss(pairs: PairLogProbs, parameters: LossParameters) -> Tensor:

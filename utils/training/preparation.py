@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,12 +70,22 @@ def find_folder(settings: Settings) -> Path | None:
 
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
-    checks = [lambda: check_trackers(settings)]
+    checks = [lambda: check_trackers(settings), check_one_device]
     if settings.model.use_4bit:
         checks.append(check_4bit)
     if settings.model.ref_model_name_or_path is not None:
         checks.append(lambda: find_model("--ref_model_name_or_path", settings.model.ref_model_name_or_path))
     gather(*checks)
+
+
+def check_one_device() -> None:
+    """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
+    count = torch.cuda.device_count()
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"this machine has {count} GPUs; to use them all, start with `accelerate launch --num_processes {count} "
+            "advanced_dpo_script.py ...`; to use one, set CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def prepare_rows(

@@ -23,7 +23,7 @@ from utils.saving import (
     write_json_lines,
 )
 from utils.settings import Settings
-from utils.tracking import prepare_trackers, say_how_to_upload
+from utils.tracking import say_how_to_upload
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics, readable_seconds
 from utils.training.preparation import Rows
 from utils.training.run_folder import RunFolderTrainer
@@ -111,7 +111,6 @@ def start_run(
         if resume_from is None:
             clear_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        prepare_trackers(settings, folder)
     if wish is not None:
         say(
             f"resuming from {resume_from}"

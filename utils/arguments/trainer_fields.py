@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.flag_values import ValueType, annotated_type
+from utils.arguments.flag_values import ValueType, annotated_type
 
 CONFIG_CLASSES = {"train": "DPOConfig", "sft": "SFTConfig"}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from utils.flag_values import is_number
+from utils.arguments.flag_values import is_number
 from utils.settings import Settings
 
 TRACKERS = (

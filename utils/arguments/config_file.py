@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.arguments.flag_values import as_text
 from utils.errors import UserError
-from utils.flag_values import as_text
 
 
 @dataclass(frozen=True)

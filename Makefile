@@ -1,0 +1,44 @@
+# Everything here works on a fresh machine with python3 (3.10 or newer) and make: the first target that is run
+# makes .venv and installs the pinned requirements.
+
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test slow lint clean
+
+help:
+	@echo "make demo   train a small bundled model on bundled preference pairs (CPU, offline, about two minutes)"
+	@echo "make test   lint and tests"
+	@echo "make slow   the tests that take minutes each"
+	@echo "make lint   ruff alone"
+	@echo "make clean  remove .venv, runs/ and caches"
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed; this is %d.%d. Name another: make PYTHON=python3.12' % sys.version_info[:2])"
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "installing the requirements into .venv (once; some minutes)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo/run.py
+
+test: lint
+	@$(BIN)/python -m pytest
+
+slow: $(INSTALLED)
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,88 @@
+"""Real preference data and a real pretrained model, end to end. Skipped where they are absent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import REAL_DATA, read_record
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL = REAL_DATA / "models" / "stories260K"
+PREFERENCES = REAL_DATA / "preferences"
+
+pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="no real data here (set DPO_REAL_DATA)")
+
+SOURCES = {
+    "hh_rlhf": [],
+    "ultrafeedback_prompt_strings": [],
+    "ultrafeedback_trl_lib": [],
+    "ultrafeedback_h4": [],
+    "orca_openai_format": [],
+    "orca_openai_format mapped": [
+        "--prompt_column", "input.messages",
+        "--chosen_column", "preferred_output",
+        "--rejected_column", "non_preferred_output",
+    ],
+}  # fmt: skip
+STEP = ["--max_steps", 1, "--max_samples", 12, "--max_length", 192, "--on_bad_rows", "skip", "--logging_steps", 1,
+        "--per_device_train_batch_size", 2, "--use_lora"]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_form_reaches_a_training_step(run_script, tmp_path, source):
+    data = PREFERENCES / source.split()[0]
+    flags = ("--model_name_or_path", MODEL, "--dataset_name", data, *SOURCES[source], *STEP)
+    code, _, err = run_script(*flags, "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "finished"
+    assert record["data"]["train_pairs"] + record["data"]["held_out_pairs"] >= 12
+    assert record["metrics"]["held_out_before"]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    if "transcript" in record["data"]["reading"]:
+        turns = [{"role": "user", "content": "Hi"}]
+        shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert shown == "<s>\n\nHuman: Hi\n\nAssistant:"
+
+
+TRAIN = ["--max_samples", 120, "--max_length", 128, "--on_bad_rows", "skip", "--num_train_epochs", 3,
+         "--learning_rate", 2e-3, "--per_device_train_batch_size", 8]  # fmt: skip
+WAYS = {
+    "lora": ["--use_lora"],
+    "lora 4-bit": ["--use_lora", "--use_4bit"],
+    "full": [],
+    "full 4-bit": ["--use_4bit"],
+    "separate reference": ["--ref_model_name_or_path", MODEL],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_training_learns_real_preferences(run_script, tmp_path, way):
+    flags = ("--model_name_or_path", MODEL, "--dataset_name", PREFERENCES / "ultrafeedback_prompt_strings", *TRAIN)
+    code, _, err = run_script(*flags, *WAYS[way], "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    metrics = read_record(tmp_path / "run")["metrics"]
+    assert metrics["train"]["accuracy"] > 0.55
+    assert metrics["held_out"]["accuracy"] > metrics["held_out_before"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_sft_then_dpo_on_real_dialogue(run_script, tmp_path):
+    data = ("--dataset_name", PREFERENCES / "hh_rlhf", *TRAIN)
+    code, _, err = run_script("sft", "--model_name_or_path", MODEL, *data, "--use_lora", "--output_dir", tmp_path / "a")
+    assert code == 0, err
+    first = read_record(tmp_path / "a")["metrics"]
+    assert first["held_out"]["loss"] < first["held_out_before"]["loss"]
+    code, _, err = run_script("--model_name_or_path", tmp_path / "a", *data, "--output_dir", tmp_path / "b")
+    assert code == 0, err
+    second = read_record(tmp_path / "b")["metrics"]
+    assert second["held_out_before"]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert second["train"]["accuracy"] > 0.55
+    rows = [json.loads(line) for line in (tmp_path / "b" / "held_out_pairs.jsonl").read_text().splitlines()]
+    assert sum(row["chosen_logps"] for row in rows) / len(rows) == pytest.approx(second["held_out"]["chosen_logps"])
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), tmp_path / "b")
+    assert all(torch.isfinite(value).all() for value in tuned.state_dict().values())

@@ -1,0 +1,300 @@
+"""The script as a person meets it: exit codes, messages, stopping and going on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_tokenizer, start_script, write_lines
+from safetensors.torch import load_file
+
+QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3]
+
+
+@pytest.fixture
+def refused(run_script, tmp_path):
+    """Runs the script, which must refuse: one line per fault, exit code 2, nothing written. Returns the lines."""
+
+    def run(*arguments) -> list[str]:
+        output = tmp_path / "output"
+        code, out, err = run_script(*arguments, "--output_dir", output)
+        assert code == 2, out + err
+        assert "Traceback" not in err
+        assert not output.exists(), "a refused run leaves no folder"
+        lines = err.strip().splitlines()
+        assert all(line.startswith("error: ") for line in lines), err
+        return [line.removeprefix("error: ") for line in lines]
+
+    return run
+
+
+def test_help_and_a_typo_answer_in_a_process_of_their_own():
+    shown = subprocess.run(
+        [sys.executable, "advanced_dpo_script.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0
+    assert "--use_lora" in shown.stdout
+    typo = subprocess.run(
+        [sys.executable, "advanced_dpo_script.py", "--use_lorra"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert typo.returncode == 2
+    assert "--use_lora" in typo.stderr
+    assert "Traceback" not in typo.stderr
+
+
+def test_faults_of_model_data_and_folder_are_reported_together(refused, tmp_path):
+    lines = refused("--model_name_or_path", "./missing-model", "--ref_model_name_or_path", "./missing-reference",
+                    "--dataset_name", "./missing.jsonl")  # fmt: skip
+    assert len(lines) == 3
+    assert lines[0].startswith("--model_name_or_path")
+    assert any(line.startswith("--ref_model_name_or_path") for line in lines)
+    assert any("missing.jsonl" in line for line in lines)
+
+
+def test_bad_rows_are_named_by_line_and_can_be_skipped(refused, run_script, tiny_model, tmp_path):
+    pairs = make_pairs(30)
+    pairs[2]["chosen"] = pairs[2]["rejected"]
+    pairs[4]["rejected"] = "  "
+    pairs[5]["prompt"] = None
+    pairs[7]["chosen"] = 12
+    data = write_lines(tmp_path / "pairs.jsonl", pairs)
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", data)
+    lines = refused(*flags)
+    assert len(lines) == 4
+    for number in (3, 5, 6, 8):
+        assert sum(f"pairs.jsonl line {number})" in line for line in lines) == 1
+    assert all("--on_bad_rows skip" in line for line in lines)
+    code, _, err = run_script(*flags, *QUICK, "--max_steps", 1, "--on_bad_rows", "skip", "--output_dir", tmp_path / "o")
+    assert code == 0, err
+    data = read_record(tmp_path / "o")["data"]
+    assert data["train_pairs"] + data["held_out_pairs"] == 26
+    assert sum(data["dropped"].values()) == 4
+    assert len(data["dropped"]) == 4
+
+
+def test_nothing_left_to_train_on_is_refused(refused, tiny_model, tmp_path):
+    pairs = [pair | {"chosen": pair["rejected"]} for pair in make_pairs(5)]
+    data = write_lines(tmp_path / "pairs.jsonl", pairs)
+    assert refused("--model_name_or_path", tiny_model, "--dataset_name", data, "--on_bad_rows", "skip")
+
+
+def test_settings_that_do_not_fit_the_model(refused, tiny_model, other_model, pairs_file, tmp_path):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file)
+    (line,) = refused(*flags, "--max_length", 4096)
+    assert "128" in line
+    (line,) = refused(*flags, "--use_lora", "--lora_target_modules", "q_proj,c_attn")
+    assert "c_attn" in line
+    assert "q_proj" in line.split("has")[-1]
+    (line,) = refused(*flags, "--max_length", 8, "--truncation", "error")
+    assert "60" in line or "54" in line
+    (line,) = refused(*flags, "--chat_template", "{{ messages | no_such_filter }}")
+    assert "--chat_template" in line
+    foreign = tmp_path / "foreign"
+    shutil.copytree(other_model, foreign)
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary)[50:52]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (line,) = refused(*flags, "--ref_model_name_or_path", foreign)
+    assert "tokenizer" in line
+
+
+def test_flags_that_contradict_the_adapter_being_continued(refused, run_script, tiny_model, pairs_file, tmp_path):
+    data = ("--dataset_name", pairs_file)
+    adapter = tmp_path / "adapter"
+    code, _, err = run_script("--model_name_or_path", tiny_model, *data, "--output_dir", adapter, "--use_lora",
+                              "--lora_r", 4, *QUICK, "--max_steps", 1)  # fmt: skip
+    assert code == 0, err
+    lines = refused("--model_name_or_path", adapter, *data, "--use_lora", "--lora_r", 8, "--use_dora")
+    assert len(lines) == 2
+    assert "r 4" in " ".join(lines) or "has 4" in " ".join(lines)
+    shutil.move(tiny_model / "config.json", tmp_path / "aside.json")
+    try:
+        (line,) = refused("--model_name_or_path", adapter, *data)
+    finally:
+        shutil.move(tmp_path / "aside.json", tiny_model / "config.json")
+    assert str(tiny_model) in line
+
+
+def test_a_model_folder_without_weights_or_tokenizer(refused, tiny_model, pairs_file, tmp_path):
+    for missing, word in (("model.safetensors", "weights"), ("tokenizer", "tokenizer")):
+        folder = tmp_path / missing
+        shutil.copytree(tiny_model, folder)
+        for path in folder.iterdir():
+            if path.name.startswith(missing):
+                path.unlink()
+        (line,) = refused("--model_name_or_path", folder, "--dataset_name", pairs_file)
+        assert word in line
+
+
+def test_a_tokenizer_without_end_token_is_refused(refused, tiny_model, pairs_file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (line,) = refused("--model_name_or_path", folder, "--dataset_name", pairs_file)
+    assert "eos_token" in line
+
+
+def test_damaged_weights_are_one_line(refused, tiny_model, pairs_file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:1000])
+    (line,) = refused("--model_name_or_path", folder, "--dataset_name", pairs_file)
+    assert "--model_name_or_path" in line
+
+
+def test_a_hub_name_without_network_is_one_line(refused, pairs_file):
+    (line,) = refused("--model_name_or_path", "nobody/no-such-model", "--dataset_name", pairs_file)
+    assert "nobody/no-such-model" in line
+
+
+def test_4_bit_without_its_library_says_what_to_install(refused, tiny_model, pairs_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (line,) = refused("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--use_lora", "--use_4bit")
+    assert "--use_4bit" in line
+    assert "pip install bitsandbytes" in line
+
+
+def test_a_folder_with_another_run_is_kept(run_script, tiny_model, pairs_file, tmp_path):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "o", *QUICK)
+    code, _, err = run_script(*flags, "--max_steps", 2)
+    assert code == 0, err
+    record = (tmp_path / "o" / "run.json").read_text()
+    for more in ([], ["--resume_from_checkpoint", "auto", "--beta", 0.5]):
+        code, _, err = run_script(*flags, "--max_steps", 2, *more)
+        assert code == 2
+        assert str(tmp_path / "o") in err
+        assert (tmp_path / "o" / "run.json").read_text() == record
+    assert "--beta" in err
+    (tmp_path / "o" / "notes.txt").write_text("mine")
+    code, _, err = run_script(*flags, "--max_steps", 3, "--overwrite_output_dir")
+    assert code == 0, err
+    assert read_record(tmp_path / "o")["steps"] == 3
+    assert not (tmp_path / "o" / "checkpoint-2").exists()
+    assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [[], ["--use_lora", "--lora_dropout", 0.2]], ids=["full", "lora"])
+def test_resume_equals_the_uninterrupted_run(run_script, tiny_model, pairs_file, tmp_path, kind):
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *kind, "--max_steps", 20,
+             "--per_device_train_batch_size", 4, "--learning_rate", 5e-3, "--save_steps", 8, "--eval_steps", 5,
+             "--logging_steps", 3]  # fmt: skip
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert run_script(*flags, "--output_dir", whole)[0] == 0
+    shutil.copytree(whole, part)
+    # As a run that was killed after its first checkpoint left it, with a line of metrics it was just writing.
+    for name in ("checkpoint-16", "checkpoint-20"):
+        shutil.rmtree(part / name)
+    (part / "checkpoint-16").mkdir()
+    (part / "checkpoint-16" / "model.safetensors").write_bytes(b"half")
+    for path in [*part.glob("*.safetensors"), part / "held_out_pairs.jsonl"]:
+        path.unlink()
+    record = read_record(part)
+    (part / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    with open(part / "metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "lo')
+    code, out, err = run_script(*flags, "--output_dir", part, "--resume_from_checkpoint", "auto")
+    assert code == 0, err
+    assert "checkpoint-8" in out
+    name = "adapter_model.safetensors" if kind else "model.safetensors"
+    a, b = load_file(whole / name), load_file(part / name)
+    assert all(torch.equal(a[key], b[key]) for key in a), "bit for bit"
+    assert read_metrics(whole) == read_metrics(part)
+    whole_metrics, part_metrics = read_record(whole)["metrics"], read_record(part)["metrics"]
+    assert whole_metrics == part_metrics
+    assert (whole / "held_out_pairs.jsonl").read_text() == (part / "held_out_pairs.jsonl").read_text()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model, pairs_file, tmp_path, run_script):
+    output = tmp_path / "run"
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", output, *QUICK,
+             "--num_train_epochs", 400]  # fmt: skip
+    process = start_script(*flags)
+    for line in process.stdout:
+        if line.strip().startswith("step "):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "--resume_from_checkpoint auto" in out
+    assert "Traceback" not in err
+    record = read_record(output)
+    assert record["status"] == "interrupted"
+    assert list(output.glob("checkpoint-*"))
+    step = record["step"]
+    command = [*flags[:-1], 400, "--resume_from_checkpoint", "auto", "--max_steps", step + 2]
+    code, _, err = run_script(*command)
+    assert code == 2, "the schedule is part of what a run is"
+    assert "--max_steps" in err
+
+
+def test_wandb_without_login_runs_offline_and_says_how_to_upload(tiny_model, pairs_file, tmp_path):
+    output = tmp_path / "run"
+    process = start_script(
+        "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", output, *QUICK,
+        "--max_steps", 2, "--use_wandb", "--use_lora",
+        HOME=str(tmp_path), NETRC=str(tmp_path / "none"),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    runs = list((output / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1
+    assert f"wandb sync {runs[0]}" in out
+    assert list(runs[0].glob("*.wandb"))
+
+
+def test_tensorboard_log_is_in_the_run_folder(run_script, tiny_model, pairs_file, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *QUICK, "--max_steps", 2)
+    code, _, err = run_script(*flags, "--report_to", "tensorboard", "--output_dir", tmp_path / "o")
+    assert code == 0, err
+    events = EventAccumulator(str(tmp_path / "o" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/margin")] == [1, 2]
+
+
+def test_data_and_model_paths_with_spaces_and_a_trailing_slash(run_script, tiny_model, tmp_path):
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    model = folder / "a model"
+    shutil.copytree(tiny_model, model)
+    write_lines(folder / "train.jsonl", make_pairs(20))
+    code, _, err = run_script("--model_name_or_path", f"{model}/", "--dataset_name", f"{folder}/train.jsonl", *QUICK,
+                              "--max_steps", 1, "--use_lora", "--output_dir", f"{tmp_path}/out put/")  # fmt: skip
+    assert code == 0, err
+    config = json.loads((tmp_path / "out put" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model)
+
+
+def test_a_conversation_with_a_tokenizer_without_template(run_script, tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    rows = [
+        {
+            "chosen": [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["chosen"]}],
+            "rejected": [
+                {"role": "user", "content": pair["prompt"]},
+                {"role": "assistant", "content": pair["rejected"]},
+            ],
+        }
+        for pair in make_pairs(20)
+    ]
+    data = write_lines(tmp_path / "chat.jsonl", rows)
+    code, out, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", data, *QUICK, "--max_steps", 1,
+                                "--output_dir", tmp_path / "o")  # fmt: skip
+    assert code == 0, err
+    assert "the tokenizer has none" in out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o")
+    shown = tokenizer.apply_chat_template(rows[0]["chosen"][:1], tokenize=False, add_generation_prompt=True)
+    assert shown == f"<s>User: {rows[0]['chosen'][0]['content']}\n\nAssistant:"
+    assert save_tiny_tokenizer(tmp_path / "again") == len(tokenizer), "no token was added"
