@@ -141,7 +141,7 @@ def test_curated_value(flags, stage, name, expected):
     ("flags", "expected"),
     [
         ("--weight_decay 0.01", {"weight_decay": 0.01}),
-        ("--precompute-ref-log-probs", {"precompute_ref_log_probs": True}),
+        ("--ignore-data-skip", {"ignore_data_skip": True}),
         ("--disable_dropout false", {"disable_dropout": False}),
         ("--dataloader_num_workers 2", {"dataloader_num_workers": 2}),
         ("--data_seed none", {"data_seed": None}),

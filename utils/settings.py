@@ -29,7 +29,8 @@ HALF_OPEN_UNIT = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 CLOSED_UNIT = Bound("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_HALF = Bound("at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
 STEPS_OR_SHARE = Bound(
-    "a whole number, or a share of all steps between 0 and 1", lambda value: 0 < value < 1 or value in range(1, 10**9)
+    "a whole number, or a share of all steps between 0 and 1",
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
 )
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
 
