@@ -195,14 +195,15 @@ def check_output_folder(
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: a file of that name exists")
     _check_writable(output_dir)
-    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     record = read_record(output_dir)
     if record is None:
         raise UserError(
-            f"--output_dir {output_dir}: not empty, and not a run of this script. Choose another folder, or pass "
-            "--overwrite_output_dir (it removes only what a run writes)"
+            f"--output_dir {output_dir}: not empty, and not a run of this script (no {RECORD}). Choose another folder"
         )
+    if overwrite:
+        return
     if not resume:
         go_on = "pass --resume_from_checkpoint auto to continue it, " if record.get("status") != "finished" else ""
         raise UserError(

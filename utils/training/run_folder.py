@@ -131,8 +131,10 @@ class RunFolderTrainer(Trainer):
         options: dict[str, Any] = {"state_dict": state_dict} if state_dict is not None else {}
         if isinstance(model, PeftModel):
             options |= {"selected_adapters": [TRAINED_ADAPTER], "save_embedding_layers": False}
+        had_readme = (folder / "README.md").is_file()
         model.save_pretrained(folder, **options)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
+        if not had_readme:
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model, trial) -> None:

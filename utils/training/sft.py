@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import pad
 
+from utils.models.scoring import score_tokens
 from utils.training.run_folder import RunFolderTrainer, float32_kept, set_lora_dropout
 
 
@@ -84,10 +85,10 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
 
     def _score_batch(self, inputs: Mapping[str, Tensor]) -> list[dict[str, float]]:
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        outputs = model(**inputs, fused_lm_head=True, use_cache=False)
-        counted = (inputs["labels"][:, 1:] != -100).float()
-        log_probs, right = outputs.log_probs.float(), outputs.is_top1.float() * counted
-        columns = {"logps": log_probs.sum(dim=1), "right": right.sum(dim=1), "tokens": counted.sum(dim=1)}
+        mask = (inputs["labels"] != -100).long()
+        scores = score_tokens(model, inputs["input_ids"], inputs["attention_mask"], mask)
+        columns = {"logps": scores.log_probs.sum(dim=1), "right": scores.right.sum(dim=1)}
+        columns["tokens"] = mask[:, 1:].sum(dim=1)
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
         return [dict(zip(columns, row, strict=True)) for row in values]
 

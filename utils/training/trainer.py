@@ -17,6 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from utils.models.loading import Reference
+from utils.models.scoring import score_tokens
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
 from utils.training.run_folder import RunFolderTrainer, float32_kept, set_lora_dropout
 
@@ -152,33 +153,29 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         self, model, inputs: Mapping[str, Tensor], with_auxiliary: bool = False
     ) -> CompletionLogProbs:
         """The log-probs that `model` gives the completions of a batch."""
-        mask = inputs["completion_mask"]
-        options = {"output_router_logits": True} if with_auxiliary else {}
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["input_ids"].masked_fill(mask == 0, -100),
-            fused_lm_head=True,
-            use_cache=False,
-            **options,
+        scores = score_tokens(
+            model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["completion_mask"],
+            with_squares=self.use_weighting,
+            with_auxiliary=with_auxiliary,
         )
-        mask = mask[:, 1:]
-        # Prompt-learning adapters put virtual tokens in front of the real ones.
-        log_probs = outputs.log_probs[:, -mask.size(1) :]
+        mask = inputs["completion_mask"][:, 1:]
         length = mask.sum(dim=1)
         weight = None
-        if self.use_weighting and outputs.log_sum_sq_probs is not None:
+        if scores.log_sum_sq_probs is not None:
             # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
-            aligned = (log_probs - outputs.log_sum_sq_probs[:, -mask.size(1) :]).detach() * mask
-            weight = torch.exp(aligned.sum(dim=1) / length)
+            aligned = (scores.log_probs - scores.log_sum_sq_probs).detach().sum(dim=1)
+            weight = torch.exp(aligned / length)
         last = inputs["input_ids"].gather(1, inputs["attention_mask"].sum(dim=1, keepdim=True) - 1)
         return CompletionLogProbs(
-            summed=sum_log_probs(log_probs, mask, self.ld_alpha),
-            mean_negative=-log_probs.float().sum(dim=1) / length,
+            summed=sum_log_probs(scores.log_probs, mask, self.ld_alpha),
+            mean_negative=-scores.log_probs.sum(dim=1) / length,
             length=length,
             ended=torch.isin(last.squeeze(1), self.end_ids.to(last.device)),
             weight=weight,
-            auxiliary=outputs.aux_loss if with_auxiliary else None,
+            auxiliary=scores.auxiliary,
         )
 
     def score_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,86 @@
+"""What the README and the examples tell people to type works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_record
+
+from utils.arguments import parse_arguments
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every `python advanced_dpo_script.py ...` in the code blocks of a Markdown text."""
+    found = []
+    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            match = re.match(r"\s*(?:\S*/)?python advanced_dpo_script\.py (.*)", line)
+            if match:
+                found.append(shlex.split(match[1], comments=True))
+    return found
+
+
+def commands_of_example(path: Path, **environment) -> list[list[str]]:
+    """The argument lists that an example script would start the script with."""
+    shown = subprocess.run(
+        ["bash", str(path)],
+        env=os.environ | {"PYTHON": "echo"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [shlex.split(line)[1:] for line in shown.splitlines()]
+
+
+@pytest.mark.parametrize("words", commands_of(README), ids=lambda words: " ".join(words)[:60])
+def test_every_command_of_the_readme_parses(words):
+    if "--help" in words:
+        with pytest.raises(SystemExit):
+            parse_arguments(words)
+    else:
+        parse_arguments(words)
+
+
+def test_the_readme_shows_the_well_known_invocations():
+    shown = [" ".join(words) for words in commands_of(README)]
+    assert len(shown) >= 6
+    assert any(
+        "--use_lora --use_4bit --lora_r 64 --lora_alpha 16" in words and "--use_wandb" in words for words in shown
+    )
+    assert any("--use_lora" not in words and not words.startswith("sft") for words in shown)
+    assert any(words.startswith("sft") for words in shown)
+
+
+def test_files_and_targets_that_the_readme_names_exist():
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"`make (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_parses(path):
+    commands = commands_of_example(path)
+    assert commands
+    for words in commands:
+        parse_arguments(words)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_runs_with_a_model_and_data_of_ones_own(path, run_script, tiny_model, pairs_file, tmp_path):
+    environment = {"MODEL": str(tiny_model), "DATA": str(pairs_file), "OUTPUT": str(tmp_path / "out")}
+    for words in commands_of_example(path, **environment):
+        words = [word for word in words if word != "--use_wandb" and word != "--wandb_project" and word != "dpo"]
+        code, _, err = run_script(*words, "--max_steps", 1)
+        assert code == 0, err
+    folders = [tmp_path / "out", tmp_path / "out" / "dpo"]
+    assert any(read_record(folder)["status"] == "finished" for folder in folders if (folder / "run.json").is_file())

@@ -1,0 +1,558 @@
+"""The run folder: nothing half written, states that come back as they were, and no folder spoiled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils import saving
+from utils.errors import UserError
+from utils.saving import (
+    OWN_FILES,
+    RunRecord,
+    append_metrics,
+    check_output_folder,
+    clear_run,
+    find_checkpoints,
+    find_resume_point,
+    keep_metrics_until,
+    load_state,
+    now,
+    read_random_state,
+    read_record,
+    save_state,
+    set_random_state,
+    write_json,
+    write_json_lines,
+    write_text,
+)
+
+SETTINGS = {"seed": 1, "learning_rate": 5e-6, "output_dir": "a", "logging_steps": 10, "lora_target_modules": ["q", "v"]}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def make_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_text("")
+    if complete:
+        (checkpoint / "trainer_state.json").write_text("{}")
+    return checkpoint
+
+
+def make_run(folder: Path, status: str = "interrupted", verb: str = "train", settings: dict | None = None) -> Path:
+    RunRecord(folder, {"verb": verb, "status": status, "settings": settings or SETTINGS}).write()
+    return folder
+
+
+# Files
+
+
+def test_text_is_written_and_folders_are_made(tmp_path):
+    write_text(tmp_path / "a" / "b" / "file.txt", "é\nlast line\n")
+    assert (tmp_path / "a" / "b" / "file.txt").read_bytes() == "é\nlast line\n".encode()
+    assert names(tmp_path / "a" / "b") == {"file.txt"}
+
+
+def test_file_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_text(path, "old")
+
+    def fail(*arguments):
+        raise OSError("the disk is full")
+
+    for culprit in ("fsync", "replace"):
+        with monkeypatch.context() as broken:
+            broken.setattr(os, culprit, fail)
+            with pytest.raises(OSError, match="disk is full"):
+                write_text(path, "new")
+        assert path.read_text() == "old"
+        assert names(tmp_path) == {"run.json"}
+    with pytest.raises(TypeError):
+        write_text(path, 3)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == {"run.json"}
+
+
+def test_new_content_is_flushed_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch):
+    path, seen = tmp_path / "run.json", []
+    write_text(path, "old")
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def watched(*arguments, real=real, name=name):
+            (beside,) = set(tmp_path.iterdir()) - {path}
+            seen.append((name, path.read_text(), beside.read_text()))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+    write_text(path, "new")
+    assert seen == [("fsync", "old", "new"), ("replace", "old", "new")]
+    assert path.read_text() == "new"
+
+
+def test_json_is_readable_by_people_and_holds_what_json_has_no_word_for(tmp_path):
+    write_json(tmp_path / "a.json", {"path": Path("x"), "text": "é\ud83d", "list": [1, 2.5, None, True]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "é" in text
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"path": "x", "text": "é\ud83d", "list": [1, 2.5, None, True]}
+
+
+def test_json_lines_are_one_object_per_line(tmp_path):
+    rows = [{"row": 1, "text": "two\nlines"}, {"row": 2, "text": "é\u2028"}]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    assert [json.loads(line) for line in lines] == rows
+    write_json_lines(tmp_path / "rows.jsonl", [])
+    assert (tmp_path / "rows.jsonl").read_text() == ""
+
+
+# run.json and metrics.jsonl
+
+
+def test_record_is_rewritten_at_every_update(tmp_path):
+    record = RunRecord(tmp_path, {"status": "running", "metrics": {"train": {"loss": 1}}, "data": {"rows": 3}})
+    record.write()
+    assert read_record(tmp_path)["status"] == "running"
+    record.update(status="finished", metrics={"held_out": {"loss": 2}}, data={"rows": 4}, resources={"seconds": 1})
+    assert read_record(tmp_path) == {
+        "status": "finished",
+        "metrics": {"train": {"loss": 1}, "held_out": {"loss": 2}},
+        "data": {"rows": 4},
+        "resources": {"seconds": 1},
+    }
+
+
+def test_record_holds_each_warning_once(tmp_path):
+    record = RunRecord(tmp_path, {})
+    for text in ("slow", "full", "slow"):
+        record.warn(text)
+    record.write()
+    assert read_record(tmp_path)["warnings"] == ["slow", "full"]
+
+
+def test_record_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RunRecord(None, {"status": "running"}).update(status="finished")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", b"\xff\xff"])
+def test_record_that_cannot_be_read_is_none(content, tmp_path):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_record(tmp_path) is None
+
+
+def test_metrics_are_kept_up_to_a_step(tmp_path):
+    events = [{"step": 0, "held_out_loss": 0.7}, {"step": 5, "loss": 0.6, "note": "é\u2028"}, {"step": 10, "loss": 0.5}]
+    for event in events:
+        append_metrics(tmp_path, event)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "held_o')  # the run died while it wrote
+
+    def kept(step: int) -> list[dict]:
+        keep_metrics_until(tmp_path, step)
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").split("\n") if line]
+
+    assert kept(10) == events
+    assert kept(9) == events[:2]
+    assert kept(9) == events[:2]
+    append_metrics(tmp_path, {"step": 10, "loss": 0.4})
+    assert kept(10) == [*events[:2], {"step": 10, "loss": 0.4}]
+    assert kept(-1) == []
+
+
+def test_no_metrics_to_keep_is_no_fault(tmp_path):
+    keep_metrics_until(tmp_path, 5)
+    assert names(tmp_path) == set()
+
+
+def test_time_is_utc_to_the_second():
+    assert len(now()) == len("2025-01-31T23:59:59Z")
+    assert now().endswith("Z")
+
+
+# States
+
+
+def same(left, right) -> bool:
+    """Equal in value and in type, all the way down."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and left.shape == right.shape and np.array_equal(left, right)
+    return left == right or (left != left and right != right)
+
+
+def round_trip(folder: Path, state):
+    save_state(folder, "state", state)
+    assert names(folder) == {"state.json", "state.safetensors"}
+    return load_state(folder, "state")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        [],
+        (),
+        None,
+        3,
+        "text\n é",
+        {"a": {"b": [1, (2, [3.5, None]), True]}, 0: "zero", "0": "text zero", (1, 2): "pair", 2.5: "half"},
+        {"tensor": 1, "array": [2], "items": {"list": (), "tuple": []}},
+        [1e300, 0.1, -0.0, math.inf, -math.inf, math.nan, 2**80],
+        {True: 1, None: 2},
+    ],
+    ids=repr,
+)
+def test_nested_state_comes_back(state, tmp_path):
+    assert same(round_trip(tmp_path / "new", state), state)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool],
+)
+def test_tensors_come_back(dtype, tmp_path):
+    matrix = torch.arange(6).reshape(2, 3).to(dtype)
+    state = {"m": matrix, "scalar": matrix[1, 2], "empty": matrix[:0], "view": matrix.T, "again": [matrix, matrix]}
+    assert same(round_trip(tmp_path, state), state)
+
+
+def test_trained_parameters_come_back_as_values(tmp_path):
+    parameter = torch.nn.Parameter(torch.tensor([1.5, -2.0]))
+    assert same(round_trip(tmp_path, parameter), torch.tensor([1.5, -2.0]))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([0.25, -1e-9, np.pi]),
+        np.array([0.1], dtype=np.float32),
+        np.array([2**32 - 1, 0], dtype=np.uint32),
+        np.array([2**64 - 1, 1], dtype=np.uint64),
+        np.array([[-5, 3]], dtype=np.int16),
+        np.array([True, False]),
+        np.array(7),
+        np.zeros((0, 2)),
+        np.arange(6).reshape(2, 3).T,
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_come_back(array, tmp_path):
+    assert same(round_trip(tmp_path, {"array": array}), {"array": array})
+
+
+def test_numbers_of_numpy_come_back_as_numbers(tmp_path):
+    assert same(round_trip(tmp_path, [np.float32(0.5), np.int64(3), np.bool_(True)]), [0.5, 3, True])
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path):
+    for value in ({1, 2}, object(), lambda: None):
+        with pytest.raises(TypeError, match="cannot be saved in a checkpoint"):
+            save_state(tmp_path, "state", {"deep": [value]})
+    assert names(tmp_path) == set()
+
+
+def test_state_whose_tensors_fail_to_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    save_state(tmp_path, "state", {"m": torch.ones(2)})
+
+    def fail(tensors, path):
+        Path(path).write_text("half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        save_state(tmp_path, "state", {"m": torch.zeros(3)})
+    assert same(load_state(tmp_path, "state"), {"m": torch.ones(2)})
+    assert names(tmp_path) == {"state.json", "state.safetensors"}
+
+
+def train_steps(model, optimizer, scheduler, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def make_training(seed: int):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(
+        [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "lr": 0.02}], lr=0.01
+    )
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+    model, optimizer, scheduler = make_training(1)
+    train_steps(model, optimizer, scheduler, 3)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    save_state(tmp_path, "optimizer", states)
+    save_state(tmp_path, "random", read_random_state())
+    restored = load_state(tmp_path, "optimizer")
+    assert same(restored, states)
+    train_steps(model, optimizer, scheduler, 3)
+
+    other, other_optimizer, other_scheduler = make_training(2)
+    other.load_state_dict(weights)
+    other_optimizer.load_state_dict(restored["optimizer"])
+    other_scheduler.load_state_dict(restored["scheduler"])
+    set_random_state(load_state(tmp_path, "random"))
+    train_steps(other, other_optimizer, other_scheduler, 3)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.bias, model.bias)
+    assert other_scheduler.get_last_lr() == scheduler.get_last_lr()
+
+
+def draw_numbers() -> list:
+    # The odd count of normal numbers leaves one in the generators' pockets.
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(3).tolist(),
+        torch.rand(2).tolist(),
+        torch.randn(3).tolist(),
+        torch.randperm(20).tolist(),
+        torch.nn.functional.dropout(torch.ones(20)).tolist(),
+    ]
+
+
+def test_random_states_come_back(tmp_path):
+    random.seed(3)
+    np.random.seed(4)
+    torch.manual_seed(5)
+    draw_numbers()
+    save_state(tmp_path, "random", read_random_state())
+    expected = [draw_numbers() for _ in range(3)]
+    assert expected[0] != expected[1]
+    set_random_state(load_state(tmp_path, "random"))
+    assert [draw_numbers() for _ in range(3)] == expected
+
+
+def test_no_file_is_a_pickle(tmp_path):
+    model, optimizer, scheduler = make_training(1)
+    train_steps(model, optimizer, scheduler, 1)
+    save_state(tmp_path, "optimizer", {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    save_state(tmp_path, "random", read_random_state())
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    for path in tmp_path.iterdir():
+        assert not zipfile.is_zipfile(path)  # torch.save's form
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, AttributeError)):
+            pickle.loads(path.read_bytes())
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_the_complete_ones_oldest_first(tmp_path):
+    for step in (10, 9, 100):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 200, complete=False)
+    for name in ("checkpoint-x", "checkpoint-5.tmp", "old-checkpoint-1", "checkpoint-"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-300").write_text("a file")
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert find_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_resuming_starts_from_the_newest_complete_checkpoint(tmp_path):
+    assert find_resume_point(tmp_path, None) is None
+    assert find_resume_point(tmp_path, "auto") is None
+    make_checkpoint(tmp_path, 9)
+    make_checkpoint(tmp_path, 10)
+    make_checkpoint(tmp_path, 11, complete=False)
+    assert find_resume_point(tmp_path, None) is None
+    assert find_resume_point(tmp_path, "auto") == tmp_path / "checkpoint-10"
+    assert find_resume_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+
+
+def test_resume_path_may_be_relative(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "run", 9)
+    monkeypatch.chdir(tmp_path)
+    assert find_resume_point(Path("run"), "run/checkpoint-9") == tmp_path / "run" / "checkpoint-9"
+
+
+def test_resuming_from_an_incomplete_checkpoint_is_refused(tmp_path):
+    make_checkpoint(tmp_path, 11, complete=False)
+    for wish in (str(tmp_path / "checkpoint-11"), str(tmp_path / "checkpoint-3")):
+        with pytest.raises(UserError) as caught:
+            find_resume_point(tmp_path, wish)
+        assert str(caught.value) == (
+            f"--resume_from_checkpoint {wish}: not a complete checkpoint (no trainer_state.json); "
+            "pass auto to start without one"
+        )
+    make_checkpoint(tmp_path, 9)
+    with pytest.raises(UserError, match=f"the newest in {tmp_path} is checkpoint-9$"):
+        find_resume_point(tmp_path, str(tmp_path / "checkpoint-11"))
+
+
+# The output folder
+
+
+def check(folder: Path, verb: str = "train", resume: bool = False, overwrite: bool = False, **changes) -> None:
+    check_output_folder(folder, verb, SETTINGS | changes, resume, overwrite)
+
+
+def faults(folder: Path, **options) -> tuple[str, ...]:
+    before = sorted(folder.rglob("*")) if folder.is_dir() else folder.exists()
+    with pytest.raises(UserError) as caught:
+        check(folder, **options)
+    assert (sorted(folder.rglob("*")) if folder.is_dir() else folder.exists()) == before
+    return caught.value.faults
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_fresh_and_empty_folders_are_fine(resume, tmp_path):
+    check(tmp_path, resume=resume)
+    check(tmp_path / "new", resume=resume)
+    check(tmp_path / "a" / "b" / "c", resume=resume)
+    assert names(tmp_path) == set()  # checked, not made
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_folder_with_other_files_is_refused(resume, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    (fault,) = faults(tmp_path, resume=resume)
+    assert fault.startswith(
+        f"--output_dir {tmp_path}: not empty, and not a run of this script (no run.json). Choose another folder"
+    )
+    (again,) = faults(tmp_path, overwrite=True)
+    assert again == fault, "nobody's files are ours to overwrite"
+
+
+def test_folder_with_a_run_is_refused(tmp_path):
+    (fault,) = faults(make_run(tmp_path / "stopped", "interrupted"))
+    assert fault == (
+        f"--output_dir {tmp_path / 'stopped'}: holds a run (train, interrupted). Choose another folder, pass "
+        "--resume_from_checkpoint auto to continue it, or pass --overwrite_output_dir to replace it"
+    )
+    (fault,) = faults(make_run(tmp_path / "done", "finished"))
+    assert fault == (
+        f"--output_dir {tmp_path / 'done'}: holds a run (train, finished). Choose another folder, "
+        "or pass --overwrite_output_dir to replace it"
+    )
+    check(tmp_path / "done", overwrite=True)
+    check(tmp_path / "done", overwrite=True, verb="sft", seed=2)
+
+
+def test_same_run_may_be_resumed(tmp_path):
+    make_run(tmp_path)
+    check(tmp_path, resume=True)
+    # What changes how a run is run, not what it computes, and what JSON writes otherwise.
+    check(tmp_path, resume=True, output_dir="elsewhere", logging_steps=1, lora_target_modules=("q", "v"))
+
+
+@pytest.mark.parametrize("name", sorted(saving.FREE_TO_CHANGE))
+def test_setting_that_does_not_change_the_numbers_may_differ(name, tmp_path):
+    make_run(tmp_path, settings=SETTINGS | {name: "before"})
+    check(tmp_path, resume=True, **{name: "now"})
+
+
+def test_resuming_with_other_settings_names_each_of_them(tmp_path):
+    make_run(tmp_path)
+    first, second = faults(tmp_path, resume=True, seed=2, learning_rate=1e-6)
+    assert first == (
+        f"--learning_rate is 1e-06, but the run in {tmp_path} began with 5e-06: "
+        "resume with the same value, or choose another --output_dir"
+    )
+    assert second.startswith(f"--seed is 2, but the run in {tmp_path} began with 1: ")
+    (fault,) = faults(tmp_path, resume=True, beta=0.1)
+    assert fault.startswith(f"--beta is 0.1, but the run in {tmp_path} began with None")
+    make_run(tmp_path, settings=SETTINGS | {"beta": 0.1})
+    (fault,) = faults(tmp_path, resume=True)
+    assert fault.startswith(f"--beta is None, but the run in {tmp_path} began with 0.1")
+
+
+def test_resuming_another_verb_is_refused(tmp_path):
+    make_run(tmp_path, verb="sft")
+    assert faults(tmp_path, resume=True) == (f"--resume_from_checkpoint: {tmp_path} holds a run of sft, not of train",)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_file_in_the_way_is_refused(overwrite, tmp_path):
+    file = tmp_path / "out"
+    file.write_text("mine")
+    assert faults(file, overwrite=overwrite) == (f"--output_dir {file}: a file of that name exists",)
+    file.chmod(0o755)
+    (fault,) = faults(file / "deeper", overwrite=overwrite)
+    assert fault == f"--output_dir {file / 'deeper'}: {file} cannot be written to; choose another folder"
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("name", ["", "new", "new/deeper"])
+def test_folder_that_cannot_be_written_is_refused(name, tmp_path):
+    tmp_path.chmod(0o555)
+    try:
+        (fault,) = faults(tmp_path / name)
+        assert fault.endswith(f"{tmp_path} cannot be written to; choose another folder")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_relative_folder_is_checked_where_it_would_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(Path("new/deeper"))
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in faults(Path("file/deeper"))[0]
+
+
+# Replacing a run
+
+
+def test_clearing_removes_a_run_and_nothing_else(tmp_path):
+    make_run(tmp_path, "finished")
+    for name in (*OWN_FILES, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (tmp_path / name).write_text("")
+    make_checkpoint(tmp_path, 5)
+    make_checkpoint(tmp_path, 10, complete=False)
+    foreign = (
+        "thesis.tex",
+        "my-model.safetensors",
+        "model-1.safetensors",
+        "runs.json",
+        "pairs.jsonl",
+        "config.json.old",
+    )
+    for name in foreign:
+        (tmp_path / name).write_text("mine")
+    for name in ("data", "checkpoint-best", "my-checkpoint-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("mine")
+    (tmp_path / "checkpoint-7").write_text("a file")
+    clear_run(tmp_path)
+    assert names(tmp_path) == {*foreign, "data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7"}
+    assert all((tmp_path / name / "run.json").read_text() == "mine" for name in ("data", "checkpoint-best"))
+
+
+def test_clearing_nothing_is_no_fault(tmp_path):
+    clear_run(tmp_path / "nowhere")
+    clear_run(tmp_path)
+    assert not (tmp_path / "nowhere").exists()
