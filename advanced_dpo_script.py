@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report_faults(error: UserError) -> None:
-    """Prints what is to be mended, one line per fault."""
-    if is_main_process():
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr, flush=True)
+    """Prints what is to be mended, one line per fault, from the main process."""
+    if not is_main_process():
+        time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
+        return
+    for fault in error.faults:
+        print(f"error: {fault}", file=sys.stderr, flush=True)
 
 
 def train(settings: Settings) -> None:

@@ -86,3 +86,12 @@ def test_prompts_of_dialogues_are_grouped_by_how_they_begin():
 def test_too_little_to_split(prompts):
     with pytest.raises(UserError, match=r"nothing can be held out of .* pass --validation_split none"):
         split_rows(table(prompts), None, None, 0)
+
+
+def test_texts_without_prompt_are_split_by_text():
+    rows = datasets.Dataset.from_list(
+        [{"prompt": "", "completion": f"Text {n // 2}.", "row": n} for n in range(40)],
+    )
+    split = split_rows(rows, None, "0.2", seed=1)
+    assert len(split.held_out) == 8
+    assert not set(split.train["completion"]) & set(split.held_out["completion"])

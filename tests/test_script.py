@@ -214,6 +214,19 @@ def test_resume_equals_the_uninterrupted_run(run_script, tiny_model, pairs_file,
     assert (whole / "held_out_pairs.jsonl").read_text() == (part / "held_out_pairs.jsonl").read_text()
 
 
+def test_resuming_after_the_last_step_trains_no_further(run_script, tiny_model, pairs_file, tmp_path):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "o", *QUICK,
+             "--max_steps", 4, "--save_steps", 2)  # fmt: skip
+    assert run_script(*flags)[0] == 0
+    weights, metrics = load_file(tmp_path / "o" / "model.safetensors"), read_record(tmp_path / "o")["metrics"]
+    (tmp_path / "o" / "model.safetensors").unlink()
+    code, _, err = run_script(*flags, "--resume_from_checkpoint", "auto")
+    assert code == 0, err
+    again = load_file(tmp_path / "o" / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert read_record(tmp_path / "o")["metrics"] == metrics
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model, pairs_file, tmp_path, run_script):
     output = tmp_path / "run"
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", output, *QUICK,

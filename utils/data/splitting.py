@@ -57,8 +57,11 @@ def split_rows(
 
 
 def _prompts(rows: datasets.Dataset) -> Iterator[Prompt]:
-    for batch in rows.select_columns(["prompt"]).iter(batch_size=1000):
-        yield from batch["prompt"]
+    """The prompt of each row; of a text without one (for sft) the text, of which two copies must not be parted."""
+    columns = ["prompt"] + (["completion"] if "completion" in rows.column_names else [])
+    for batch in rows.select_columns(columns).iter(batch_size=1000):
+        for prompt, text in zip(batch["prompt"], batch.get("completion", batch["prompt"]), strict=True):
+            yield prompt or text
 
 
 def number_groups(prompts: Iterable[Prompt]) -> np.ndarray:

@@ -48,6 +48,7 @@ class RunWatcher(TrainerCallback):
         self.stopwatch = Stopwatch()
         self._made = time.perf_counter()
         self.interrupted = False
+        self.shows_evaluations = True
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
 
@@ -99,7 +100,7 @@ class RunWatcher(TrainerCallback):
         if state.global_step == 0:
             self.before = shown
             self.record.update(metrics={"held_out_before": shown})
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.shows_evaluations:
             when = "before training" if state.global_step == 0 else f"at step {state.global_step}"
             say(f"  held out {when}: {readable_metrics(shown)}")
 

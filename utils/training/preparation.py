@@ -227,7 +227,7 @@ def _longest(rows: Dataset | None, settings: Settings) -> Dataset | None:
 
 def describe_data(data: PreferenceData, rows: Rows) -> None:
     """Says what was read and how."""
-    say(f"data: {data.source}, read as {data.reading.description}")
+    say(f"data: {data.source}: {data.reading.description}")
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out; no prompt stands in both")
     if data.shared_prompts:
@@ -258,6 +258,8 @@ def describe_start(
     total = trainer.model.num_parameters() if hasattr(trainer.model, "num_parameters") else trainable
     args = trainer.args
     bits = " on a 4-bit base" if settings.model.use_4bit and (settings.lora.use_lora or source.adapter) else ""
+    if settings.model.trust_remote_code:
+        say(f"warning: --trust_remote_code runs Python code that comes with {source.base}")
     say(f"model: {source.name}, {trainable:,} of {total:,} parameters trained{bits}")
     if reference is not None:
         say(f"reference: {reference.how}")

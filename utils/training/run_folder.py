@@ -106,6 +106,13 @@ class RunFolderTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _run_epoch(self, *arguments, **options) -> None:
+        # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **options)
+        else:
+            self.control.should_training_stop = True
+
     def share_of_batches(self, batches: list[list[int]]) -> list[list[int]]:
         """This process's share of the batches, as many for each process, since sharded models compute in step.
 

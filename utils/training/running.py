@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 from utils.data.loading import PreferenceData
 from utils.errors import Interrupted
 from utils.models.loading import Reference
-from utils.runtime import Precision, peak_memory_bytes, read_versions, say
+from utils.runtime import Precision, is_main_process, peak_memory_bytes, read_versions, say
 from utils.saving import (
     PAIRS,
     RunRecord,
@@ -80,6 +80,12 @@ class Run:
             "cost": None,
         }
 
+    def engine(self) -> dict[str, Any]:
+        """How batches are laid out, and the tokens that went through the policy in training."""
+        computed = self.trainer.tokens_computed * self.trainer.args.world_size
+        reason = "pairs are computed as padded batches"
+        return {"shared_prefix": reason, "tokens_computed": computed, "tokens_padded_equivalent": computed}
+
 
 def count_training(trainer: RunFolderTrainer, rows: Rows) -> tuple[float, float]:
     """Tokens and rows of the whole schedule: every token of the data once per pass, padding not counted."""
@@ -107,7 +113,8 @@ def start_run(
     wish = settings.run.resume_from_checkpoint
     resume_from = find_resume_point(folder, wish) if folder is not None else None
     former = read_record(folder) if resume_from is not None else None
-    if folder is not None:
+    writes = folder is not None and is_main_process()
+    if writes:
         if resume_from is None:
             clear_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +124,7 @@ def start_run(
             if resume_from
             else "no checkpoint to resume from yet: starting from the beginning"
         )
-    record = RunRecord(folder, _first_record(trainer, reference, data, rows, settings, arguments))
+    record = RunRecord(folder if writes else None, _first_record(trainer, reference, data, rows, settings, arguments))
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
@@ -181,8 +188,7 @@ def finish_run(run: Run) -> None:
     trainer, record = run.trainer, run.record
     metrics = {"train": training_metrics(trainer.state.log_history)}
     if trainer.eval_dataset is not None:
-        held_out = trainer.evaluate()
-        metrics["held_out"] = {name.removeprefix("eval_"): value for name, value in held_out.items()}
+        metrics["held_out"] = evaluate_last(run)
     if run.folder is None:
         say("dry run: every stage works; nothing was saved")
         return
@@ -193,8 +199,18 @@ def finish_run(run: Run) -> None:
             run.folder / PAIRS,
             [{"row": row, **values} for row, values in zip(rows, trainer.held_out_rows, strict=True)],
         )
-    record.update(status="finished", updated=now(), metrics=metrics, resources=run.resources())
+    record.update(status="finished", updated=now(), metrics=metrics, resources=run.resources(), engine=run.engine())
     _say_result(run)
+
+
+def evaluate_last(run: Run) -> dict[str, float]:
+    """Held-out metrics of the model as it is saved; an evaluation that was just made is not made twice."""
+    trainer, step = run.trainer, run.trainer.state.global_step
+    done = [line for line in trainer.state.log_history if "eval_loss" in line and line["step"] == step]
+    if done and trainer.held_out_rows and not trainer.args.load_best_model_at_end:
+        return {name.removeprefix("eval_"): value for name, value in done[-1].items() if name.startswith("eval_")}
+    run.watcher.shows_evaluations = False  # the result is shown beside the one before training
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
 def training_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -212,9 +228,9 @@ def _say_result(run: Run) -> None:
     if before and after:
         say(f"held out: before {readable_metrics(before)}")
         say(f"          after  {readable_metrics(after)}")
-    resources = content["resources"]
+    resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
     say(
-        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} rows/s in training, "
+        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} {kind}/s in training, "
         f"peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
     what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"

@@ -60,6 +60,12 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
             )
         set_lora_dropout(self.model, lora_dropout)
         self.held_out_rows: list[dict[str, float]] = []
+        self.tokens_computed = 0  # in training, padding included, by this process
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        """TRL's loss: cross-entropy over the completion tokens of the optimizer step."""
+        self.tokens_computed += inputs["input_ids"].numel()
+        return super().compute_loss(model, inputs, *arguments, **options)
 
     def _prepare_dataset(self, dataset, *arguments, **options):
         return dataset  # tokenized already, by utils/data/tokenizing.py

@@ -106,7 +106,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         self._freeze_reference_adapter()
         self.end_ids = torch.tensor(sorted(end_ids))
         self.held_out_rows: list[dict[str, float]] = []
-        self.tokens_computed = 0
+        self.tokens_computed = 0  # in training, padding included, by this process
         self._sums: dict[str, Tensor] = {}
         parameters = LossParameters(
             beta=args.beta,
@@ -135,6 +135,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
+        self.tokens_computed += inputs["input_ids"].numel()
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, inputs)
         losses = self.objective(pairs)
