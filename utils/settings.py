@@ -190,6 +190,13 @@ class TrainingSettings:
     per_device_train_batch_size: int = flag(8, "rows per device and micro-batch", bound=AT_LEAST_ONE)
     per_device_eval_batch_size: int = flag(8, "rows per device in evaluation", bound=AT_LEAST_ONE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bound=AT_LEAST_ONE)
+    engine: str = flag(
+        "auto",
+        "shared_prefix: each prompt computed once, no padding; padded: plain batches; "
+        "auto: shared_prefix where the model is proven to compute it exactly",
+        choices=("auto", "shared_prefix", "padded"),
+        verbs=TRAIN,
+    )
     precompute_ref_log_probs: bool = flag(
         False, "score all pairs with the reference before training, so that it need not stay in memory", verbs=TRAIN
     )

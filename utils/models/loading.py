@@ -155,6 +155,19 @@ def check_4bit() -> None:
         )
 
 
+def turn_off_dropout(model: torch.nn.Module) -> None:
+    """Turns off every dropout of the model: noise between policy and reference would be taken for preference.
+
+    Some architectures (OPT) keep probabilities as plain numbers on their layers, which TRL does not look for.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def _check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
     if "all-linear" in targets:
         raise UserError("--lora_target_modules: all-linear stands alone; leave the other names out")

@@ -2,12 +2,15 @@
 
 The model's own forward does everything, so that each architecture's scaling or capping of logits is kept; a hook in
 front of the output head leaves out the hidden states of prompts and padding, whose logits nobody reads.
+
+A batch is either padded (`input_ids`, `attention_mask`, `completion_mask`: one row per completion) or packed
+(`input_ids`, `layout`: all pairs in one row, see `utils/models/shared_prefix.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,51 +18,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.models.shared_prefix import PairLayout
+
+Batch = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a forward pass says of each completion token; tensors of shape (rows, length - 1), zero elsewhere."""
+    """What a forward pass says of each completion token; tensors of shape (rows, length), zero outside `mask`."""
 
+    mask: Tensor  # 1 on completion tokens
     log_probs: Tensor  # nats, float32
     right: Tensor  # whether the token is the likeliest one
     log_sum_sq_probs: Tensor | None  # log of the sum of squared probabilities, where asked for
+    last_ids: Tensor  # id of each completion's last token, shape (rows,)
     auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar, where asked for
 
 
 def score_tokens(
-    model: torch.nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    completion_mask: Tensor,
-    *,
-    with_squares: bool = False,
-    with_auxiliary: bool = False,
+    model: torch.nn.Module, batch: Batch, *, with_squares: bool = False, with_auxiliary: bool = False
 ) -> TokenScores:
-    """Scores the completion tokens of padded rows with one forward pass.
+    """Scores the completion tokens of a batch with one forward pass.
 
     Args:
         model: a causal language model, wrapped or not.
-        input_ids, attention_mask, completion_mask: shape (rows, length); a row's first token is never scored.
         with_squares: also give `log_sum_sq_probs` (without gradient).
         with_auxiliary: also ask the model for its load-balancing loss.
     """
-    mask = completion_mask[:, 1:].bool()
+    read = _read_packed if "layout" in batch else _read_padded
+    inputs, mask, labels, last_ids, select = read(batch)
     options: dict[str, Any] = {"output_router_logits": True} if with_auxiliary else {}
-    with _only_positions_before(model, mask):
-        outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+    with _head_sees(model, select):
+        outputs = model(**inputs, use_cache=False, **options)
     logits = outputs.logits.squeeze(0).float()  # (tokens, vocabulary)
-    labels = input_ids[:, 1:][mask]
     normalizer = logits.logsumexp(dim=-1)
     log_probs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normalizer
-    squares = None
-    if with_squares:
-        squares = _spread(((2 * logits).logsumexp(dim=-1) - 2 * normalizer).detach(), mask)
+    squares = ((2 * logits).logsumexp(dim=-1) - 2 * normalizer).detach() if with_squares else None
     return TokenScores(
+        mask=mask.long(),
         log_probs=_spread(log_probs, mask),
         right=_spread((logits.detach().argmax(dim=-1) == labels).float(), mask),
-        log_sum_sq_probs=squares,
+        log_sum_sq_probs=_spread(squares, mask) if squares is not None else None,
+        last_ids=last_ids,
         auxiliary=outputs.aux_loss if with_auxiliary else None,
     )
+
+
+Read = tuple[dict[str, Any], Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]
+
+
+def _read_padded(batch: Batch) -> Read:
+    """Inputs of the model, mask, labels and last ids, and what of the hidden states the head shall see."""
+    ids, attended = batch["input_ids"], batch["attention_mask"]
+    mask = batch["completion_mask"][:, 1:].bool()
+
+    def select(hidden: Tensor) -> Tensor:
+        # The state before each token predicts it. Virtual tokens of prompt-learning adapters stand in front.
+        return hidden[F.pad(mask, (hidden.size(1) - mask.size(1) - 1, 1)).to(hidden.device)]
+
+    last_ids = ids.gather(1, attended.sum(dim=1, keepdim=True) - 1).squeeze(1)
+    return {"input_ids": ids, "attention_mask": attended}, mask, ids[:, 1:][mask], last_ids, select
+
+
+def _read_packed(batch: Batch) -> Read:
+    """The same for pairs in one row; the order of the tokens is the layout's, chosen completions first."""
+    ids, layout = batch["input_ids"], batch["layout"]
+    device = ids.device
+    mask, predictors = layout.completion_mask().to(device), layout.predictors().to(device)
+    labels = ids[0, layout.targets().to(device)]
+    last_ids = labels[layout.completion_lengths().cumsum(0).to(device) - 1]
+    inputs = {"input_ids": ids, "position_ids": layout.position_ids().to(device), "pair_layout": layout}
+    return inputs, mask, labels, last_ids, lambda hidden: hidden[0, predictors.to(hidden.device)]
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -68,19 +97,9 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _only_positions_before(model: torch.nn.Module, mask: Tensor) -> Iterator[None]:
-    """Within the context the output head sees only the hidden states that predict a masked token.
-
-    `mask` has shape (rows, length - 1) and speaks of tokens 1 and later; the hidden state before each predicts it.
-    """
-
-    def select(head: torch.nn.Module, inputs: Mapping[int, Tensor]) -> tuple[Tensor]:
-        hidden = inputs[0]
-        # Virtual tokens of prompt-learning adapters stand in front of the real ones; nothing follows the last token.
-        positions = F.pad(mask, (hidden.size(1) - mask.size(1) - 1, 1))
-        return (hidden[positions.to(hidden.device)].unsqueeze(0),)
-
-    handle = output_head(model).register_forward_pre_hook(select)
+def _head_sees(model: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context the output head gets only the selected hidden states, as one row."""
+    handle = output_head(model).register_forward_pre_hook(lambda _, inputs: (select(inputs[0]).unsqueeze(0),))
     try:
         yield
     finally:
@@ -92,3 +111,10 @@ def output_head(model: torch.nn.Module) -> torch.nn.Module:
     while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
         model = model.module
     return model.get_output_embeddings()
+
+
+def tokens_of(batch: Batch) -> tuple[int, int]:
+    """Tokens that a batch of pairs puts through the model, and those of the same pairs as padded rows."""
+    layout: PairLayout | None = batch.get("layout")
+    computed = batch["input_ids"].numel()
+    return computed, layout.tokens_padded if layout is not None else computed

@@ -21,6 +21,7 @@ from utils.models.loading import (
     check_same_tokenizer,
     context_length,
     new_adapter_config,
+    turn_off_dropout,
 )
 from utils.models.sources import ModelSource, find_model, read_json_file
 from utils.models.templates import set_chat_template
@@ -174,9 +175,14 @@ def make_preference_trainer(
     folder: Path,
 ) -> PreferenceTrainer:
     """The DPO trainer, with a fresh adapter on the policy where --use_lora asks for one."""
+    if settings.trainer_fields.get("disable_dropout", True):
+        for model in (policy, reference.model):
+            if model is not None:
+                turn_off_dropout(model)
     trainer = PreferenceTrainer(
         reference=reference, end_ids=rows.end_ids, **_trainer_parts(policy, rows, source, settings, precision, folder)
     )
+    trainer.choose_layout(settings.training.engine)
     if settings.training.precompute_ref_log_probs:
         say("scoring all pairs with the reference")
         trainer.precompute_reference()
@@ -265,8 +271,17 @@ def describe_start(
         say(f"reference: {reference.how}")
     if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:
         say("      --use_4bit without --use_lora: 4-bit weights cannot be trained, so the reference is held in 4 bits")
+    if isinstance(trainer, PreferenceTrainer):
+        say(f"engine: {describe_layout(trainer)}")
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     say(
         f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason}); "
         f"{pairs} rows per step, learning rate {args.learning_rate:g}"
     )
+
+
+def describe_layout(trainer: PreferenceTrainer) -> str:
+    """How batches are laid out, as a phrase."""
+    if trainer.shared_prefix is True:
+        return "each prompt computed once, no padding (checked on real pairs against plain rows)"
+    return f"padded batches: {trainer.shared_prefix}"

@@ -27,6 +27,7 @@ from utils.tracking import say_how_to_upload
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics, readable_seconds
 from utils.training.preparation import Rows
 from utils.training.run_folder import RunFolderTrainer
+from utils.training.trainer import PreferenceTrainer
 
 METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
 
@@ -82,9 +83,13 @@ class Run:
 
     def engine(self) -> dict[str, Any]:
         """How batches are laid out, and the tokens that went through the policy in training."""
-        computed = self.trainer.tokens_computed * self.trainer.args.world_size
-        reason = "pairs are computed as padded batches"
-        return {"shared_prefix": reason, "tokens_computed": computed, "tokens_padded_equivalent": computed}
+        trainer, world = self.trainer, self.trainer.args.world_size
+        layout = trainer.shared_prefix if isinstance(trainer, PreferenceTrainer) else "sft computes padded batches"
+        return {
+            "shared_prefix": layout,
+            "tokens_computed": trainer.tokens_computed * world,
+            "tokens_padded_equivalent": trainer.tokens_padded * world,
+        }
 
 
 def count_training(trainer: RunFolderTrainer, rows: Rows) -> tuple[float, float]:

@@ -60,11 +60,12 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
             )
         set_lora_dropout(self.model, lora_dropout)
         self.held_out_rows: list[dict[str, float]] = []
-        self.tokens_computed = 0  # in training, padding included, by this process
+        self.tokens_computed = self.tokens_padded = 0  # in training, padding included, by this process
 
     def compute_loss(self, model, inputs, *arguments, **options):
         """TRL's loss: cross-entropy over the completion tokens of the optimizer step."""
         self.tokens_computed += inputs["input_ids"].numel()
+        self.tokens_padded = self.tokens_computed
         return super().compute_loss(model, inputs, *arguments, **options)
 
     def _prepare_dataset(self, dataset, *arguments, **options):
@@ -92,7 +93,7 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
     def _score_batch(self, inputs: Mapping[str, Tensor]) -> list[dict[str, float]]:
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
         mask = (inputs["labels"] != -100).long()
-        scores = score_tokens(model, inputs["input_ids"], inputs["attention_mask"], mask)
+        scores = score_tokens(model, {**inputs, "completion_mask": mask})
         columns = {"logps": scores.log_probs.sum(dim=1), "right": scores.right.sum(dim=1)}
         columns["tokens"] = mask[:, 1:].sum(dim=1)
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()

@@ -13,16 +13,18 @@ from torch import Tensor
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
+from utils.errors import UserError
 from utils.models.loading import Reference
-from utils.models.scoring import score_tokens
+from utils.models.proving import find_mismatch
+from utils.models.scoring import score_tokens, tokens_of
+from utils.models.shared_prefix import shared_prefix_active
+from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS, PairCollator, count_pairs, pair_lengths
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
 from utils.training.run_folder import RunFolderTrainer, float32_kept, set_lora_dropout
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,6 @@ def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Te
     position, length = mask.cumsum(dim=1), mask.sum(dim=1)
     shorter = torch.minimum(*length.chunk(2)).repeat(2)
     return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
-
-
-class PairCollator(DataCollatorForPreference):
-    """TRL's padded batch of pairs, chosen completions first."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        for name in REFERENCE_COLUMNS:
-            if name in batch:
-                batch[name] = batch[name].float()
-        return batch
 
 
 class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
@@ -106,7 +97,8 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         self._freeze_reference_adapter()
         self.end_ids = torch.tensor(sorted(end_ids))
         self.held_out_rows: list[dict[str, float]] = []
-        self.tokens_computed = 0  # in training, padding included, by this process
+        self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
+        self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
         self._sums: dict[str, Tensor] = {}
         parameters = LossParameters(
             beta=args.beta,
@@ -125,17 +117,18 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         return dataset  # tokenized already, by utils/data/tokenizing.py
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
+        self._signature_columns = [*PAIR_IDS, *REFERENCE_COLUMNS]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The pairs of this optimizer step, over all its micro-batches and processes."""
-        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        pairs = sum(map(count_pairs, batch_samples))
         count = torch.tensor(pairs, device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
-        self.tokens_computed += inputs["input_ids"].numel()
+        computed, padded = tokens_of(inputs)
+        self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, inputs)
         losses = self.objective(pairs)
@@ -150,31 +143,68 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
             loss = loss + self.router_aux_loss_coef * policy.auxiliary * len(losses) * share
         return loss
 
+    def choose_layout(self, wish: str) -> None:
+        """Decides the layout of batches for --engine, and says in `shared_prefix` why where it is the padded one.
+
+        The policy, and a reference that is a model of its own, must score the longest pair and one of middle length
+        alike in both layouts.
+
+        Raises:
+            UserError: shared_prefix was asked for and the model does not compute it exactly.
+        """
+        if wish == "padded":
+            self.shared_prefix = "padded batches were asked for"
+            return
+        lengths = pair_lengths(self.train_dataset)
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        examples = [self.train_dataset[index] for index in {order[0], order[len(order) // 2]}]
+        padded, packed = self.data_collator(examples), self.data_collator.packed(examples)
+        padded, packed = self._prepare_inputs(padded), self._prepare_inputs(packed)
+        mismatch = None
+        for model in (self.model, self.ref_model):
+            if model is not None and mismatch is None:
+                rounded = self.args.bf16 or self.args.fp16
+                mismatch = find_mismatch(model, packed, padded, rounded, self.compute_loss_context_manager)
+        if self.args.world_size > 1:
+            verdicts: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(verdicts, mismatch)
+            mismatch = next((verdict for verdict in verdicts if verdict is not None), None)
+        if mismatch is not None and wish == "shared_prefix":
+            raise UserError(f"--engine shared_prefix: this model cannot use it: {mismatch}; pass auto or padded")
+        self.shared_prefix = mismatch or True
+        self.data_collator.packs = mismatch is None
+
+    def _attending(self):
+        """The context in which models compute the layout of the batches."""
+        if not self.data_collator.packs:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                stack.enter_context(shared_prefix_active(model))
+        return stack
+
+    def training_step(self, *arguments, **options) -> Tensor:
+        """Forward and backward of a micro-batch; both attend in the layout of the batch."""
+        with self._attending():
+            return super().training_step(*arguments, **options)
+
     def score_completions(
         self, model, inputs: Mapping[str, Tensor], with_auxiliary: bool = False
     ) -> CompletionLogProbs:
         """The log-probs that `model` gives the completions of a batch."""
-        scores = score_tokens(
-            model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            inputs["completion_mask"],
-            with_squares=self.use_weighting,
-            with_auxiliary=with_auxiliary,
-        )
-        mask = inputs["completion_mask"][:, 1:]
-        length = mask.sum(dim=1)
+        scores = score_tokens(model, inputs, with_squares=self.use_weighting, with_auxiliary=with_auxiliary)
+        length = scores.mask.sum(dim=1)
         weight = None
         if scores.log_sum_sq_probs is not None:
             # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
             aligned = (scores.log_probs - scores.log_sum_sq_probs).detach().sum(dim=1)
             weight = torch.exp(aligned / length)
-        last = inputs["input_ids"].gather(1, inputs["attention_mask"].sum(dim=1, keepdim=True) - 1)
         return CompletionLogProbs(
-            summed=sum_log_probs(scores.log_probs, mask, self.ld_alpha),
+            summed=sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha),
             mean_negative=-scores.log_probs.sum(dim=1) / length,
             length=length,
-            ended=torch.isin(last.squeeze(1), self.end_ids.to(last.device)),
+            ended=torch.isin(scores.last_ids, self.end_ids.to(scores.last_ids.device)),
             weight=weight,
             auxiliary=scores.auxiliary,
         )
@@ -238,22 +268,28 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
 
         Pairs of similar length share a batch, which saves padding and changes no pair's numbers.
         """
-        lengths = [max(len(c), len(r)) + len(p) for p, c, r in zip(*(dataset[n] for n in PAIR_IDS), strict=True)]
+        lengths = pair_lengths(dataset)
         order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
         size = self.args.per_device_eval_batch_size
         rows: dict[int, dict[str, float]] = {}
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        for indices in self.share_of_batches([order[i : i + size] for i in range(0, len(order), size)]):
-            inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
-            policy = self.score_completions(model, inputs)
-            pairs = self._pair(policy, inputs)
-            columns = pair_metrics(pairs, self.objective(pairs), self.objective.parameters.beta)
-            columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
-            columns |= {"chosen_tokens": pairs.chosen_length, "rejected_tokens": pairs.rejected_length}
-            columns["chosen_ends"] = policy.ended.chunk(2)[0]
-            values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
-            rows |= {i: dict(zip(columns, row, strict=True)) for i, row in zip(indices, values, strict=True)}
+        batches = self.share_of_batches([order[i : i + size] for i in range(0, len(order), size)])
+        with self._attending():
+            for indices in batches:
+                rows |= self._score_batch(model, dataset, indices)
         return self.merge_rows(rows)
+
+    def _score_batch(self, model, dataset: Dataset, indices: list[int]) -> dict[int, dict[str, float]]:
+        """Metrics of the pairs with these indices."""
+        inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+        policy = self.score_completions(model, inputs)
+        pairs = self._pair(policy, inputs)
+        columns = pair_metrics(pairs, self.objective(pairs), self.objective.parameters.beta)
+        columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
+        columns |= {"chosen_tokens": pairs.chosen_length, "rejected_tokens": pairs.rejected_length}
+        columns["chosen_ends"] = policy.ended.chunk(2)[0]
+        values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
+        return {i: dict(zip(columns, row, strict=True)) for i, row in zip(indices, values, strict=True)}
 
     def precompute_reference(self) -> None:
         """Scores every pair with the reference once, and lets go of a reference that is a model of its own."""
@@ -276,9 +312,6 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         for name in REFERENCE_COLUMNS:
             dataset = dataset.add_column(name, [row[name] for row in rows])
         return dataset
-
-
-PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def pair_metrics(pairs: PairLogProbs, losses: Tensor, beta: float) -> dict[str, Tensor]:

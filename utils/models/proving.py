@@ -1,0 +1,48 @@
+"""Proves on real pairs that a model computes the shared-prefix layout as it computes plain rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from utils.models.scoring import score_tokens
+from utils.models.shared_prefix import shared_prefix_active
+
+# Largest and mean difference of a token's log-prob, in nats, that rounding alone can make.
+EXACT = (2e-3, 1e-4)  # float32
+ROUNDED = (1.0, 0.06)  # bfloat16 and float16: logits of 16 to 32 are spaced 0.125 apart in bfloat16
+
+Batch = Mapping[str, Any]
+
+
+@torch.no_grad()
+def find_mismatch(
+    model: torch.nn.Module, packed: Batch, padded: Batch, rounded: bool, computing: Callable[[], Any]
+) -> str | None:
+    """Scores the same pairs in both layouts; None when they agree to rounding, else why the layout cannot be used.
+
+    Args:
+        model: the policy or the reference, as it will compute.
+        packed, padded: the same pairs in the two layouts.
+        rounded: whether products are computed in a 16-bit format.
+        computing: gives the context (autocast) in which the model computes in training.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with computing():
+            plain = score_tokens(model, padded)
+            with shared_prefix_active(model):
+                shared = score_tokens(model, packed)
+    except Exception as error:
+        # Whatever a model's own code makes of a layout it does not know, the padded batches remain.
+        return f"its attention does not take the layout ({type(error).__name__})"
+    finally:
+        model.train(was_training)
+    difference = (shared.log_probs[shared.mask.bool()] - plain.log_probs[plain.mask.bool()]).abs()
+    largest, mean = ROUNDED if rounded else EXACT
+    if not torch.isfinite(difference).all() or difference.max() > largest or difference.mean() > mean:
+        return f"its log-probs differ by up to {difference.max().item():.2g} from those of plain rows"
+    return None

@@ -1,0 +1,214 @@
+"""Pairs without padding, each prompt computed once: the shared-prefix layout and its attention.
+
+A batch of pairs is one row of tokens: prompt, chosen, rejected, next prompt, ... Positions restart with each prompt,
+and those of the rejected completion continue from the prompt's end. A token attends to its own pair's prompt and to
+the earlier tokens of its own completion. Every token thus sees exactly what it would see in a row of its own.
+
+The model's own code runs unchanged; it calls `shared_prefix_attention` for its attention while `shared_prefix_active`
+holds, and hands the layout through as a keyword argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "shared_prefix"
+Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """Where each pair's prompt and completions stand in the packed row.
+
+    `masks` remembers the attention masks that layers share, by pair and window.
+    """
+
+    lengths: tuple[Lengths, ...]
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+
+    def spans(self) -> Iterator[tuple[int, Lengths]]:
+        """The start of each pair in the row, with its lengths."""
+        start = 0
+        for lengths in self.lengths:
+            yield start, lengths
+            start += sum(lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the packed row."""
+        return sum(map(sum, self.lengths))
+
+    @property
+    def tokens_padded(self) -> int:
+        """Tokens of the same pairs as a padded batch of 2 x pairs rows."""
+        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
+        return 2 * len(self.lengths) * longest
+
+    def position_ids(self) -> Tensor:
+        """Position of each token in its own text, shape (1, tokens)."""
+        parts = []
+        for prompt, chosen, rejected in self.lengths:
+            parts += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
+        return torch.cat(parts).unsqueeze(0)
+
+    def predictors(self) -> Tensor:
+        """Row index of the token that predicts each completion token, chosen completions of all pairs first."""
+        chosen_parts, rejected_parts = [], []
+        for start, (prompt, chosen, rejected) in self.spans():
+            last = start + prompt - 1
+            chosen_parts.append(torch.arange(last, last + chosen))
+            rejected_parts += [torch.tensor([last]), torch.arange(last + chosen + 1, last + chosen + rejected)]
+        return torch.cat(chosen_parts + rejected_parts)
+
+    def targets(self) -> Tensor:
+        """Row index of each completion token, in the order of `predictors`."""
+        chosen_parts, rejected_parts = [], []
+        for start, (prompt, chosen, rejected) in self.spans():
+            begin = start + prompt
+            chosen_parts.append(torch.arange(begin, begin + chosen))
+            rejected_parts.append(torch.arange(begin + chosen, begin + chosen + rejected))
+        return torch.cat(chosen_parts + rejected_parts)
+
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each completion, shape (2 x pairs,), chosen first."""
+        return torch.tensor([pair[1] for pair in self.lengths] + [pair[2] for pair in self.lengths])
+
+    def completion_mask(self) -> Tensor:
+        """Which places of a (2 x pairs, longest completion) matrix hold a token, chosen completions first."""
+        lengths = self.completion_lengths()
+        return torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+
+
+def pack_pairs(pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, PairLayout]:
+    """The packed row of token ids, shape (1, tokens), and its layout.
+
+    Args:
+        pairs: ids of prompt, chosen and rejected of each pair; none may be empty.
+    """
+    ids = [token for pair in pairs for part in pair for token in part]
+    return torch.tensor([ids]), PairLayout(tuple(tuple(map(len, pair)) for pair in pairs))
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    pair_layout: PairLayout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a packed row, pair by pair.
+
+    Args:
+        query: shape (1, heads, tokens, width); key and value may have fewer heads, each shared by a group.
+        sliding_window: a token sees only the tokens less than this many positions before it, and itself.
+        softcap: scores are capped as softcap * tanh(score / softcap).
+        s_aux: one learned sink score per head, which takes part in the softmax and adds no value.
+
+    Returns:
+        The attended values, shape (1, tokens, heads, width), and no weights.
+    """
+    if pair_layout is None:
+        raise ValueError("the shared-prefix attention needs the layout of the packed row")
+    groups = query.size(1) // key.size(1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attend = functools.partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
+    parts = []
+    for start, (prompt, chosen, rejected) in pair_layout.spans():
+        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
+        first, second = slice(start, middle), slice(middle, end)
+        parts.append(
+            attend(
+                query[:, :, first],
+                key[:, :, first],
+                value[:, :, first],
+                _mask(pair_layout, 0, prompt + chosen, query, sliding_window),
+            )
+        )
+        seen_keys = torch.cat([key[:, :, start : start + prompt], key[:, :, second]], dim=2)
+        seen_values = torch.cat([value[:, :, start : start + prompt], value[:, :, second]], dim=2)
+        parts.append(
+            attend(
+                query[:, :, second], seen_keys, seen_values, _mask(pair_layout, prompt, rejected, query, sliding_window)
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _mask(layout: PairLayout, offset: int, length: int, like: Tensor, window: int | None) -> Tensor | None:
+    """Which of `offset + length` keys each of the last `length` positions sees; None for a plain causal square."""
+    if offset == 0 and (window is None or window >= length):
+        return None
+    if window is not None and window >= offset + length:
+        window = None
+    name = (offset, length, window)
+    if name not in layout.masks:
+        queries = torch.arange(offset, offset + length, device=like.device).unsqueeze(1)
+        keys = torch.arange(offset + length, device=like.device)
+        seen = keys <= queries
+        layout.masks[name] = seen if window is None else seen & (queries - keys < window)
+    return layout.masks[name]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of one text, shape (1, heads, queries, width)."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.size(-1) ** -0.5)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.size(0), -1, scores.size(2), 1).to(scores.dtype)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.size(2)]
+    return F.dropout(weights, dropout) @ value
+
+
+# No mask function is registered beside it: transformers then makes no mask, and the layout says all there is to say.
+AttentionInterface.register(NAME, shared_prefix_attention)
+
+
+@contextlib.contextmanager
+def shared_prefix_active(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context, forward and backward passes of the model attend in the shared-prefix way."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
