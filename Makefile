@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 .PHONY: help demo test slow lint clean
 
 help:
-	@echo "make demo   train a small bundled model on bundled preference pairs (CPU, offline, about two minutes)"
+	@echo "make demo   train a small bundled model on bundled preference pairs (CPU, offline, about a minute)"
 	@echo "make test   lint and tests"
 	@echo "make slow   the tests that take minutes each"
 	@echo "make lint   ruff alone"

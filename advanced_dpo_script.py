@@ -106,6 +106,8 @@ def run_training(
         prepare_trackers(settings, folder)
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
+        # The trainer holds the reference's model now, and may have let go of it.
+        reference = reference and reference.without_model()
         describe_start(trainer, reference, source, settings, precision)
         run = start_run(trainer, reference, data, rows, settings, precision, folder, command_line(settings))
         run.train()

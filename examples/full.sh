@@ -18,4 +18,5 @@ cd "$(dirname "$0")/.."
     --gradient_accumulation_steps 8 \
     --logging_steps 10 \
     --save_steps 200 \
+    --on_bad_rows skip \
     "$@"

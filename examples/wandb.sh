@@ -15,4 +15,5 @@ cd "$(dirname "$0")/.."
     --logging_steps 10 \
     --eval_steps 100 \
     --use_wandb --wandb_project "${WANDB_PROJECT:-dpo}" \
+    --on_bad_rows skip \
     "$@"

@@ -156,8 +156,6 @@ def test_curated_value(flags, stage, name, expected):
         ("--include_for_metrics '[\"inputs\"]'", {"include_for_metrics": ["inputs"]}),
         ("--optim_target_modules all-linear", {"optim_target_modules": "all-linear"}),
         ("--optim_target_modules attn mlp", {"optim_target_modules": ["attn", "mlp"]}),
-        ("--pad_to_multiple_of 8", {"pad_to_multiple_of": 8}),
-        ("--pad_to_multiple_of auto", {"pad_to_multiple_of": "auto"}),
         ("--include_num_input_tokens_seen all", {"include_num_input_tokens_seen": "all"}),
         ("--trackio_static_space_id false", {"trackio_static_space_id": False}),
         ("--loss_type discopop --discopop_tau 0.1", {"discopop_tau": 0.1}),
@@ -171,8 +169,8 @@ def test_trainer_field(flags, expected):
 
 
 def test_sft_verb_takes_the_fields_of_its_own_config():
-    settings = parse("--loss_type dft --packing --completion_column answer", "sft")
-    assert settings.trainer_fields == {"loss_type": "dft", "packing": True}
+    settings = parse("--loss_type dft --completion_column answer", "sft")
+    assert settings.trainer_fields == {"loss_type": "dft"}
     assert settings.data.completion_column == "answer"
 
 
@@ -238,7 +236,6 @@ def test_known_choices_of_trainer_fields_are_the_enums_of_transformers():
         ("--", "--: is no flag; flags start with two dashes and a name (--help lists them)"),
         ("--verb sft", "--verb: no such flag; the verb comes first, without dashes"),
         ("--text_column t", "--text_column: is a flag of the verb sft, not of train"),
-        ("--packing", "--packing: is a flag of the verb sft, not of train"),
         ("--run_name x", "--run_name: cannot be set here: use --wandb_run_name"),
         ("--bf16", "--bf16: cannot be set here: use --dtype bfloat16"),
         ("--padding_free", "--padding_free: cannot be set here: TRL's DPO trainer accepts it and switches it off"),
@@ -485,7 +482,6 @@ def test_byte_order_mark(config):
         ("lora-r: 1.5\nuse_lora: on", "run.yaml", ": lora-r is '1.5': must be a whole number"),
         ("lerning_rate: 1", "run.yaml", ": lerning_rate: no such flag; did you mean --learning_rate?"),
         ("max_lenght: 1", "run.yaml", ": max_lenght: no such flag; did you mean --max_length?"),
-        ("packing: true", "run.yaml", ": packing: is a flag of the verb sft, not of train"),
         ("run_name: x", "run.yaml", ": run_name: cannot be set here: use --wandb_run_name"),
         ("beta: [0.1]", "run.yaml", ": beta is a list: must be a number"),
         ("beta: {a: 1}", "run.yaml", ": beta is a mapping: must be a number"),
@@ -555,7 +551,7 @@ def test_misspelled_verb_in_the_config(config):
         ("--loss_type sigmoid sft --loss_weights 1 0.25", "train"),
         ("--optim_target_modules '[\"a{1,2}\"]' --include_for_metrics loss --debug=", "train"),
         ('--lr_scheduler_kwargs \'{"a": [1, null, "x y"]}\' --trackio_static_space_id false', "train"),
-        ("--loss_type dft --packing --text_column t", "sft"),
+        ("--loss_type dft --text_column t", "sft"),
     ],
 )
 def test_command_line_gives_the_same_settings(flags, verb):

@@ -48,6 +48,7 @@ def make_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_text("")
     if complete:
+        (checkpoint / "optimizer.json").write_text("{}")
         (checkpoint / "trainer_state.json").write_text("{}")
     return checkpoint
 

@@ -336,3 +336,89 @@ def test_a_conversation_with_a_tokenizer_without_template(run_script, tiny_model
     shown = tokenizer.apply_chat_template(rows[0]["chosen"][:1], tokenize=False, add_generation_prompt=True)
     assert shown == f"<s>User: {rows[0]['chosen'][0]['content']}\n\nAssistant:"
     assert save_tiny_tokenizer(tmp_path / "again") == len(tokenizer), "no token was added"
+
+
+def test_weights_that_the_files_lack_are_not_made_up(refused, tiny_model, pairs_file, tmp_path):
+    from transformers import LlamaModel
+
+    folder = tmp_path / "headless"
+    shutil.copytree(tiny_model, folder)
+    LlamaModel.from_pretrained(tiny_model).save_pretrained(folder)
+    (line,) = refused("--model_name_or_path", folder, "--dataset_name", pairs_file)
+    assert "lm_head.weight" in line
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(refused, tiny_model, pairs_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    (line,) = refused("--model_name_or_path", folder, "--dataset_name", pairs_file)
+    assert str(len(tokenizer)) in line
+
+
+def test_a_run_never_writes_over_what_it_reads(run_script, tiny_model, pairs_file, tmp_path):
+    flags = ("--dataset_name", pairs_file, *QUICK, "--max_steps", 2, "--save_steps", 1)
+    first = tmp_path / "first"
+    assert run_script("--model_name_or_path", tiny_model, *flags, "--output_dir", first)[0] == 0
+    before = sorted(first.rglob("*"))
+    code, _, err = run_script("--model_name_or_path", first / "checkpoint-1", *flags, "--output_dir", first,
+                              "--overwrite_output_dir")  # fmt: skip
+    assert code == 2
+    assert "--model_name_or_path" in err
+    assert sorted(first.rglob("*")) == before
+    code, _, err = run_script("--model_name_or_path", tiny_model, *flags, "--output_dir", tmp_path / "second",
+                              "--resume_from_checkpoint", first / "checkpoint-1")  # fmt: skip
+    assert code == 2
+    assert "not a checkpoint of the run" in err
+
+
+def test_training_that_comes_apart_stops_and_says_so(run_script, tiny_model, pairs_file, tmp_path):
+    output = tmp_path / "run"
+    code, _, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", output,
+                              "--learning_rate", 1e30, "--max_steps", 6, "--logging_steps", 1)  # fmt: skip
+    assert code == 2
+    assert "--learning_rate" in err
+    record = read_record(output)
+    assert record["status"] == "failed"
+    assert record["warnings"]
+    assert not (output / "model.safetensors").exists()
+    assert all(line for line in read_metrics(output)), "every line is JSON"
+
+
+def test_a_first_line_that_is_null(refused, tiny_model, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("null\n" + "".join(json.dumps(pair) + "\n" for pair in make_pairs(5)))
+    (line,) = refused("--model_name_or_path", tiny_model, "--dataset_name", data)
+    assert "line 1" in line
+
+
+def test_a_precomputed_reference_leaves_memory(run_script, tiny_model, pairs_file, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from utils.models import loading
+    from utils.training.trainer import PreferenceTrainer
+
+    references, alive = [], []
+    load, train = loading._load_frozen, PreferenceTrainer.train
+
+    def load_and_remember(*arguments):
+        model = load(*arguments)
+        references.append(weakref.ref(model))
+        return model
+
+    def look_and_train(self, *arguments, **options):
+        gc.collect()
+        alive.extend(reference() is not None for reference in references)
+        return train(self, *arguments, **options)
+
+    monkeypatch.setattr(loading, "_load_frozen", load_and_remember)
+    monkeypatch.setattr(PreferenceTrainer, "train", look_and_train)
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *QUICK, "--max_steps", 1)
+    code, _, err = run_script(*flags, "--precompute_ref_log_probs", "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    assert alive == [False]

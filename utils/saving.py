@@ -140,7 +140,12 @@ def find_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / TRAINER_STATE).is_file()]
+    return [path for _, path in sorted(found) if is_complete(path)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a run can go on from it: it has the trainer's state, and an optimizer's."""
+    return (checkpoint / TRAINER_STATE).is_file() and any(checkpoint.glob("optimizer*"))
 
 
 def find_resume_point(output_dir: Path, wish: str | None) -> Path | None:
@@ -155,7 +160,7 @@ def find_resume_point(output_dir: Path, wish: str | None) -> Path | None:
         checkpoints = find_checkpoints(output_dir)
         return checkpoints[-1] if checkpoints else None
     path = Path(wish).expanduser().resolve()
-    if not (path / TRAINER_STATE).is_file():
+    if not is_complete(path):
         newest = find_checkpoints(output_dir)
         hint = f"the newest in {output_dir} is {newest[-1].name}" if newest else "pass auto to start without one"
         raise UserError(f"--resume_from_checkpoint {wish}: not a complete checkpoint (no {TRAINER_STATE}); {hint}")
@@ -204,6 +209,11 @@ def check_output_folder(
         )
     if overwrite:
         return
+    if resume and record.get("status") == "finished" and not find_checkpoints(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir}: holds a finished run without checkpoints, so there is nothing to resume. "
+            "Choose another folder, or pass --overwrite_output_dir to replace it"
+        )
     if not resume:
         go_on = "pass --resume_from_checkpoint auto to continue it, " if record.get("status") != "finished" else ""
         raise UserError(

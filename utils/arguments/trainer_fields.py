@@ -42,8 +42,25 @@ OWNED = {
     "parallelism_config": "it cannot be written as text; use a config of accelerate launch",
     "hub_token": "flags are recorded in the run folder; run `hf auth login` or set HF_TOKEN instead",
     "save_safetensors": "only safetensors are written",
+    "pad_to_multiple_of": "batches are packed, or padded to their longest row",
+    "fp16_full_eval": "evaluation computes in --dtype",
+    "bf16_full_eval": "evaluation computes in --dtype",
+    "batch_eval_metrics": "held-out metrics are computed row by row in any case",
+    "eval_accumulation_steps": "evaluation keeps no more than one batch in memory in any case",
+    "prediction_loss_only": "the script decides what is evaluated",
 }
 OWNED_BY_VERB = {
+    "sft": {
+        "eos_token": "each completion ends in the tokenizer's own end-of-text token",
+        "completion_only_loss": "only completions are learnt; for whole texts use --text_column",
+        "assistant_only_loss": "only completions are learnt",
+        "dataset_kwargs": "the script prepares the rows",
+        "shuffle_dataset": "rows are shuffled by --seed in any case",
+        "packing": "sft trains on padded batches",
+        "packing_strategy": "sft trains on padded batches",
+        "eval_packing": "sft trains on padded batches",
+        "padding_free": "sft trains on padded batches",
+    },
     "train": {
         "padding_free": "TRL's DPO trainer accepts it and switches it off",
         "label_smoothing_factor": "DPO's losses do not read it; use --label_smoothing",

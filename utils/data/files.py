@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.data.places import FileLines, FilePlaces, Place, describe_bad_rows
-from utils.data.scanning import Scan, line_numbers, peek_csv, scan_csv, scan_json, whole_rows
+from utils.data.scanning import Scan, begins_like_rows, line_numbers, peek_csv, scan_csv, scan_json, whole_rows
 from utils.errors import UserError
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -62,6 +62,8 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
     """The library's reading, or None where it fails or is known to misread."""
     if any(set("*?[]") & set(str(path)) for path in paths):
         return None  # the library takes these names for patterns
+    if kind == "json" and not all(map(begins_like_rows, paths)):
+        return None  # the library's reader dies of a first line that is null
     if kind == "csv":
         header, first = peek_csv(paths[0])
         # pandas would take the first of the surplus fields for an index and shift every column

@@ -275,3 +275,13 @@ def line_numbers(path: Path) -> FileLines:
     with open_binary(path) as handle:
         lines = (number for number, line in enumerate(handle, start=1) if line.removeprefix(BOM).strip())
         return FileLines(path.name, "line", array("Q", lines))
+
+
+def begins_like_rows(path: Path) -> bool:
+    """Whether the first thing in a JSON file is an object or a list."""
+    try:
+        with open_binary(path) as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except (OSError, EOFError, ValueError):
+        return False
+    return start[:1] in (b"{", b"[")

@@ -7,9 +7,11 @@ token, unless the completion had to be cut, in which case `cut` says so and noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -54,6 +56,8 @@ class PromptEncoder:
                 "the tokenizer has no end-of-text token (eos_token): the model could not learn to stop. "
                 "Set one in its tokenizer_config.json"
             )
+        # Part of the key under which tokenized rows are cached, so that new code never reads old rows.
+        self.code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         self.tokenizer = tokenizer
         self.end_ids = frozenset(end_ids) | {tokenizer.eos_token_id}
         probe = tokenizer("a")["input_ids"]
@@ -216,7 +220,12 @@ SFT_COLUMNS = {"completion_ids": "completion"}
 
 
 def tokenize_rows(
-    rows: Dataset, encoder: PromptEncoder, completions: dict[str, str], max_length: int, truncation: str
+    rows: Dataset,
+    encoder: PromptEncoder,
+    completions: dict[str, str],
+    max_length: int,
+    truncation: str,
+    num_proc: int | None = None,
 ) -> tuple[Dataset, Truncation]:
     """The rows as token ids, each fitting `max_length`, and what that took.
 
@@ -225,6 +234,7 @@ def tokenize_rows(
         completions: name of the new ids column -> text column, `PAIR_COLUMNS` or `SFT_COLUMNS`.
         max_length: most tokens of a prompt together with one completion.
         truncation: `shorten_prompt`, `drop` or `error`, as in --truncation.
+        num_proc: processes that share the work; None for this one alone.
 
     Raises:
         UserError: rows are too long under `error`, or none is left under `drop`.
@@ -232,6 +242,7 @@ def tokenize_rows(
     tokenized = rows.map(
         _tokenize_batch,
         batched=True,
+        num_proc=num_proc,
         fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},
         remove_columns=rows.column_names,
     )

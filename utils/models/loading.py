@@ -30,6 +30,10 @@ class Reference:
     model: PreTrainedModel | PeftModel | None
     how: str
 
+    def without_model(self) -> Reference:
+        """The same in words alone."""
+        return Reference(None, self.how)
+
 
 def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where it has no padding token the end-of-text token serves (it is masked)."""
@@ -138,6 +142,16 @@ def new_adapter_config(settings: LoraSettings, source: ModelSource, model: PreTr
     )
 
 
+def check_embeddings(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    """Refuses a tokenizer with more tokens than the model has embeddings for."""
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise UserError(
+            f"--model_name_or_path {source.name}: its tokenizer has {len(tokenizer)} tokens, the model {size}; "
+            "they do not belong together (or the model's embeddings were not resized when tokens were added)"
+        )
+
+
 def check_4bit() -> None:
     """Refuses --use_4bit where bitsandbytes cannot quantize on this machine, with what to install."""
     try:
@@ -210,9 +224,19 @@ def _load_base(
     if quantize:
         options["quantization_config"] = _quantization(settings, precision)
         options["device_map"] = {"": precision.device}
-    return _translating(
-        f"{flag} {source.base}: cannot be loaded", lambda: AutoModelForCausalLM.from_pretrained(source.base, **options)
+    model, report = _translating(
+        f"{flag} {source.base}: cannot be loaded",
+        lambda: AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options),
     )
+    # transformers would fill these with random numbers, another time with others.
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(
+            f"{flag} {source.base}: its weights lack {', '.join(absent[:3])}{more} of a {type(model).__name__}; "
+            "name a folder with the whole causal language model"
+        )
+    return model
 
 
 def _quantization(settings: ModelSettings, precision: Precision) -> Any:

@@ -35,6 +35,10 @@ class ModelSource:
 def find_policy(settings: ModelSettings) -> ModelSource:
     """The model to tune: a base, or a base with the adapter that training continues."""
     source = find_model("--model_name_or_path", settings.model_name_or_path, settings.model_revision)
+    if settings.model_revision is not None and Path(source.name).is_dir():
+        raise UserError(
+            f"--model_revision {settings.model_revision}: {source.name} is a folder, which has no revisions"
+        )
     if settings.adapter_name_or_path is None:
         return source
     if source.adapter is not None:

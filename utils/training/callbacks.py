@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from utils.errors import UserError
 from utils.runtime import say
 from utils.saving import RunRecord, append_metrics, keep_metrics_until, now
 from utils.training.run_folder import Stopwatch
@@ -78,12 +79,18 @@ class RunWatcher(TrainerCallback):
         held_out = any(name.startswith("eval_") for name in logs)
         line = {name.replace("eval_", "held_out_"): value for name, value in logs.items()}
         bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            self.record.warn(f"step {state.global_step}: {', '.join(bad)} not finite")
+        line |= dict.fromkeys(bad)  # null: JSON has no NaN
         if self.folder is not None:
             append_metrics(self.folder, {"step": state.global_step, **line})
         if not held_out:
             say(self._progress(state, logs))
+            if "loss" in bad or "grad_norm" in bad:
+                self.record.warn(f"stopped at step {state.global_step}: {', '.join(bad)} not finite")
+                raise UserError(
+                    f"training came apart by step {state.global_step}: {', '.join(bad)} not finite. Nothing is saved "
+                    f"from here on; try a smaller --learning_rate (it is {args.learning_rate:g}), "
+                    "--max_grad_norm, or --dtype float32"
+                )
             self.record.update(step=state.global_step, steps=state.max_steps, updated=now())
 
     def _progress(self, state, logs: Mapping[str, Any]) -> str:
@@ -129,4 +136,4 @@ class StopInGoodOrder:
         if self.watcher.interrupted:
             raise KeyboardInterrupt
         self.watcher.interrupted = True
-        say("  stopping after this step; its state is saved (once more to stop at once, without saving)")
+        say("  stopping after this step (once more to stop at once, without saving)")

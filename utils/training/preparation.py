@@ -18,6 +18,7 @@ from utils.errors import UserError, gather
 from utils.models.loading import (
     Reference,
     check_4bit,
+    check_embeddings,
     check_same_tokenizer,
     context_length,
     new_adapter_config,
@@ -60,13 +61,39 @@ def find_folder(settings: Settings) -> Path | None:
     if settings.run.dry_run:
         return None
     folder = Path(settings.run.output_dir).expanduser().resolve()
-    for name in ("model_name_or_path", "ref_model_name_or_path", "adapter_name_or_path"):
-        value = getattr(settings.model, name)
-        if value is not None and Path(value).expanduser().resolve() == folder:
-            raise UserError(f"--output_dir {folder}: the same folder as --{name}; the result would overwrite it")
+    _check_inputs_outside(folder, settings)
     resume = settings.run.resume_from_checkpoint is not None
+    if resume and settings.run.resume_from_checkpoint != "auto":
+        checkpoint = Path(settings.run.resume_from_checkpoint).expanduser().resolve()
+        if checkpoint.parent != folder:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: not a checkpoint of the run in --output_dir {folder}; "
+                "to start a new run from its weights, name it with --model_name_or_path"
+            )
     check_output_folder(folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
     return folder
+
+
+def _check_inputs_outside(folder: Path, settings: Settings) -> None:
+    """What a run reads must not lie where it writes: its own result would take its place."""
+    model = settings.model
+    inputs = {
+        "model_name_or_path": model.model_name_or_path,
+        "ref_model_name_or_path": model.ref_model_name_or_path,
+        "adapter_name_or_path": model.adapter_name_or_path,
+        "dataset_name": settings.data.dataset_name,
+    }
+    for name in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
+        if inputs[name] is not None and (Path(inputs[name]) / "adapter_config.json").is_file():
+            config = read_json_file(inputs[name], "adapter_config.json", None) or {}
+            inputs[f"{name} (its base model)"] = config.get("base_model_name_or_path")
+    faults = []
+    for name, value in inputs.items():
+        path = Path(value).expanduser().resolve() if value else None
+        if path is not None and path.exists() and (path == folder or folder in path.parents):
+            faults.append(f"--output_dir {folder}: holds --{name} {value}, which the result would overwrite")
+    if faults:
+        raise UserError(*faults)
 
 
 def check_settings(settings: Settings) -> None:
@@ -110,7 +137,16 @@ def prepare_rows(
     )
     encoder = PromptEncoder(tokenizer, end_ids)
     parts = [
-        tokenize_rows(part, encoder, columns, max_length, settings.data.truncation) if part is not None else None
+        tokenize_rows(
+            part,
+            encoder,
+            columns,
+            max_length,
+            settings.data.truncation,
+            settings.trainer_fields.get("dataset_num_proc"),
+        )
+        if part is not None
+        else None
         for part in (data.train, data.held_out)
     ]
     (train, truncation), held_out = parts[0], parts[1] or (None, Truncation(0, 0, 0))
@@ -208,6 +244,7 @@ def _trainer_parts(
     adds_adapter = settings.lora.use_lora and source.adapter is None
     train, held_out = (_longest(part, settings) for part in (rows.train, rows.held_out))
     adapts = adds_adapter or source.adapter is not None
+    check_embeddings(policy, rows.tokenizer, source)
     return {
         "model": policy,
         "args": build_config(settings, precision, folder, adapts, evaluates=held_out is not None),
@@ -235,7 +272,8 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
     """Says what was read and how."""
     say(f"data: {data.source}: {data.reading.description}")
     held_out = len(rows.held_out) if rows.held_out is not None else 0
-    say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out; no prompt stands in both")
+    parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
+    say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
     if data.shared_prompts:
         say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
     for reason, count in data.dropped.items():

@@ -17,6 +17,7 @@ from utils.saving import (
     PAIRS,
     RunRecord,
     clear_run,
+    find_checkpoints,
     find_resume_point,
     now,
     read_record,
@@ -54,14 +55,24 @@ class Run:
         try:
             with StopInGoodOrder(self.watcher):
                 self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
+        except KeyboardInterrupt:
+            self.record.update(status="interrupted", updated=now())
+            raise
         except BaseException:
             self.record.update(status="failed", updated=now())
             raise
         if self.watcher.interrupted:
             self.record.update(status="interrupted", updated=now(), resources=self.resources())
-            command = shlex.join(["python", "advanced_dpo_script.py", *self.record.content["arguments"]])
-            again = "" if "--resume_from_checkpoint" in command else " --resume_from_checkpoint auto"
-            raise Interrupted(f"interrupted at step {self.trainer.state.global_step}; to go on:\n  {command}{again}")
+            raise Interrupted(self._how_to_go_on())
+
+    def _how_to_go_on(self) -> str:
+        step = self.trainer.state.global_step
+        if self.folder is None or not find_checkpoints(self.folder):
+            return f"interrupted at step {step}; no checkpoint was saved"
+        dropped = ("--overwrite_output_dir", "--resume_from_checkpoint")
+        words = [word for word in self.record.content["arguments"] if word not in dropped and word != "auto"]
+        command = shlex.join(["python", "advanced_dpo_script.py", *words, "--resume_from_checkpoint", "auto"])
+        return f"interrupted at step {step}, its state is saved; to go on:\n  {command}"
 
     def resources(self) -> dict[str, Any]:
         """Time, speed and memory so far, in seconds, rows and tokens per second, and bytes."""

@@ -302,7 +302,11 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
             if self.eval_dataset is not None:
                 self.eval_dataset = self._with_reference(self.eval_dataset)
         self.args.per_device_eval_batch_size = size
+        kept = [model for model in self.accelerator._models if model is not self.ref_model]
+        self.accelerator._models[:] = kept
         self.ref_model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _with_reference(self, dataset: Dataset) -> Dataset:
         was_training = self.model.training
