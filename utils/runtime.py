@@ -33,8 +33,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    # The thread pools of a busy-waiting OpenMP starve each other when two processes share the cores.
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    # OpenMP threads wait by spinning; on cores shared with other work a long spin keeps the others from finishing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def quiet_loaded_libraries() -> None:
