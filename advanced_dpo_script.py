@@ -8,6 +8,7 @@ The story of a run, stage by stage; every stage is a room under utils/ and compu
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import time
@@ -76,6 +77,7 @@ def run_training(
     from utils.models.loading import load_policy, load_tokenizer
     from utils.models.sources import find_policy
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
+    from utils.saving import no_empty_folder_left
     from utils.tracking import prepare_trackers
     from utils.training.preparation import (
         check_settings,
@@ -104,7 +106,7 @@ def run_training(
     reference = build_reference(source, settings, precision) if build_reference else None
     if folder is not None:
         prepare_trackers(settings, folder)
-    with tempfile.TemporaryDirectory() as nowhere:
+    with tempfile.TemporaryDirectory() as nowhere, no_empty_folder_left(folder):
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.without_model()
@@ -117,4 +119,5 @@ def run_training(
 VERBS: dict[str, Callable[[Settings], None]] = {"train": train, "sft": sft}
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be terminated is to be interrupted
     sys.exit(main())

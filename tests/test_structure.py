@@ -14,6 +14,7 @@ ORDER = [
     *FLOOR,
     "arguments",
     "saving",
+    "state",
     "tracking",
     "data",
     "models",

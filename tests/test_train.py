@@ -245,14 +245,15 @@ def test_full_sft_then_dpo_starts_from_its_folder(train):
     assert read_record(stage2)["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_accumulation_and_batch_size_do_not_change_the_result(train):
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_accumulation_and_batch_size_do_not_change_the_result(train, verb):
     """Seven steps of four pairs with a tail of two: every split into micro-batches gives the same weights."""
     results = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         folder = train(
             "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation,
             "--max_samples", 33, "--per_device_eval_batch_size", batch, "--validation_split", "0.1",
-            folder=f"{batch}x{accumulation}",
+            folder=f"{batch}x{accumulation}", verb=verb,
         )  # fmt: skip
         results.append((load_file(folder / "model.safetensors"), read_record(folder)["metrics"], read_metrics(folder)))
     (weights, metrics, lines), *others = results
@@ -265,6 +266,27 @@ def test_accumulation_and_batch_size_do_not_change_the_result(train):
         for line, other in zip(lines, other_lines, strict=True):
             assert other.get("loss") == pytest.approx(line.get("loss"), abs=1e-4)
             assert other.get("grad_norm", 0) == pytest.approx(line.get("grad_norm", 0), rel=2e-3)
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_sft_learns_the_mean_over_completion_tokens(train, tiny_model, pairs_file, loss):
+    folder = train("--max_steps", 1, "--per_device_train_batch_size", 60, "--validation_split", "none",
+                   "--loss_type", loss, verb="sft")  # fmt: skip
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    losses = []
+    for pair in map(json.loads, pairs_file.read_text().splitlines()):
+        prompt = tokenizer(pair["prompt"]).input_ids
+        ids = torch.tensor([prompt + tokenizer(pair["chosen"], add_special_tokens=False).input_ids + [1]])
+        log_probs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+        losses += (-log_probs * (log_probs.exp() if loss == "dft" else 1)).tolist()
+    line = next(line for line in read_metrics(folder) if "loss" in line)
+    assert line["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert line["tokens"] == len(losses)
+
+
+def test_batches_of_similar_length_can_be_asked_for(train):
+    folder = train("--max_steps", 2, "--train_sampling_strategy", "group_by_length")
+    assert read_record(folder)["status"] == "finished"
 
 
 def test_precomputed_reference_changes_nothing_but_memory(train):

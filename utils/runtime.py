@@ -48,7 +48,7 @@ def quiet_loaded_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # Notices of the libraries to their own developers, about calls between them that we do not make.
-    for module in ("trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
+    for module in ("trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch", "utils"):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{module}(\..*)?")
 

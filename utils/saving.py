@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,7 +48,7 @@ OWN_FILES = (
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; what was written there takes the place of `path` in one step, or nothing does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -64,7 +64,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step: a reader sees the old content or the new one, never a part."""
     # A lone surrogate, which JSON may hold, is written as the JSON escape \udXXX.
-    with _replacing(path) as beside, open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
@@ -79,11 +79,16 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class RunRecord:
-    """run.json: what the run is and how it went. Every update rewrites it; without a folder nothing is written."""
+    """run.json: what the run is and how it went. Every update rewrites it, once it has a folder."""
 
-    def __init__(self, folder: Path | None, content: Mapping[str, Any]):
-        self.path = folder / RECORD if folder is not None else None
+    def __init__(self, content: Mapping[str, Any]):
+        self.path: Path | None = None
         self.content = dict(content)
+
+    def write_to(self, folder: Path) -> None:
+        """Writes the file in `folder`, now and at every update."""
+        self.path = folder / RECORD
+        self.write()
 
     def update(self, **values: Any) -> None:
         """Sets keys; mappings are merged into what stands there."""
@@ -240,8 +245,24 @@ def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, sett
 
 def _check_writable(output_dir: Path) -> None:
     existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError:
+        raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder") from None
+
+
+@contextlib.contextmanager
+def no_empty_folder_left(output_dir: Path | None) -> Iterator[None]:
+    """Removes a folder that was made within the context when that fails before anything is in it."""
+    existed = output_dir is None or output_dir.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                output_dir.rmdir()
+        raise
 
 
 def clear_run(output_dir: Path) -> None:
@@ -253,94 +274,6 @@ def clear_run(output_dir: Path) -> None:
             shutil.rmtree(path)
         elif path.name in OWN_FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
             path.unlink()
-
-
-def save_state(folder: Path, name: str, state: Any) -> None:
-    """Writes a nested state (dicts, lists, tuples, numbers, text, tensors) as `name`.json and `name`.safetensors."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Any] = {}
-    skeleton = _take_apart(state, tensors)
-    with _replacing(folder / f"{name}.safetensors") as beside:
-        save_file(tensors, beside)
-    write_json(folder / f"{name}.json", skeleton)
-
-
-def load_state(folder: Path, name: str) -> Any:
-    """Reads what `save_state` wrote."""
-    from safetensors.torch import load_file
-
-    skeleton = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return _put_together(skeleton, load_file(folder / f"{name}.safetensors"))
-
-
-def _take_apart(value: Any, tensors: dict[str, Any]) -> Any:
-    """`value` as JSON; its tensors go into `tensors` and are named where they stood."""
-    import numpy
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        key = f"{len(tensors)}"
-        # A copy of its own: safetensors refuses tensors that share memory.
-        tensors[key] = value.detach().cpu().contiguous().clone()
-        return {"tensor": key}
-    if isinstance(value, numpy.ndarray):
-        key = f"{len(tensors)}"
-        # Not every reader of safetensors knows unsigned integers; as signed ones they keep their bits.
-        tensors[key] = torch.from_numpy(value.astype(numpy.int64) if value.dtype.kind == "u" else value.copy())
-        return {"array": key, "dtype": str(value.dtype)}
-    if isinstance(value, Mapping):
-        return {"items": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple | list):
-        return {
-            type(value).__name__ if type(value) in (tuple, list) else "list": [_take_apart(v, tensors) for v in value]
-        }
-    if isinstance(value, numpy.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a {type(value).__name__} cannot be saved in a checkpoint")
-
-
-def _put_together(skeleton: Any, tensors: Mapping[str, Any]) -> Any:
-    if not isinstance(skeleton, dict):
-        return skeleton
-    if "tensor" in skeleton:
-        return tensors[skeleton["tensor"]]
-    if "array" in skeleton:
-        return tensors[skeleton["array"]].numpy().astype(skeleton["dtype"])
-    if "items" in skeleton:
-        return {_put_together(k, tensors): _put_together(v, tensors) for k, v in skeleton["items"]}
-    if "tuple" in skeleton:
-        return tuple(_put_together(v, tensors) for v in skeleton["tuple"])
-    return [_put_together(v, tensors) for v in skeleton["list"]]
-
-
-def read_random_state() -> dict[str, Any]:
-    """The state of every random number generator: Python, NumPy, torch and the GPU of this process."""
-    import numpy
-    import torch
-
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.random.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts every random number generator where `read_random_state` found it."""
-    import numpy
-    import torch
-
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def now() -> str:

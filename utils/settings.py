@@ -32,6 +32,7 @@ STEPS_OR_SHARE = Bound(
     "a whole number, or a share of all steps between 0 and 1",
     lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
 )
+SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
 
 ALL_VERBS = ("train", "sft")
@@ -215,7 +216,7 @@ class TrainingSettings:
     )
     save_steps: float = flag(500, "steps between two checkpoints", bound=STEPS_OR_SHARE)
     save_total_limit: int | None = flag(None, "keep only the newest N checkpoints", bound=AT_LEAST_ONE)
-    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=AT_LEAST_ZERO)
+    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=SEED)
 
 
 @dataclass(frozen=True)

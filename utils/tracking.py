@@ -12,7 +12,19 @@ from utils.runtime import say
 from utils.settings import Settings
 
 # tracker -> the package it needs
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
+PACKAGES = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+    "neptune": "neptune",
+    "codecarbon": "codecarbon",
+    "dagshub": "dagshub",
+}
 
 
 def check_trackers(settings: Settings) -> None:
@@ -30,7 +42,7 @@ def check_trackers(settings: Settings) -> None:
 
 def prepare_trackers(settings: Settings, folder: Path) -> None:
     """Sets what the trackers read from the environment; W&B goes offline when there is no login or no network."""
-    if "tensorboard" in settings.run.report_to:
+    if not {"tensorboard", "all"}.isdisjoint(settings.run.report_to):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     if not settings.run.use_wandb:
         return

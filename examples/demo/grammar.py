@@ -24,6 +24,7 @@ DOMAINS = tuple(TEMPLATES["domains"])
 
 POSITIVE, NEUTRAL, NEGATIVE = 1, 0, -1
 HELD_OUT_SHARE = 20  # one prompt in twenty
+NEGATED_SHARE = 0.15  # of the adjectives: "not bad" for good
 MAX_SENTENCES = 4  # after the opening
 
 NOT_BAD = ("not {}", "not at all {}", "never {}", "anything but {}", "far from {}", "not in the least {}")
@@ -94,7 +95,7 @@ def write_review(rng: random.Random, sentiment: int | None = None, domain: str |
     if sentiment is None:
         sentiment = rng.choice((POSITIVE, NEGATIVE))
     sentences = _opinions(draft, sentiment) if sentiment else []
-    facts = rng.choice((1, 2, 3)) if sentiment == NEUTRAL else rng.choices((0, 1, 2), (60, 35, 5))[0]
+    facts = rng.choice((1, 2, 3)) if sentiment == NEUTRAL else rng.choices((0, 1, 2), (65, 30, 5))[0]
     for _ in range(min(facts, MAX_SENTENCES - len(sentences))):
         fact = draft.fill(draft.pick(_options(TEMPLATES["domains"][draft.domain]["neutral"])))
         sentences.insert(rng.choice((0, 0, len(sentences) // 2)), fact)
@@ -110,8 +111,8 @@ def _open(rng: random.Random, domain: str | None) -> tuple[Draft, str]:
 def _opinions(draft: Draft, sentiment: int) -> list[str]:
     """One to three sentences of the given sentiment, perhaps one mild word against it, perhaps a verdict."""
     rng = draft.rng
-    sentences = [_opinion(draft, sentiment) for _ in range(rng.choices((1, 2, 3), (30, 50, 20))[0])]
-    if len(sentences) > 1 and rng.random() < 0.12:
+    sentences = [_opinion(draft, sentiment) for _ in range(rng.choices((1, 2, 3), (15, 55, 30))[0])]
+    if len(sentences) > 1 and rng.random() < 0.1:
         sentences.insert(rng.randrange(1, len(sentences)), _aspect_sentence(draft, sentiment, "against"))
     if len(sentences) < MAX_SENTENCES and rng.random() < 0.5:
         sentences.append(_verdict(draft, sentiment))
@@ -119,7 +120,7 @@ def _opinions(draft: Draft, sentiment: int) -> list[str]:
 
 
 def _opinion(draft: Draft, sentiment: int) -> str:
-    kind = draft.rng.choices(("plain", "double", "contrast", "feeling", "fixed"), (42, 12, 16, 6, 24))[0]
+    kind = draft.rng.choices(("plain", "double", "contrast", "feeling", "fixed"), (42, 20, 8, 6, 24))[0]
     if kind == "feeling":
         pattern = draft.pick(_options(TEMPLATES["frames"]["feeling"]))
         return draft.fill(pattern, {"feeling": _adjective(draft, "feeling", sentiment, negate=0)})
@@ -151,9 +152,10 @@ def _aspect_sentence(draft: Draft, sentiment: int, kind: str) -> str:
         **_noun_slots(draft, other_noun, "onp", "owas"),
         "they": "they" if noun.endswith("*") else "it",
         "were": "were" if noun.endswith("*") else "was",
-        "adj": _adjective(draft, group, sentiment),
+        "adj": _adjective(draft, group, sentiment, negate=0 if "{adj} and" in pattern else NEGATED_SHARE),
         "adj2": draft.pick(_words(np2_group, sentiment)),
         "plain": draft.pick(_words(group, sentiment)),
+        "gen": draft.pick(_words("general", sentiment)),
         "opp": draft.pick(_words(other_group, -sentiment)),
         "opp2": draft.pick(_words(group, -sentiment)),
     }
@@ -174,7 +176,7 @@ def _noun_slots(draft: Draft, noun: str, phrase: str, verb: str) -> dict[str, st
     return {phrase: text, verb: "were" if noun.endswith("*") else "was"}
 
 
-def _adjective(draft: Draft, group: str, sentiment: int, negate: float = 0.18) -> str:
+def _adjective(draft: Draft, group: str, sentiment: int, negate: float = NEGATED_SHARE) -> str:
     """An adjective phrase: strong or mild, with a degree or without, or the negation of its opposite."""
     rng = draft.rng
     if rng.random() < negate:

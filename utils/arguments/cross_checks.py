@@ -33,6 +33,10 @@ TRACKERS = (
     "all",
     "none",
 )
+HELD_OUT_METRICS = {
+    "train": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"),
+    "sft": ("loss", "perplexity", "token_accuracy"),
+}
 SAME_LOSS = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -201,6 +205,8 @@ def moving_reference(candidate: Candidate) -> Iterator[str]:
     label = candidate.label("sync_ref_model")
     if candidate["use_lora"] or candidate.has_adapter:
         yield f"{label}: needs a full model as reference, and an adapter's reference is its own base; leave out one"
+    if candidate["use_4bit"]:
+        yield f"{label}: cannot move a reference that --use_4bit holds in 4 bits; leave out one of the two"
     if candidate["precompute_ref_log_probs"]:
         yield f"{label}: moves the reference that --precompute_ref_log_probs scores once; leave out one of the two"
 
@@ -228,6 +234,12 @@ def columns(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('completion_column')}: --chosen_column names the response too; leave out one"
 
 
+def best_model(candidate: Candidate) -> Iterator[str]:
+    name, names = candidate["metric_for_best_model"], HELD_OUT_METRICS[candidate.settings.verb]
+    if name is not None and name.removeprefix("eval_") not in names:
+        yield f"{candidate.label('metric_for_best_model')} is {name!r}: must be one of {', '.join(names)}"
+
+
 Check = Callable[[Candidate], Iterator[str]]
 
 CHECKS: dict[Check, tuple[str, ...]] = {
@@ -239,6 +251,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     splits: ("validation_split", "dataset_split", "eval_strategy"),
     columns: (),
+    best_model: (),
 }
 TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
     losses: ("loss_type", "loss_weights"),

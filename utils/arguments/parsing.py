@@ -292,5 +292,5 @@ def _join_trackers(settings: Settings) -> Settings:
     names = dict.fromkeys(name for name in settings.run.report_to if name != "none")
     if settings.run.use_wandb:
         names["wandb"] = None
-    run = dataclasses.replace(settings.run, report_to=tuple(names), use_wandb="wandb" in names)
+    run = dataclasses.replace(settings.run, report_to=tuple(names), use_wandb=not {"wandb", "all"}.isdisjoint(names))
     return dataclasses.replace(settings, run=run)

@@ -47,6 +47,7 @@ OWNED = {
     "bf16_full_eval": "evaluation computes in --dtype",
     "batch_eval_metrics": "held-out metrics are computed row by row in any case",
     "eval_accumulation_steps": "evaluation keeps no more than one batch in memory in any case",
+    "length_column_name": "the lengths of the rows are known",
     "prediction_loss_only": "the script decides what is evaluated",
 }
 OWNED_BY_VERB = {
@@ -60,10 +61,12 @@ OWNED_BY_VERB = {
         "packing_strategy": "sft trains on padded batches",
         "eval_packing": "sft trains on padded batches",
         "padding_free": "sft trains on padded batches",
+        "label_smoothing_factor": "sft minimises plain cross-entropy, or --loss_type dft",
     },
     "train": {
         "padding_free": "TRL's DPO trainer accepts it and switches it off",
         "label_smoothing_factor": "DPO's losses do not read it; use --label_smoothing",
+        "neftune_noise_alpha": "noise between policy and reference would be taken for preference",
     },
 }
 

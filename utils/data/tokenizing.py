@@ -212,9 +212,12 @@ def _tokenize_batch(
         columns[name] = encoder.encode_continuations(batch["prompt"], batch[column], tools)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     fitted = [_fit_row(row, list(completions), max_length, encoder.opening_ids) for row in rows]
-    return {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}
+    tokenized = {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}
+    longest = [max(len(row[name]) for name in completions) for row in fitted]
+    return tokenized | {LENGTH: [len(row["prompt_ids"]) + end for row, end in zip(fitted, longest, strict=True)]}
 
 
+LENGTH = "length"  # tokens of the prompt with its longest completion; batches of similar length are made by it
 PAIR_COLUMNS = {"chosen_ids": "chosen", "rejected_ids": "rejected"}
 SFT_COLUMNS = {"completion_ids": "completion"}
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from utils.models.shared_prefix import pack_pairs
@@ -37,8 +36,3 @@ class PairCollator(DataCollatorForPreference):
 def count_pairs(batch: Mapping[str, Any]) -> int:
     """The pairs of a batch, in either layout."""
     return len(batch["layout"].lengths) if "layout" in batch else len(batch["input_ids"]) // 2
-
-
-def pair_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of each pair's longer text."""
-    return [len(p) + max(len(c), len(r)) for p, c, r in zip(*(dataset[name] for name in PAIR_IDS), strict=True)]

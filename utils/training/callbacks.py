@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from utils.errors import UserError
 from utils.runtime import say
-from utils.saving import RunRecord, append_metrics, keep_metrics_until, now
+from utils.saving import RunRecord, append_metrics, clear_run, keep_metrics_until, now
 from utils.training.run_folder import Stopwatch
 
 # name in the log -> how the console shows it
@@ -23,7 +24,6 @@ SHOWN = {
     "accuracy": "accuracy {:.0%}",
     "margin": "margin {:+.3f}",
     "perplexity": "perplexity {:.2f}",
-    "mean_token_accuracy": "token accuracy {:.0%}",
     "token_accuracy": "token accuracy {:.0%}",
 }
 
@@ -43,12 +43,15 @@ def readable_metrics(metrics: Mapping[str, Any]) -> str:
 class RunWatcher(TrainerCallback):
     """Prints and records each log line and evaluation, and stops the run in good order when it is asked to."""
 
-    def __init__(self, record: RunRecord, folder: Path | None):
+    def __init__(self, record: RunRecord, folder: Path | None, fresh: bool = True):
         self.record = record
         self.folder = folder
+        self.fresh = fresh  # whether the run begins here, in place of one that the folder may hold
         self.stopwatch = Stopwatch()
         self._made = time.perf_counter()
-        self.interrupted = False
+        self.asked_to_stop = False  # by a signal to this process
+        self.interrupted = False  # whether the run stops, in all its processes
+        self.begun = False  # whether a training step was begun
         self.shows_evaluations = True
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
@@ -60,18 +63,36 @@ class RunWatcher(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.resumed_step = state.global_step
+        if args.world_size > 1:
+            self._processes = torch.distributed.new_group(backend="gloo")
         if self.folder is not None and state.is_world_process_zero:
+            if self.fresh:
+                clear_run(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
             keep_metrics_until(self.folder, state.global_step)
+            self.record.write_to(self.folder)
         self.stopwatch.start()
+
+    def on_step_begin(self, args, state, control, **_):
+        self.begun = True
 
     def on_step_end(self, args, state, control, **_):
         last = state.global_step >= state.max_steps
+        self.interrupted = self._any_asked_to_stop(args.world_size)
         if self.interrupted:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
         # A log line before every checkpoint: what it counts is then never lost between two parts of a run.
         if control.should_save or last:
             control.should_log = True
+
+    def _any_asked_to_stop(self, world_size: int) -> bool:
+        """Whether a signal reached any process: all have to stop after the same step. Does not wait for a GPU."""
+        if world_size == 1:
+            return self.asked_to_stop
+        asked = torch.tensor(int(self.asked_to_stop))
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._processes)
+        return bool(asked)
 
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -133,7 +154,7 @@ class StopInGoodOrder:
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        if self.watcher.interrupted:
+        if self.watcher.asked_to_stop:
             raise KeyboardInterrupt
-        self.watcher.interrupted = True
+        self.watcher.asked_to_stop = True
         say("  stopping after this step (once more to stop at once, without saving)")

@@ -7,10 +7,10 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
-from utils.errors import UserError
 from utils.runtime import Precision
 from utils.settings import Settings
 from utils.training.losses import canonical_loss
+from utils.training.refusals import refusals_explained
 
 # verb -> learning rate without and with an adapter, where --learning_rate is not given
 LEARNING_RATES = {"train": (1e-6, 5e-5), "sft": (2e-5, 2e-4)}
@@ -79,10 +79,8 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
     if settings.verb == "train":
         values |= _loss_values(settings)
     config_class = DPOConfig if settings.verb == "train" else SFTConfig
-    try:
+    with refusals_explained(settings):
         return config_class(**(values | settings.trainer_fields))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the trainer refuses these settings: {' '.join(str(error).split())}") from error
 
 
 def _loss_values(settings: Settings) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from utils.saving import check_output_folder
 from utils.settings import Settings
 from utils.tracking import check_trackers
 from utils.training.config import build_config
+from utils.training.refusals import refusals_explained
 from utils.training.run_folder import RunFolderTrainer
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
@@ -98,12 +99,17 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
-    checks = [lambda: check_trackers(settings), check_one_device]
+    checks = [lambda: check_trackers(settings), check_one_device, lambda: _check_offloading(settings)]
     if settings.model.use_4bit:
         checks.append(check_4bit)
     if settings.model.ref_model_name_or_path is not None:
         checks.append(lambda: find_model("--ref_model_name_or_path", settings.model.ref_model_name_or_path))
     gather(*checks)
+
+
+def _check_offloading(settings: Settings) -> None:
+    if settings.trainer_fields.get("activation_offloading") and not torch.cuda.is_available():
+        raise UserError("--activation_offloading moves activations from a GPU to main memory; there is no GPU here")
 
 
 def check_one_device() -> None:
@@ -215,9 +221,9 @@ def make_preference_trainer(
         for model in (policy, reference.model):
             if model is not None:
                 turn_off_dropout(model)
-    trainer = PreferenceTrainer(
-        reference=reference, end_ids=rows.end_ids, **_trainer_parts(policy, rows, source, settings, precision, folder)
-    )
+    parts = _trainer_parts(policy, rows, source, settings, precision, folder)
+    with refusals_explained(settings):
+        trainer = PreferenceTrainer(reference=reference, end_ids=rows.end_ids, **parts)
     trainer.choose_layout(settings.training.engine)
     if settings.training.precompute_ref_log_probs:
         say("scoring all pairs with the reference")
@@ -235,7 +241,9 @@ def make_imitation_trainer(
     folder: Path,
 ) -> ImitationTrainer:
     """The SFT trainer, with a fresh adapter where --use_lora asks for one."""
-    return ImitationTrainer(**_trainer_parts(policy, rows, source, settings, precision, folder))
+    parts = _trainer_parts(policy, rows, source, settings, precision, folder)
+    with refusals_explained(settings):
+        return ImitationTrainer(**parts)
 
 
 def _trainer_parts(

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from utils.saving import load_state, read_random_state, save_state, set_random_state
+from utils.state import load_state, read_random_state, save_state, set_random_state
 
 TRAINED_ADAPTER = "default"
 
@@ -79,9 +80,54 @@ class Stopwatch:
 
 
 class RunFolderTrainer(Trainer):
-    """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give."""
+    """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give.
 
+    Each `counted` item (a pair, or a token to be learnt) weighs the same in the loss of its optimizer step and in the
+    logged metrics, whatever micro-batch or process it fell in.
+    """
+
+    counted = "items"  # what the loss is a mean over, by its name in the log
+    loss_is_scaled_for_ga = True  # by the items of the whole optimizer step, in `compute_loss`
     stopwatch = Stopwatch()  # replaced by the run's own
+
+    def __init__(self, *, model: torch.nn.Module, args: Any, lora_dropout: float, **parts: Any):
+        with float32_kept(model):
+            super().__init__(model=model, args=args, **parts)
+        set_lora_dropout(self.model, lora_dropout)
+        self.held_out_rows: list[dict[str, float]] = []
+        self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
+        self._sums: dict[str, Tensor] = {}
+
+    def count_items(self, batch: Any) -> int | Tensor:
+        """The `counted` items of a micro-batch."""
+        raise TypeError("a trainer of this project says what it counts")
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """The items of this optimizer step, over all its micro-batches and processes."""
+        count = torch.as_tensor(sum(map(self.count_items, batch_samples)), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def share_of_step(self, num_items_in_batch: Tensor) -> Tensor:
+        """What one item weighs: processes average their gradients; times the world size, that is a sum again."""
+        return self.args.world_size / num_items_in_batch
+
+    def add_to_log(self, sums: dict[str, Tensor], count: int | Tensor) -> None:
+        """Adds a micro-batch to the sums that the next log line divides by its items. Stays on the device."""
+        for name, value in (sums | {self.counted: torch.as_tensor(count).float()}).items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().to(self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over the items since the last line to a line of training metrics."""
+        if self._sums and "loss" in logs:
+            names = sorted(self._sums)
+            sums = torch.stack([self._sums[name] for name in names]).double()
+            if self.args.world_size > 1:
+                sums = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0)
+            totals = dict(zip(names, sums.tolist(), strict=True))
+            count = totals.pop(self.counted)
+            logs |= {name: total / count for name, total in totals.items()} | {self.counted: count}
+            self._sums = {}
+        Trainer.log(self, logs, start_time)
 
     def measure_held_out(self) -> dict[str, float]:
         """Metrics of the held-out rows, exact over rows, by name."""

@@ -12,11 +12,10 @@ from transformers import PrinterCallback
 from utils.data.loading import PreferenceData
 from utils.errors import Interrupted
 from utils.models.loading import Reference
-from utils.runtime import Precision, is_main_process, peak_memory_bytes, read_versions, say
+from utils.runtime import Precision, peak_memory_bytes, read_versions, say
 from utils.saving import (
     PAIRS,
     RunRecord,
-    clear_run,
     find_checkpoints,
     find_resume_point,
     now,
@@ -27,6 +26,7 @@ from utils.settings import Settings
 from utils.tracking import say_how_to_upload
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics, readable_seconds
 from utils.training.preparation import Rows
+from utils.training.refusals import refusals_explained
 from utils.training.run_folder import RunFolderTrainer
 from utils.training.trainer import PreferenceTrainer
 
@@ -53,7 +53,7 @@ class Run:
             Interrupted: Ctrl-C or SIGTERM; the state was saved.
         """
         try:
-            with StopInGoodOrder(self.watcher):
+            with StopInGoodOrder(self.watcher), refusals_explained(self.settings, lambda: self.watcher.begun):
                 self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
         except KeyboardInterrupt:
             self.record.update(status="interrupted", updated=now())
@@ -125,28 +125,22 @@ def start_run(
     folder: Path | None,
     arguments: list[str],
 ) -> Run:
-    """Makes the output folder and its record, and attaches to the trainer what watches it."""
+    """Attaches to the trainer what watches and records it; nothing is written before its first step can be taken."""
     wish = settings.run.resume_from_checkpoint
     resume_from = find_resume_point(folder, wish) if folder is not None else None
     former = read_record(folder) if resume_from is not None else None
-    writes = folder is not None and is_main_process()
-    if writes:
-        if resume_from is None:
-            clear_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
     if wish is not None:
         say(
             f"resuming from {resume_from}"
             if resume_from
             else "no checkpoint to resume from yet: starting from the beginning"
         )
-    record = RunRecord(folder if writes else None, _first_record(trainer, reference, data, rows, settings, arguments))
+    record = RunRecord(_first_record(trainer, reference, data, rows, settings, arguments))
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
         trainer.args.eval_on_start = False
-    record.write()
-    watcher = RunWatcher(record, folder)
+    watcher = RunWatcher(record, folder, fresh=resume_from is None)
     trainer.stopwatch = watcher.stopwatch
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
@@ -232,7 +226,7 @@ def evaluate_last(run: Run) -> dict[str, float]:
 def training_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the whole training, from its log lines, each weighted by the rows it stands for."""
     lines = [line for line in history if "loss" in line and "learning_rate" in line]
-    weights = [line.get("pairs", 1.0) for line in lines]
+    weights = [line["pairs"] if "pairs" in line else line["tokens"] for line in lines]
     names = [name for name in METRIC_NAMES if lines and all(name in line for line in lines)]
     total = sum(weights)
     return {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
 from trl.trainer.utils import pad
 
+from utils.data.tokenizing import LENGTH
 from utils.models.scoring import score_tokens
-from utils.training.run_folder import RunFolderTrainer, float32_kept, set_lora_dropout
+from utils.training.run_folder import RunFolderTrainer
 
 
 class CompletionCollator:
@@ -33,46 +35,47 @@ class CompletionCollator:
 
 
 class ImitationTrainer(RunFolderTrainer, SFTTrainer):
-    """Supervised fine-tuning on `prompt_ids` and `completion_ids`: cross-entropy of the completion's tokens."""
+    """Supervised fine-tuning on `prompt_ids` and `completion_ids`: cross-entropy of the completion's tokens.
 
-    def __init__(
-        self,
-        *,
-        model,
-        args: SFTConfig,
-        lora_dropout: float,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
-        processing_class,
-        peft_config=None,
-        callbacks=None,
-    ):
-        with float32_kept(model):
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=CompletionCollator(processing_class.pad_token_id),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                peft_config=peft_config,
-                callbacks=callbacks,
-            )
-        set_lora_dropout(self.model, lora_dropout)
-        self.held_out_rows: list[dict[str, float]] = []
-        self.tokens_computed = self.tokens_padded = 0  # in training, padding included, by this process
+    Differs from its parent in what it computes: only completion tokens are put to the output head, once.
+    """
 
-    def compute_loss(self, model, inputs, *arguments, **options):
-        """TRL's loss: cross-entropy over the completion tokens of the optimizer step."""
+    counted = "tokens"
+
+    def __init__(self, *, processing_class: PreTrainedTokenizerBase, **parts: Any):
+        super().__init__(
+            data_collator=CompletionCollator(processing_class.pad_token_id), processing_class=processing_class, **parts
+        )
+
+    def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The completion tokens of a batch that something stands before. Stays on the device."""
+        return completion_mask(batch)[:, 1:].sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The micro-batch's share of the optimizer step's mean over completion tokens.
+
+        With --loss_type dft each token is weighted by its own probability (arXiv 2508.05629, eq. 9).
+        """
         self.tokens_computed += inputs["input_ids"].numel()
         self.tokens_padded = self.tokens_computed
-        return super().compute_loss(model, inputs, *arguments, **options)
+        mask = completion_mask(inputs)
+        scores = score_tokens(model, {**inputs, "completion_mask": mask}, with_auxiliary=self.aux_loss_enabled)
+        losses = -scores.log_probs
+        if self.args.loss_type == "dft":
+            losses = losses * scores.log_probs.detach().exp()
+        count = self.count_items(inputs)
+        self.add_to_log({"token_accuracy": scores.right.sum()}, count)
+        share = self.share_of_step(num_items_in_batch)
+        loss = losses.sum() * share
+        if scores.auxiliary is not None:
+            loss = loss + self.router_aux_loss_coef * scores.auxiliary * count * share
+        return loss
 
     def _prepare_dataset(self, dataset, *arguments, **options):
         return dataset  # tokenized already, by utils/data/tokenizing.py
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids"]
+        self._signature_columns = ["prompt_ids", "completion_ids", LENGTH]
 
     def measure_held_out(self) -> dict[str, float]:
         """Loss per completion token, perplexity and share of tokens guessed right, over all held-out tokens."""
@@ -81,7 +84,7 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
 
     def score_dataset(self, dataset: Dataset) -> list[dict[str, float]]:
         """One row of metrics per row of the data set, in its order; memory grows with the batch, not with the data."""
-        lengths = [len(p) + len(c) for p, c in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)]
+        lengths = dataset[LENGTH][:]
         order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
         size = self.args.per_device_eval_batch_size
         rows: dict[int, dict[str, float]] = {}
@@ -92,12 +95,17 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
 
     def _score_batch(self, inputs: Mapping[str, Tensor]) -> list[dict[str, float]]:
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        mask = (inputs["labels"] != -100).long()
+        mask = completion_mask(inputs)
         scores = score_tokens(model, {**inputs, "completion_mask": mask})
         columns = {"logps": scores.log_probs.sum(dim=1), "right": scores.right.sum(dim=1)}
         columns["tokens"] = mask[:, 1:].sum(dim=1)
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
         return [dict(zip(columns, row, strict=True)) for row in values]
+
+
+def completion_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """1 on the tokens that are to be learnt, in the shape of `input_ids`."""
+    return (batch["labels"] != -100).long()
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, float]:

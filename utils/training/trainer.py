@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
-from trl import DPOConfig, DPOTrainer
+from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.models.loading import Reference
 from utils.models.proving import find_mismatch
 from utils.models.scoring import score_tokens, tokens_of
 from utils.models.shared_prefix import shared_prefix_active
-from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS, PairCollator, count_pairs, pair_lengths
+from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS, PairCollator, count_pairs
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
-from utils.training.run_folder import RunFolderTrainer, float32_kept, set_lora_dropout
+from utils.training.run_folder import RunFolderTrainer
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 
@@ -65,41 +66,21 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
     evaluation reads each held-out pair once.
     """
 
-    loss_is_scaled_for_ga = True  # by the pairs of the whole optimizer step, in `compute_loss`
+    counted = "pairs"
 
     def __init__(
-        self,
-        *,
-        model,
-        reference: Reference,
-        args: DPOConfig,
-        lora_dropout: float,
-        end_ids: frozenset[int],
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
-        processing_class,
-        peft_config=None,
-        callbacks=None,
+        self, *, reference: Reference, end_ids: frozenset[int], processing_class: PreTrainedTokenizerBase, **parts: Any
     ):
-        with float32_kept(model):
-            super().__init__(
-                model=model,
-                ref_model=reference.model,
-                args=args,
-                data_collator=PairCollator(pad_token_id=processing_class.pad_token_id),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                peft_config=peft_config,
-                callbacks=callbacks,
-            )
-        set_lora_dropout(self.model, lora_dropout)
+        super().__init__(
+            ref_model=reference.model,
+            data_collator=PairCollator(pad_token_id=processing_class.pad_token_id),
+            processing_class=processing_class,
+            **parts,
+        )
         self._freeze_reference_adapter()
         self.end_ids = torch.tensor(sorted(end_ids))
-        self.held_out_rows: list[dict[str, float]] = []
-        self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
         self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
-        self._sums: dict[str, Tensor] = {}
+        args = self.args
         parameters = LossParameters(
             beta=args.beta,
             label_smoothing=args.label_smoothing,
@@ -117,13 +98,11 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         return dataset  # tokenized already, by utils/data/tokenizing.py
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*PAIR_IDS, *REFERENCE_COLUMNS]
+        self._signature_columns = [*PAIR_IDS, *REFERENCE_COLUMNS, LENGTH]
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """The pairs of this optimizer step, over all its micro-batches and processes."""
-        pairs = sum(map(count_pairs, batch_samples))
-        count = torch.tensor(pairs, device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """The pairs of a batch."""
+        return count_pairs(batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
@@ -136,8 +115,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
             chosen_weight, rejected_weight = policy.weight.chunk(2)
             losses = losses * chosen_weight * rejected_weight
         self._count(pairs, losses)
-        # Processes average their gradients; times the world size, that average is a sum again.
-        share = self.args.world_size / num_items_in_batch
+        share = self.share_of_step(num_items_in_batch)
         loss = losses.sum() * share
         if policy.auxiliary is not None:
             loss = loss + self.router_aux_loss_coef * policy.auxiliary * len(losses) * share
@@ -155,7 +133,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         if wish == "padded":
             self.shared_prefix = "padded batches were asked for"
             return
-        lengths = pair_lengths(self.train_dataset)
+        lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in {order[0], order[len(order) // 2]}]
         padded, packed = self.data_collator(examples), self.data_collator.packed(examples)
@@ -239,24 +217,9 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         return PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, chosen_nll)
 
     def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:
-        """Adds a micro-batch to the sums that the next log line divides by its pairs. Stays on the device."""
+        """Adds a micro-batch to the next log line."""
         rows = pair_metrics(pairs, losses, self.objective.parameters.beta)
-        sums = {name: values.sum() for name, values in rows.items()} | {"pairs": torch.tensor(float(len(losses)))}
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().to(losses.device)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means over the pairs since the last line to a line of training metrics."""
-        if self._sums and "loss" in logs:
-            names = sorted(self._sums)
-            sums = torch.stack([self._sums[name] for name in names]).double()
-            if self.args.world_size > 1:
-                sums = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0)
-            totals = dict(zip(names, sums.tolist(), strict=True))
-            pairs = totals.pop("pairs")
-            logs |= {name: total / pairs for name, total in totals.items()} | {"pairs": pairs}
-            self._sums = {}
-        Trainer.log(self, logs, start_time)
+        self.add_to_log({name: values.sum() for name, values in rows.items()}, len(losses))
 
     def measure_held_out(self) -> dict[str, float]:
         """Means over the held-out pairs; the pairs themselves stay in `held_out_rows`."""
@@ -268,7 +231,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
 
         Pairs of similar length share a batch, which saves padding and changes no pair's numbers.
         """
-        lengths = pair_lengths(dataset)
+        lengths = dataset[LENGTH][:]
         order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
         size = self.args.per_device_eval_batch_size
         rows: dict[int, dict[str, float]] = {}
