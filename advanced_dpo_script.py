@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.arguments import command_line, parse_arguments
+from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, UserError, gather
 from utils.runtime import is_main_process, quiet_libraries, say
 from utils.settings import Settings
@@ -98,6 +98,7 @@ def run_training(
         lambda: load_pairs(settings.data, settings.verb, settings.training.seed),
         lambda: check_settings(settings),
     )
+    check_adapter_flags(settings, source.adapter is not None)
     tokenizer = load_tokenizer(source, settings.model)
     rows = prepare_rows(data, tokenizer, source, settings, columns)
     describe_data(data, rows)

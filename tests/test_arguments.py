@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.arguments import command_line, parse_arguments
+from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.arguments.parsing import known_flags
 from utils.arguments.trainer_fields import OWNED, trainer_fields
 from utils.errors import UserError
@@ -349,6 +349,18 @@ def test_a_value_that_could_not_be_read_is_not_also_missing():
     assert faults_of([*NEEDED[:4], "--output_dir="]) == ("--output_dir has an empty value: give it text",)
 
 
+def test_what_a_hub_model_holds_is_checked_once_it_is_known():
+    flags = "sft --model_name_or_path owner/name --dataset_name d --output_dir o --use_4bit --lora_r 8"
+    settings = parse_arguments(shlex.split(flags))
+    check_adapter_flags(settings, adapter_found=True)
+    with pytest.raises(UserError) as error:
+        check_adapter_flags(settings, adapter_found=False)
+    assert error.value.faults == (
+        "--lora_r: has no effect without --use_lora; add it or leave this out",
+        "--use_4bit: 4-bit weights cannot be trained; add --use_lora",
+    )
+
+
 def test_all_faults_at_once(config):
     path = config("beta: 0\nlora_r: x\nsede: 3\n")
     assert faults_of(["sft", "stray", "--config", path, "--use_dora", "--lerning_rate", "1", "--seed", "-1"]) == (
@@ -357,7 +369,7 @@ def test_all_faults_at_once(config):
         f"{path}: lora_r is 'x': must be a whole number",
         f"{path}: sede: no such flag; did you mean --seed?",
         "--lerning_rate: no such flag; did you mean --learning_rate?",
-        "--seed is -1: must be 0 or more",
+        "--seed is -1: must be between 0 and 4294967295",
         "--model_name_or_path is missing: name a hub model, a folder with a model, or a folder with an adapter",
         "--dataset_name is missing: name a hub dataset, a folder or a file",
         "--output_dir is missing: name the folder for the results (or pass --dry_run, which saves nothing)",

@@ -310,6 +310,10 @@ def test_hub_names_in_the_local_cache_work_without_network(tmp_path):
     put_into_cache(tmp_path / "cache", "someone/adapter", {"adapter_config.json": adapter_config})
     assert find_model(FLAG, "someone/adapter") == ModelSource("someone/base", "someone/adapter", "main", "someone/base")
     assert find_policy(settings("someone/base", adapter_name_or_path="someone/adapter")).adapter == "someone/adapter"
+    (tmp_path / "cache" / "models--someone--adapter" / "refs" / "main").rename(
+        tmp_path / "cache" / "models--someone--adapter" / "refs" / "v2"
+    )
+    assert find_model(FLAG, "someone/adapter", "v2").adapter_revision == "v2"
 
 
 def test_offline_refusal_of_a_fresh_process_touches_no_network(tmp_path):

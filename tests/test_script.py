@@ -77,6 +77,21 @@ def test_bad_rows_are_named_by_line_and_can_be_skipped(refused, run_script, tiny
     assert len(data["dropped"]) == 4
 
 
+def test_rows_that_must_not_be_cut_are_named_by_line(refused, tiny_model, tmp_path):
+    pairs = make_pairs(6)
+    pairs[1]["prompt"] = pairs[4]["prompt"] = "word " * 80
+    data = write_lines(tmp_path / "pairs.jsonl", pairs)
+    (fault,) = refused("--model_name_or_path", tiny_model, "--dataset_name", data, "--max_length", 64,
+                       "--truncation", "error", "--validation_split", "none")  # fmt: skip
+    assert "--max_length 64 is too short for 2 of 6 rows (pairs.jsonl line 2, 5)" in fault
+
+
+def test_a_template_for_plain_texts_is_refused(refused, tiny_model, pairs_file):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file)
+    (fault,) = refused(*flags, "--chat_template", "{{ messages }}")
+    assert "--chat_template: these rows are plain texts" in fault
+
+
 def test_nothing_left_to_train_on_is_refused(refused, tiny_model, tmp_path):
     pairs = [pair | {"chosen": pair["rejected"]} for pair in make_pairs(5)]
     data = write_lines(tmp_path / "pairs.jsonl", pairs)
@@ -155,6 +170,33 @@ def test_damaged_weights_are_one_line(refused, tiny_model, pairs_file, tmp_path)
 def test_a_hub_name_without_network_is_one_line(refused, pairs_file):
     (line,) = refused("--model_name_or_path", "nobody/no-such-model", "--dataset_name", pairs_file)
     assert "nobody/no-such-model" in line
+
+
+def test_a_hub_adapter_at_a_revision_is_continued(run_script, tiny_model, pairs_file, tmp_path):
+    """From the hub's local cache, laid out as its client does."""
+    flags = ["--dataset_name", pairs_file, "--max_steps", 1]
+    adapter = tmp_path / "adapter"
+    assert run_script("sft", "--model_name_or_path", tiny_model, *flags, "--use_lora", "--output_dir", adapter)[0] == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/base"}))
+    for name, ref, folder in (("base", "main", tiny_model), ("adapter", "v2", adapter)):
+        repository = tmp_path / "cache" / f"models--someone--{name}"
+        shutil.copytree(folder, repository / "snapshots" / ("c0ffee" * 6 + "c0ff"))
+        (repository / "refs").mkdir()
+        (repository / "refs" / ref).write_text("c0ffee" * 6 + "c0ff")
+        absent = repository / ".no_exist" / ("c0ffee" * 6 + "c0ff")  # what the hub said it has not
+        absent.mkdir(parents=True)
+        for file in ("config.json", "adapter_config.json", "chat_template.jinja", "special_tokens_map.json"):
+            if not (folder / file).exists():
+                (absent / file).touch()
+    process = start_script(
+        "sft", "--model_name_or_path", "someone/adapter", "--model_revision", "v2", "--use_4bit", *flags,
+        "--output_dir", tmp_path / "run", HF_HUB_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "someone/base"
 
 
 def test_4_bit_without_its_library_says_what_to_install(refused, tiny_model, pairs_file, monkeypatch):

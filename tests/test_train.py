@@ -299,6 +299,31 @@ def test_precomputed_reference_changes_nothing_but_memory(train):
     assert a == pytest.approx(b, abs=1e-4)
 
 
+def test_a_precomputed_reference_is_rounded_as_the_policy_is(train):
+    """At step 0 the policy is its reference to the last bit, in 16 bits too."""
+    stage1 = train("--max_steps", 4, "--use_lora", folder="sft", verb="sft")
+    flags = ("--dtype", "bfloat16", "--max_steps", 1, "--precompute_ref_log_probs")
+    before = read_record(train(*flags, folder="dpo", model=stage1))["metrics"]["held_out_before"]
+    assert before["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert before["accuracy"] == 0.5
+
+
+def test_dropout_on_a_continued_adapter_is_recorded_with_it(train):
+    stage1 = train("--max_steps", 2, "--use_lora", folder="sft", verb="sft")
+    stage2 = train("--max_steps", 2, "--lora_dropout", 0.25, folder="dpo", model=stage1)
+    assert json.loads((stage2 / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+    assert read_record(stage2)["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_wpo_weights_count_in_the_held_out_loss_as_in_training(train):
+    """With one batch of all rows and no step worth the name, both are the weighted ln 2."""
+    flags = ("--use_weighting", "--max_steps", 1, "--learning_rate", 1e-12, "--per_device_train_batch_size", 60)
+    folder = train(*flags, "--validation_split", "0.5")
+    metrics = read_record(folder)["metrics"]
+    assert metrics["held_out"]["loss"] != pytest.approx(math.log(2), abs=0.01)
+    assert metrics["train"]["loss"] == pytest.approx(metrics["held_out"]["loss"], rel=0.03)
+
+
 def test_gradient_checkpointing_gives_the_same_weights(train):
     plain, checkpointed = (
         load_file(train("--max_steps", 3, "--use_lora", *flags, folder=name) / "adapter_model.safetensors")

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from utils.arguments.flag_values import is_number
+from utils.errors import UserError
 from utils.settings import Settings
 
 TRACKERS = (
@@ -53,6 +54,7 @@ class Candidate:
     settings: Settings
     labels: Mapping[str, str]
     broken: frozenset[str]
+    adapter_found: bool | None = None  # whether the model is known to carry an adapter
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -70,10 +72,18 @@ class Candidate:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether training continues an adapter, be it on its own or as the model."""
-        model = self["model_name_or_path"]
-        is_adapter = bool(model) and os.path.isfile(os.path.join(model, "adapter_config.json"))
-        return self["adapter_name_or_path"] is not None or is_adapter
+        """Whether training is known to continue an adapter, be it on its own or as the model."""
+        if self.adapter_found is not None:
+            return self.adapter_found
+        folder = os.path.expanduser(self["model_name_or_path"] or "")
+        return self["adapter_name_or_path"] is not None or os.path.isfile(os.path.join(folder, "adapter_config.json"))
+
+    @property
+    def may_have_adapter(self) -> bool:
+        """The same, or not known yet: what a hub repository holds shows later."""
+        name = self["model_name_or_path"] or ""
+        unknown = self.adapter_found is None and "/" in name and not os.path.isdir(os.path.expanduser(name))
+        return self.has_adapter or unknown
 
 
 def cross_faults(candidate: Candidate) -> list[str]:
@@ -81,6 +91,18 @@ def cross_faults(candidate: Candidate) -> list[str]:
     checks = CHECKS | TRAIN_CHECKS if candidate.settings.verb == "train" else CHECKS
     sound = [check for check, names in checks.items() if candidate.broken.isdisjoint(names)]
     return [fault for check in sound for fault in check(candidate)]
+
+
+def check_adapter_flags(settings: Settings, adapter_found: bool) -> None:
+    """The checks that rest on whether the model carries an adapter, once that is known.
+
+    Raises:
+        UserError: a setting has no effect, or cannot be, with what was found.
+    """
+    candidate = Candidate(settings, {}, frozenset(), adapter_found)
+    faults = [*lora_without_adapter(candidate), *four_bits(candidate), *moving_reference(candidate)]
+    if faults:
+        raise UserError(*faults)
 
 
 def required(candidate: Candidate) -> Iterator[str]:
@@ -96,7 +118,7 @@ def required(candidate: Candidate) -> Iterator[str]:
 
 
 def lora_without_adapter(candidate: Candidate) -> Iterator[str]:
-    if candidate["use_lora"] or candidate.has_adapter:
+    if candidate["use_lora"] or candidate.may_have_adapter:
         return
     shape = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
     for name in candidate.given(*shape):
@@ -108,7 +130,7 @@ def four_bits(candidate: Candidate) -> Iterator[str]:
     if (
         candidate["use_4bit"]
         and candidate.settings.verb == "sft"
-        and not (candidate["use_lora"] or candidate.has_adapter)
+        and not (candidate["use_lora"] or candidate.may_have_adapter)
     ):
         yield f"{candidate.label('use_4bit')}: 4-bit weights cannot be trained; add --use_lora"
     if not candidate["use_4bit"] and candidate.given("bnb_4bit_quant_type"):

@@ -31,6 +31,8 @@ class PreferenceData:
     dropped: dict[str, int]
     shared_prompts: int
     fingerprint: str
+    place: Place  # of a row that is trained on, by its `row`
+    held_out_place: Place
 
 
 def load_pairs(settings: DataSettings, verb: str, seed: int) -> PreferenceData:
@@ -59,6 +61,8 @@ def load_pairs(settings: DataSettings, verb: str, seed: int) -> PreferenceData:
         dropped=dict(dropped),
         shared_prompts=split.shared_prompts,
         fingerprint=fingerprint_rows(split.train, split.held_out),
+        place=source.place,
+        held_out_place=source.held_out_place or source.place,
     )
 
 

@@ -18,6 +18,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.places import SHOWN, Place, list_places, row_places
 from utils.errors import UserError
 
 # Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
@@ -229,6 +230,7 @@ def tokenize_rows(
     max_length: int,
     truncation: str,
     num_proc: int | None = None,
+    place: Place | None = None,
 ) -> tuple[Dataset, Truncation]:
     """The rows as token ids, each fitting `max_length`, and what that took.
 
@@ -238,6 +240,7 @@ def tokenize_rows(
         max_length: most tokens of a prompt together with one completion.
         truncation: `shorten_prompt`, `drop` or `error`, as in --truncation.
         num_proc: processes that share the work; None for this one alone.
+        place: says where a row is found, by its `row`.
 
     Raises:
         UserError: rows are too long under `error`, or none is left under `drop`.
@@ -252,9 +255,11 @@ def tokenize_rows(
     shortened, cut = tokenized["shortened"][:], tokenized["cut"][:]
     too_long = [i for i, flags in enumerate(zip(shortened, cut, strict=True)) if any(flags)]
     if too_long and truncation == "error":
+        place = place or row_places("data")
+        places = [place(tokenized[index]["row"]) for index in too_long[:SHOWN]]
         raise UserError(
             f"--max_length {max_length} is too short for {len(too_long)} of {len(rows)} rows "
-            f"(the first: row {tokenized[too_long[0]]['row'] + 1}). "
+            f"({list_places(places, len(too_long))}). "
             "Raise it, or pass --truncation shorten_prompt or drop"
         )
     if truncation == "drop":

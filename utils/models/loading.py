@@ -37,11 +37,10 @@ class Reference:
 
 def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where it has no padding token the end-of-text token serves (it is masked)."""
-    revision = source.revision if source.tokenizer == source.base else None
     tokenizer = _translating(
         f"--model_name_or_path {source.tokenizer}: its tokenizer cannot be loaded",
         lambda: AutoTokenizer.from_pretrained(
-            source.tokenizer, revision=revision, trust_remote_code=settings.trust_remote_code
+            source.tokenizer, revision=source.tokenizer_revision, trust_remote_code=settings.trust_remote_code
         ),
     )
     if tokenizer.pad_token is None:
@@ -74,7 +73,7 @@ def load_policy(source: ModelSource, settings: Settings, precision: Precision) -
     )
     if source.adapter is None:
         return model
-    return _load_adapter(model, source.adapter, trainable=True)
+    return _load_adapter(model, source, trainable=True)
 
 
 def build_reference(source: ModelSource, settings: Settings, precision: Precision) -> Reference:
@@ -210,7 +209,7 @@ def _load_frozen(
 ) -> PreTrainedModel | PeftModel:
     model = _load_base(flag, source, settings, precision, dtype, quantize)
     if source.adapter is not None:
-        model = _load_adapter(model, source.adapter, trainable=False)
+        model = _load_adapter(model, source, trainable=False)
     return model.requires_grad_(False).eval()
 
 
@@ -250,10 +249,12 @@ def _quantization(settings: ModelSettings, precision: Precision) -> Any:
     )
 
 
-def _load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PeftModel:
+def _load_adapter(model: PreTrainedModel, source: ModelSource, trainable: bool) -> PeftModel:
     return _translating(
-        f"the adapter {adapter} cannot be put on {model.config._name_or_path}",
-        lambda: PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True),
+        f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}",
+        lambda: PeftModel.from_pretrained(
+            model, source.adapter, is_trainable=trainable, revision=source.adapter_revision, use_safetensors=True
+        ),
     )
 
 

@@ -25,6 +25,18 @@ class ModelSource:
     adapter: str | None
     revision: str | None
     tokenizer: str  # where the tokenizer is: the adapter's folder when it has one, else the base
+    adapter_revision: str | None = None
+
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """The revision of `tokenizer`."""
+        return self.revision if self.tokenizer == self.base else self.adapter_revision
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What the adapter's adapter_config.json says; empty without an adapter."""
+        if self.adapter is None:
+            return {}
+        return read_json_file(self.adapter, ADAPTER_CONFIG, self.adapter_revision) or {}
 
     @property
     def name(self) -> str:
@@ -72,9 +84,9 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
         _check_adapter_weights(flag, name)
         base, base_revision = _base_of_adapter(flag, name, adapter_config)
         _check_model(flag, base, base_revision)
-        tokenizer = name if _has_tokenizer(name) else base
+        tokenizer = name if _has_tokenizer(name, revision) else base
         _check_tokenizer(flag, tokenizer)
-        return ModelSource(base, name, base_revision, tokenizer)
+        return ModelSource(base, name, base_revision, tokenizer, revision)
     _check_model(flag, name, revision)
     _check_tokenizer(flag, name)
     return ModelSource(name, None, revision, name)
@@ -201,10 +213,10 @@ def _check_tokenizer(flag: str, name: str) -> None:
         raise UserError(f"{flag} {name}: no tokenizer there (tokenizer.json or alike); copy the base model's into it")
 
 
-def _has_tokenizer(name: str) -> bool:
+def _has_tokenizer(name: str, revision: str | None = None) -> bool:
     if Path(name).is_dir():
         return any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
-    return any(_hub_file(name, file, None) for file in TOKENIZER_FILES[:2])
+    return any(_hub_file(name, file, revision) for file in TOKENIZER_FILES[:2])
 
 
 def _looks_local(name: str) -> bool:

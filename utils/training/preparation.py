@@ -150,10 +150,11 @@ def prepare_rows(
             max_length,
             settings.data.truncation,
             settings.trainer_fields.get("dataset_num_proc"),
+            place,
         )
         if part is not None
         else None
-        for part in (data.train, data.held_out)
+        for part, place in ((data.train, data.place), (data.held_out, data.held_out_place))
     ]
     (train, truncation), held_out = parts[0], parts[1] or (None, Truncation(0, 0, 0))
     return Rows(train, held_out[0], truncation, held_out[1], max_length, tokenizer, template, encoder.end_ids)
@@ -161,7 +162,9 @@ def prepare_rows(
 
 def _choose_template(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> str | None:
     """Which chat template is used, as a phrase; None for data that are plain text."""
-    if isinstance(data.train[0]["prompt"], str) and settings.model.chat_template is None:
+    if isinstance(data.train[0]["prompt"], str):
+        if settings.model.chat_template is not None:
+            raise UserError("--chat_template: these rows are plain texts, which no template renders; leave it out")
         return None
     return set_chat_template(tokenizer, settings.model.chat_template, transcript=data.reading.is_transcript)
 
@@ -187,7 +190,7 @@ def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:
     """An adapter that training continues has its own shape; a flag that says otherwise cannot be honoured."""
     if source.adapter is None:
         return
-    config = read_json_file(source.adapter, "adapter_config.json", None) or {}
+    config = source.adapter_config()
     wishes = {
         "lora_r": (settings.lora.lora_r, config.get("r")),
         "lora_alpha": (settings.lora.lora_alpha, config.get("lora_alpha")),

@@ -46,6 +46,9 @@ def set_lora_dropout(model: torch.nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and TRAINED_ADAPTER in getattr(module, "lora_dropout", {}):
             module.lora_dropout[TRAINED_ADAPTER] = torch.nn.Dropout(probability) if probability else torch.nn.Identity()
+    config = getattr(model, "peft_config", {}).get(TRAINED_ADAPTER)
+    if hasattr(config, "lora_dropout"):
+        config.lora_dropout = probability  # an adapter that training continues was saved with its former one
 
 
 class Stopwatch:
@@ -142,7 +145,7 @@ class RunFolderTrainer(Trainer):
             with (
                 self.stopwatch.paused(),
                 torch.no_grad(),
-                self.compute_loss_context_manager(),
+                self.accelerator.autocast(),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             ):
                 metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure_held_out().items()}

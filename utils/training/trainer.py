@@ -110,10 +110,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, inputs)
-        losses = self.objective(pairs)
-        if policy.weight is not None:
-            chosen_weight, rejected_weight = policy.weight.chunk(2)
-            losses = losses * chosen_weight * rejected_weight
+        losses = self._losses(policy, pairs)
         self._count(pairs, losses)
         share = self.share_of_step(num_items_in_batch)
         loss = losses.sum() * share
@@ -142,7 +139,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None and mismatch is None:
                 rounded = self.args.bf16 or self.args.fp16
-                mismatch = find_mismatch(model, packed, padded, rounded, self.compute_loss_context_manager)
+                mismatch = find_mismatch(model, packed, padded, rounded, self.accelerator.autocast)
         if self.args.world_size > 1:
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
@@ -216,6 +213,14 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         chosen_nll = policy.mean_negative.chunk(2)[0]
         return PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, chosen_nll)
 
+    def _losses(self, policy: CompletionLogProbs, pairs: PairLogProbs) -> Tensor:
+        """The loss of each pair, shape (pairs,)."""
+        losses = self.objective(pairs)
+        if policy.weight is None:
+            return losses
+        chosen_weight, rejected_weight = policy.weight.chunk(2)
+        return losses * chosen_weight * rejected_weight
+
     def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:
         """Adds a micro-batch to the next log line."""
         rows = pair_metrics(pairs, losses, self.objective.parameters.beta)
@@ -247,7 +252,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
         policy = self.score_completions(model, inputs)
         pairs = self._pair(policy, inputs)
-        columns = pair_metrics(pairs, self.objective(pairs), self.objective.parameters.beta)
+        columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.parameters.beta)
         columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
         columns |= {"chosen_tokens": pairs.chosen_length, "rejected_tokens": pairs.rejected_length}
         columns["chosen_ends"] = policy.ended.chunk(2)[0]
@@ -260,7 +265,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
             self.args.per_device_eval_batch_size,
             self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
         )
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():
             self.train_dataset = self._with_reference(self.train_dataset)
             if self.eval_dataset is not None:
                 self.eval_dataset = self._with_reference(self.eval_dataset)
