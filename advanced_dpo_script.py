@@ -18,7 +18,7 @@ from pathlib import Path
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, UserError, gather
-from utils.runtime import is_main_process, quiet_libraries, say
+from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
 from utils.settings import Settings
 
 
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         quiet_libraries()
+        keep_freed_memory()
         VERBS[settings.verb](settings)
     except UserError as error:
         report_faults(error)

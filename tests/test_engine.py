@@ -149,9 +149,9 @@ def test_the_layout_by_hand():
 
 def test_both_layouts_give_the_same_scores():
     model, pairs = build("llama"), random_pairs()
-    plain = score_tokens(model, padded(pairs), with_squares=True)
+    plain = score_tokens(model, padded(pairs), with_right=True, with_squares=True)
     with shared_prefix_active(model):
-        shared = score_tokens(model, packed(pairs), with_squares=True)
+        shared = score_tokens(model, packed(pairs), with_right=True, with_squares=True)
     for name in ("log_probs", "right", "log_sum_sq_probs"):
         one, other = (getattr(scores, name)[scores.mask.bool()] for scores in (plain, shared))
         assert torch.allclose(one, other, atol=5e-6), name

@@ -29,19 +29,25 @@ class TokenScores:
 
     mask: Tensor  # 1 on completion tokens
     log_probs: Tensor  # nats, float32
-    right: Tensor  # whether the token is the likeliest one
+    right: Tensor | None  # whether the token is the likeliest one, where asked for
     log_sum_sq_probs: Tensor | None  # log of the sum of squared probabilities, where asked for
     last_ids: Tensor  # id of each completion's last token, shape (rows,)
     auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar, where asked for
 
 
 def score_tokens(
-    model: torch.nn.Module, batch: Batch, *, with_squares: bool = False, with_auxiliary: bool = False
+    model: torch.nn.Module,
+    batch: Batch,
+    *,
+    with_right: bool = False,
+    with_squares: bool = False,
+    with_auxiliary: bool = False,
 ) -> TokenScores:
     """Scores the completion tokens of a batch with one forward pass.
 
     Args:
         model: a causal language model, wrapped or not.
+        with_right: also give `right`.
         with_squares: also give `log_sum_sq_probs` (without gradient).
         with_auxiliary: also ask the model for its load-balancing loss.
     """
@@ -51,17 +57,42 @@ def score_tokens(
     with _head_sees(model, select):
         outputs = model(**inputs, use_cache=False, **options)
     logits = outputs.logits.squeeze(0).float()  # (tokens, vocabulary)
-    normalizer = logits.logsumexp(dim=-1)
-    log_probs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normalizer
-    squares = ((2 * logits).logsumexp(dim=-1) - 2 * normalizer).detach() if with_squares else None
+    log_probs: Tensor = LogProbsOf.apply(logits, labels)
+    squares, right = None, None
+    with torch.no_grad():
+        if with_squares:
+            squares = _spread((2 * logits).logsumexp(dim=-1) - 2 * logits.logsumexp(dim=-1), mask)
+        if with_right:
+            right = _spread((logits.argmax(dim=-1) == labels).float(), mask)
     return TokenScores(
         mask=mask.long(),
         log_probs=_spread(log_probs, mask),
-        right=_spread((logits.detach().argmax(dim=-1) == labels).float(), mask),
-        log_sum_sq_probs=_spread(squares, mask) if squares is not None else None,
+        right=right,
+        log_sum_sq_probs=squares,
         last_ids=last_ids,
         auxiliary=outputs.aux_loss if with_auxiliary else None,
     )
+
+
+class LogProbsOf(torch.autograd.Function):
+    """Log-probs of labels, shape (tokens,), from logits of shape (tokens, vocabulary), both float32.
+
+    The gradient, one-hot minus softmax, is made in one buffer of the size of the logits; autograd would make three.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        normalizer = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, labels, normalizer)
+        return logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normalizer
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, labels, normalizer = ctx.saved_tensors
+        softmax = (logits - normalizer.unsqueeze(1)).exp_()
+        gradient = softmax.mul_(-grad.unsqueeze(1))
+        return gradient.scatter_add_(1, labels.unsqueeze(1), grad.unsqueeze(1)), None
 
 
 Read = tuple[dict[str, Any], Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]

@@ -126,29 +126,26 @@ def shared_prefix_attention(
     """
     if pair_layout is None:
         raise ValueError("the shared-prefix attention needs the layout of the packed row")
-    groups = query.size(1) // key.size(1)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = functools.partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
+    plain = softcap is None and s_aux is None
+    grouped = query.size(1) != key.size(1) and plain and query.device.type == "cpu"  # others lack such a fast kernel
+    if not grouped:
+        key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
+    attend = functools.partial(
+        _attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux, enable_gqa=grouped
+    )
+    # Split, not sliced: the gradients of all pieces are then put together once, instead of added up one by one.
+    pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)]
+    queries, keys, values = (part.split(pieces, dim=2) for part in (query, key, value))
     parts = []
-    for start, (prompt, chosen, rejected) in pair_layout.spans():
-        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
-        first, second = slice(start, middle), slice(middle, end)
-        parts.append(
-            attend(
-                query[:, :, first],
-                key[:, :, first],
-                value[:, :, first],
-                _mask(pair_layout, 0, prompt + chosen, query, sliding_window),
-            )
+    for index, (prompt, chosen, rejected) in enumerate(pair_layout.lengths):
+        first, second = 2 * index, 2 * index + 1
+        mask = _mask(pair_layout, 0, prompt + chosen, query, sliding_window)
+        parts.append(attend(queries[first], keys[first], values[first], mask))
+        seen_keys, seen_values = (
+            torch.cat([part[first][:, :, :prompt], part[second]], dim=2) for part in (keys, values)
         )
-        seen_keys = torch.cat([key[:, :, start : start + prompt], key[:, :, second]], dim=2)
-        seen_values = torch.cat([value[:, :, start : start + prompt], value[:, :, second]], dim=2)
-        parts.append(
-            attend(
-                query[:, :, second], seen_keys, seen_values, _mask(pair_layout, prompt, rejected, query, sliding_window)
-            )
-        )
+        mask = _mask(pair_layout, prompt, rejected, query, sliding_window)
+        parts.append(attend(queries[second], seen_keys, seen_values, mask))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -177,12 +174,12 @@ def _attend(
     dropout: float,
     softcap: float | None,
     sinks: Tensor | None,
+    enable_gqa: bool,
 ) -> Tensor:
-    """Attention of one text, shape (1, heads, queries, width)."""
+    """Attention of one text, shape (1, heads, queries, width); without `enable_gqa` keys have as many heads."""
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-        )
+        options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.size(-1) ** -0.5)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from utils.models.adapters import speed_up_lora
 from utils.state import load_state, read_random_state, save_state, set_random_state
 
 TRAINED_ADAPTER = "default"
@@ -97,6 +98,7 @@ class RunFolderTrainer(Trainer):
         with float32_kept(model):
             super().__init__(model=model, args=args, **parts)
         set_lora_dropout(self.model, lora_dropout)
+        speed_up_lora(self.model)
         self.held_out_rows: list[dict[str, float]] = []
         self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
         self._sums: dict[str, Tensor] = {}

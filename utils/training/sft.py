@@ -59,7 +59,9 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         self.tokens_computed += inputs["input_ids"].numel()
         self.tokens_padded = self.tokens_computed
         mask = completion_mask(inputs)
-        scores = score_tokens(model, {**inputs, "completion_mask": mask}, with_auxiliary=self.aux_loss_enabled)
+        scores = score_tokens(
+            model, {**inputs, "completion_mask": mask}, with_right=True, with_auxiliary=self.aux_loss_enabled
+        )
         losses = -scores.log_probs
         if self.args.loss_type == "dft":
             losses = losses * scores.log_probs.detach().exp()
@@ -96,7 +98,7 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
     def _score_batch(self, inputs: Mapping[str, Tensor]) -> list[dict[str, float]]:
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
         mask = completion_mask(inputs)
-        scores = score_tokens(model, {**inputs, "completion_mask": mask})
+        scores = score_tokens(model, {**inputs, "completion_mask": mask}, with_right=True)
         columns = {"logps": scores.log_probs.sum(dim=1), "right": scores.right.sum(dim=1)}
         columns["tokens"] = mask[:, 1:].sum(dim=1)
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()

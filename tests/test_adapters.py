@@ -1,0 +1,97 @@
+"""LoRA layers in fewer passes: the same outputs and gradients as PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_engine import build
+
+from utils.models.adapters import speed_up_lora
+
+
+def adapted(**changes) -> torch.nn.Module:
+    """A tiny model with an adapter that is not zero."""
+    options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"} | changes
+    model = get_peft_model(build("llama"), LoraConfig(**options))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def outcome(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and the gradients of a sum in which each of them counts differently."""
+    ids = torch.arange(3, 33).view(2, 15)
+    logits = model(input_ids=ids).logits.float()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (logits * weights).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(left, right, bound=3e-5):
+    assert torch.allclose(left[0], right[0], rtol=bound, atol=bound * left[0].abs().max().item())
+    assert left[1].keys() == right[1].keys()
+    for name, value in left[1].items():
+        assert (value - right[1][name]).norm() <= bound * value.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "down_proj"]}], ids=str
+)
+def test_outputs_and_gradients_are_those_of_peft(changes):
+    model = adapted(**changes)
+    fast = copy.deepcopy(model)
+    speed_up_lora(fast)
+    assert_same(outcome(model), outcome(fast))
+
+
+def test_in_16_bits_too():
+    model = adapted()
+    fast = copy.deepcopy(model)
+    speed_up_lora(fast)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(outcome(model), outcome(fast), bound=0.06)
+
+
+def test_adapters_switched_off_merged_exchanged_or_of_another_kind():
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules="all-linear"))
+    torch.nn.init.ones_(model.base_model.model.model.layers[0].mlp.up_proj.lora_B["other"].weight)
+    fast = copy.deepcopy(model)
+    speed_up_lora(fast)
+    for change in (
+        lambda m: m.set_adapter("other"),
+        lambda m: m.base_model.set_adapter(["default", "other"]),
+        lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.base_model.enable_adapter_layers(),
+    ):
+        change(model)
+        change(fast)
+        with torch.no_grad():
+            ids = torch.arange(3, 20).unsqueeze(0)
+            assert torch.allclose(model(ids).logits, fast(ids).logits, atol=1e-5)
+    fast.set_adapter("default")
+    fast.merge_adapter()
+    model.set_adapter("default")
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, fast(ids).logits, atol=1e-4)
+
+
+def test_dropout_is_kept():
+    fast = adapted(lora_dropout=0.5)
+    speed_up_lora(fast)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    fast.train()
+    with torch.no_grad():
+        assert not torch.allclose(fast(ids).logits, fast(ids).logits)
+
+
+def test_dora_is_left_alone():
+    model = adapted(use_dora=True)
+    fast = copy.deepcopy(model)
+    speed_up_lora(fast)
+    assert_same(outcome(model), outcome(fast))
