@@ -111,7 +111,7 @@ def run_training(
     with tempfile.TemporaryDirectory() as nowhere, no_empty_folder_left(folder):
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
-        reference = reference and reference.without_model()
+        reference = reference and reference.in_words(trainer.scored_ahead)
         describe_start(trainer, reference, source, settings, precision)
         run = start_run(trainer, reference, data, rows, settings, precision, folder, command_line(settings))
         run.train()

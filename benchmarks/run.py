@@ -5,8 +5,8 @@
     python benchmarks/run.py --cases full --steps 5
 
 Both sides are processes that live at the same time and take steps alternately, each alone on the machine while it
-computes, so that a slow minute of the machine falls on both. The first step of each is not counted. Prints a table and
-writes it, with every measured step, to runs/bench/.
+computes, so that a slow minute of the machine falls on both. The first two steps of each are not counted. Prints a
+table and writes it, with every measured step, to runs/bench/.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ CASES = {
     "batch2": Case(batch=2),
 }
 LORA_R = 16
+WARM_UP = 2  # steps of each side that are not counted
 
 
 def main() -> None:
@@ -109,26 +110,39 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(case: Case, dtype: str, work: Path, steps: int, more_flags: list[str], rate: float) -> dict[str, Any]:
     """Both sides of a case, step by step in turn."""
-    pairs = choose_lengths(case, (steps + 1) * case.batch)
+    pairs = choose_lengths(case, (WARM_UP + steps) * case.batch)
     write_pairs(work / "pairs.jsonl", pairs)
     settings = {
-        "model": str(work / "model"), "data": str(work / "pairs.jsonl"), "output_dir": str(work / "run"),
-        "steps": steps + 1, "batch": case.batch, "learning_rate": 1e-4, "max_length": case.max_length, "dtype": dtype,
-        "lora": case.lora, "lora_r": LORA_R, "checkpointing": case.checkpointing, "seed": SEED,
+        "model": str(work / "model"),
+        "data": str(work / "pairs.jsonl"),
+        "output_dir": str(work / "run"),
+        "steps": WARM_UP + steps,
+        "batch": case.batch,
+        "learning_rate": 1e-4,
+        "max_length": case.max_length,
+        "dtype": dtype,
+        "lora": case.lora,
+        "lora_r": LORA_R,
+        "checkpointing": case.checkpointing,
+        "seed": SEED,
         "more_flags": more_flags,
-    }  # fmt: skip
+    }
     (work / "case.json").write_text(json.dumps(settings), encoding="utf-8")
     sides = {}
     for name in ("stock", "ours"):
         sides[name] = Side(name, work / "case.json")
         sides[name].step()  # alone: the other side does not begin before this first step has ended
+    for _ in range(WARM_UP - 1):
+        for side in sides.values():
+            side.go()
+            side.step()
     seconds: dict[str, list[float]] = {"stock": [], "ours": []}
     for _ in range(steps):
         for name, side in sides.items():
             side.go()
             seconds[name].append(side.step())
     ends = {name: side.finish() for name, side in sides.items()}
-    counted = pairs[case.batch :]  # both sides take the pairs in order
+    counted = pairs[WARM_UP * case.batch :]  # both sides take the pairs in order
     tokens, flops = sum(map(sum, counted)), useful_flops(counted, work / "model", case.lora)
     result: dict[str, Any] = {"case": case.title(dtype)}
     for name in sides:
@@ -172,6 +186,7 @@ class Side:
 
     def finish(self) -> dict[str, Any]:
         """Its losses and peak memory, at its end."""
+        self.go()
         values = self._read()
         self.process.wait()
         return values

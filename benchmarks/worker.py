@@ -42,8 +42,7 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             answer(step=state.global_step, seconds=time.perf_counter() - self.since)
-            if state.global_step < state.max_steps:
-                sys.stdin.readline()
+            sys.stdin.readline()
             self.since = time.perf_counter()
 
         def on_log(self, args, state, control, logs=None, **_):
@@ -117,6 +116,7 @@ def train_ours(case: dict[str, Any]) -> None:
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_strategy": "no",
+        "precompute_ref_log_probs": "false",  # the reference counts in both sides' steps
     }
     if case["lora"]:
         flags |= {"use_lora": "true", "lora_r": case["lora_r"], "lora_alpha": 2 * case["lora_r"]}

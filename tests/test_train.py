@@ -268,6 +268,32 @@ def test_accumulation_and_batch_size_do_not_change_the_result(train, verb):
             assert other.get("grad_norm", 0) == pytest.approx(line.get("grad_norm", 0), rel=2e-3)
 
 
+@pytest.mark.parametrize("engine", ["shared_prefix", "padded"])
+def test_a_limit_of_tokens_changes_micro_batches_and_nothing_else(train, engine):
+    flags = ("--engine", engine, "--max_samples", 33, "--validation_split", "0.1")
+    whole = train(*flags, "--per_device_train_batch_size", 4, folder="whole")
+    parts = train(*flags, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2,
+                  "--max_tokens_per_batch", 90, folder="parts")  # fmt: skip
+    for line, other in zip(read_metrics(whole), read_metrics(parts), strict=True):
+        assert other.get("loss") == pytest.approx(line.get("loss"), abs=1e-4)
+        assert other.get("grad_norm", 0) == pytest.approx(line.get("grad_norm", 0), rel=2e-3)
+        assert other.get("pairs") == line.get("pairs")
+    a, b = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
+    a, b = (read_record(folder)["metrics"]["held_out"] for folder in (whole, parts))
+    assert a == pytest.approx(b, abs=2e-3)
+    if engine == "padded":
+        assert read_record(parts)["engine"]["tokens_computed"] < read_record(whole)["engine"]["tokens_computed"]
+
+
+def test_a_pair_over_the_limit_of_tokens_is_refused(run_script, tiny_model, pairs_file, tmp_path):
+    code, _, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", pairs_file,
+                              "--output_dir", tmp_path / "run", "--max_tokens_per_batch", 20)  # fmt: skip
+    assert code == 2
+    assert "--max_tokens_per_batch is 20, but the longest pair alone takes" in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("loss", ["nll", "dft"])
 def test_sft_learns_the_mean_over_completion_tokens(train, tiny_model, pairs_file, loss):
     folder = train("--max_steps", 1, "--per_device_train_batch_size", 60, "--validation_split", "none",

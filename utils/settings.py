@@ -191,6 +191,13 @@ class TrainingSettings:
     per_device_train_batch_size: int = flag(8, "rows per device and micro-batch", bound=AT_LEAST_ONE)
     per_device_eval_batch_size: int = flag(8, "rows per device in evaluation", bound=AT_LEAST_ONE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bound=AT_LEAST_ONE)
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "most tokens per micro-batch (whole pairs, as many as fit); the rows per optimizer step stay "
+        "per_device_train_batch_size x gradient_accumulation_steps",
+        bound=AT_LEAST_ONE,
+        verbs=TRAIN,
+    )
     engine: str = flag(
         "auto",
         "shared_prefix: each prompt computed once, no padding; padded: plain batches; "
@@ -198,8 +205,11 @@ class TrainingSettings:
         choices=("auto", "shared_prefix", "padded"),
         verbs=TRAIN,
     )
-    precompute_ref_log_probs: bool = flag(
-        False, "score all pairs with the reference before training, so that it need not stay in memory", verbs=TRAIN
+    precompute_ref_log_probs: bool | None = flag(
+        None,
+        "score all pairs with the reference before training, once for all runs with the same reference and pairs "
+        "(default: when the reference is a model of its own and every pair is used; it then leaves memory)",
+        verbs=TRAIN,
     )
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass to save memory (default: on a GPU yes, on a CPU no)"

@@ -212,6 +212,9 @@ def loss_fields(candidate: Candidate) -> Iterator[str]:
     elif divergence != "reverse_kl":
         for name in sorted(set(names) - set(F_DIVERGENCE_LOSSES)):
             yield f"{candidate.label('f_divergence_type')} {divergence}: is not defined for the loss {name}"
+    if candidate["max_tokens_per_batch"] is not None:
+        for name in sorted({"aot", "aot_unpaired"} & set(names)):
+            yield f"{candidate.label('max_tokens_per_batch')}: would change the groups in which {name} sorts pairs"
     if candidate["use_weighting"]:
         for name in sorted({"aot", "aot_unpaired"} & set(names)):
             yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {name}, which sorts them"

@@ -30,9 +30,9 @@ class Reference:
     model: PreTrainedModel | PeftModel | None
     how: str
 
-    def without_model(self) -> Reference:
-        """The same in words alone."""
-        return Reference(None, self.how)
+    def in_words(self, scored_ahead: bool) -> Reference:
+        """The same without its model."""
+        return Reference(None, f"{self.how}, scored once before training" if scored_ahead else self.how)
 
 
 def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:

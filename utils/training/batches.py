@@ -1,25 +1,40 @@
-"""Pairs of token ids -> batches, in the shared-prefix layout or as padded rows."""
+"""Pairs of token ids -> batches, in the shared-prefix layout or as padded rows, by count or by tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from utils.data.tokenizing import LENGTH
 from utils.models.shared_prefix import pack_pairs
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+PARTS = "micro_batches"  # the key of a batch that is a list of smaller ones
 
 
 class PairCollator(DataCollatorForPreference):
-    """A batch of pairs, chosen completions first: TRL's padded rows, or the shared-prefix layout when `packs`."""
+    """A batch of pairs, chosen completions first: TRL's padded rows, or the shared-prefix layout when `packs`.
+
+    With `max_tokens` a batch is a list of micro-batches, under the key `PARTS`, each of at most so many tokens.
+    """
 
     packs = False
+    max_tokens: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.max_tokens is None:
+            return self.whole(examples)
+        sizes = [self.tokens_of_pair(*(len(example[name]) for name in PAIR_IDS)) for example in examples]
+        groups = fill_batches(sizes, self.max_tokens, padded=not self.packs)
+        return {PARTS: [self.whole([examples[index] for index in group]) for group in groups]}
+
+    def whole(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """All examples as one batch."""
         pairs = [{name: example[name] for name in PAIR_IDS} for example in examples]
         batch = self.packed(pairs) if self.packs else super().torch_call(pairs)
         for name in REFERENCE_COLUMNS:
@@ -32,7 +47,63 @@ class PairCollator(DataCollatorForPreference):
         row, layout = pack_pairs([tuple(pair[name] for name in PAIR_IDS) for pair in pairs])
         return {"input_ids": row, "layout": layout}
 
+    def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:
+        """What one pair puts through the model in a batch of its own."""
+        return prompt + chosen + rejected if self.packs else 2 * (prompt + max(chosen, rejected))
+
+    def token_counts(self, dataset: Dataset) -> list[int]:
+        """`tokens_of_pair` of every pair of a data set."""
+        if not self.packs:
+            return [2 * length for length in dataset[LENGTH]]
+        return [sum(map(len, ids)) for ids in zip(*(dataset[name] for name in PAIR_IDS), strict=True)]
+
+
+def fill_batches(sizes: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
+    """Indices of pairs in as few batches as a simple rule finds, none over `limit` tokens.
+
+    The largest come first, each into the first batch that has room; a padded batch costs its largest pair times its
+    pairs. A pair over the limit has a batch to itself.
+    """
+    batches: list[list[int]] = []
+    costs: list[int] = []  # tokens so far; of a padded batch, the tokens of its largest pair
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        for number, batch in enumerate(batches):
+            cost = costs[number] * (len(batch) + 1) if padded else costs[number] + sizes[index]
+            if cost <= limit:
+                batch.append(index)
+                costs[number] = costs[number] if padded else cost
+                break
+        else:
+            batches.append([index])
+            costs.append(sizes[index])
+    return batches
+
+
+def consecutive_batches(sizes: Sequence[int], limit: int, most: int, padded: bool) -> list[list[int]]:
+    """All indices, largest pairs first, cut into batches of at most `limit` tokens and `most` pairs.
+
+    Pairs of similar length share a batch; time grows with the pairs alone. A pair over the limit stands alone.
+    """
+    batches: list[list[int]] = []
+    tokens = largest = 0
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        pairs = len(batches[-1]) + 1 if batches else 1
+        cost = largest * pairs if padded else tokens + sizes[index]
+        if not batches or cost > limit or pairs > most:
+            batches.append([])
+            tokens, largest = 0, sizes[index]
+        batches[-1].append(index)
+        tokens += sizes[index]
+    return batches
+
+
+def parts_of(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The micro-batches of a batch: several under a limit of tokens, else itself."""
+    return batch.get(PARTS, [batch])
+
 
 def count_pairs(batch: Mapping[str, Any]) -> int:
     """The pairs of a batch, in either layout."""
+    if PARTS in batch:
+        return sum(map(count_pairs, batch[PARTS]))
     return len(batch["layout"].lengths) if "layout" in batch else len(batch["input_ids"]) // 2

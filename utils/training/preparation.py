@@ -228,10 +228,30 @@ def make_preference_trainer(
     with refusals_explained(settings):
         trainer = PreferenceTrainer(reference=reference, end_ids=rows.end_ids, **parts)
     trainer.choose_layout(settings.training.engine)
-    if settings.training.precompute_ref_log_probs:
+    if settings.training.max_tokens_per_batch is not None:
+        trainer.limit_tokens(settings.training.max_tokens_per_batch)
+    if _scores_reference_ahead(trainer, settings):
         say("scoring all pairs with the reference")
-        trainer.precompute_reference()
+        how = {
+            "dtype": precision.name,
+            "device": precision.device.type,
+            "attention": settings.model.attn_implementation,
+            "quantization": settings.model.bnb_4bit_quant_type if settings.model.use_4bit else None,
+        }
+        if trainer.precompute_reference(how):
+            say("      found on the disk, from a run with the same reference and pairs")
     return trainer
+
+
+def _scores_reference_ahead(trainer: PreferenceTrainer, settings: Settings) -> bool:
+    """As asked; else where that lets go of a second model and costs no more than scoring in every step."""
+    wish = settings.training.precompute_ref_log_probs
+    if wish is not None:
+        return wish
+    args = trainer.args
+    seen = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    uses_all = args.num_train_epochs >= 1 if args.max_steps <= 0 else seen >= len(trainer.train_dataset)
+    return trainer.ref_model is not None and uses_all and not args.sync_ref_model and not settings.run.dry_run
 
 
 def make_imitation_trainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,19 @@ from utils.models.loading import Reference
 from utils.models.proving import find_mismatch
 from utils.models.scoring import score_tokens, tokens_of
 from utils.models.shared_prefix import shared_prefix_active
-from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS, PairCollator, count_pairs
+from utils.training.batches import (
+    PAIR_IDS,
+    REFERENCE_COLUMNS,
+    PairCollator,
+    consecutive_batches,
+    count_pairs,
+    parts_of,
+)
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
+from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer
 
+UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 
 
@@ -58,7 +67,7 @@ def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Te
     return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
 
 
-class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
+class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
     """Direct preference optimization of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, `row`).
 
     Differs from its parent in what it computes with the log-probs: each pair weighs the same in its optimizer step
@@ -106,6 +115,8 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
+        if inputs.pop(UNCOUNTED, False):
+            return 0.0 * self.score_completions(model, inputs).summed.sum()
         computed, padded = tokens_of(inputs)
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
@@ -133,7 +144,7 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in {order[0], order[len(order) // 2]}]
-        padded, packed = self.data_collator(examples), self.data_collator.packed(examples)
+        padded, packed = self.data_collator.whole(examples), self.data_collator.packed(examples)
         padded, packed = self._prepare_inputs(padded), self._prepare_inputs(packed)
         mismatch = None
         for model in (self.model, self.ref_model):
@@ -149,6 +160,31 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         self.shared_prefix = mismatch or True
         self.data_collator.packs = mismatch is None
 
+    def limit_tokens(self, most: int) -> None:
+        """Makes micro-batches of at most `most` tokens, once the layout is chosen.
+
+        Raises:
+            UserError: a pair alone has more.
+        """
+        longest = max(
+            size
+            for rows in (self.train_dataset, self.eval_dataset)
+            if rows
+            for size in self.data_collator.token_counts(rows)
+        )
+        if longest > most:
+            raise UserError(
+                f"--max_tokens_per_batch is {most}, but the longest pair alone takes {longest} tokens "
+                f"({'prompt, chosen and rejected' if self.data_collator.packs else 'two padded rows'}): "
+                f"raise it to {longest}, or lower --max_length"
+            )
+        self.data_collator.max_tokens = most
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The limit of tokens per micro-batch, where there is one."""
+        return self.data_collator.max_tokens
+
     def _attending(self):
         """The context in which models compute the layout of the batches."""
         if not self.data_collator.packs:
@@ -159,10 +195,25 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
                 stack.enter_context(shared_prefix_active(model))
         return stack
 
-    def training_step(self, *arguments, **options) -> Tensor:
-        """Forward and backward of a micro-batch; both attend in the layout of the batch."""
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of a batch, in micro-batches under a limit of tokens; both attend in its layout."""
+        parts = self._as_many_in_each_process(parts_of(inputs))
+        losses = []
         with self._attending():
-            return super().training_step(*arguments, **options)
+            for number, part in enumerate(parts, 1):
+                # Processes exchange their gradients once, with the last micro-batch.
+                waits = self.accelerator.no_sync(model) if number < len(parts) else contextlib.nullcontext()
+                with waits:
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _as_many_in_each_process(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Sharded models compute in step: where another process has more micro-batches, the first comes once more,
+        to count for nothing."""
+        if not (self.max_tokens and (self.is_fsdp_enabled or self.is_deepspeed_enabled)):
+            return parts
+        most = max(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).tolist())
+        return [*parts, *[{**parts[0], UNCOUNTED: True}] * (most - len(parts))]
 
     def score_completions(
         self, model, inputs: Mapping[str, Tensor], with_auxiliary: bool = False
@@ -236,20 +287,31 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
 
         Pairs of similar length share a batch, which saves padding and changes no pair's numbers.
         """
-        lengths = dataset[LENGTH][:]
-        order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
-        size = self.args.per_device_eval_batch_size
-        rows: dict[int, dict[str, float]] = {}
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        batches = self.share_of_batches([order[i : i + size] for i in range(0, len(order), size)])
+        limit, most = self.max_tokens, self.args.per_device_eval_batch_size
+        return self._score_in_batches(dataset, limit, most, lambda indices: self._score_batch(model, dataset, indices))
+
+    def _score_in_batches(
+        self, dataset: Dataset, limit: int | None, most: int, score: Callable[[list[int]], dict[int, dict[str, float]]]
+    ) -> list[dict[str, float]]:
+        """The rows that `score` gives for batches of at most `limit` tokens, else of `most` pairs, in order."""
+        sizes = self.data_collator.token_counts(dataset)
+        batches = consecutive_batches(
+            sizes, limit or sum(sizes) * 2, most if limit is None else len(sizes), padded=not self.data_collator.packs
+        )
+        rows: dict[int, dict[str, float]] = {}
         with self._attending():
-            for indices in batches:
-                rows |= self._score_batch(model, dataset, indices)
+            for indices in self.share_of_batches(batches):
+                rows |= score(indices)
         return self.merge_rows(rows)
+
+    def _batch(self, dataset: Dataset, indices: list[int]) -> dict[str, Any]:
+        """The pairs with these indices, on the device."""
+        return self._prepare_inputs(self.data_collator.whole([dataset[index] for index in indices]))
 
     def _score_batch(self, model, dataset: Dataset, indices: list[int]) -> dict[int, dict[str, float]]:
         """Metrics of the pairs with these indices."""
-        inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+        inputs = self._batch(dataset, indices)
         policy = self.score_completions(model, inputs)
         pairs = self._pair(policy, inputs)
         columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.parameters.beta)
@@ -258,32 +320,6 @@ class PreferenceTrainer(RunFolderTrainer, DPOTrainer):
         columns["chosen_ends"] = policy.ended.chunk(2)[0]
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
         return {i: dict(zip(columns, row, strict=True)) for i, row in zip(indices, values, strict=True)}
-
-    def precompute_reference(self) -> None:
-        """Scores every pair with the reference once, and lets go of a reference that is a model of its own."""
-        size, self.args.per_device_eval_batch_size = (
-            self.args.per_device_eval_batch_size,
-            self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
-        )
-        with torch.no_grad(), self.accelerator.autocast():
-            self.train_dataset = self._with_reference(self.train_dataset)
-            if self.eval_dataset is not None:
-                self.eval_dataset = self._with_reference(self.eval_dataset)
-        self.args.per_device_eval_batch_size = size
-        kept = [model for model in self.accelerator._models if model is not self.ref_model]
-        self.accelerator._models[:] = kept
-        self.ref_model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _with_reference(self, dataset: Dataset) -> Dataset:
-        was_training = self.model.training
-        self.model.eval()
-        rows = self.score_dataset(dataset)
-        self.model.train(was_training)
-        for name in REFERENCE_COLUMNS:
-            dataset = dataset.add_column(name, [row[name] for row in rows])
-        return dataset
 
 
 def pair_metrics(pairs: PairLogProbs, losses: Tensor, beta: float) -> dict[str, Tensor]:

@@ -1,0 +1,117 @@
+"""Scored once: the reference's log-probs are found again by what can change them, and by nothing else."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_record
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from utils.training import reference_cache
+from utils.training.batches import consecutive_batches, fill_batches
+from utils.training.reference_cache import cache_folder, hash_rows
+
+FOUND = "found on the disk"
+
+
+@pytest.fixture
+def train(run_script, tiny_model, pairs_file, tmp_path, monkeypatch):
+    """Trains for a step with an empty cache; returns what was printed."""
+    monkeypatch.setattr(reference_cache.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*flags, model=tiny_model) -> str:
+        output = tmp_path / "run"
+        code, out, err = run_script(
+            "--model_name_or_path", model, "--dataset_name", pairs_file, "--output_dir", output,
+            "--overwrite_output_dir", *(() if "--max_steps" in flags else ("--max_steps", 1)), *flags,
+        )  # fmt: skip
+        assert code == 0, err
+        return out
+
+    return run
+
+
+AHEAD = "--precompute_ref_log_probs"
+
+
+def test_a_sweep_scores_the_reference_once(train):
+    assert FOUND not in train(AHEAD)
+    for flags in (["--beta", 0.5], ["--loss_type", "ipo"], ["--learning_rate", 1e-3], ["--logging_steps", 1]):
+        assert FOUND in train(AHEAD, *flags)
+    # As the base of an adapter the same weights are the same reference.
+    assert FOUND in train(AHEAD, "--use_lora")
+
+
+def test_what_can_change_the_numbers_is_scored_anew(train, tiny_model, tmp_path):
+    train(AHEAD)
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_model, changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    assert FOUND not in train(AHEAD, model=changed)
+    shutil.copyfile(tiny_model / "model.safetensors", changed / "model.safetensors")
+    assert FOUND in train(AHEAD, model=changed)
+    config = (changed / "config.json").read_text()
+    (changed / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert FOUND not in train(AHEAD, model=changed)
+    for flags in (
+        ["--ld_alpha", 0.5], ["--max_length", 16], ["--dtype", "bfloat16"], ["--engine", "padded"],
+        ["--use_4bit"], ["--use_4bit", "--bnb_4bit_quant_type", "fp4"], ["--max_samples", 50], ["--seed", 1],
+    ):  # fmt: skip
+        assert FOUND not in train(AHEAD, *flags), flags
+
+
+def test_an_unreadable_file_is_scored_anew(train):
+    train(AHEAD)
+    for path in cache_folder().iterdir():
+        path.write_bytes(b"not a tensor")
+    assert FOUND not in train(AHEAD)
+    assert FOUND in train(AHEAD)
+
+
+def test_full_training_lets_go_of_its_reference_where_every_pair_is_used(train, tmp_path):
+    """One pass ahead then costs no more than one in every step, and one model fewer is in memory."""
+    for flags, ahead in ((["--max_steps", 7], True), ([], False), (["--max_steps", 7, "--use_lora"], False)):
+        assert ("scoring all pairs" in train(*flags)) == ahead
+        assert ("scored once before training" in read_record(tmp_path / "run")["reference"]) == ahead
+    assert "scoring all pairs" not in train("--max_steps", 7, AHEAD, "false")
+
+
+def test_the_key_tells_rows_apart():
+    rows = {"prompt_ids": [[1, 2], [3]], "chosen_ids": [[4], [5, 6]]}
+    names = list(rows)
+    key = hash_rows(Dataset.from_dict(rows), names)
+    assert hash_rows(Dataset.from_dict(rows | {"row": [0, 1]}), names) == key
+    moved = {"prompt_ids": [[1], [2, 3]], "chosen_ids": rows["chosen_ids"]}
+    assert hash_rows(Dataset.from_dict(moved), names) != key
+    assert hash_rows(Dataset.from_dict(rows).select([1, 0]), names) != key
+    assert hash_rows(Dataset.from_dict(rows).select([1, 0]).select([1, 0]), names) == key
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_hold_every_pair_once_and_never_more_than_the_limit(padded, seed):
+    draw = random.Random(seed)
+    sizes = [draw.randint(1, 100) for _ in range(draw.randint(1, 60))]
+    for batches in (fill_batches(sizes, 100, padded), consecutive_batches(sizes, 100, 7, padded)):
+        assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
+        for batch in batches:
+            inside = [sizes[index] for index in batch]
+            assert (max(inside) * len(inside) if padded else sum(inside)) <= 100
+    assert max(map(len, consecutive_batches(sizes, 100, 7, padded))) <= 7
+    if not padded:
+        assert len(fill_batches(sizes, 100, padded)) <= 2 * sum(sizes) / 100 + 1, "no two batches are both half empty"
+
+
+def test_nothing_is_left_half_written(train):
+    train(AHEAD)
+    assert {path.suffix for path in Path(cache_folder()).iterdir()} == {".safetensors"}
+    for path in cache_folder().iterdir():
+        columns = load_file(path)
+        assert all(torch.isfinite(values).all() for values in columns.values())

@@ -1,0 +1,94 @@
+"""The reference's log-probs of all pairs, scored once before training or read from the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from utils.runtime import is_main_process
+from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS
+from utils.training.reference_cache import hash_model, hash_rows, load_columns, save_columns
+from utils.training.run_folder import RunFolderTrainer
+
+
+class ReferenceAhead(RunFolderTrainer):
+    """The part of the preference trainer that scores pairs with the reference before training."""
+
+    @property
+    def scored_ahead(self) -> bool:
+        """Whether the pairs carry the reference's log-probs."""
+        return REFERENCE_COLUMNS[0] in self.train_dataset.column_names
+
+    def precompute_reference(self, how: Mapping[str, Any]) -> bool:
+        """Scores every pair with the reference once, and lets go of a reference that is a model of its own.
+
+        What was scored before, by the same reference on the same token ids, is read from the disk.
+
+        Args:
+            how: what decides how the reference computes, beside its weights, its config and the layout of batches.
+
+        Returns:
+            Whether everything was found on the disk.
+        """
+        key = None
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there no process holds all weights
+            # A policy that also serves as reference does so with what of it is frozen.
+            weights = [
+                (name.removeprefix("base_model.model.").replace(".base_layer.", "."), value)
+                for name, value in (self.ref_model or self.model).state_dict(keep_vars=True).items()
+                if not getattr(value, "requires_grad", False)
+            ]
+            how = {**how, "ld_alpha": self.ld_alpha, "shared_prefix": self.shared_prefix}
+            key = hash_model(weights, (self.ref_model or self.model).config, how)
+        self.train_dataset, found = self._with_reference(self.train_dataset, key)
+        if self.eval_dataset is not None:
+            self.eval_dataset, also_found = self._with_reference(self.eval_dataset, key)
+            found = found and also_found
+        self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.ref_model]
+        self.ref_model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
+    def _with_reference(self, dataset: Dataset, model_key: str | None) -> tuple[Dataset, bool]:
+        """The data set with the reference's log-probs, and whether they were on the disk."""
+        key = f"{model_key}-{hash_rows(dataset, PAIR_IDS)}" if model_key is not None else None
+        columns = self._agree_on(load_columns(key) if key is not None and is_main_process() else None)
+        found = columns is not None
+        if columns is None:
+            columns = self._score_with_reference(dataset)
+            if key is not None and is_main_process():
+                save_columns(key, columns)
+        for name in REFERENCE_COLUMNS:
+            dataset = dataset.add_column(name, columns[name])
+        return dataset, found
+
+    def _agree_on(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        if self.args.world_size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def _score_with_reference(self, dataset: Dataset) -> dict[str, list[float]]:
+        """The reference's log-probs of every pair, in batches of their own: nothing is kept for a backward pass."""
+        limit, most = self.max_tokens, self.args.precompute_ref_batch_size
+        if limit is None and most is None:
+            sizes = sorted(self.data_collator.token_counts(dataset), reverse=True)
+            limit = 4 * sum(sizes[: self.args.per_device_train_batch_size])
+
+        def score(indices: list[int]) -> dict[int, dict[str, float]]:
+            scored = self.score_reference(self._batch(dataset, indices)).double().view(2, -1).tolist()
+            rows = zip(indices, *scored, strict=True)
+            return {index: dict(zip(REFERENCE_COLUMNS, values, strict=True)) for index, *values in rows}
+
+        was_training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            rows = self._score_in_batches(dataset, limit, most or len(dataset), score)
+        self.model.train(was_training)
+        return {name: [row[name] for row in rows] for name in REFERENCE_COLUMNS}
