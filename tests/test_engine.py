@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.models import shared_prefix
+from utils.models.flex import make_block_mask
 from utils.models.loading import turn_off_dropout
 from utils.models.proving import find_mismatch
 from utils.models.scoring import score_tokens
@@ -77,8 +78,10 @@ def build(name: str, **changes) -> torch.nn.Module:
     return model.eval()
 
 
-def packed(pairs):
-    return PairCollator(pad_token_id=0).packed(pairs)
+def packed(pairs, flex=False):
+    collator = PairCollator(pad_token_id=0)
+    collator.flex = flex
+    return collator.packed(pairs)
 
 
 def padded(pairs):
@@ -124,6 +127,39 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
     difference = sum((g - found_gradients[n]).double().pow(2).sum() for n, g in expected_gradients.items()).sqrt()
     assert difference / norm < 1e-5
     assert set(found_gradients) == set(expected_gradients)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_log_probs_by_flex_attention_are_the_same(name):
+    """On a CPU it has no backward pass; there its rules are what can be tested."""
+    model, pairs = build(name), random_pairs()
+    with shared_prefix_active(model):
+        scores = score_tokens(model, packed(pairs, flex=True))
+    for one, row, mask in zip(one_by_one(model, pairs), scores.log_probs, scores.mask, strict=True):
+        assert torch.allclose(one, row[mask.bool()], atol=5e-6)
+
+
+@pytest.mark.parametrize("window", [None, 50, 300])
+def test_blocks_that_a_mask_leaves_out_hold_nothing(window):
+    """The block mask against the rule itself, over rows of several blocks."""
+    draw = random.Random(1)
+    lengths = tuple(tuple(draw.randint(1, 120) for _ in range(3)) for _ in range(9))
+    layout = shared_prefix.PairLayout(lengths)
+    pair, part = layout.pair_and_part()
+    position = layout.position_ids()[0]
+    mask = make_block_mask(pair, part, position, window, torch.device("cpu"))
+    index = torch.arange(layout.tokens)
+    by_rule = mask.mask_mod(0, 0, index[:, None], index[None, :])
+    for start, (prompt, chosen, rejected) in layout.spans():
+        inside = by_rule[start : start + prompt + chosen + rejected]
+        assert not inside[:, :start].any()
+        assert not inside[prompt + chosen :, start + prompt : start + prompt + chosen].any()
+        if window is None:
+            assert inside[-1].sum() == prompt + rejected
+            assert inside[prompt + chosen - 1].sum() == prompt + chosen
+    occupied = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert not (by_rule & ~occupied[: layout.tokens, : layout.tokens]).any()
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gemma2"])

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from utils.models.flex import attend_over_row, make_block_mask
+
 NAME = "shared_prefix"
 Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 
@@ -29,11 +31,13 @@ Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 class PairLayout:
     """Where each pair's prompt and completions stand in the packed row.
 
-    `masks` remembers the attention masks that layers share, by pair and window.
+    `flex` chooses one FlexAttention call over the row in place of calls for each pair. `masks` remembers the
+    attention masks that layers share.
     """
 
     lengths: tuple[Lengths, ...]
-    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+    flex: bool = False
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def spans(self) -> Iterator[tuple[int, Lengths]]:
         """The start of each pair in the row, with its lengths."""
@@ -59,6 +63,12 @@ class PairLayout:
         for prompt, chosen, rejected in self.lengths:
             parts += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
         return torch.cat(parts).unsqueeze(0)
+
+    def pair_and_part(self) -> tuple[Tensor, Tensor]:
+        """Of each token the number of its pair, and 0 in a prompt, 1 in a chosen, 2 in a rejected completion."""
+        sizes = torch.tensor(self.lengths)
+        pairs = torch.arange(len(sizes)).repeat_interleave(sizes.sum(dim=1))
+        return pairs, torch.arange(3).repeat(len(sizes)).repeat_interleave(sizes.flatten())
 
     def predictors(self) -> Tensor:
         """Row index of the token that predicts each completion token, chosen completions of all pairs first."""
@@ -88,14 +98,17 @@ class PairLayout:
         return torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
 
 
-def pack_pairs(pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, PairLayout]:
+def pack_pairs(
+    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False
+) -> tuple[Tensor, PairLayout]:
     """The packed row of token ids, shape (1, tokens), and its layout.
 
     Args:
         pairs: ids of prompt, chosen and rejected of each pair; none may be empty.
+        flex: whether to attend with FlexAttention.
     """
     ids = [token for pair in pairs for part in pair for token in part]
-    return torch.tensor([ids]), PairLayout(tuple(tuple(map(len, pair)) for pair in pairs))
+    return torch.tensor([ids]), PairLayout(tuple(tuple(map(len, pair)) for pair in pairs), flex)
 
 
 def shared_prefix_attention(
@@ -113,7 +126,7 @@ def shared_prefix_attention(
     pair_layout: PairLayout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a packed row, pair by pair.
+    """Attention over a packed row: pair by pair, or in one call where the layout says so.
 
     Args:
         query: shape (1, heads, tokens, width); key and value may have fewer heads, each shared by a group.
@@ -126,6 +139,13 @@ def shared_prefix_attention(
     """
     if pair_layout is None:
         raise ValueError("the shared-prefix attention needs the layout of the packed row")
+    if pair_layout.flex and not dropout:
+        if ("flex", sliding_window) not in pair_layout.masks:
+            tokens = (*pair_layout.pair_and_part(), pair_layout.position_ids()[0])
+            pair_layout.masks["flex", sliding_window] = make_block_mask(*tokens, sliding_window, query.device)
+        mask = pair_layout.masks["flex", sliding_window]
+        attended = attend_over_row(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=s_aux)
+        return attended.transpose(1, 2), None
     plain = softcap is None and s_aux is None
     grouped = query.size(1) != key.size(1) and plain and query.device.type == "cpu"  # others lack such a fast kernel
     if not grouped:

@@ -24,6 +24,7 @@ class PairCollator(DataCollatorForPreference):
     """
 
     packs = False
+    flex = False  # whether packed rows are attended to with FlexAttention
     max_tokens: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class PairCollator(DataCollatorForPreference):
 
     def packed(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """The pairs in one row of tokens."""
-        row, layout = pack_pairs([tuple(pair[name] for name in PAIR_IDS) for pair in pairs])
+        row, layout = pack_pairs([tuple(pair[name] for name in PAIR_IDS) for pair in pairs], self.flex)
         return {"input_ids": row, "layout": layout}
 
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:

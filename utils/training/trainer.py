@@ -144,8 +144,21 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in {order[0], order[len(order) // 2]}]
-        padded, packed = self.data_collator.whole(examples), self.data_collator.packed(examples)
-        padded, packed = self._prepare_inputs(padded), self._prepare_inputs(packed)
+        mismatch = None
+        for flex in (True, False) if self.args.device.type == "cuda" else (False,):
+            self.data_collator.flex = flex
+            mismatch = self._find_mismatch(examples)
+            if mismatch is None:
+                break
+        if mismatch is not None and wish == "shared_prefix":
+            raise UserError(f"--engine shared_prefix: this model cannot use it: {mismatch}; pass auto or padded")
+        self.shared_prefix = mismatch or True
+        self.data_collator.packs = mismatch is None
+
+    def _find_mismatch(self, examples: list[dict[str, Any]]) -> str | None:
+        """Why the models must not compute these pairs in one row, in any process; None when they may."""
+        batches = self.data_collator.packed(examples), self.data_collator.whole(examples)
+        packed, padded = map(self._prepare_inputs, batches)
         mismatch = None
         for model in (self.model, self.ref_model):
             if model is not None and mismatch is None:
@@ -155,10 +168,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
             mismatch = next((verdict for verdict in verdicts if verdict is not None), None)
-        if mismatch is not None and wish == "shared_prefix":
-            raise UserError(f"--engine shared_prefix: this model cannot use it: {mismatch}; pass auto or padded")
-        self.shared_prefix = mismatch or True
-        self.data_collator.packs = mismatch is None
+        return mismatch
 
     def limit_tokens(self, most: int) -> None:
         """Makes micro-batches of at most `most` tokens, once the layout is chosen.
