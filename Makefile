@@ -9,12 +9,13 @@ BIN := .venv/bin
 endif
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test slow lint clean
+.PHONY: help demo test slow bench lint clean
 
 help:
 	@echo "make demo   train a small bundled model on bundled preference pairs (CPU, offline, about a minute)"
 	@echo "make test   lint and tests"
 	@echo "make slow   the tests that take minutes each"
+	@echo "make bench  speed and memory beside stock TRL (about a quarter of an hour; QUICK=1: two minutes)"
 	@echo "make lint   ruff alone"
 	@echo "make clean  remove .venv, runs/ and caches"
 
@@ -34,6 +35,9 @@ test: lint
 
 slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

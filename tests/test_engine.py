@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from utils.models import shared_prefix
 from utils.models.flex import make_block_mask
 from utils.models.loading import turn_off_dropout
-from utils.models.proving import find_mismatch
+from utils.models.proving import find_gradient_mismatch, find_mismatch
 from utils.models.scoring import score_tokens
 from utils.models.shared_prefix import pack_pairs, shared_prefix_active
 from utils.training.batches import PairCollator
@@ -216,6 +217,22 @@ def break_mask(monkeypatch):
         return attended.transpose(1, 2), None
 
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, leak)
+
+
+def test_a_wrong_backward_pass_is_found_out(monkeypatch):
+    """Scores are right, gradients are not: of keys and values none comes back."""
+    model, pairs = build("llama"), random_pairs()
+    proofs = (packed(pairs), padded(pairs), False, contextlib.nullcontext)
+    assert find_gradient_mismatch(model, *proofs) is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    right = shared_prefix.shared_prefix_attention
+
+    def wrong(module, query, key, value, *arguments, **options):
+        return right(module, query, key.detach(), value.detach(), *arguments, **options)
+
+    monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, wrong)
+    assert find_mismatch(model, *proofs) is None
+    assert "its gradient differs" in find_gradient_mismatch(model, *proofs)
 
 
 @pytest.mark.parametrize("break_it", [break_positions, break_mask])

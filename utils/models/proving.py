@@ -12,6 +12,7 @@ from utils.models.shared_prefix import shared_prefix_active
 
 # Largest and mean difference of a token's log-prob, in nats, that rounding alone can make.
 EXACT = (2e-3, 1e-4)  # float32
+GRADIENT_EXACT, GRADIENT_ROUNDED = 1e-3, 0.1  # of the gradient's norm
 ROUNDED = (1.0, 0.06)  # bfloat16 and float16: logits of 16 to 32 are spaced 0.125 apart in bfloat16
 
 Batch = Mapping[str, Any]
@@ -46,3 +47,41 @@ def find_mismatch(
     if not torch.isfinite(difference).all() or difference.max() > largest or difference.mean() > mean:
         return f"its log-probs differ by up to {difference.max().item():.2g} from those of plain rows"
     return None
+
+
+def find_gradient_mismatch(
+    model: torch.nn.Module, packed: Batch, padded: Batch, rounded: bool, computing: Callable[[], Any]
+) -> str | None:
+    """Takes the gradient of the same pairs in both layouts; None when the two agree to rounding, else why not.
+
+    For kernels whose backward pass is code of its own. Arguments as in `find_mismatch`; the model has no gradients
+    before or after.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with computing():
+            plain = _gradient(model, padded)
+            with shared_prefix_active(model):
+                shared = _gradient(model, packed)
+    except Exception as error:
+        return f"its backward pass does not take the layout ({type(error).__name__})"
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+    # A parameter that one of the two has no gradient for counts as zero there.
+    difference = torch.stack([(shared.get(name, 0) - value).norm() for name, value in plain.items()]).norm()
+    share = (difference / torch.stack([value.norm() for value in plain.values()]).norm()).item()
+    if not share <= (GRADIENT_ROUNDED if rounded else GRADIENT_EXACT):
+        return f"its gradient differs by {share:.2g} of its norm from that of plain rows"
+    return None
+
+
+def _gradient(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """The gradient of a sum of log-probs in which each token weighs differently."""
+    scores = score_tokens(model, batch)
+    log_probs = scores.log_probs[scores.mask.bool()]
+    weights = torch.arange(len(log_probs), device=log_probs.device).cos()
+    model.zero_grad(set_to_none=True)
+    (log_probs * weights).sum().backward()
+    return {name: value.grad.float() for name, value in model.named_parameters() if value.grad is not None}

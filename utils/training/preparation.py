@@ -352,5 +352,6 @@ def describe_start(
 def describe_layout(trainer: PreferenceTrainer) -> str:
     """How batches are laid out, as a phrase."""
     if trainer.shared_prefix is True:
-        return "each prompt computed once, no padding (checked on real pairs against plain rows)"
+        slower = f"; attention pair by pair: with FlexAttention {trainer.pair_by_pair}" if trainer.pair_by_pair else ""
+        return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower})"
     return f"padded batches: {trainer.shared_prefix}"

@@ -18,7 +18,7 @@ from trl.trainer.utils import use_adapter
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.models.loading import Reference
-from utils.models.proving import find_mismatch
+from utils.models.proving import find_gradient_mismatch, find_mismatch
 from utils.models.scoring import score_tokens, tokens_of
 from utils.models.shared_prefix import shared_prefix_active
 from utils.training.batches import (
@@ -89,6 +89,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         self._freeze_reference_adapter()
         self.end_ids = torch.tensor(sorted(end_ids))
         self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
+        self.pair_by_pair: str | None = None  # on a GPU, why attention is not one call over the row
         args = self.args
         parameters = LossParameters(
             beta=args.beta,
@@ -143,13 +144,13 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
             return
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        examples = [self.train_dataset[index] for index in {order[0], order[len(order) // 2]}]
-        mismatch = None
-        for flex in (True, False) if self.args.device.type == "cuda" else (False,):
-            self.data_collator.flex = flex
+        examples = [self.train_dataset[index] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
+        self.data_collator.flex = self.args.device.type == "cuda"
+        mismatch = self._find_mismatch(examples)
+        if mismatch is not None and self.data_collator.flex:
+            self.pair_by_pair = mismatch
+            self.data_collator.flex = False
             mismatch = self._find_mismatch(examples)
-            if mismatch is None:
-                break
         if mismatch is not None and wish == "shared_prefix":
             raise UserError(f"--engine shared_prefix: this model cannot use it: {mismatch}; pass auto or padded")
         self.shared_prefix = mismatch or True
@@ -157,13 +158,16 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
 
     def _find_mismatch(self, examples: list[dict[str, Any]]) -> str | None:
         """Why the models must not compute these pairs in one row, in any process; None when they may."""
-        batches = self.data_collator.packed(examples), self.data_collator.whole(examples)
-        packed, padded = map(self._prepare_inputs, batches)
-        mismatch = None
-        for model in (self.model, self.ref_model):
-            if model is not None and mismatch is None:
-                rounded = self.args.bf16 or self.args.fp16
-                mismatch = find_mismatch(model, packed, padded, rounded, self.accelerator.autocast)
+        collator, rounded = self.data_collator, self.args.bf16 or self.args.fp16
+
+        def prove(find: Callable[..., str | None], model: torch.nn.Module, pairs: list[dict[str, Any]]) -> str | None:
+            packed, padded = (self._prepare_inputs(batch) for batch in (collator.packed(pairs), collator.whole(pairs)))
+            return find(model, packed, padded, rounded, self.accelerator.autocast)
+
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in models)), None)
+        if mismatch is None and collator.flex:  # its backward pass is a kernel of its own
+            mismatch = prove(find_gradient_mismatch, self.model, examples[-1:])
         if self.args.world_size > 1:
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
