@@ -48,8 +48,9 @@ def test_every_form_reaches_a_training_step(run_script, tmp_path, source):
         assert shown == "<s>\n\nHuman: Hi\n\nAssistant:"
 
 
-TRAIN = ["--max_samples", 120, "--max_length", 128, "--on_bad_rows", "skip", "--num_train_epochs", 3,
-         "--learning_rate", 2e-3, "--per_device_train_batch_size", 8]  # fmt: skip
+# A model of 260,000 parameters that writes children's stories learns from dialogue what is harmless, a little. From as
+# many rows of UltraFeedback it learns nothing that holds for others (46% to 56% of held-out pairs in seven settings).
+TRAIN = ["--max_length", 512, "--on_bad_rows", "skip", "--learning_rate", 1e-3, "--validation_split", 0.25]
 WAYS = {
     "lora": ["--use_lora"],
     "lora 4-bit": ["--use_lora", "--use_4bit"],
@@ -59,20 +60,36 @@ WAYS = {
 }
 
 
+def assert_learned(record: dict, at_least: float):
+    metrics = record["metrics"]
+    assert metrics["held_out_before"]["accuracy"] == pytest.approx(
+        0.5, abs=0.2 if "4 bits" in record["reference"] else 0
+    )
+    assert metrics["held_out"]["accuracy"] > at_least
+    assert metrics["held_out"]["margin"] > metrics["held_out_before"]["margin"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_training_learns_real_preferences(run_script, tmp_path, way):
-    flags = ("--model_name_or_path", MODEL, "--dataset_name", PREFERENCES / "ultrafeedback_prompt_strings", *TRAIN)
+    flags = ("--model_name_or_path", MODEL, "--dataset_name", PREFERENCES / "hh_rlhf", "--max_samples", 1200, *TRAIN)
     code, _, err = run_script(*flags, *WAYS[way], "--output_dir", tmp_path / "run")
     assert code == 0, err
-    metrics = read_record(tmp_path / "run")["metrics"]
-    assert metrics["train"]["accuracy"] > 0.55
-    assert metrics["held_out"]["accuracy"] > metrics["held_out_before"]["accuracy"]
+    assert_learned(read_record(tmp_path / "run"), at_least=0.54)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["orca_openai_format", "orca_openai_format mapped"])
+def test_what_was_read_is_learnt(run_script, tmp_path, source):
+    flags = ("--model_name_or_path", MODEL, "--dataset_name", PREFERENCES / "orca_openai_format", *SOURCES[source])
+    code, _, err = run_script(*flags, *TRAIN, "--num_train_epochs", 2, "--use_lora", "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    assert_learned(read_record(tmp_path / "run"), at_least=0.85)
 
 
 @pytest.mark.slow
 def test_sft_then_dpo_on_real_dialogue(run_script, tmp_path):
-    data = ("--dataset_name", PREFERENCES / "hh_rlhf", *TRAIN)
+    data = ("--dataset_name", PREFERENCES / "hh_rlhf", "--max_samples", 300, *TRAIN)
     code, _, err = run_script("sft", "--model_name_or_path", MODEL, *data, "--use_lora", "--output_dir", tmp_path / "a")
     assert code == 0, err
     first = read_record(tmp_path / "a")["metrics"]

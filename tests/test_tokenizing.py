@@ -668,7 +668,7 @@ def test_shortened_rows_fit_and_are_counted(name, as_turns, seed, load):
         assert left["chosen_ids"][:] == [full["chosen_ids"][i] for i in fits]
     if too_long:
         first = next(row["row"] for row in tokenized if row["shortened"] or row["cut"])
-        complaint = rf"too short for {too_long} of 40 rows \(the first: row {first + 1}\)"
+        complaint = rf"too short for {too_long} of 40 rows \(data row {first + 1}[,)]"
         with pytest.raises(UserError, match=complaint):
             tokenize_rows(rows, encoder, PAIR_COLUMNS, max_length, "error")
 

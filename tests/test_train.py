@@ -183,7 +183,7 @@ def test_small_steps_move_adapter_weights_on_4_bits(train):
 def test_full_training_with_4_bits_holds_the_reference_in_them(train, run_script, tiny_model):
     folder = train("--use_4bit", "--num_train_epochs", 2)
     record = read_record(folder)
-    assert record["reference"] == "a frozen copy of the starting weights in 4 bits"
+    assert record["reference"].startswith("a frozen copy of the starting weights in 4 bits")
     assert record["model"]["trainable_parameters"] == record["model"]["parameters"]
     assert record["metrics"]["held_out_before"]["margin"] != 0, "a quantized reference is not quite the policy"
     assert record["metrics"]["held_out"]["accuracy"] > 0.8

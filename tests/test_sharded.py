@@ -1,0 +1,54 @@
+"""FSDP2 with two processes on this machine: the numbers and the files of one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, read_record
+from safetensors.torch import load_file
+
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+use_cpu: true
+machine_rank: 0
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+"""
+WAYS = {
+    "full": ["--precompute_ref_log_probs", "false"],
+    "full, reference ahead, by tokens": ["--precompute_ref_log_probs", "--max_tokens_per_batch", 80],
+    "lora": ["--use_lora"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_over_two_processes_it_is_the_run_of_one(way, run_script, tiny_model, pairs_file, tmp_path):
+    (tmp_path / "fsdp2.yaml").write_text(CONFIG)
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
+             "--max_steps", 4, "--logging_steps", 1, *WAYS[way]]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp2.yaml",
+               "advanced_dpo_script.py", *flags, "--per_device_train_batch_size", 2,
+               "--output_dir", tmp_path / "two"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    code, _, err = run_script(*flags, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
+    assert code == 0, err
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert read_record(two)["engine"]["shared_prefix"] is True
+    for line, other in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert other == pytest.approx(line, abs=1e-4)
+    assert read_record(two)["metrics"]["held_out"] == pytest.approx(read_record(one)["metrics"]["held_out"], abs=1e-4)
+    (artefact,) = (path.name for path in one.glob("*.safetensors"))
+    a, b = (load_file(folder / artefact) for folder in (one, two))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
