@@ -9,13 +9,15 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import jinja2
 import pytest
 
 from utils.data.conversion import convert_rows
 from utils.data.loading import load_pairs
 from utils.data.schemas import find_reading
-from utils.data.turns import TRANSCRIPT_TEMPLATE, BadRow, split_transcript
+from utils.data.turns import BadRow, split_transcript
 from utils.errors import UserError
+from utils.models.templates import TRANSCRIPT_TEMPLATE
 from utils.settings import DataSettings
 
 REAL = Path(os.environ.get("DPO_REAL_DATA", Path(__file__).parent.parent.parent / "shared/data")) / "preferences"
@@ -334,7 +336,8 @@ def test_conversion_is_cached_where_the_library_keeps_its_files(tmp_path):
 
 
 def rendered(dialogue: list[dict]) -> str:
-    return "".join(TRANSCRIPT_TEMPLATE[turn["role"]].format(content=turn["content"]) for turn in dialogue)
+    """By the template that a tokenizer without one gets for transcripts."""
+    return jinja2.Template(TRANSCRIPT_TEMPLATE).render(messages=dialogue)
 
 
 @needs_real_data

@@ -86,6 +86,22 @@ def test_rows_that_must_not_be_cut_are_named_by_line(refused, tiny_model, tmp_pa
     assert "--max_length 64 is too short for 2 of 6 rows (pairs.jsonl line 2, 5)" in fault
 
 
+def test_a_template_that_leaves_out_the_tools_is_refused(refused, tiny_model, tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    rows = [
+        {"prompt": [{"role": "user", "content": pair["prompt"]}], "tools": tools}
+        | {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
+        for pair in make_pairs(6)
+    ]
+    data = write_lines(tmp_path / "pairs.jsonl", rows)
+    (fault,) = refused("--model_name_or_path", tiny_model, "--dataset_name", data, "--max_length", 120)
+    assert "the chat template (the tokenizer has none) leaves out the tools" in fault
+    template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (fault,) = refused("--model_name_or_path", tiny_model, "--dataset_name", data, "--max_length", 1000,
+                       "--chat_template", template)  # fmt: skip
+    assert "--max_length is 1000" in fault
+
+
 def test_a_template_for_plain_texts_is_refused(refused, tiny_model, pairs_file):
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file)
     (fault,) = refused(*flags, "--chat_template", "{{ messages }}")

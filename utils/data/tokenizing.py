@@ -131,7 +131,7 @@ class PromptEncoder:
     def _render(self, turns: Turns, tools: Any, add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                turns, tools=_read_tools(tools), tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tools=read_tools(tools), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
@@ -162,7 +162,7 @@ class PromptEncoder:
         return [*ids[:end], ids[end] if end < len(ids) else self.tokenizer.eos_token_id]
 
 
-def _read_tools(tools: Any) -> Any:
+def read_tools(tools: Any) -> Any:
     """The tools of a conversation as a template takes them; rows hold them as JSON text.
 
     Raises:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# How a transcript is written: joining the turns of `split_transcript` through it gives back the same text.
-TRANSCRIPT_TEMPLATE = {"user": "\n\nHuman: {content}", "assistant": "\n\nAssistant: {content}"}
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 TRANSCRIPT_MARK = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {

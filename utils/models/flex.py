@@ -36,7 +36,7 @@ def attend_over_row(
 
     Compiled on a GPU; elsewhere computed the plain way, in memory that grows with the square of the tokens.
     """
-    score_mod = None if softcap is None else functools.partial(_cap, softcap)
+    score_mod = None if softcap is None else _capping(softcap)
     attended, normalizer = _kernel(query.is_cuda)(
         query, key, value, score_mod=score_mod, block_mask=mask, scale=scaling, enable_gqa=True, return_lse=True
     )
@@ -47,8 +47,11 @@ def attend_over_row(
     return attended * share.unsqueeze(-1).to(attended.dtype)
 
 
-def _cap(softcap: float, score: Tensor, *_: Tensor) -> Tensor:
-    return softcap * torch.tanh(score / softcap)
+def _capping(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 def make_block_mask(

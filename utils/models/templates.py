@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ PLAIN_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '\\n\\nAssistant:' -}}{%- endif -%}"
 )
 
+GREETING = "Hello"  # what a template is tried on
+
 
 def read_chat_template(wish: str) -> str:
     """The template that --chat_template names: the text of a file, or the given text itself."""
@@ -46,14 +49,28 @@ def read_chat_template(wish: str) -> str:
     return wish
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, wish: str | None, transcript: bool) -> str:
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, wish: str | None, transcript: bool, tools: list[dict[str, Any]] | None = None
+) -> str:
     """Gives the tokenizer the chat template to use, and returns a phrase that says which one it is.
 
-    `transcript` says that the data are "Human: / Assistant:" transcripts, whose own form is then the default.
+    Args:
+        transcript: whether the data are "Human: / Assistant:" transcripts, whose own form is then the default.
+        tools: those of a row, where rows list any.
 
     Raises:
-        UserError: the wished template cannot be read or does not render a conversation.
+        UserError: the template cannot be read, does not render a conversation, or leaves out the tools.
     """
+    said = _set_template(tokenizer, wish, transcript)
+    if tools and _render(tokenizer, tools=tools) == _render(tokenizer):
+        raise UserError(
+            f"the chat template ({said.partition(';')[0]}) leaves out the tools that the rows list; pass a "
+            "--chat_template that shows them, or remove the column"
+        )
+    return said
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, wish: str | None, transcript: bool) -> str:
     if wish is not None:
         tokenizer.chat_template = read_chat_template(wish)
         _check_renders(tokenizer, "--chat_template")
@@ -71,11 +88,15 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
+def _render(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    turns = [{"role": "user", "content": GREETING}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+
+
 def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    turns = [{"role": "user", "content": "Hello"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = _render(tokenizer)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{name} does not render a user's turn: {error}") from None
-    if turns[0]["content"] not in text:
+    if GREETING not in text:
         raise UserError(f"{name} leaves out what the user says; it renders a turn as {text!r}")

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.loading import PreferenceData
-from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
+from utils.data.tokenizing import PromptEncoder, Truncation, read_tools, tokenize_rows
 from utils.errors import UserError, gather
 from utils.models.loading import (
     Reference,
@@ -166,7 +166,9 @@ def _choose_template(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, s
         if settings.model.chat_template is not None:
             raise UserError("--chat_template: these rows are plain texts, which no template renders; leave it out")
         return None
-    return set_chat_template(tokenizer, settings.model.chat_template, transcript=data.reading.is_transcript)
+    listed = data.train["tools"] if "tools" in data.train.column_names else []
+    tools = next((read_tools(text) for text in listed if text), None)
+    return set_chat_template(tokenizer, settings.model.chat_template, data.reading.is_transcript, tools)
 
 
 def _choose_max_length(source: ModelSource, settings: Settings) -> int:
