@@ -24,6 +24,7 @@ from utils.training.losses import (
     PairLogProbs,
     canonical_loss,
 )
+from utils.training.metrics import pair_metrics
 
 
 def numbers(*values: float) -> Tensor:
@@ -448,3 +449,13 @@ def test_loss_is_that_of_trl_where_trl_is_right(name, kind, smoothing):
             assert theirs == pytest.approx(over_tokens.item(), rel=1e-5)
         else:
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_accuracy_counts_a_half_where_rounding_decides():
+    """Log-probs of 400 nats are known to a ten-thousandth; the fourth pair differs by more."""
+    chosen = torch.tensor([-400.0, -400.0, -400.00006, -400.001])
+    rejected = torch.tensor([-300.0, -301.0, -300.0, -300.0])
+    reference = torch.tensor([-400.0] * 4), torch.tensor([-300.0] * 4)
+    length = torch.ones(4)
+    pairs = PairLogProbs(chosen, rejected, *reference, length, length, length)
+    assert pair_metrics(pairs, torch.zeros(4), beta=0.1)["accuracy"].tolist() == [0.5, 1.0, 0.5, 0.0]

@@ -30,6 +30,7 @@ from utils.training.batches import (
     parts_of,
 )
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
+from utils.training.metrics import pair_metrics, summarise
 from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer
 
@@ -334,27 +335,3 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         columns["chosen_ends"] = policy.ended.chunk(2)[0]
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
         return {i: dict(zip(columns, row, strict=True)) for i, row in zip(indices, values, strict=True)}
-
-
-def pair_metrics(pairs: PairLogProbs, losses: Tensor, beta: float) -> dict[str, Tensor]:
-    """Metrics by pair, each of shape (pairs,).
-
-    Rewards are beta times the log-ratio (arXiv 2305.18290, section 4). Accuracy is 1 where the chosen completion has
-    the higher reward, and a half where the two are equal, as before the first step.
-    """
-    chosen, rejected = beta * pairs.chosen_logratio.detach(), beta * pairs.rejected_logratio.detach()
-    return {
-        "loss": losses.detach(),
-        "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
-        "margin": chosen - rejected,
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-        "chosen_logps": pairs.chosen.detach(),
-        "rejected_logps": pairs.rejected.detach(),
-    }
-
-
-def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over pairs, and their count."""
-    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"pairs": len(rows)}

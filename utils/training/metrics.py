@@ -1,0 +1,35 @@
+"""Metrics of preference pairs: by pair, and their means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from utils.training.losses import PairLogProbs
+
+ROUNDING = 2.0**-21  # of a sum of log-probs in float32: what the shape of a batch can make of it (measured: 2**-23)
+
+
+def pair_metrics(pairs: PairLogProbs, losses: Tensor, beta: float) -> dict[str, Tensor]:
+    """Metrics by pair, each of shape (pairs,).
+
+    Rewards are beta times the log-ratio (arXiv 2305.18290, section 4). Accuracy is 1 where the chosen completion has
+    the higher reward, and a half where the two are equal as far as float32 tells, as before the first step.
+    """
+    chosen, rejected = beta * pairs.chosen_logratio.detach(), beta * pairs.rejected_logratio.detach()
+    equal = (chosen - rejected).abs() <= beta * ROUNDING * (pairs.chosen.abs() + pairs.rejected.abs()).detach()
+    return {
+        "loss": losses.detach(),
+        "accuracy": torch.where(equal, 0.5, (chosen > rejected).float()),
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "chosen_logps": pairs.chosen.detach(),
+        "rejected_logps": pairs.rejected.detach(),
+    }
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over pairs, and their count."""
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"pairs": len(rows)}
