@@ -104,6 +104,7 @@ def train_ours(case: dict[str, Any]) -> None:
         "model_name_or_path": case["model"],
         "dataset_name": case["data"],
         "output_dir": case["output_dir"] + "-ours",
+        "overwrite_output_dir": "true",
         "validation_split": "none",
         "max_steps": case["steps"],
         "per_device_train_batch_size": case["batch"],

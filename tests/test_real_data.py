@@ -7,8 +7,12 @@ import json
 import pytest
 import torch
 from conftest import REAL_DATA, read_record
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.arguments import parse_arguments
+from utils.data.loading import load_pairs
+from utils.data.tokenizing import PAIR_COLUMNS, PromptEncoder, tokenize_rows
 
 MODEL = REAL_DATA / "models" / "stories260K"
 PREFERENCES = REAL_DATA / "preferences"
@@ -76,6 +80,29 @@ def test_every_way_of_training_learns_real_preferences(run_script, tmp_path, way
     code, _, err = run_script(*flags, *WAYS[way], "--output_dir", tmp_path / "run")
     assert code == 0, err
     assert_learned(read_record(tmp_path / "run"), at_least=0.54)
+    if "4-bit" not in way:
+        assert_disk_gives_the_recorded_log_probs(tmp_path / "run", flags)
+
+
+@torch.no_grad()
+def assert_disk_gives_the_recorded_log_probs(folder, flags):
+    """The folder as plain transformers and PEFT load it, one held-out text at a time."""
+    settings = parse_arguments([str(flag) for flag in (*flags, "--output_dir", folder)])
+    data = load_pairs(settings.data, "train", settings.training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = PromptEncoder(tokenizer, frozenset({tokenizer.eos_token_id}))
+    rows, _ = tokenize_rows(data.held_out.select(range(20)), encoder, PAIR_COLUMNS, 512, "shorten_prompt")
+    is_adapter = (folder / "adapter_config.json").is_file()
+    model = (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(folder).eval()
+    recorded = map(json.loads, (folder / "held_out_pairs.jsonl").read_text().splitlines())
+    for row, seen in zip(rows, recorded, strict=False):
+        assert row["row"] == seen["row"]
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            assert log_probs[len(row["prompt_ids"]) - 1 :].sum().item() == pytest.approx(
+                seen[f"{side}_logps"], abs=2e-3
+            )
 
 
 @pytest.mark.slow

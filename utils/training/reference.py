@@ -41,7 +41,8 @@ class ReferenceAhead(RunFolderTrainer):
                 for name, value in (self.ref_model or self.model).state_dict(keep_vars=True).items()
                 if not getattr(value, "requires_grad", False)
             ]
-            how = {**how, "ld_alpha": self.ld_alpha, "shared_prefix": self.shared_prefix}
+            layout = {"shared_prefix": self.shared_prefix, "flex": self.data_collator.flex}
+            how = {**how, **layout, "ld_alpha": self.ld_alpha}
             key = hash_model(weights, (self.ref_model or self.model).config, how)
         self.train_dataset, found = self._with_reference(self.train_dataset, key)
         if self.eval_dataset is not None:
