@@ -24,7 +24,7 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "installing the requirements into .venv (once; some minutes)"
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)
