@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from worker import MARK
 
 HERE = Path(__file__).resolve().parent
-MARK = "ANSWER "
 SEED = 7
 LENGTHS = json.loads((HERE / "lengths.json").read_text(encoding="utf-8"))
 

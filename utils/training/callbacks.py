@@ -51,7 +51,7 @@ class RunWatcher(TrainerCallback):
         self._made = time.perf_counter()
         self.asked_to_stop = False  # by a signal to this process
         self.interrupted = False  # whether the run stops, in all its processes
-        self.begun = False  # whether a training step was begun
+        self.begun = False  # whether everything that settings decide is made, so that what fails now is no setting
         self.shows_evaluations = True
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
@@ -71,10 +71,8 @@ class RunWatcher(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_metrics_until(self.folder, state.global_step)
             self.record.write_to(self.folder)
-        self.stopwatch.start()
-
-    def on_step_begin(self, args, state, control, **_):
         self.begun = True
+        self.stopwatch.start()
 
     def on_step_end(self, args, state, control, **_):
         last = state.global_step >= state.max_steps

@@ -117,13 +117,14 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
-        if inputs.pop(UNCOUNTED, False):
-            return 0.0 * self.score_completions(model, inputs).summed.sum()
+        uncounted = inputs.pop(UNCOUNTED, False)
         computed, padded = tokens_of(inputs)
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, inputs)
         losses = self._losses(policy, pairs)
+        if uncounted:  # policy and reference were computed in step with the other processes, for nothing else
+            return 0.0 * losses.sum()
         self._count(pairs, losses)
         share = self.share_of_step(num_items_in_batch)
         loss = losses.sum() * share
@@ -259,7 +260,8 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self._reference_active() as model,
         ):
-            return self.score_completions(model, inputs).summed
+            scores = score_tokens(model, inputs)
+            return sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha)
 
     @contextlib.contextmanager
     def _reference_active(self):
