@@ -1,4 +1,4 @@
-"""Two processes as `accelerate launch` starts them (gloo): the numbers and the files of one process."""
+"""Two processes (DDP over gloo): the numbers and the files of one process, in more ways of training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ import torch
 from conftest import ROOT, read_metrics, read_record
 from safetensors.torch import load_file
 
-CONFIG = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_CPU
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-use_cpu: true
-machine_rank: 0
-"""
 WAYS = {
     "full": ["--precompute_ref_log_probs", "false"],
     "full, reference ahead, by tokens": ["--precompute_ref_log_probs", "--max_tokens_per_batch", 80],
@@ -30,10 +21,9 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_are_the_run_of_one(way, run_script, tiny_model, pairs_file, tmp_path):
-    (tmp_path / "two.yaml").write_text(CONFIG)
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
              "--max_steps", 4, "--logging_steps", 1, *WAYS[way]]  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                "advanced_dpo_script.py", *flags, "--per_device_train_batch_size", 2,
                "--output_dir", tmp_path / "two"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
