@@ -113,6 +113,14 @@ def dataset_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = former
 
 
+@pytest.fixture(autouse=True)
+def float32_unless_asked():
+    """Numbers compared to many digits, also where the processor has bfloat16 and the script would choose it."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its changes
+        patch.setattr("utils.runtime.cpu_computes_bfloat16_fast", lambda: False)
+        yield
+
+
 @pytest.fixture
 def run_script(capsys):
     """Runs the script in this process: returns the exit code, what it printed, and what it complained of."""

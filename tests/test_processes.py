@@ -22,7 +22,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_are_the_run_of_one(way, run_script, tiny_model, pairs_file, tmp_path):
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
-             "--max_steps", 4, "--logging_steps", 1, *WAYS[way]]  # fmt: skip
+             "--max_steps", 4, "--logging_steps", 1, "--dtype", "float32", *WAYS[way]]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                "advanced_dpo_script.py", *flags, "--per_device_train_batch_size", 2,
                "--output_dir", tmp_path / "two"]  # fmt: skip

@@ -310,7 +310,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model, pairs_file, tmp_path, ru
 
 def test_two_processes_give_the_result_of_one(run_script, tiny_model, pairs_file, tmp_path):
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
-             "--max_steps", 4, "--logging_steps", 1]  # fmt: skip
+             "--max_steps", 4, "--logging_steps", 1, "--dtype", "float32"]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = [
         *launch,

@@ -167,7 +167,36 @@ def test_lora_on_4_bits_is_real_nf4_with_double_quantization(train, tiny_model, 
     assert_learned(folder)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     quantized = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=nf4, device_map={"": "cpu"})
+    loading.keep_quantized_weights(quantized)
     assert_disk_gives_the_recorded_log_probs(folder, PeftModel.from_pretrained(quantized, folder), make_pairs(60))
+
+
+@torch.no_grad()
+def test_evaluation_leaves_4_bit_weights_as_they_are(tiny_model, pairs_file, tmp_path, monkeypatch):
+    """Where the processor has bfloat16, bitsandbytes would repack them, with coarser scales."""
+    from utils.arguments import parse_arguments
+    from utils.models.loading import load_policy
+    from utils.models.sources import find_model
+    from utils.runtime import Precision
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    settings = parse_arguments(
+        [
+            *"--use_lora --use_4bit --dry_run --model_name_or_path".split(),
+            str(tiny_model),
+            "--dataset_name",
+            str(pairs_file),
+        ]
+    )
+    source = find_model("--model_name_or_path", str(tiny_model))
+    model = load_policy(source, settings, Precision(torch.float32, torch.device("cpu"), ""))
+    ids = torch.arange(3, 23).unsqueeze(0)
+    weights = [module.weight for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    before = [weight.clone() for weight in weights]
+    training, evaluating = (model.train(mode)(input_ids=ids).logits for mode in (True, False))
+    assert torch.equal(training, evaluating)
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    assert all(weight.quant_state.nested for weight in weights)
 
 
 def test_small_steps_move_adapter_weights_on_4_bits(train):

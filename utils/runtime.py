@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -35,6 +36,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     # OpenMP threads wait by spinning; on cores shared with other work a long spin keeps the others from finishing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # oneDNN keeps code and memory for each shape of matrix that it met, and every batch has new ones: half a GiB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+    # It offers, on some processors, to fetch a kernel from the hub that is used nowhere here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def keep_freed_memory() -> None:

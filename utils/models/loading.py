@@ -235,7 +235,19 @@ def _load_base(
             f"{flag} {source.base}: its weights lack {', '.join(absent[:3])}{more} of a {type(model).__name__}; "
             "name a folder with the whole causal language model"
         )
+    keep_quantized_weights(model)
     return model
+
+
+def keep_quantized_weights(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights with coarser scales at the first evaluation.
+
+    It does so on processors with bfloat16: the reference would change under the policy. It also fails there on
+    matrices whose rows are no whole blocks.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: ModelSettings, precision: Precision) -> Any:
