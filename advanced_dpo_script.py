@@ -80,13 +80,8 @@ def run_training(
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
     from utils.saving import no_empty_folder_left
     from utils.tracking import prepare_trackers
-    from utils.training.preparation import (
-        check_settings,
-        describe_data,
-        describe_start,
-        find_folder,
-        prepare_rows,
-    )
+    from utils.training.description import describe_data, describe_start
+    from utils.training.preparation import check_settings, find_folder, prepare_rows
     from utils.training.running import finish_run, start_run
 
     quiet_loaded_libraries()

@@ -28,7 +28,9 @@ def _forward(layer: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         return type(layer).forward(layer, x, *arguments, **options)
     result = layer.base_layer(x)
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    inner = down(layer.lora_dropout[adapter](layer._cast_input_dtype(x, down.weight.dtype)))
+    if not torch.is_autocast_enabled(x.device.type):  # else the product itself casts, once
+        x = layer._cast_input_dtype(x, down.weight.dtype)
+    inner = down(layer.lora_dropout[adapter](x))
     flat = torch.addmm(
         result.flatten(0, -2).to(inner.dtype), inner.flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter]
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from utils.models.scoring import score_tokens
+from utils.models.head import MARK, LogitShape
+from utils.models.scoring import output_head, score_tokens
 from utils.models.shared_prefix import shared_prefix_active
 
 # Largest and mean difference of a token's log-prob, in nats, that rounding alone can make.
@@ -43,10 +44,41 @@ def find_mismatch(
     finally:
         model.train(was_training)
     difference = (shared.log_probs[shared.mask.bool()] - plain.log_probs[plain.mask.bool()]).abs()
-    largest, mean = ROUNDED if rounded else EXACT
-    if not torch.isfinite(difference).all() or difference.max() > largest or difference.mean() > mean:
+    if _exceeds_rounding(difference, rounded):
         return f"its log-probs differ by up to {difference.max().item():.2g} from those of plain rows"
     return None
+
+
+def _exceeds_rounding(difference: torch.Tensor, rounded: bool) -> bool:
+    largest, mean = ROUNDED if rounded else EXACT
+    return bool(not torch.isfinite(difference).all() or difference.max() > largest or difference.mean() > mean)
+
+
+@torch.no_grad()
+def let_head_score_in_chunks(model: torch.nn.Module, batch: Batch, rounded: bool, computing: Callable[[], Any]) -> bool:
+    """Marks the model's output head to be applied in chunks from now on, if on this batch that gives the same scores.
+
+    A head of another kind than a plain linear layer, or logits that the model changes in a way that its config does
+    not name, stay with the model's own code. Arguments as in `find_mismatch`.
+
+    Returns:
+        Whether the head is marked.
+    """
+    head = output_head(model)
+    if type(head) is not torch.nn.Linear or hasattr(head, "_hf_hook"):
+        return False
+    was_training = model.training
+    model.eval()
+    try:
+        with computing():
+            plain = score_tokens(model, batch)
+            setattr(head, MARK, LogitShape.of(model.config))
+            chunked = score_tokens(model, batch)
+    finally:
+        model.train(was_training)
+    if _exceeds_rounding((chunked.log_probs - plain.log_probs).abs(), rounded):
+        delattr(head, MARK)
+    return hasattr(head, MARK)
 
 
 def find_gradient_mismatch(

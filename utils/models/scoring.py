@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.models.head import MARK, HeadScores, LogitShape, score_by_head
 from utils.models.shared_prefix import PairLayout
 
 Batch = Mapping[str, Any]
@@ -54,24 +55,38 @@ def score_tokens(
     read = _read_packed if "layout" in batch else _read_padded
     inputs, mask, labels, last_ids, select = read(batch)
     options: dict[str, Any] = {"output_router_logits": True} if with_auxiliary else {}
-    with _head_sees(model, select):
-        outputs = model(**inputs, use_cache=False, **options)
-    logits = outputs.logits.squeeze(0).float()  # (tokens, vocabulary)
-    log_probs: Tensor = LogProbsOf.apply(logits, labels)
-    squares, right = None, None
-    with torch.no_grad():
-        if with_squares:
-            squares = _spread((2 * logits).logsumexp(dim=-1) - 2 * logits.logsumexp(dim=-1), mask)
-        if with_right:
-            right = _spread((logits.argmax(dim=-1) == labels).float(), mask)
+    asked = {"with_right": with_right, "with_squares": with_squares}
+    head = output_head(model)
+    shape: LogitShape | None = getattr(head, MARK, None)
+    if shape is None:
+        with _head_sees(head, select):
+            outputs = model(**inputs, use_cache=False, **options)
+        scores = _score_logits(outputs.logits.squeeze(0).float(), labels, **asked)
+    else:
+        with _head_scores(head, select, labels, shape, asked) as found:
+            outputs = model(**inputs, use_cache=False, **options)
+        scores = found[0]
+        # What the model made of the scores says nothing; it ties them to the model's output, as sharding needs it.
+        scores.log_probs = scores.log_probs + 0.0 * outputs.logits.view(-1).float()
     return TokenScores(
         mask=mask.long(),
-        log_probs=_spread(log_probs, mask),
-        right=right,
-        log_sum_sq_probs=squares,
+        log_probs=_spread(scores.log_probs, mask),
+        right=_spread(scores.right, mask) if with_right else None,
+        log_sum_sq_probs=_spread(scores.log_sum_sq_probs, mask) if with_squares else None,
         last_ids=last_ids,
         auxiliary=outputs.aux_loss if with_auxiliary else None,
     )
+
+
+def _score_logits(logits: Tensor, labels: Tensor, *, with_right: bool, with_squares: bool) -> HeadScores:
+    """The same from logits of shape (tokens, vocabulary), whatever the model's own code made of its head's output."""
+    log_probs = LogProbsOf.apply(logits, labels)
+    with torch.no_grad():
+        return HeadScores(
+            log_probs,
+            (logits.argmax(dim=-1) == labels).float() if with_right else None,
+            (2 * logits).logsumexp(dim=-1) - 2 * logits.logsumexp(dim=-1) if with_squares else None,
+        )
 
 
 class LogProbsOf(torch.autograd.Function):
@@ -128,13 +143,39 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _head_sees(model: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _head_sees(head: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the context the output head gets only the selected hidden states, as one row."""
-    handle = output_head(model).register_forward_pre_hook(lambda _, inputs: (select(inputs[0]).unsqueeze(0),))
+    handle = head.register_forward_pre_hook(lambda _, inputs: (select(inputs[0]).unsqueeze(0),))
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def _head_scores(
+    head: torch.nn.Module,
+    select: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    shape: LogitShape,
+    asked: dict[str, bool],
+) -> Iterator[list[HeadScores]]:
+    """Within the context the output head scores the labels, and gives log-probs, (1, tokens, 1), in place of logits."""
+    found: list[HeadScores] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        selected = select(hidden).to(head.weight.device)
+        found.append(score_by_head(head, selected, labels.to(selected.device), shape, **asked))
+        return found[0].log_probs.view(1, -1, 1)
+
+    before = head.__dict__.get("forward")
+    head.forward = forward
+    try:
+        yield found
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
 
 
 def output_head(model: torch.nn.Module) -> torch.nn.Module:

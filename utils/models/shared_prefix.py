@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from utils.models import cpu_attention
 from utils.models.flex import attend_over_row, make_block_mask
 
 NAME = "shared_prefix"
@@ -146,13 +147,11 @@ def shared_prefix_attention(
         mask = pair_layout.masks["flex", sliding_window]
         attended = attend_over_row(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=s_aux)
         return attended.transpose(1, 2), None
-    plain = softcap is None and s_aux is None
-    grouped = query.size(1) != key.size(1) and plain and query.device.type == "cpu"  # others lack such a fast kernel
-    if not grouped:
-        key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
-    attend = functools.partial(
-        _attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux, enable_gqa=grouped
-    )
+    if softcap is None and s_aux is None and not dropout and cpu_attention.takes(query, key, value):
+        added = functools.partial(_added_to_scores, pair_layout, window=sliding_window)
+        return cpu_attention.attend_text_by_text(query, key, value, list(pair_layout.spans()), added, scaling), None
+    key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
+    attend = functools.partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
     # Split, not sliced: the gradients of all pieces are then put together once, instead of added up one by one.
     pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)]
     queries, keys, values = (part.split(pieces, dim=2) for part in (query, key, value))
@@ -184,6 +183,15 @@ def _mask(layout: PairLayout, offset: int, length: int, like: Tensor, window: in
     return layout.masks[name]
 
 
+def _added_to_scores(layout: PairLayout, offset: int, length: int, window: int | None) -> Tensor | None:
+    """The same as numbers to add, on the host: 0 where a position sees a key, minus infinity elsewhere."""
+    name = ("added", offset, length, window)
+    if name not in layout.masks:
+        seen = _mask(layout, offset, length, torch.empty(0), window)
+        layout.masks[name] = seen if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return layout.masks[name]
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -194,12 +202,11 @@ def _attend(
     dropout: float,
     softcap: float | None,
     sinks: Tensor | None,
-    enable_gqa: bool,
 ) -> Tensor:
-    """Attention of one text, shape (1, heads, queries, width); without `enable_gqa` keys have as many heads."""
+    """Attention of one text, shape (1, heads, queries, width)."""
     if softcap is None and sinks is None:
         options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
-        return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
+        return F.scaled_dot_product_attention(query, key, value, **options)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.size(-1) ** -0.5)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

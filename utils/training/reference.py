@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from utils.models.head import MARK
+from utils.models.scoring import output_head
 from utils.runtime import is_main_process
 from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS
 from utils.training.reference_cache import hash_model, hash_rows, load_columns, save_columns
@@ -42,6 +44,7 @@ class ReferenceAhead(RunFolderTrainer):
                 if not getattr(value, "requires_grad", False)
             ]
             layout = {"shared_prefix": self.shared_prefix, "flex": self.data_collator.flex}
+            layout["head"] = hasattr(output_head(self.ref_model or self.model), MARK)
             how = {**how, **layout, "ld_alpha": self.ld_alpha}
             key = hash_model(weights, (self.ref_model or self.model).config, how)
         self.train_dataset, found = self._with_reference(self.train_dataset, key)

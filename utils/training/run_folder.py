@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from utils.models.adapters import speed_up_lora
+from utils.models.proving import let_head_score_in_chunks
 from utils.state import load_state, read_random_state, save_state, set_random_state
 
 TRAINED_ADAPTER = "default"
@@ -102,6 +103,18 @@ class RunFolderTrainer(Trainer):
         self.held_out_rows: list[dict[str, float]] = []
         self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
         self._sums: dict[str, Tensor] = {}
+
+    def models(self) -> list[torch.nn.Module]:
+        """Everything that is computed with."""
+        return [self.model]
+
+    def choose_head(self, batch: Mapping[str, Any]) -> None:
+        """Lets each model score completions in chunks, where a trial on this batch shows that nothing changes."""
+        if self.args.torch_compile:
+            return  # a compiled model keeps its own way
+        batch = self._prepare_inputs(batch)
+        for model in self.models():
+            let_head_score_in_chunks(model, batch, self.args.bf16 or self.args.fp16, self.accelerator.autocast)
 
     def count_items(self, batch: Any) -> int | Tensor:
         """The `counted` items of a micro-batch."""

@@ -47,6 +47,13 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
             data_collator=CompletionCollator(processing_class.pad_token_id), processing_class=processing_class, **parts
         )
 
+    def try_head(self) -> None:
+        """Chooses how the output head is applied, by a row of middle length."""
+        lengths = self.train_dataset[LENGTH][:]
+        middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
+        batch = self.data_collator([self.train_dataset[middle]])
+        self.choose_head({**batch, "completion_mask": completion_mask(batch)})
+
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The completion tokens of a batch that something stands before. Stays on the device."""
         return completion_mask(batch)[:, 1:].sum()

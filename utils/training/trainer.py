@@ -141,12 +141,13 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         Raises:
             UserError: shared_prefix was asked for and the model does not compute it exactly.
         """
-        if wish == "padded":
-            self.shared_prefix = "padded batches were asked for"
-            return
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
+        self.choose_head(self.data_collator.whole(examples[-1:]))
+        if wish == "padded":
+            self.shared_prefix = "padded batches were asked for"
+            return
         self.data_collator.flex = self.args.device.type == "cuda"
         mismatch = self._find_mismatch(examples)
         if mismatch is not None and self.data_collator.flex:
@@ -166,8 +167,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
             packed, padded = (self._prepare_inputs(batch) for batch in (collator.packed(pairs), collator.whole(pairs)))
             return find(model, packed, padded, rounded, self.accelerator.autocast)
 
-        models = [model for model in (self.model, self.ref_model) if model is not None]
-        mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in models)), None)
+        mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in self.models())), None)
         if mismatch is None and collator.flex:  # its backward pass is a kernel of its own
             mismatch = prove(find_gradient_mismatch, self.model, examples[-1:])
         if self.args.world_size > 1:
@@ -206,10 +206,13 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         if not self.data_collator.packs:
             return contextlib.nullcontext()
         stack = contextlib.ExitStack()
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                stack.enter_context(shared_prefix_active(model))
+        for model in self.models():
+            stack.enter_context(shared_prefix_active(model))
         return stack
+
+    def models(self) -> list[torch.nn.Module]:
+        """The policy, and a reference that is a model of its own."""
+        return [model for model in (self.model, self.ref_model) if model is not None]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Forward and backward of a batch, in micro-batches under a limit of tokens; both attend in its layout."""

@@ -1,0 +1,149 @@
+"""The output head over completion tokens, a few hundred at a time: log-probs without the matrix of all logits.
+
+With a large vocabulary that matrix is the largest tensor of a training step. Here it never exists whole, and where the
+head is frozen (LoRA) its gradient is made in the forward pass, in the chunk at hand, so that nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MARK = "_log_probs_in_chunks"  # the attribute of a head whose chunks were proven to give the model's own log-probs
+CHUNK = {"cpu": 2**22}  # logits of a chunk: what a cache holds ...
+CHUNK_ELSEWHERE = 2**27  # ... or what keeps a GPU busy
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model makes of its head's output: `softcap * tanh(scale * output / softcap)`, or `scale * output`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitShape:
+        """As the config of an architecture names it (Cohere, Granite, Gemma)."""
+        config = config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def apply_(self, outputs: Tensor) -> Tensor:
+        """The logits, in the memory of the head's outputs."""
+        if self.softcap is None:
+            return outputs if self.scale == 1 else outputs.mul_(self.scale)
+        return outputs.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of the logits by the head's outputs."""
+        return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
+
+
+@dataclass
+class HeadScores:
+    """Of each token, shape (tokens,): its log-prob in nats, and what else was asked for (without gradient)."""
+
+    log_probs: Tensor
+    right: Tensor | None = None  # whether it is the likeliest
+    log_sum_sq_probs: Tensor | None = None  # log of the sum of squared probabilities
+
+
+def score_by_head(
+    head: torch.nn.Linear, hidden: Tensor, labels: Tensor, shape: LogitShape, *, with_right: bool, with_squares: bool
+) -> HeadScores:
+    """Scores labels, shape (tokens,), from the hidden states before the head, shape (tokens, width)."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    scores = _LogProbs.apply(hidden, head.weight, head.bias, labels, shape, with_right, with_squares)
+    return HeadScores(scores[0], scores[1] if with_right else None, scores[2] if with_squares else None)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probs of labels, float32, with their gradient by hidden states and, where they are trained, head weights.
+
+    d log p / d logits is one-hot minus softmax. Products are computed in the format of the hidden states.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, shape, with_right, with_squares):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        trains_head = needs_weight or needs_bias
+        log_probs = hidden.new_empty(len(labels), dtype=torch.float32)
+        right, squares = (torch.empty_like(log_probs) if asked else None for asked in (with_right, with_squares))
+        by_hidden = torch.empty_like(hidden) if needs_hidden and not trains_head else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            columns = weight.to(hidden.dtype)
+            for rows in _chunks(hidden, columns):
+                logits = _logits(hidden[rows], columns, bias, shape)
+                slope = shape.slope(logits) if by_hidden is not None else None
+                if right is not None:
+                    right[rows] = (logits.argmax(dim=1) == labels[rows]).float()
+                own = logits.gather(1, labels[rows, None])[:, 0]
+                largest = logits.amax(dim=1)
+                powers = logits.sub_(largest[:, None]).exp_()
+                total = powers.sum(dim=1)
+                log_probs[rows] = own - largest - total.log()
+                if squares is not None:
+                    squares[rows] = powers.square().sum(dim=1).log() - 2 * total.log()
+                if by_hidden is not None:
+                    gradient = _one_hot_minus_(powers.div_(total[:, None]), labels[rows], slope)
+                    by_hidden[rows] = gradient.to(hidden.dtype) @ columns
+        ctx.shape = shape
+        if trains_head:
+            ctx.save_for_backward(hidden, weight, bias, labels, log_probs)
+        else:
+            ctx.save_for_backward(by_hidden)
+        outputs = [value if value is not None else log_probs.new_empty(0) for value in (right, squares)]
+        ctx.mark_non_differentiable(*outputs)
+        return log_probs, *outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        if len(ctx.saved_tensors) == 1:
+            by_hidden = ctx.saved_tensors[0]
+            return (by_hidden * grad[:, None]).to(by_hidden.dtype), *[None] * 6
+        hidden, weight, bias, labels, log_probs = ctx.saved_tensors
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight, dtype=torch.float32)
+        by_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        columns = weight.to(hidden.dtype)
+        for rows in _chunks(hidden, columns):
+            logits = _logits(hidden[rows], columns, bias, ctx.shape)
+            slope = ctx.shape.slope(logits)
+            normalizer = logits.gather(1, labels[rows, None]) - log_probs[rows, None]
+            gradient = _one_hot_minus_(logits.sub_(normalizer).exp_(), labels[rows], slope).mul_(grad[rows, None])
+            if by_bias is not None:
+                by_bias += gradient.sum(dim=0)
+            gradient = gradient.to(hidden.dtype)
+            torch.mm(gradient, columns, out=by_hidden[rows])
+            if by_weight.dtype == hidden.dtype:
+                by_weight.addmm_(gradient.T, hidden[rows])
+            else:
+                by_weight += gradient.T @ hidden[rows]
+        by_bias = by_bias.to(bias.dtype) if by_bias is not None else None
+        return by_hidden, by_weight.to(weight.dtype), by_bias, *[None] * 4
+
+
+def _chunks(hidden: Tensor, columns: Tensor) -> Iterator[slice]:
+    size = max(1, CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(columns))
+    for start in range(0, len(hidden), size):
+        yield slice(start, min(start + size, len(hidden)))
+
+
+def _logits(hidden: Tensor, columns: Tensor, bias: Tensor | None, shape: LogitShape) -> Tensor:
+    """Logits of a chunk, float32, in memory of their own."""
+    return shape.apply_(F.linear(hidden, columns, bias.to(columns.dtype) if bias is not None else None).float())
+
+
+def _one_hot_minus_(probabilities: Tensor, labels: Tensor, slope: Tensor | float) -> Tensor:
+    """(one-hot - probabilities) * slope, in the memory of the probabilities."""
+    gradient = probabilities.neg_()
+    gradient[torch.arange(len(labels), device=labels.device), labels] += 1
+    return gradient if isinstance(slope, float) and slope == 1 else gradient.mul_(slope)

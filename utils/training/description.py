@@ -1,0 +1,70 @@
+"""What a run is about to do, in lines for the person who started it."""
+
+from __future__ import annotations
+
+from utils.data.loading import PreferenceData
+from utils.models.loading import Reference
+from utils.models.sources import ModelSource
+from utils.runtime import Precision, device_name, say
+from utils.settings import Settings
+from utils.training.preparation import Rows
+from utils.training.run_folder import RunFolderTrainer
+from utils.training.trainer import PreferenceTrainer
+
+
+def describe_data(data: PreferenceData, rows: Rows) -> None:
+    """Says what was read and how."""
+    say(f"data: {data.source}: {data.reading.description}")
+    held_out = len(rows.held_out) if rows.held_out is not None else 0
+    parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
+    say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
+    if data.shared_prompts:
+        say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
+    for reason, count in data.dropped.items():
+        say(f"      dropped {count:,}: {reason}")
+    shortened = rows.truncation.prompts_shortened + rows.held_out_truncation.prompts_shortened
+    cut = rows.truncation.completions_cut + rows.held_out_truncation.completions_cut
+    too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
+    if shortened or cut or too_long:
+        say(
+            f"      over {rows.max_length} tokens: {shortened:,} with the prompt shortened from its left, "
+            f"{cut:,} with a response cut (not taught to end there), {too_long:,} dropped"
+        )
+    if rows.template is not None:
+        say(f"      chat template: {rows.template}")
+
+
+def describe_start(
+    trainer: RunFolderTrainer,
+    reference: Reference | None,
+    source: ModelSource,
+    settings: Settings,
+    precision: Precision,
+) -> None:
+    """Says what will be trained, against what, how, and where."""
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = trainer.model.num_parameters() if hasattr(trainer.model, "num_parameters") else trainable
+    args = trainer.args
+    bits = " on a 4-bit base" if settings.model.use_4bit and (settings.lora.use_lora or source.adapter) else ""
+    if settings.model.trust_remote_code:
+        say(f"warning: --trust_remote_code runs Python code that comes with {source.base}")
+    say(f"model: {source.name}, {trainable:,} of {total:,} parameters trained{bits}")
+    if reference is not None:
+        say(f"reference: {reference.how}")
+    if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:
+        say("      --use_4bit without --use_lora: 4-bit weights cannot be trained, so the reference is held in 4 bits")
+    if isinstance(trainer, PreferenceTrainer):
+        say(f"engine: {describe_layout(trainer)}")
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    say(
+        f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason}); "
+        f"{pairs} rows per step, learning rate {args.learning_rate:g}"
+    )
+
+
+def describe_layout(trainer: PreferenceTrainer) -> str:
+    """How batches are laid out, as a phrase."""
+    if trainer.shared_prefix is True:
+        slower = f"; attention pair by pair: with FlexAttention {trainer.pair_by_pair}" if trainer.pair_by_pair else ""
+        return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower})"
+    return f"padded batches: {trainer.shared_prefix}"
