@@ -79,9 +79,9 @@ def build(name: str, **changes) -> torch.nn.Module:
     return model.eval()
 
 
-def packed(pairs, flex=False):
+def packed(pairs, flex=False, multiple=1):
     collator = PairCollator(pad_token_id=0)
-    collator.flex = flex
+    collator.flex, collator.multiple = flex, multiple
     return collator.packed(pairs)
 
 
@@ -108,9 +108,11 @@ def gradients(model, log_probs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    ("checkpointing", "filled"), [(False, 1), (True, 1), (False, 32)], ids=["", "checkpointing", "filled up"]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpointing):
+def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpointing, filled):
     model, pairs = build(name), random_pairs()
     expected = one_by_one(model, pairs)
     expected_gradients = gradients(model, expected)
@@ -119,7 +121,7 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
         model.train()
         turn_off_dropout(model)
     with shared_prefix_active(model):
-        scores = score_tokens(model, packed(pairs))
+        scores = score_tokens(model, packed(pairs, multiple=filled))
         found = [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)]
         found_gradients = gradients(model, found)
     for one, other in zip(expected, found, strict=True):
@@ -128,6 +130,15 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
     difference = sum((g - found_gradients[n]).double().pow(2).sum() for n, g in expected_gradients.items()).sqrt()
     assert difference / norm < 1e-5
     assert set(found_gradients) == set(expected_gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_long_pairs_are_attended_to_text_by_text(name, monkeypatch):
+    test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)
+    monkeypatch.setattr("utils.models.cpu_attention.SHORT", 12)  # of the four pairs some are longer
+    test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)
+    monkeypatch.setattr("utils.models.cpu_attention.takes", lambda *_: False)  # where there is no such kernel
+    test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 32)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -182,7 +182,7 @@ def test_evaluation_leaves_4_bit_weights_as_they_are(tiny_model, pairs_file, tmp
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     settings = parse_arguments(
         [
-            *"--use_lora --use_4bit --dry_run --model_name_or_path".split(),
+            *["--use_lora", "--use_4bit", "--dry_run", "--model_name_or_path"],
             str(tiny_model),
             "--dataset_name",
             str(pairs_file),

@@ -1,4 +1,4 @@
-"""Attention over a packed row on a CPU: the fused kernel, text by text, with nothing kept but what it was given.
+"""Attention over a packed row on a CPU: the fused kernel, pair by pair, with nothing kept but what it was given.
 
 Scores, softmax and sums are computed in float32, whatever the format of the row: for texts of this length that is
 faster than 16-bit products on processors that have them, and more exact. Autograd would keep a copy of each piece of
@@ -8,14 +8,17 @@ the row, and of each prompt's keys and values twice; here the backward pass cuts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Spans = Sequence[tuple[int, tuple[int, int, int]]]  # of each pair: its start; tokens of prompt, chosen, rejected
-Mask = Callable[[int, int], Tensor | None]  # from the keys before the first query, and the queries
+Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
+Spans = Sequence[tuple[int, Lengths]]  # the start of each pair, and its lengths
+Mask = Callable[[int, int, int], Tensor | None]
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
+SHORT = 320  # tokens of a pair: up to here one call with a mask is faster than one for each text
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -27,80 +30,85 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def attend_text_by_text(
+def attend_pair_by_pair(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, mask: Mask, scaling: float | None
 ) -> Tensor:
     """The attended values, shape (1, tokens, heads, width), of a packed row of pairs.
 
     Args:
         query: shape (1, heads, tokens, width); key and value may have fewer heads, each shared by a group.
-        mask: gives what is added to the scores of a text's last queries, float32; None for a plain causal square.
+        mask: gives, from (prompt, chosen, rejected), what is added to the scores of the tokens of a whole pair; with
+            0 for chosen, of a completion that stands behind a prompt; with 0 for rejected too, of one text, where
+            None is a plain causal square. Float32, shape (queries, keys).
     """
-    return _TextByText.apply(query, key, value, spans, mask, scaling)
+    return _PairByPair.apply(query, key, value, spans, mask, scaling)
 
 
-class _TextByText(torch.autograd.Function):
+class _PairByPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, spans, mask, scaling):
         attend = getattr(torch.ops.aten, FORWARD)
-        row = query.new_empty(1, query.size(2), query.size(1), query.size(3))
+        queries, keys, values = query.float(), key.float(), value.float()
+        row = queries.new_empty(1, query.size(2), query.size(1), query.size(3))
         attended = row.transpose(1, 2)
         normalizers = []
-        for text in _texts(spans):
-            queries, keys, values = _read(query, text[-1:]), _read(key, text), _read(value, text)
-            part, normalizer = attend(queries, keys, values, **_options(text, mask, scaling))
+        for text, options in _texts(spans, mask, scaling):
+            part, normalizer = attend(queries[:, :, text[-1]], _read(keys, text), _read(values, text), **options)
             attended[:, :, text[-1]] = part
             normalizers.append(normalizer)
-        ctx.save_for_backward(query, key, value, row, *normalizers)
-        ctx.spans, ctx.mask, ctx.scaling = spans, mask, scaling
+        row[:, text[-1].stop :] = 0  # what fills the row up
+        row = row.to(query.dtype)
+        ctx.save_for_backward(query, key, value, row, torch.cat(normalizers, dim=-1))
+        ctx.arguments = (spans, mask, scaling)
         return row
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, key, value, row, *normalizers = ctx.saved_tensors
+        query, key, value, row, normalizers = ctx.saved_tensors
         attend_backward = getattr(torch.ops.aten, BACKWARD)
-        grad, attended = grad.transpose(1, 2), row.transpose(1, 2)
-        gradients = [torch.empty_like(part) for part in (query, key, value)]
-        chosen: list[Tensor] = []
-        for text, normalizer in zip(_texts(ctx.spans), normalizers, strict=True):
-            by_query, by_key, by_value = attend_backward(
-                _read(grad, text[-1:]),
-                _read(query, text[-1:]),
-                _read(key, text),
-                _read(value, text),
-                _read(attended, text[-1:]),
-                normalizer,
-                **{"dropout_p": 0.0, "is_causal": False} | _options(text, ctx.mask, ctx.scaling),
+        grad, attended = grad.transpose(1, 2).float(), row.transpose(1, 2).float()
+        queries, keys, values = query.float(), key.float(), value.float()
+        by_query, by_key, by_value = (torch.empty_like(part, dtype=torch.float32) for part in (query, key, value))
+        for text, options in _texts(*ctx.arguments):
+            own = text[-1]
+            by_own, *by_rest = attend_backward(
+                grad[:, :, own],
+                queries[:, :, own],
+                _read(keys, text),
+                _read(values, text),
+                attended[:, :, own],
+                normalizers[:, :, own].contiguous(),
+                **{"dropout_p": 0.0, "is_causal": False} | options,
             )
-            gradients[0][:, :, text[-1]] = by_query
-            if len(text) == 1:  # prompt and chosen
-                chosen = [by_key, by_value]
-                continue
-            prompt = text[0].stop - text[0].start
-            for target, first, second in zip(gradients[1:], chosen, (by_key, by_value), strict=True):
-                first[:, :, :prompt] += second[:, :, :prompt]
-                target[:, :, text[0].start : text[1].start] = first
-                target[:, :, text[1]] = second[:, :, prompt:]
-        return *gradients, None, None, None
+            by_query[:, :, own] = by_own
+            for target, gradient in zip((by_key, by_value), by_rest, strict=True):
+                if len(text) > 1:  # a prompt that its chosen completion saw before
+                    prompt = text[0].stop - text[0].start
+                    target[:, :, text[0]] += gradient[:, :, :prompt]
+                    gradient = gradient[:, :, prompt:]
+                target[:, :, own] = gradient
+        for gradient in (by_query, by_key, by_value):
+            gradient[:, :, own.stop :] = 0
+        return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), None, None, None
 
 
-def _texts(spans: Spans) -> list[tuple[slice, ...]]:
-    """Where in the row the keys of each text stand, two texts to a pair; the last piece is also its queries."""
-    texts: list[tuple[slice, ...]] = []
+def _texts(spans: Spans, mask: Mask, scaling: float | None) -> list[tuple[tuple[slice, ...], dict[str, Any]]]:
+    """Of each call: where its keys stand in the row, the last piece being also its queries; and its options."""
+    calls: list[tuple[tuple[slice, ...], Tensor | None]] = []
     for start, (prompt, chosen, rejected) in spans:
-        middle = start + prompt + chosen
-        texts += [(slice(start, middle),), (slice(start, start + prompt), slice(middle, middle + rejected))]
-    return texts
+        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
+        if end - start <= SHORT:
+            calls.append(((slice(start, end),), mask(prompt, chosen, rejected)))
+        else:
+            calls.append(((slice(start, middle),), mask(prompt + chosen, 0, 0)))
+            calls.append(((slice(start, start + prompt), slice(middle, end)), mask(prompt, 0, rejected)))
+    return [
+        (pieces, {"scale": scaling, "is_causal": True} if added is None else {"scale": scaling, "attn_mask": added})
+        for pieces, added in calls
+    ]
 
 
 def _read(row: Tensor, pieces: Sequence[slice]) -> Tensor:
-    """Pieces of the row behind one another, in float32."""
     parts = [row[:, :, piece] for piece in pieces]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).float()
-
-
-def _options(text: tuple[slice, ...], mask: Mask, scaling: float | None) -> dict:
-    size = text[-1].stop - text[-1].start
-    added = mask(text[0].stop - text[0].start if len(text) > 1 else 0, size)
-    return {"is_causal": True, "scale": scaling} if added is None else {"attn_mask": added, "scale": scaling}
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

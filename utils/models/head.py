@@ -132,7 +132,8 @@ class _LogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, columns: Tensor) -> Iterator[slice]:
-    size = max(1, CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(columns))
+    size = CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(columns)
+    size = size // 64 * 64 or max(1, size)
     for start in range(0, len(hidden), size):
         yield slice(start, min(start + size, len(hidden)))
 

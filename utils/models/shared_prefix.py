@@ -32,12 +32,13 @@ Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 class PairLayout:
     """Where each pair's prompt and completions stand in the packed row.
 
-    `flex` chooses one FlexAttention call over the row in place of calls for each pair. `masks` remembers the
-    attention masks that layers share.
+    `flex` chooses one FlexAttention call over the row in place of calls for each pair. `filling` tokens that nobody
+    reads end the row. `masks` remembers the attention masks that layers share.
     """
 
     lengths: tuple[Lengths, ...]
     flex: bool = False
+    filling: int = 0
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def spans(self) -> Iterator[tuple[int, Lengths]]:
@@ -50,7 +51,7 @@ class PairLayout:
     @property
     def tokens(self) -> int:
         """Length of the packed row."""
-        return sum(map(sum, self.lengths))
+        return sum(map(sum, self.lengths)) + self.filling
 
     @property
     def tokens_padded(self) -> int:
@@ -63,7 +64,7 @@ class PairLayout:
         parts = []
         for prompt, chosen, rejected in self.lengths:
             parts += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
-        return torch.cat(parts).unsqueeze(0)
+        return torch.cat([*parts, torch.zeros(self.filling, dtype=torch.long)]).unsqueeze(0)
 
     def pair_and_part(self) -> tuple[Tensor, Tensor]:
         """Of each token the number of its pair, and 0 in a prompt, 1 in a chosen, 2 in a rejected completion."""
@@ -100,16 +101,19 @@ class PairLayout:
 
 
 def pack_pairs(
-    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False
+    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False, multiple: int = 1
 ) -> tuple[Tensor, PairLayout]:
     """The packed row of token ids, shape (1, tokens), and its layout.
 
     Args:
         pairs: ids of prompt, chosen and rejected of each pair; none may be empty.
         flex: whether to attend with FlexAttention.
+        multiple: of what the length of the row shall be; without FlexAttention.
     """
     ids = [token for pair in pairs for part in pair for token in part]
-    return torch.tensor([ids]), PairLayout(tuple(tuple(map(len, pair)) for pair in pairs), flex)
+    filling = -len(ids) % multiple
+    row = torch.tensor([ids + ids[:1] * filling])
+    return row, PairLayout(tuple(tuple(map(len, pair)) for pair in pairs), flex, filling)
 
 
 def shared_prefix_attention(
@@ -149,11 +153,11 @@ def shared_prefix_attention(
         return attended.transpose(1, 2), None
     if softcap is None and s_aux is None and not dropout and cpu_attention.takes(query, key, value):
         added = functools.partial(_added_to_scores, pair_layout, window=sliding_window)
-        return cpu_attention.attend_text_by_text(query, key, value, list(pair_layout.spans()), added, scaling), None
+        return cpu_attention.attend_pair_by_pair(query, key, value, list(pair_layout.spans()), added, scaling), None
     key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
     attend = functools.partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
     # Split, not sliced: the gradients of all pieces are then put together once, instead of added up one by one.
-    pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)]
+    pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)] + [pair_layout.filling]
     queries, keys, values = (part.split(pieces, dim=2) for part in (query, key, value))
     parts = []
     for index, (prompt, chosen, rejected) in enumerate(pair_layout.lengths):
@@ -165,6 +169,7 @@ def shared_prefix_attention(
         )
         mask = _mask(pair_layout, prompt, rejected, query, sliding_window)
         parts.append(attend(queries[second], seen_keys, seen_values, mask))
+    parts.append(torch.zeros_like(queries[-1][..., :1]).expand(-1, -1, -1, value.size(-1)))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -183,11 +188,23 @@ def _mask(layout: PairLayout, offset: int, length: int, like: Tensor, window: in
     return layout.masks[name]
 
 
-def _added_to_scores(layout: PairLayout, offset: int, length: int, window: int | None) -> Tensor | None:
-    """The same as numbers to add, on the host: 0 where a position sees a key, minus infinity elsewhere."""
-    name = ("added", offset, length, window)
+def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int, window: int | None) -> Tensor | None:
+    """What is added to scores so that each token sees what it may, float32: 0 there, minus infinity elsewhere.
+
+    For the tokens of a whole pair; without `chosen` for those of a completion behind its prompt; with `prompt` alone
+    for those of one text. None for a plain causal square.
+    """
+    name = ("added", prompt, chosen, rejected, window)
     if name not in layout.masks:
-        seen = _mask(layout, offset, length, torch.empty(0), window)
+        host = torch.empty(0)
+        if chosen:
+            tokens = PairLayout(((prompt, chosen, rejected),))
+            part, position = tokens.pair_and_part()[1], tokens.position_ids()[0]
+            seen = ((part == 0) | (part == part.unsqueeze(1))) & (position <= position.unsqueeze(1))
+            if window is not None:
+                seen &= position.unsqueeze(1) - position < window
+        else:
+            seen = _mask(layout, prompt, rejected, host, window) if rejected else _mask(layout, 0, prompt, host, window)
         layout.masks[name] = seen if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     return layout.masks[name]
 

@@ -26,6 +26,7 @@ class PairCollator(DataCollatorForPreference):
     packs = False
     flex = False  # whether packed rows are attended to with FlexAttention
     max_tokens: int | None = None
+    multiple = 1  # packed rows are filled up to a multiple of so many tokens, within `max_tokens`
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if self.max_tokens is None:
@@ -45,7 +46,10 @@ class PairCollator(DataCollatorForPreference):
 
     def packed(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """The pairs in one row of tokens."""
-        row, layout = pack_pairs([tuple(pair[name] for name in PAIR_IDS) for pair in pairs], self.flex)
+        ids = [tuple(pair[name] for name in PAIR_IDS) for pair in pairs]
+        tokens = sum(len(part) for pair in ids for part in pair)
+        fits = self.max_tokens is None or tokens + -tokens % self.multiple <= self.max_tokens
+        row, layout = pack_pairs(ids, self.flex, self.multiple if fits and not self.flex else 1)
         return {"input_ids": row, "layout": layout}
 
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:

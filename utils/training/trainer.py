@@ -35,6 +35,7 @@ from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer
 
 UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
+ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 
 
@@ -149,6 +150,8 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
             self.shared_prefix = "padded batches were asked for"
             return
         self.data_collator.flex = self.args.device.type == "cuda"
+        if self.args.device.type == "cpu" and self.args.bf16 and not self.aux_loss_enabled:
+            self.data_collator.multiple = ROW_MULTIPLE
         mismatch = self._find_mismatch(examples)
         if mismatch is not None and self.data_collator.flex:
             self.pair_by_pair = mismatch
