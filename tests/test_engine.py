@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from utils.models import shared_prefix
 from utils.models.flex import make_block_mask
 from utils.models.loading import turn_off_dropout
-from utils.models.proving import find_gradient_mismatch, find_mismatch
+from utils.models.proving import Trial, find_gradient_mismatch, find_mismatch
 from utils.models.scoring import score_tokens
 from utils.models.shared_prefix import pack_pairs, shared_prefix_active
 from utils.training.batches import PairCollator
@@ -210,7 +210,7 @@ def test_both_layouts_give_the_same_scores():
 def test_a_model_with_attention_of_its_own_is_found_out(name):
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4} if name == "gptj" else {}
     model, pairs = build(name, **shape), random_pairs()
-    assert find_mismatch(model, packed(pairs), padded(pairs), False, torch.no_grad) is not None
+    assert find_mismatch(model, packed(pairs), padded(pairs), Trial(contextlib.nullcontext)) is not None
 
 
 def break_positions(monkeypatch):
@@ -233,7 +233,7 @@ def break_mask(monkeypatch):
 def test_a_wrong_backward_pass_is_found_out(monkeypatch):
     """Scores are right, gradients are not: of keys and values none comes back."""
     model, pairs = build("llama"), random_pairs()
-    proofs = (packed(pairs), padded(pairs), False, contextlib.nullcontext)
+    proofs = (packed(pairs), padded(pairs), Trial(contextlib.nullcontext))
     assert find_gradient_mismatch(model, *proofs) is None
     assert all(parameter.grad is None for parameter in model.parameters())
     right = shared_prefix.shared_prefix_attention
@@ -246,9 +246,26 @@ def test_a_wrong_backward_pass_is_found_out(monkeypatch):
     assert "its gradient differs" in find_gradient_mismatch(model, *proofs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_in_16_bits_right_layouts_pass_and_wrong_ones_do_not(name, dtype, monkeypatch):
+    """Random models hardly use their context: what a wrong layout does to them is as little as it gets."""
+    model, pairs = build(name), random_pairs()
+    trial = Trial(lambda: torch.autocast("cpu", dtype), {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype])
+    proofs = (packed(pairs), padded(pairs), trial)
+    assert find_mismatch(model, *proofs) is None
+    if name in ("llama", "gemma2", "gpt2"):
+        assert find_gradient_mismatch(model, *proofs) is None
+    for break_it in (break_positions, break_mask):
+        with monkeypatch.context() as patch:
+            break_it(patch)
+            assert "where rounding makes" in find_mismatch(model, packed(pairs), padded(pairs), trial)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("break_it", [break_positions, break_mask])
-def test_a_wrong_engine_never_trains(break_it, monkeypatch, run_script, tiny_model, pairs_file, tmp_path):
-    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 2)
+def test_a_wrong_engine_never_trains(break_it, dtype, monkeypatch, run_script, tiny_model, pairs_file, tmp_path):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 2, "--dtype", dtype)
     break_it(monkeypatch)
     code, out, err = run_script(*flags, "--output_dir", tmp_path / "auto")
     assert code == 0, err

@@ -10,7 +10,7 @@ from test_engine import ARCHITECTURES, build, padded, random_pairs
 
 from utils.models import head as head_module
 from utils.models.head import MARK
-from utils.models.proving import let_head_score_in_chunks
+from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.models.scoring import output_head, score_tokens
 
 
@@ -19,8 +19,10 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(head_module.CHUNK, "cpu", 97 * 7)  # seven tokens of the vocabulary of 97
 
 
-def prove(model, rounded=False):
-    return let_head_score_in_chunks(model, padded(random_pairs(3)), rounded, contextlib.nullcontext)
+def prove(model, dtype=None):
+    if dtype is None:
+        return let_head_score_in_chunks(model, padded(random_pairs(3)), Trial(contextlib.nullcontext))
+    return let_head_score_in_chunks(model, padded(random_pairs(3)), Trial(lambda: torch.autocast("cpu", dtype), 2**-8))
 
 
 def scores_and_gradients(model, **asked):
@@ -59,7 +61,7 @@ def test_under_autocast_it_rounds_as_the_model_does(frozen):
     exact = scores_and_gradients(model)
     found = []
     for mark in (False, True):
-        assert not mark or prove(model, rounded=True)
+        assert not mark or prove(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(scores_and_gradients(model))
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from utils.models.adapters import speed_up_lora
-from utils.models.proving import let_head_score_in_chunks
+from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.state import load_state, read_random_state, save_state, set_random_state
 
 TRAINED_ADAPTER = "default"
@@ -114,7 +114,12 @@ class RunFolderTrainer(Trainer):
             return  # a compiled model keeps its own way
         batch = self._prepare_inputs(batch)
         for model in self.models():
-            let_head_score_in_chunks(model, batch, self.args.bf16 or self.args.fp16, self.accelerator.autocast)
+            let_head_score_in_chunks(model, batch, self.trial())
+
+    def trial(self) -> Trial:
+        """How models are tried before they train."""
+        step = 2.0**-8 if self.args.bf16 else 2.0**-11 if self.args.fp16 else None
+        return Trial(self.accelerator.autocast, step)
 
     def count_items(self, batch: Any) -> int | Tensor:
         """The `counted` items of a micro-batch."""

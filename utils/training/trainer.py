@@ -164,11 +164,11 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
 
     def _find_mismatch(self, examples: list[dict[str, Any]]) -> str | None:
         """Why the models must not compute these pairs in one row, in any process; None when they may."""
-        collator, rounded = self.data_collator, self.args.bf16 or self.args.fp16
+        collator = self.data_collator
 
         def prove(find: Callable[..., str | None], model: torch.nn.Module, pairs: list[dict[str, Any]]) -> str | None:
             packed, padded = (self._prepare_inputs(batch) for batch in (collator.packed(pairs), collator.whole(pairs)))
-            return find(model, packed, padded, rounded, self.accelerator.autocast)
+            return find(model, packed, padded, self.trial())
 
         mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in self.models())), None)
         if mismatch is None and collator.flex:  # its backward pass is a kernel of its own
