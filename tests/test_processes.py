@@ -1,4 +1,4 @@
-"""Two processes (DDP over gloo): the numbers and the files of one process, in more ways of training."""
+"""Two processes, replicated (DDP) and sharded (FSDP2), over gloo: the numbers and the files of one process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("script", ["advanced_dpo_script.py", "tests/sharded.py"], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_are_the_run_of_one(way, run_script, tiny_model, pairs_file, tmp_path):
+def test_two_processes_are_the_run_of_one(way, script, run_script, tiny_model, pairs_file, tmp_path):
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
              "--max_steps", 4, "--logging_steps", 1, "--dtype", "float32", *WAYS[way]]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "advanced_dpo_script.py", *flags, "--per_device_train_batch_size", 2,
+               script, *flags, "--per_device_train_batch_size", 2,
                "--output_dir", tmp_path / "two"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
+    assert ("parameters were sharded: True" in done.stdout) == (script == "tests/sharded.py")
     code, _, err = run_script(*flags, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
     assert code == 0, err
     one, two = tmp_path / "one", tmp_path / "two"
@@ -39,3 +41,12 @@ def test_two_processes_are_the_run_of_one(way, run_script, tiny_model, pairs_fil
     a, b = (load_file(folder / artefact) for folder in (one, two))
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_sharding_that_does_not_happen_is_said(run_script, tiny_model, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 1)
+    code, out, err = run_script(*flags, "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    assert "warning: FSDP is configured, but nothing is sharded" in out

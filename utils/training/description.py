@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from utils.data.loading import PreferenceData
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
@@ -55,6 +57,8 @@ def describe_start(
         say("      --use_4bit without --use_lora: 4-bit weights cannot be trained, so the reference is held in 4 bits")
     if isinstance(trainer, PreferenceTrainer):
         say(f"engine: {describe_layout(trainer)}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
+        say("warning: FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only")
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     say(
         f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason}); "
