@@ -132,6 +132,29 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
     assert set(found_gradients) == set(expected_gradients)
 
 
+def test_checkpointing_leaves_out_the_layer_that_the_backward_pass_needs_first(
+    run_script, tiny_model, pairs_file, tmp_path, monkeypatch
+):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    calls: list[int] = []
+
+    def counted(self, x):
+        if torch.is_grad_enabled():
+            calls.append(id(self))
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    code, _, err = run_script(
+        "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--use_lora", "--gradient_checkpointing",
+        "--max_steps", 3, "--validation_split", "none", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    times = sorted(calls.count(layer) for layer in set(calls))
+    assert times == [3, 6]  # of the two layers, the first is computed again in each of the three steps
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_long_pairs_are_attended_to_text_by_text(name, monkeypatch):
     test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)

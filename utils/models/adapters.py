@@ -14,7 +14,8 @@ def speed_up_lora(model: torch.nn.Module) -> None:
     """Lets the plain LoRA layers of a model add their update within the product that makes it.
 
     PEFT computes W x, then B A x, then its multiple, then the sum, each a pass over memory that the backward pass
-    repeats. Here the scale and the sum are part of the second product (y = W x + scale * (A x) B^T in one call).
+    repeats. Here the sum is part of the second product (y = W x + (scale * A x) B^T), and the scale is put where the
+    numbers are few.
     """
     plain = (lora.Linear, getattr(lora, "Linear4bit", lora.Linear))  # the second only where bitsandbytes is installed
     for module in model.modules():
@@ -30,10 +31,8 @@ def _forward(layer: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if not torch.is_autocast_enabled(x.device.type):  # else the product itself casts, once
         x = layer._cast_input_dtype(x, down.weight.dtype)
-    inner = down(layer.lora_dropout[adapter](x))
-    flat = torch.addmm(
-        result.flatten(0, -2).to(inner.dtype), inner.flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter]
-    )
+    inner = down(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]  # here the scale meets the fewest numbers
+    flat = torch.addmm(result.flatten(0, -2).to(inner.dtype), inner.flatten(0, -2), up.weight.t())
     if up.bias is not None:
         flat = flat + layer.scaling[adapter] * up.bias
     return flat.view(*result.shape[:-1], -1).to(result.dtype)

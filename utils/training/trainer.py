@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -69,6 +70,14 @@ def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Te
     return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
 
 
+def keep_last_layer(model: torch.nn.Module) -> None:
+    """Leaves the last layer out of gradient checkpointing: the backward pass begins with it, and needs at once what
+    would be thrown away."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if layers:
+        layers[-1].gradient_checkpointing = False
+
+
 class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
     """Direct preference optimization of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, `row`).
 
@@ -121,6 +130,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         uncounted = inputs.pop(UNCOUNTED, False)
         computed, padded = tokens_of(inputs)
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
+        keep_last_layer(self.model)
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, inputs)
         losses = self._losses(policy, pairs)
