@@ -49,7 +49,10 @@ if __name__ == "__main__":
 
         def on_train_end(self, args, state, control, model=None, **_):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            print("parameters were sharded:", all(isinstance(parameter, DTensor) for parameter in trained))
+            print(
+                "parameters were sharded:",
+                bool(trained) and all(isinstance(parameter, DTensor) for parameter in trained),
+            )
 
     transformers_trainer.DEFAULT_CALLBACKS.append(Witness)
     sys.exit(advanced_dpo_script.main(sys.argv[1:]))

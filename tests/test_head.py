@@ -16,7 +16,8 @@ from utils.models.scoring import output_head, score_tokens
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(head_module.CHUNK, "cpu", 97 * 7)  # seven tokens of the vocabulary of 97
+    monkeypatch.setitem(head_module.CHUNK, "cpu", 0)
+    monkeypatch.setattr(head_module, "SMALLEST_CHUNK", 7)
 
 
 def prove(model, dtype=None):
@@ -82,6 +83,19 @@ def test_logits_that_the_config_does_not_explain_stay_with_the_model():
     )
     assert not prove(model)
     assert not hasattr(output_head(model), MARK)
+
+
+def test_a_model_that_reads_its_logits_by_id_stays_with_its_own_code():
+    model = build("llama")
+    model.register_forward_hook(lambda module, inputs, output: output.logits[:, :, 5] and None)
+    assert not prove(model)
+    assert not hasattr(output_head(model), MARK)
+
+
+def test_a_wrong_gradient_of_the_head_is_found_out(monkeypatch):
+    right = head_module._one_hot_minus_
+    monkeypatch.setattr(head_module, "_one_hot_minus_", lambda *arguments: right(*arguments).mul_(1.01))
+    assert not prove(build("llama"))
 
 
 def test_a_head_with_more_than_a_matrix_stays_with_the_model():

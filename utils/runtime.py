@@ -28,7 +28,7 @@ def say(text: str = "") -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries from writing over our lines: what matters in them is said by us. Call before importing them."""
+    """Keeps libraries from writing over our lines, and from waiting and remembering too much; before importing them."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

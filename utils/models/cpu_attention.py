@@ -22,9 +22,10 @@ SHORT = 320  # tokens of a pair: up to here one call with a mask is faster than 
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel computes these: on a CPU, all heads of one width."""
+    """Whether the kernel computes these: on a CPU, all heads of one width, the numbers of a head side by side."""
     return (
         query.device.type == "cpu"
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and query.size(-1) == key.size(-1) == value.size(-1)
         and all(hasattr(torch.ops.aten, name) for name in (FORWARD, BACKWARD))
     )

@@ -1,4 +1,4 @@
-"""The output head over completion tokens, a few hundred at a time: log-probs without the matrix of all logits.
+"""The output head over completion tokens, some at a time: log-probs without the matrix of all logits.
 
 With a large vocabulary that matrix is the largest tensor of a training step. Here it never exists whole, and where the
 head is frozen (LoRA) its gradient is made in the forward pass, in the chunk at hand, so that nothing is computed twice.
@@ -17,6 +17,7 @@ from torch import Tensor
 MARK = "_log_probs_in_chunks"  # the attribute of a head whose chunks were proven to give the model's own log-probs
 CHUNK = {"cpu": 2**22}  # logits of a chunk: what a cache holds ...
 CHUNK_ELSEWHERE = 2**27  # ... or what keeps a GPU busy
+SMALLEST_CHUNK = 64  # tokens: each chunk reads the whole head once
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        if len(ctx.saved_tensors) == 1:
-            by_hidden = ctx.saved_tensors[0]
-            return (by_hidden * grad[:, None]).to(by_hidden.dtype), *[None] * 6
-        hidden, weight, bias, labels, log_probs = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if len(saved) == 1:
+            return (saved[0] * grad[:, None]).to(saved[0].dtype), *[None] * 6
+        hidden, weight, bias, labels, log_probs = saved
         by_hidden = torch.empty_like(hidden)
         by_weight = torch.zeros_like(weight, dtype=torch.float32)
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
@@ -132,8 +133,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, columns: Tensor) -> Iterator[slice]:
-    size = CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(columns)
-    size = size // 64 * 64 or max(1, size)
+    size = max(SMALLEST_CHUNK, CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(columns) // 64 * 64)
     for start in range(0, len(hidden), size):
         yield slice(start, min(start + size, len(hidden)))
 

@@ -25,6 +25,7 @@ from utils.models import cpu_attention
 from utils.models.flex import attend_over_row, make_block_mask
 
 NAME = "shared_prefix"
+LARGEST_KEPT_MASK = 2**20  # numbers: larger masks are made in every layer, a small part of the attention itself
 Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 
 
@@ -181,11 +182,15 @@ def _mask(layout: PairLayout, offset: int, length: int, like: Tensor, window: in
         window = None
     name = (offset, length, window)
     if name not in layout.masks:
-        queries = torch.arange(offset, offset + length, device=like.device).unsqueeze(1)
-        keys = torch.arange(offset + length, device=like.device)
-        seen = keys <= queries
-        layout.masks[name] = seen if window is None else seen & (queries - keys < window)
+        layout.masks[name] = _seen(offset, length, window, like.device)
     return layout.masks[name]
+
+
+def _seen(offset: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    queries = torch.arange(offset, offset + length, device=device).unsqueeze(1)
+    keys = torch.arange(offset + length, device=device)
+    seen = keys <= queries
+    return seen if window is None else seen & (queries - keys < window)
 
 
 def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int, window: int | None) -> Tensor | None:
@@ -194,19 +199,24 @@ def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int
     For the tokens of a whole pair; without `chosen` for those of a completion behind its prompt; with `prompt` alone
     for those of one text. None for a plain causal square.
     """
+    if not chosen and not rejected and (window is None or window >= prompt):
+        return None
     name = ("added", prompt, chosen, rejected, window)
-    if name not in layout.masks:
-        host = torch.empty(0)
-        if chosen:
-            tokens = PairLayout(((prompt, chosen, rejected),))
-            part, position = tokens.pair_and_part()[1], tokens.position_ids()[0]
-            seen = ((part == 0) | (part == part.unsqueeze(1))) & (position <= position.unsqueeze(1))
-            if window is not None:
-                seen &= position.unsqueeze(1) - position < window
-        else:
-            seen = _mask(layout, prompt, rejected, host, window) if rejected else _mask(layout, 0, prompt, host, window)
-        layout.masks[name] = seen if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    return layout.masks[name]
+    if name in layout.masks:
+        return layout.masks[name]
+    if chosen:
+        pair = PairLayout(((prompt, chosen, rejected),))
+        part, position = pair.pair_and_part()[1], pair.position_ids()[0]
+        seen = ((part == 0) | (part == part.unsqueeze(1))) & (position <= position.unsqueeze(1))
+        if window is not None:
+            seen &= position.unsqueeze(1) - position < window
+    else:
+        offset, length = (prompt, rejected) if rejected else (0, prompt)
+        seen = _seen(offset, length, window, torch.device("cpu"))
+    added = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    if added.numel() <= LARGEST_KEPT_MASK:
+        layout.masks[name] = added
+    return added
 
 
 def _attend(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -110,9 +111,8 @@ class RunFolderTrainer(Trainer):
 
     def choose_head(self, batch: Mapping[str, Any]) -> None:
         """Lets each model score completions in chunks, where a trial on this batch shows that nothing changes."""
-        if self.args.torch_compile:
+        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return  # a compiled model keeps its own way
-        batch = self._prepare_inputs(batch)
         for model in self.models():
             let_head_score_in_chunks(model, batch, self.trial())
 

@@ -11,7 +11,9 @@ from transformers import PrinterCallback
 
 from utils.data.loading import PreferenceData
 from utils.errors import Interrupted
+from utils.models.head import MARK
 from utils.models.loading import Reference
+from utils.models.scoring import output_head
 from utils.runtime import Precision, peak_memory_bytes, read_versions, say
 from utils.saving import (
     PAIRS,
@@ -98,6 +100,7 @@ class Run:
         layout = trainer.shared_prefix if isinstance(trainer, PreferenceTrainer) else "sft computes padded batches"
         return {
             "shared_prefix": layout,
+            "head_in_chunks": hasattr(output_head(trainer.model), MARK),
             "tokens_computed": trainer.tokens_computed * world,
             "tokens_padded_equivalent": trainer.tokens_padded * world,
         }

@@ -159,7 +159,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         if wish == "padded":
             self.shared_prefix = "padded batches were asked for"
             return
-        self.data_collator.flex = self.args.device.type == "cuda"
+        self.data_collator.flex = next(self.model.parameters()).device.type == "cuda"  # else it cannot be proven
         if self.args.device.type == "cpu" and self.args.bf16 and not self.aux_loss_enabled:
             self.data_collator.multiple = ROW_MULTIPLE
         mismatch = self._find_mismatch(examples)
@@ -177,15 +177,16 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         collator = self.data_collator
 
         def prove(find: Callable[..., str | None], model: torch.nn.Module, pairs: list[dict[str, Any]]) -> str | None:
-            packed, padded = (self._prepare_inputs(batch) for batch in (collator.packed(pairs), collator.whole(pairs)))
-            return find(model, packed, padded, self.trial())
+            return find(model, collator.packed(pairs), collator.whole(pairs), self.trial())
 
         mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in self.models())), None)
-        if mismatch is None and collator.flex:  # its backward pass is a kernel of its own
+        if mismatch is None:
             mismatch = prove(find_gradient_mismatch, self.model, examples[-1:])
         if self.args.world_size > 1:
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
+            if self.is_fsdp_enabled:
+                verdicts = verdicts[:1]  # the others may hold no weights yet
             mismatch = next((verdict for verdict in verdicts if verdict is not None), None)
         return mismatch
 
