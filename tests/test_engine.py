@@ -11,7 +11,7 @@ from conftest import make_pairs, read_record, write_lines
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.models import shared_prefix
+from utils.models import proving, shared_prefix
 from utils.models.flex import make_block_mask
 from utils.models.loading import turn_off_dropout
 from utils.models.proving import Trial, find_gradient_mismatch, find_mismatch
@@ -269,6 +269,15 @@ def test_a_wrong_backward_pass_is_found_out(dtype, monkeypatch):
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, wrong)
     assert find_mismatch(model, *proofs) is None
     assert "its gradient differs" in find_gradient_mismatch(model, *proofs)
+
+
+def test_of_large_gradients_the_proof_keeps_samples():
+    model, pairs = build("llama", vocab_size=4000), random_pairs()
+    samples = proving._gradient(model, padded(pairs))
+    largest = max(parameter.numel() for parameter in model.parameters())
+    assert all(value.numel() <= proving.SAMPLE < largest for value in samples.values())
+    assert all(value.untyped_storage().nbytes() == 4 * value.numel() for value in samples.values())
+    assert set(samples) == {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -24,6 +24,7 @@ from utils.models.shared_prefix import shared_prefix_active
 LARGEST, MEAN, GRADIENT = 2e-3, 1e-4, 1e-3
 # In 16-bit formats: how many times as far as rounding two right ways may be apart, on average and for a single token.
 TIMES_ROUNDING, TIMES_LARGEST = 2.0, 8.0
+SAMPLE = 2**14  # numbers of a parameter's gradient that are compared
 
 Batch = Mapping[str, Any]
 
@@ -175,12 +176,19 @@ def _log_probs(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 def _gradient(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of a sum of log-probs in which each token weighs differently."""
+    """Of each parameter a sample of the gradient of a sum of log-probs in which each token weighs differently.
+
+    A sample, since several whole gradients would take more memory than training does.
+    """
     model.zero_grad(set_to_none=True)
     log_probs = _log_probs(model, batch)
     weights = torch.arange(len(log_probs), device=log_probs.device).cos()
     (log_probs * weights).sum().backward()
-    return {name: value.grad.float() for name, value in model.named_parameters() if value.grad is not None}
+    return {
+        name: value.grad.flatten()[:: max(1, -(-value.grad.numel() // SAMPLE))].float().clone()
+        for name, value in model.named_parameters()
+        if value.grad is not None
+    }
 
 
 def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -130,7 +130,8 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         uncounted = inputs.pop(UNCOUNTED, False)
         computed, padded = tokens_of(inputs)
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
-        keep_last_layer(self.model)
+        if self.args.gradient_checkpointing:
+            keep_last_layer(self.model)
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, inputs)
         losses = self._losses(policy, pairs)
