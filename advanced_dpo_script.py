@@ -107,8 +107,9 @@ def run_training(
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.in_words(trainer.scored_ahead)
-        describe_start(trainer, reference, source, settings, precision)
-        run = start_run(trainer, reference, data, rows, settings, precision, folder, command_line(settings))
+        warnings = describe_start(trainer, reference, source, settings, precision)
+        arguments = command_line(settings)
+        run = start_run(trainer, reference, data, rows, settings, precision, folder, arguments, warnings)
         run.train()
         finish_run(run)
 

@@ -199,16 +199,6 @@ def test_evaluation_leaves_4_bit_weights_as_they_are(tiny_model, pairs_file, tmp
     assert all(weight.quant_state.nested for weight in weights)
 
 
-def test_small_steps_move_adapter_weights_on_4_bits(train):
-    """In bfloat16, where TRL puts them, one step in a hundred would be too small to change a weight."""
-    small = ["--use_lora", "--use_4bit", "--learning_rate", 5e-6, "--lr_scheduler_type", "constant", "--save_steps", 1]
-    folder = train(*small, "--max_steps", 4)
-    first, last = (load_file(folder / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (1, 4))
-    for name in first:
-        moved = (first[name] != last[name]).float().mean().item()
-        assert moved > 0.99, f"{name}: only {moved:.1%} of the weights moved"
-
-
 def test_full_training_with_4_bits_holds_the_reference_in_them(train, run_script, tiny_model):
     folder = train("--use_4bit", "--num_train_epochs", 2)
     record = read_record(folder)

@@ -127,6 +127,7 @@ def start_run(
     precision: Precision,
     folder: Path | None,
     arguments: list[str],
+    warnings: list[str],
 ) -> Run:
     """Attaches to the trainer what watches and records it; nothing is written before its first step can be taken."""
     wish = settings.run.resume_from_checkpoint
@@ -138,7 +139,7 @@ def start_run(
             if resume_from
             else "no checkpoint to resume from yet: starting from the beginning"
         )
-    record = RunRecord(_first_record(trainer, reference, data, rows, settings, arguments))
+    record = RunRecord(_first_record(trainer, reference, data, rows, settings, arguments) | {"warnings": warnings})
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
@@ -192,7 +193,6 @@ def _first_record(
         "reference": reference.how if reference is not None else None,
         "metrics": {},
         "resources": {},
-        "warnings": [],
     }
 
 
