@@ -54,13 +54,32 @@ class Size:
     epochs: int
     checkpoints: int  # of each run that are measured, the last one included
     samples: int  # continuations that a policy is measured on
-    betas: tuple[float, ...]
-    other_betas: tuple[float, ...]
-    ipo_betas: tuple[float, ...]
+    betas: dict[str, tuple[float, ...]]  # by loss, on true labels
+    noisy_betas: dict[str, tuple[float, ...]]  # by loss, where a share of the labels is flipped
 
 
-FULL = Size(2400, 3, 3, 600, (0.03, 0.1, 0.3, 1.0, 3.0), (0.1, 0.3, 1.0), (0.03, 0.1, 0.3))
-QUICK = Size(600, 2, 1, 200, (0.1, 1.0), (0.1,), (0.1,))
+FULL = Size(
+    prompts=1600,
+    epochs=3,
+    checkpoints=3,
+    samples=400,
+    betas={"DPO": (0.05, 0.1, 0.3, 1.0), "cDPO": (0.1, 0.3), "IPO": (0.03, 0.1)},
+    noisy_betas={"DPO": (0.1, 0.3, 1.0), "cDPO": (0.1, 0.3, 1.0), "robust": (0.1, 0.3, 1.0), "IPO": (0.03, 0.1)},
+)
+QUICK = Size(
+    prompts=500,
+    epochs=1,
+    checkpoints=1,
+    samples=150,
+    betas={"DPO": (0.1, 1.0), "IPO": (0.1,)},
+    noisy_betas={"DPO": (0.3,), "cDPO": (0.3,), "robust": (0.3,)},
+)
+LOSSES = {
+    "DPO": (),
+    "cDPO": ("--loss_type", "cdpo", "--label_smoothing", str(NOISE)),
+    "robust": ("--loss_type", "robust", "--label_smoothing", str(NOISE)),
+    "IPO": ("--loss_type", "ipo"),
+}
 
 
 @dataclass(frozen=True)
@@ -130,20 +149,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def policies(size: Size) -> Iterator[Policy]:
     """Everything that is trained: on true labels, then on labels of which some are flipped."""
-    yield Policy("SFT on preferred", (), "sft")
-    for noisy in (False, True):
-        smoothing = ("--label_smoothing", str(NOISE))
-        for beta in size.betas:
-            yield Policy("DPO", ("--beta", str(beta)), beta=beta, noisy=noisy)
-        for beta in size.other_betas:
-            yield Policy("cDPO", ("--beta", str(beta), "--loss_type", "cdpo", *smoothing), beta=beta, noisy=noisy)
-            if noisy:
-                yield Policy(
-                    "robust", ("--beta", str(beta), "--loss_type", "robust", *smoothing), beta=beta, noisy=True
-                )
-        for beta in size.ipo_betas:
-            yield Policy("IPO", ("--beta", str(beta), "--loss_type", "ipo"), beta=beta, noisy=noisy)
-    yield Policy("SFT on preferred", (), "sft", noisy=True)
+    for noisy, betas_of in ((False, size.betas), (True, size.noisy_betas)):
+        yield Policy("SFT on preferred", (), "sft", noisy=noisy)
+        for name, betas in betas_of.items():
+            for beta in betas:
+                yield Policy(name, ("--beta", str(beta), *LOSSES[name]), beta=beta, noisy=noisy)
 
 
 def write_pairs(folder: Path, prompts: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,10 @@ from conftest import make_pairs, read_metrics, read_record, write_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-QUICK = ("--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3, "--max_steps", 6)
+from utils.training.pair_scoring import PairScoring
+
+QUICK = {"--per_device_train_batch_size": 4, "--logging_steps": 1, "--learning_rate": 5e-3, "--max_steps": 6,
+         "--validation_split": 0.2}  # fmt: skip
 WAYS = {
     "lora": ["--use_lora"],
     "full, reference ahead": ["--precompute_ref_log_probs"],
@@ -29,7 +33,8 @@ def train(run_script, tiny_model, pairs_file, tmp_path):
 
     def run(*flags, folder="run", data=pairs_file) -> Path:
         paths = ("--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", tmp_path / folder)
-        code, out, err = run_script(*paths, *QUICK, "--validation_split", 0.2, *flags)
+        usual = [part for name, value in QUICK.items() if name not in flags for part in (name, value)]
+        code, out, err = run_script(*paths, *usual, *flags)
         assert code == 0, out + err
         return tmp_path / folder
 
@@ -138,3 +143,23 @@ def test_a_completion_that_was_cut_counts_as_one_without_an_end(train, tmp_path)
     assert metrics["chosen_end_prob"] == pytest.approx(sum(ended) / len(ended))
     assert metrics["chosen_ends"] == pytest.approx(len(ended) / len(rows))
     assert metrics["rejected_ends"] == 1
+
+
+@pytest.mark.parametrize("engine", ["shared_prefix", "padded"])
+def test_an_evaluation_holds_one_batch_at_a_time(train, tmp_path, monkeypatch, engine):
+    """Stock TRL's grows with the data set: it keeps what each batch gave until the end."""
+    held: list[int] = []
+    plain = PairScoring._score_batch
+
+    def counted(self, *arguments):
+        gc.collect()
+        held.append(sum(item.nbytes for item in gc.get_objects() if type(item) is torch.Tensor))
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(PairScoring, "_score_batch", counted)
+    data = write_lines(tmp_path / "many.jsonl", make_pairs(150))
+    train("--use_lora", "--engine", engine, "--validation_split", 0.8, "--per_device_eval_batch_size", 4,
+          "--max_steps", 1, data=data)  # fmt: skip
+    before = held[: len(held) // 2]  # the evaluation before training
+    assert len(before) == 30
+    assert max(before) - min(before) < 4096
