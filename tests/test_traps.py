@@ -409,6 +409,34 @@ def test_the_head_sees_completions_alone(who, ours, stock, tiny_model, monkeypat
 # What stock TRL does right has to stay right.
 
 
+@pytest.mark.parametrize("loss", [["sigmoid"], ["ipo"], ["apo_zero", "sft"]], ids=" and ".join)
+def test_a_run_is_that_of_stock_trl_where_that_is_right(ours, stock, other_model, loss):
+    """Whole batches, the same pairs in the same order: the losses and gradients of every step, to rounding."""
+    pairs = make_pairs(24)
+    options = {"per_device_train_batch_size": 4, "learning_rate": 5e-3, "max_steps": 6, "logging_steps": 1}
+    options |= {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0}
+    trainer = stock(pairs, ref_model=other_model, loss_type=loss, max_length=128, **options)
+    trainer.train()
+    expected = [line for line in trainer.state.log_history if "grad_norm" in line]
+    folder = ours(pairs, "--loss_type", *loss, ref_model_name_or_path=other_model, validation_split="none", **options)
+    lines = [line for line in read_metrics(folder) if "grad_norm" in line]
+    assert len(lines) == len(expected) == 6
+    for line, theirs in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
+        assert line["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert line["margin"] == pytest.approx(theirs["rewards/margins"], abs=2e-4)
+
+
+def test_log_probs_are_summed_in_float32_in_16_bits_too(ours, tmp_path):
+    """Between 256 and 512 bfloat16 knows only every second whole number."""
+    pairs = [{**pair, "chosen": pair["chosen"] * 9, "rejected": pair["rejected"] * 9} for pair in make_pairs(20)]
+    rows = pair_rows(ours(pairs, dtype="bfloat16", validation_split=0.5, max_length=128, **still()))
+    sums = [row[name] for row in rows for name in ("chosen_logps", "ref_rejected_logps") if row[name] < -256]
+    assert len(sums) > 4
+    assert any(value % 2 for value in sums)
+    assert any(value % 1 for value in sums)
+
+
 def test_dropout_is_off_at_the_start_unless_it_is_asked_for(ours):
     """Step 0 is ln 2 exactly with a dropout on the adapter too: policy and reference are the same there."""
     folder = ours(make_pairs(12), "--use_lora", lora_dropout=0.5, logging_steps=1, **still())
