@@ -255,6 +255,10 @@ def columns(candidate: Candidate) -> Iterator[str]:
     if candidate.given("text_column"):
         for name in candidate.given("prompt_column", "completion_column", "chosen_column"):
             yield f"{candidate.label(name)}: --text_column already holds the whole text; leave out one of the two"
+    if candidate.given("dataset_adapter"):
+        names = ("dataset_format", "prompt_column", "chosen_column", "rejected_column", "completion_column")
+        for name in candidate.given(*names, "text_column"):
+            yield f"{candidate.label(name)}: --dataset_adapter says what the rows are; leave out one of the two"
     if candidate.given("completion_column") and candidate.given("chosen_column"):
         yield f"{candidate.label('completion_column')}: --chosen_column names the response too; leave out one"
 

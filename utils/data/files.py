@@ -178,6 +178,15 @@ def quiet(size_bytes: int) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def cache_file(rows: datasets.Dataset, fingerprint: str) -> str | None:
+    """A file in the library's own cache: left to itself it would write beside the rows, into the user's folder."""
+    if not rows.cache_files:
+        return None
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "converted_rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{fingerprint}.arrow")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name when it has none."""
     lines = str(error).strip().splitlines()

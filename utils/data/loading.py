@@ -13,11 +13,14 @@ import pyarrow.compute as pc
 from utils.data.checks import CheckedRows, check_rows, has_good_rows
 from utils.data.conversion import convert_rows
 from utils.data.places import Place
-from utils.data.schemas import Reading, find_reading
+from utils.data.schemas import Reading, check_effects, find_reading
 from utils.data.sources import Source, load_source
 from utils.data.splitting import split_rows
 from utils.errors import UserError, gather
 from utils.settings import DataSettings
+
+# Columns that say where a row is from or how it was rated, not what it says.
+UNSAID = {"row", "source", "chosen_score", "rejected_score"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def load_pairs(settings: DataSettings, verb: str, seed: int) -> PreferenceData:
         if rows is not None and len(rows) == 0:
             raise UserError(f"--dataset_name {source.description}: its {split}split has no rows")
     reading = find_reading(source.rows, settings, verb)
+    check_effects([reading], settings)
     checked, held_out = gather(
         lambda: read_good_rows(source.rows, reading, source.place, settings),
         lambda: _read_held_out(source, reading, settings),
@@ -71,7 +75,7 @@ def read_good_rows(
 ) -> CheckedRows:
     """The converted good rows. With --max_samples, no more of the source is converted than is needed for them."""
     wanted = settings.max_samples
-    size = len(rows) if wanted is None else min(len(rows), 2 * wanted)
+    size = len(rows) if wanted is None or reading.layout.pairs_up else min(len(rows), 2 * wanted)
     while True:
         converted = convert_rows(rows if size == len(rows) else rows.select(range(size)), reading)
         if size == len(rows) or has_good_rows(converted, wanted):
@@ -92,7 +96,7 @@ def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None)
         digest.update(b"side")
         if side is None:
             continue
-        columns = sorted(set(side.column_names) - {"row"})
+        columns = sorted(set(side.column_names) - UNSAID)
         for batch in side.select_columns(columns).with_format("arrow").iter(batch_size=1000):
             for name in columns:
                 digest.update(name.encode())

@@ -13,9 +13,14 @@ ROLES = {
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "system": "system",
     "developer": "developer",
     "tool": "tool",
+    "observation": "tool",
     "function": "function",
 }
 
