@@ -120,7 +120,8 @@ def _convert_row(row: Mapping[str, Any], reading: Reading) -> Iterator[tuple[dic
         return
     for parts in simple:
         try:
-            converted = _read_parts(parts, reading) | group
+            converted = _read_parts(parts, reading)
+            converted |= group
             yield converted, find_fault(converted, reading.labels, reading.shape.prompt_may_be_empty)
         except BadRow as error:
             yield {}, str(error)
@@ -136,9 +137,10 @@ def _expand(row: Mapping[str, Any], reading: Reading) -> list[dict[str, Any]]:
 
 def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """The parts in the one shape. Raises BadRow when they cannot be read."""
-    parts = dict.fromkeys(reading.replies) | {"prompt": None} | parts
-    if isinstance(parts["prompt"], str):
-        parts["prompt"] = add_context(parts["prompt"], parts.get("context"))
+    for name in ("prompt", *reading.replies):
+        parts.setdefault(name)
+    if "context" in parts and isinstance(parts["prompt"], str):
+        parts["prompt"] = add_context(parts["prompt"], parts["context"])
     shape, names = reading.shape, reading.names
     sides = [shape.split(parts, reply, names) for reply in reading.replies]
     for reply, (_, answer) in zip(reading.replies, sides, strict=True):
@@ -150,11 +152,11 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]
     values = (prompt, *(answer for _, answer in sides))
-    return dict(zip(reading.labels, values, strict=True)) | _read_extras(parts, reading)
+    return {**dict(zip(reading.labels, values, strict=True)), **_read_extras(parts, reading)}
 
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
-    extras: dict[str, Any] = {"tools": _tools_text(parts.get("tools"))}
+    extras: dict[str, Any] = {"tools": _tools_text(parts["tools"])} if "tools" in parts else {}
     if reading.scored:
         extras |= {name: read_number(parts.get(name)) for name in ("chosen_score", "rejected_score")}
         gap, chosen, rejected = reading.choice.min_score_gap, extras["chosen_score"], extras["rejected_score"]

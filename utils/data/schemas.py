@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -59,17 +60,17 @@ class Reading:
         """The source is "Human: ... Assistant: ..." text, so a tokenizer without a template takes a transcript one."""
         return self.shape.is_transcript
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[str, ...]:
         """What the replies are called once converted."""
         return self.replies if len(self.replies) == 2 else ("completion",)
 
-    @property
+    @cached_property
     def names(self) -> dict[str, str]:
         """Part -> the source's name for it, for messages to people; an answer among several goes by its part."""
         return {part: self.columns.get(part, part) for part in ("prompt", *self.columns, *self.replies)}
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, str]:
         """Converted column -> the source's name for it."""
         replies = dict(zip(self.outputs, self.replies, strict=True))
