@@ -88,10 +88,11 @@ def run_training(
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
 
+    processes = settings.trainer_fields.get("dataset_num_proc")
     folder, source, data, _ = gather(
         lambda: find_folder(settings),
         lambda: find_policy(settings.model),
-        lambda: load_pairs(settings.data, settings.verb, settings.training.seed),
+        lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes),
         lambda: check_settings(settings),
     )
     check_adapter_flags(settings, source.adapter is not None)

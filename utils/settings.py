@@ -127,7 +127,11 @@ DATASET_FORMATS = (
 class DataSettings:
     """data"""
 
-    dataset_name: str | None = flag(None, "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file")
+    dataset_name: str | None = flag(
+        None,
+        "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
+        "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
+    )
     dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset")
     dataset_split: str | None = flag(None, "split to train on (default: train, train_prefs, or the only one)")
     dataset_format: str | None = flag(
@@ -166,9 +170,11 @@ class DataSettings:
     validation_split: str | None = flag(
         None,
         "held-out data: a fraction, the name of a split, or none "
-        "(default: the data's own test or validation split, else 0.1 of the rows, at most 1000)",
+        "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
     )
-    max_samples: int | None = flag(None, "use the first N good rows, in file order", bound=AT_LEAST_ONE)
+    max_samples: int | None = flag(
+        None, "use the first N good rows, in file order (of each source)", bound=AT_LEAST_ONE
+    )
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     max_length: int | None = flag(
         None, "tokens per prompt + response (default: 1024, or the model's context if shorter)", bound=AT_LEAST_TWO
