@@ -132,7 +132,7 @@ def test_flags_without_effect_are_refused(tmp_path):
 def test_answers_with_labels_that_share_no_prompt_are_refused(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "x", "label": i % 2 == 0} for i in range(6)]
     (line,) = refusal(rows, tmp_path)
-    assert line.startswith("these 6 rows are single answers with a yes/no label ('label', as for KTO), and no prompt")
+    assert line.startswith("the rows (6) are single answers with a yes/no label ('label', as for KTO), and no prompt")
     path = tmp_path / "rows.jsonl"
     data = load(str(path), "sft")
     assert data.train["row"][:] == [0, 2, 4]
@@ -143,6 +143,15 @@ def test_a_number_that_the_names_do_not_explain_is_never_guessed(tmp_path):
     rows = [{"prompt": "q", "response_a": "x", "response_b": "y", "label": number} for number in (0, 1)]
     (line,) = refusal(rows, tmp_path, on_bad_rows="error")
     assert line.startswith("'label' names neither 'response_a' nor 'response_b' in 2 rows (rows.jsonl line 1, 2)")
+
+
+@pytest.mark.parametrize("name", ["shp", "winner", "safe_rlhf", "alpaca_farm", "helpsteer_preference", "kto_texts"])
+def test_labels_and_scores_in_csv_where_all_is_text(name, tmp_path):
+    case, _ = read_case(name, tmp_path)
+    path = tmp_path / "rows.csv"
+    datasets.Dataset.from_list(case["rows"]).to_csv(path)
+    data = load(str(path), **case.get("flags", {}))
+    assert data.train.to_list() == expected_pairs(case)
 
 
 def test_bad_rows_of_several_pairs_lead_back_to_their_line(tmp_path):

@@ -20,7 +20,7 @@ from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
 from utils.data.columns import reach
 from utils.data.files import cache_file, quiet
-from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context, read_number
+from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context, read_number, read_yes_or_no
 from utils.data.schemas import Reading
 from utils.data.turns import BadRow
 from utils.data.unpaired import pair_up
@@ -163,10 +163,10 @@ def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
         if gap is not None and (chosen is None or rejected is None or chosen - rejected < gap):
             raise BadRow(SMALL_GAP)
     if reading.layout.pairs_up:
-        if not isinstance(parts["label"], bool):
+        extras["label"] = read_yes_or_no(parts["label"])
+        if extras["label"] is None:
             raise BadRow(f"'{reading.columns['label']}' is neither true nor false")
-        extras["label"] = parts["label"]
-        if reading.choice.best_only and not parts["label"]:
+        if reading.choice.best_only and not extras["label"]:
             raise BadRow(NOT_WANTED)
     return extras
 

@@ -100,11 +100,14 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
     def count_rows() -> list[FileLines]:
         return [FileLines(p.name, "row", range(1, pq.read_metadata(p).num_rows + 1)) for p in paths]
 
+    count = 0
     for path in paths:
         try:
-            pq.read_metadata(path)
+            count += pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}") from None
+    if count == 0:
+        raise UserError(f"{', '.join(map(str, paths))} holds no rows.")
     try:
         with quiet(sum(path.stat().st_size for path in paths)):
             if any(set("*?[]") & set(str(path)) for path in paths):

@@ -57,7 +57,7 @@ def _holds_rated_answers(sample: Sequence[Row], names: Names) -> bool:
 
 
 def _labels_are_yes_or_no(sample: Sequence[Row], names: Names) -> bool:
-    return any(isinstance(reach(row, names["label"]), bool) for row in sample)
+    return any(ranking.read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
 
 
 def _label_is_no_text_of_its_own(sample: Sequence[Row], names: Names) -> bool:

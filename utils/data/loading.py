@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from utils.data.checks import CheckedRows, check_rows, has_good_rows
 from utils.data.conversion import convert_rows
+from utils.data.files import quiet
 from utils.data.identity import pair_id
 from utils.data.mixing import MixedPlaces, Wish, align, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
@@ -229,7 +230,8 @@ def _read_held_out(
 
 def add_ids(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with `id`, 16 characters that name what each says, wherever it was read."""
-    return rows.add_column("id", [pair_id(row) for row in rows])
+    with quiet(0):
+        return rows.add_column("id", [pair_id(row) for row in rows])
 
 
 def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None) -> str:

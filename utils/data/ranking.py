@@ -216,9 +216,9 @@ def _better_of(label: Any, names: Mapping[str, str]) -> int | None:
     A number means what the columns' own names say (`response_1` and `response_2`: 1 and 2). Raises BadRow otherwise.
     """
     first, second = names["first"], names["second"]
-    if first == "human_ref_A" and label in (0, 1) and not isinstance(label, str):
-        return 1 - int(label)  # SHP: 1 is A
     word = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().casefold()
+    if first == "human_ref_A" and word in ("0", "1"):
+        return 1 - int(word)  # SHP: 1 is A
     if label is None or word in TIE_WORDS:
         return None
     for number, name in enumerate((first, second)):
@@ -226,6 +226,13 @@ def _better_of(label: Any, names: Mapping[str, str]) -> int | None:
         if not isinstance(label, bool) and word in (name.casefold(), ending, f"model_{ending}", f"response_{ending}"):
             return number
     raise BadRow(f"'{names['label']}' names neither '{first}' nor '{second}'")
+
+
+def read_yes_or_no(value: Any) -> bool | None:
+    """True or false, also written as text (CSV has nothing else); None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().casefold())
+    return value if isinstance(value, bool) else None
 
 
 def _ending(first: str, second: str, number: int) -> str:

@@ -28,7 +28,7 @@ def pair_up(answers: datasets.Dataset, reading: Reading) -> datasets.Dataset:
     plan = plan_pairs(answers, reading.choice.pairs_per_prompt)
     if len(answers) and all(index < 0 for index in plan["second"]) and NO_OTHER_LABEL in plan["why"]:
         raise UserError(
-            f"these {len(answers):,} rows are single answers with a yes/no label ('{reading.columns['label']}', as for "
+            f"the rows ({len(answers):,}) are single answers with a yes/no label ('{reading.columns['label']}', as for "
             "KTO), and no prompt has answers of both labels: no pair can be made. DPO needs a better and a worse "
             "answer to the same prompt; the verb sft can imitate those labelled true"
         )
