@@ -151,8 +151,16 @@ def read_mangled(seed: int, folder: Path) -> str:
     flags = case.get("flags", {}) if draw.random() < 0.7 and verb == "train" else {}
     if draw.random() < 0.3:
         flags = flags | {"dataset_format": case["format"]}
+    if draw.random() < 0.1 and isinstance(rows[0], dict) and rows[0]:
+        flags = flags | {"group_by": draw.choice(list(rows[0]))}
+    names = [str(write_rows(rows, folder, draw))]
+    if draw.random() < 0.15:
+        (folder / "other").mkdir()
+        names.append(
+            str(write_rows(draw.choice(CASES)["rows"] * 3, folder / "other", draw)) + draw.choice(["", ":0.5"])
+        )
     settings = DataSettings(
-        dataset_name=str(write_rows(rows, folder, draw)),
+        dataset_name=",".join(names),
         on_bad_rows=draw.choice(["skip", "skip", "skip", "error"]),
         validation_split=draw.choice([None, "none", "none", "0.3"]),
         **flags,

@@ -99,6 +99,13 @@ def test_each_source_has_rows_on_both_sides_and_a_prompt_of_two_sources_one_side
         assert not set(split.train["prompt"]) & set(split.held_out["prompt"])
 
 
+def test_sources_of_one_prompt_each_are_split_too():
+    rows = table(["p", "q", "r"]).add_column("source", ["a", "b", "c"])
+    for seed in range(20):
+        split = split_rows(rows, None, "0.02", seed)
+        assert (len(split.train), len(split.held_out)) == (2, 1)
+
+
 def test_a_column_can_keep_rows_together():
     rows = table([f"p{i % 50}" for i in range(200)]).add_column("group", [f"g{i // 10}" for i in range(199)] + [None])
     split = split_rows(rows, None, "0.3", 1)

@@ -88,10 +88,11 @@ def choose_held_out(numbers: np.ndarray, fraction: float, sources: np.ndarray | 
     """Which rows are held out, by their prompts' numbers: those below `fraction`.
 
     A source (by its number in `sources`) with two prompts or more has some on each side: of one so small that chance
-    leaves a side empty, the prompt with the lowest number is held out, or that with the highest trained on.
+    leaves a side empty, the prompt with the lowest number is held out, or that with the highest trained on. The same
+    holds of all rows together.
     """
     held_out = numbers < fraction
-    for source in [None] if sources is None else np.unique(sources):
+    for source in [*(() if sources is None else np.unique(sources)), None]:
         own = np.full(len(numbers), True) if source is None else sources == source
         lowest, highest = numbers[own].min(), numbers[own].max()
         if lowest < highest and not held_out[own].any():
