@@ -172,6 +172,9 @@ class DataSettings:
         "held-out data: a fraction, the name of a split, or none "
         "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
     )
+    streaming: bool = flag(
+        False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
+    )
     max_samples: int | None = flag(
         None, "use the first N good rows, in file order (of each source)", bound=AT_LEAST_ONE
     )

@@ -251,6 +251,16 @@ def splits(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label('eval_strategy')}: there is nothing to evaluate with --validation_split none"
 
 
+def streaming(candidate: Candidate) -> Iterator[str]:
+    if not candidate["streaming"]:
+        return
+    label = candidate.label("streaming")
+    if candidate["max_steps"] == -1 and not candidate["dry_run"]:
+        yield f"{label}: needs --max_steps, which says how much is read"
+    for name in candidate.given("num_train_epochs", "max_samples", "dataset_num_proc"):
+        yield f"{candidate.label(name)}: has no effect with --streaming, whose size is --max_steps; leave it out"
+
+
 def columns(candidate: Candidate) -> Iterator[str]:
     if candidate.given("text_column"):
         for name in candidate.given("prompt_column", "completion_column", "chosen_column"):
@@ -280,6 +290,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     splits: ("validation_split", "dataset_split", "eval_strategy"),
     columns: (),
+    streaming: ("streaming", "max_steps", "dry_run"),
     best_model: (),
 }
 TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {

@@ -55,12 +55,12 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
     fingerprint = Hasher.hash((source._fingerprint, _key_of(reading), code))
     with quiet(source.data.nbytes):
         return source.map(
-            _convert_batch,
+            convert_batch,
             batched=True,
             with_indices=True,
             fn_kwargs={"reading": reading},
             remove_columns=source.column_names,
-            features=_features(reading),
+            features=features_of(reading),
             num_proc=num_proc,
             new_fingerprint=fingerprint,
             cache_file_name=cache_file(source, fingerprint),
@@ -74,7 +74,8 @@ def _key_of(reading: Reading) -> tuple:
     return (*how, repr(reading.choice), reading.group, reading.adapter, reading.scored)
 
 
-def _features(reading: Reading) -> datasets.Features:
+def features_of(reading: Reading) -> datasets.Features:
+    """The columns of converted rows."""
     value = datasets.Value("string") if reading.is_text else MESSAGE_FEATURES
     features = dict.fromkeys(("prompt", *reading.outputs), value)
     features |= {name: datasets.Value(kind) for name, kind in _extras(reading).items()}
@@ -97,7 +98,8 @@ def _hash_code() -> str:
     return Hasher.hash([Path(file).read_bytes() for file in files])
 
 
-def _convert_batch(batch: Mapping[str, list], indices: list[int], reading: Reading) -> dict[str, list]:
+def convert_batch(batch: Mapping[str, list], indices: list[int], reading: Reading) -> dict[str, list]:
+    """Columns of converted rows, from columns of the source; `indices` are the rows' own."""
     names = (*reading.labels, *_extras(reading))
     output: dict[str, list] = {name: [] for name in (*names, "row", "reason")}
     for position, index in enumerate(indices):

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import datasets
@@ -20,8 +21,9 @@ from utils.data.identity import pair_id
 from utils.data.mixing import MixedPlaces, Wish, align, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
 from utils.data.schemas import Reading, check_effects, find_reading
-from utils.data.sources import Source, load_source
-from utils.data.splitting import SPARE, Split, join_splits, split_rows
+from utils.data.sources import Source, load_source, load_streams
+from utils.data.splitting import SPARE, Split, count_shared_prompts, join_splits, split_rows
+from utils.data.streaming import place_of, read_stream
 from utils.errors import UserError, gather
 from utils.settings import DataSettings
 
@@ -79,17 +81,21 @@ class _Part:
         return Counter(self.source.dropped) + Counter(self.checked.dropped) + Counter(held_out)
 
 
-def load_pairs(settings: DataSettings, verb: str, seed: int, num_proc: int | None = None) -> PreferenceData:
+def load_pairs(
+    settings: DataSettings, verb: str, seed: int, num_proc: int | None = None, wanted: int | None = None
+) -> PreferenceData:
     """Read, convert, check and split the data for `verb` (train: pairs; sft: prompts and completions).
 
     `max_samples` holds for the training split and for a held-out split of its own, of each source. `num_proc`
-    processes share the work.
+    processes share the work. `wanted` rows are read to train on with --streaming.
 
     Raises UserError with every fault of the rows of both splits of all sources.
     """
     if not settings.dataset_name:
         load_source(settings, verb)  # says what is missing
     wishes = read_wishes(settings.dataset_name)
+    if settings.streaming:
+        return _load_stream(wishes, settings, verb, seed, wanted)
     parts = gather(*(_reader(wish, settings, verb, seed, num_proc, len(wishes) > 1) for wish in wishes))
     check_effects([part.reading for part in parts], settings)
     if len(parts) > 1:
@@ -98,6 +104,41 @@ def load_pairs(settings: DataSettings, verb: str, seed: int, num_proc: int | Non
     split = split_rows(part.rows, part.held_out and part.held_out.rows, settings.validation_split, seed)
     place, held_out_place = part.source.place, part.source.held_out_place or part.source.place
     return _finish(parts, split, part.reading, part.source.description, (place, held_out_place), [0])
+
+
+def _load_stream(
+    wishes: Sequence[Wish], settings: DataSettings, verb: str, seed: int, wanted: int | None
+) -> PreferenceData:
+    if wanted is None:
+        raise UserError("--streaming: needs --max_steps, which says how much is read")
+    if len(wishes) > 1 or wishes[0] != Wish(wishes[0].name):
+        raise UserError("--streaming: reads all of one source; name one, without a number, or leave --streaming out")
+    stream, own_held_out = load_streams(settings, verb)
+    read = read_stream(stream, own_held_out, settings, verb, seed, wanted)
+    amount = "all" if read.exhausted else "the first"
+    counts = SourceCounts(
+        name=wishes[0].name,
+        reading=read.reading.description,
+        good=len(read.train) + len(read.held_out or ()),
+        drawn=len(read.train) + len(read.held_out or ()),
+        train=len(read.train),
+        held_out=len(read.held_out or ()),
+        repeated=0,
+        dropped=read.dropped,
+    )
+    label = own_held_out.label if own_held_out else stream.label
+    return PreferenceData(
+        train=read.train,
+        held_out=read.held_out and add_ids(read.held_out),
+        reading=read.reading,
+        source=f"{stream.label}, streamed ({amount} {read.rows_read:,} rows)",
+        dropped=read.dropped,
+        shared_prompts=count_shared_prompts(read.train, read.held_out) if own_held_out or settings.group_by else 0,
+        fingerprint=fingerprint_rows(read.train, read.held_out),
+        place=partial(place_of, stream.label),
+        held_out_place=partial(place_of, label),
+        sources=(counts,),
+    )
 
 
 def _reader(

@@ -8,7 +8,7 @@ chance: for n prompts and a fraction f the standard deviation is sqrt(n f (1 - f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -51,10 +51,10 @@ def split_rows(
     """
     wish = held_out_wish(validation_split)
     if wish == "none":
-        return Split(_without_group(rows), None, 0)
+        return Split(without_group(rows), None, 0)
     if held_out_rows is not None and not isinstance(wish, float):
-        shared = count_shared(_prompts(rows), _prompts(held_out_rows))
-        return Split(_without_group(rows), _without_group(held_out_rows), shared)
+        shared = count_shared_prompts(rows, held_out_rows)
+        return Split(without_group(rows), without_group(held_out_rows), shared)
     if isinstance(wish, str):
         raise UserError(f"--validation_split {wish}: the data has no such split")
     numbers = draw_numbers(_groups(rows), seed)
@@ -63,8 +63,8 @@ def split_rows(
         raise UserError(f"nothing can be held out of {what}: add data, or pass --validation_split none")
     held_out = choose_held_out(numbers, wish or DEFAULT_FRACTION, _sources(rows))
     evaluated = held_out if wish else _lowest(numbers, held_out, DEFAULT_MOST_ROWS)
-    sides = [_without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated)]
-    shared = count_shared(_prompts(sides[0]), _prompts(sides[1])) if "group" in rows.column_names else 0
+    sides = [without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated)]
+    shared = count_shared_prompts(*sides) if "group" in rows.column_names else 0
     return Split(*sides, shared, int(held_out.sum() - evaluated.sum()))
 
 
@@ -73,7 +73,7 @@ def join_splits(splits: Sequence[Split]) -> Split:
     trains = [split.train for split in splits]
     held_out = [split.held_out for split in splits if split.held_out is not None]
     train, other = _in_order(trains), _in_order(held_out) if held_out else None
-    shared = splits[0].shared_prompts if len(splits) == 1 else count_shared(_prompts(train), _prompts(other))
+    shared = splits[0].shared_prompts if len(splits) == 1 else count_shared_prompts(train, other)
     return Split(train, other, shared, sum(split.spare for split in splits))
 
 
@@ -117,13 +117,17 @@ def draw_numbers(groups: Iterable[str], seed: int) -> np.ndarray:
 
 
 def _groups(rows: datasets.Dataset) -> Iterator[str]:
-    """What keeps rows together: the column of --group_by, and the prompt where that is empty or not asked for."""
-    if "group" not in rows.column_names:
-        yield from map(group_key, _prompts(rows))
-        return
-    for batch in rows.select_columns(["prompt", "group"]).iter(batch_size=1000):
-        for prompt, group in zip(batch["prompt"], batch["group"], strict=True):
-            yield group_key(prompt) if group is None else f"group {group}"
+    names = [name for name in ("prompt", "completion", "group") if name in rows.column_names]
+    for batch in rows.select_columns(names).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield group_of(dict(zip(batch, values, strict=True)))
+
+
+def group_of(row: Mapping[str, Any]) -> str:
+    """What keeps a row with others: its `group` of --group_by; else its prompt; for a text without one, the text."""
+    if row.get("group") is not None:
+        return f"group {row['group']}"
+    return group_key(row["prompt"] or row.get("completion") or row["prompt"])
 
 
 def _sources(rows: datasets.Dataset) -> np.ndarray | None:
@@ -132,7 +136,8 @@ def _sources(rows: datasets.Dataset) -> np.ndarray | None:
     return np.unique(np.array(rows["source"][:]), return_inverse=True)[1]
 
 
-def _without_group(rows: datasets.Dataset) -> datasets.Dataset:
+def without_group(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows without the column of --group_by, which is of no use once they are split."""
     return rows.remove_columns("group") if "group" in rows.column_names else rows
 
 
@@ -162,6 +167,11 @@ def prompt_key(prompt: Prompt) -> str:
 
 def _normalise(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def count_shared_prompts(train: datasets.Dataset, held_out: datasets.Dataset | None) -> int:
+    """How many different held-out prompts also occur in training."""
+    return count_shared(_prompts(train), _prompts(held_out)) if held_out is not None else 0
 
 
 def count_shared(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> int:
