@@ -209,6 +209,7 @@ def _tokenize_batch(
 ) -> dict[str, list[Any]]:
     tools = batch.get("tools")
     columns = {"prompt_ids": encoder.encode_prompts(batch["prompt"], tools), "row": batch["row"]}
+    columns |= {"id": batch["id"]} if "id" in batch else {}
     for name, column in completions.items():
         columns[name] = encoder.encode_continuations(batch["prompt"], batch[column], tools)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -21,6 +21,12 @@ from utils.training.trainer import PreferenceTrainer
 def describe_data(data: PreferenceData, rows: Rows) -> None:
     """Says what was read and how."""
     say(f"data: {data.source}: {data.reading.description}")
+    for source in data.sources if len(data.sources) > 1 else ():
+        drawn = "" if source.drawn == source.good else f"; {source.drawn:,} of {source.good:,} good rows drawn"
+        say(f"      {source.name}: {source.train:,} to train on, {source.held_out:,} held out{drawn}")
+        say(f"          {source.reading}")
+        if source.repeated:
+            say(f"          {source.repeated:,} of its rows stand in a source before it too; all are kept")
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
