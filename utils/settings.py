@@ -35,7 +35,12 @@ STEPS_OR_SHARE = Bound(
 SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
 
-ALL_VERBS = ("train", "sft")
+ALL_VERBS = ("train", "sft", "data")
+TRAINING = ("train", "sft")
+TRAIN = ("train",)
+SFT = ("sft",)
+DATA = ("data",)
+PAIRS = ("train", "data")
 
 
 def flag(
@@ -45,7 +50,7 @@ def flag(
     choices: tuple[str, ...] | None = None,
     bound: Bound | None = None,
     usual: str | None = None,
-    verbs: tuple[str, ...] = ALL_VERBS,
+    verbs: tuple[str, ...] = TRAINING,
     many: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
@@ -57,16 +62,16 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-TRAIN = ("train",)
-SFT = ("sft",)
-
-
 @dataclass(frozen=True)
 class ModelSettings:
     """model"""
 
-    model_name_or_path: str | None = flag(None, "hub name or folder of the model to tune; a full model or an adapter")
-    model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)")
+    model_name_or_path: str | None = flag(
+        None,
+        "hub name or folder of the model to tune; a full model or an adapter (data: counts tokens with its tokenizer)",
+        verbs=ALL_VERBS,
+    )
+    model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)", verbs=ALL_VERBS)
     ref_model_name_or_path: str | None = flag(
         None, "a separate frozen reference model (default: the policy as it starts)", verbs=TRAIN
     )
@@ -77,11 +82,15 @@ class ModelSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str | None = flag(None, "transformers attention: sdpa, eager, flash_attention_2, ...")
-    trust_remote_code: bool = flag(False, "run Python code that comes with the model (a risk: read it first)")
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with the model (a risk: read it first)", verbs=ALL_VERBS
+    )
     use_4bit: bool = flag(False, "hold what is frozen in 4 bits: the base under --use_lora, else the reference")
     bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"))
     chat_template: str | None = flag(
-        None, "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)"
+        None,
+        "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)",
+        verbs=ALL_VERBS,
     )
 
 
@@ -104,29 +113,73 @@ class LoraSettings:
 class DataSettings:
     """data"""
 
-    dataset_name: str | None = flag(None, "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file")
-    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset")
-    dataset_split: str | None = flag(None, "split to train on (default: train, train_prefs, or the only one)")
-    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields")
-    chosen_column: str | None = flag(None, "column with the preferred response")
-    rejected_column: str | None = flag(None, "column with the other response", verbs=TRAIN)
+    dataset_name: str | None = flag(
+        None, "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file", verbs=ALL_VERBS
+    )
+    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=ALL_VERBS)
+    dataset_split: str | None = flag(
+        None, "split to train on (default: train, train_prefs, or the only one)", verbs=ALL_VERBS
+    )
+    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields", verbs=ALL_VERBS)
+    chosen_column: str | None = flag(None, "column with the preferred response", verbs=ALL_VERBS)
+    rejected_column: str | None = flag(None, "column with the other response", verbs=PAIRS)
     completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
     text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
     validation_split: str | None = flag(
         None,
         "held-out data: a fraction, the name of a split, or none "
         "(default: the data's own test or validation split, else 0.1 of the rows, at most 1000)",
+        verbs=ALL_VERBS,
     )
     max_samples: int | None = flag(None, "use the first N good rows, in file order", bound=AT_LEAST_ONE)
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     max_length: int | None = flag(
-        None, "tokens per prompt + response (default: 1024, or the model's context if shorter)", bound=AT_LEAST_TWO
+        None,
+        "tokens per prompt + response (default: 1024, or the model's context if shorter)",
+        bound=AT_LEAST_TWO,
+        verbs=ALL_VERBS,
     )
     truncation: str = flag(
         "shorten_prompt",
         "for longer pairs: shorten_prompt from its left, then cut the response (its cut end is not taught as an end); "
         "drop the pair; or stop with an error. All are counted",
         choices=("shorten_prompt", "drop", "error"),
+    )
+
+
+REMOVABLE = (
+    "ties",
+    "score_contradictions",
+    "near_duplicates",
+    "broken_text",
+    "held_out_prompts",
+    "overlap",
+    "too_long",
+)
+
+
+@dataclass(frozen=True)
+class InspectionSettings:
+    """what to do with the findings"""
+
+    report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs=DATA)
+    json_file: str | None = flag(None, "write every number as JSON; - prints it in place of the summary", verbs=DATA)
+    output_file: str | None = flag(
+        None,
+        "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs labelled both ways",
+        verbs=DATA,
+    )
+    remove: tuple[str, ...] | None = flag(
+        None,
+        f"what else to leave out of --output_file: {', '.join(REMOVABLE)}",
+        choices=REMOVABLE,
+        many=True,
+        verbs=DATA,
+    )
+    compare: str | None = flag(
+        None,
+        "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
+        verbs=DATA,
     )
 
 
@@ -226,7 +279,7 @@ class TrainingSettings:
     )
     save_steps: float = flag(500, "steps between two checkpoints", bound=STEPS_OR_SHARE)
     save_total_limit: int | None = flag(None, "keep only the newest N checkpoints", bound=AT_LEAST_ONE)
-    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=SEED)
+    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=SEED, verbs=ALL_VERBS)
 
 
 @dataclass(frozen=True)
@@ -258,6 +311,7 @@ class Settings:
     loss: LossSettings
     training: TrainingSettings
     run: RunSettings
+    inspection: InspectionSettings = dataclasses.field(default_factory=InspectionSettings)
     trainer_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()  # names that the person set, on the command line or in --config
 
@@ -273,7 +327,7 @@ class Settings:
 
     def stages(self) -> tuple[Any, ...]:
         """The stage dataclasses, in the order in which --help shows them."""
-        return (self.model, self.lora, self.data, self.loss, self.training, self.run)
+        return (self.model, self.lora, self.data, self.loss, self.training, self.run, self.inspection)
 
 
 STAGES: dict[str, type] = {
@@ -283,4 +337,5 @@ STAGES: dict[str, type] = {
     "loss": LossSettings,
     "training": TrainingSettings,
     "run": RunSettings,
+    "inspection": InspectionSettings,
 }

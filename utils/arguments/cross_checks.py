@@ -88,7 +88,7 @@ class Candidate:
 
 def cross_faults(candidate: Candidate) -> list[str]:
     """Every fault of the settings as a whole, one line each."""
-    checks = CHECKS | TRAIN_CHECKS if candidate.settings.verb == "train" else CHECKS
+    checks = VERB_CHECKS[candidate.settings.verb]
     sound = [check for check, names in checks.items() if candidate.broken.isdisjoint(names)]
     return [fault for check in sound for fault in check(candidate)]
 
@@ -115,6 +115,11 @@ def required(candidate: Candidate) -> Iterator[str]:
     for name, advice in wanted.items():
         if candidate[name] is None and name not in candidate.broken:
             yield f"--{name} is missing: {advice}"
+
+
+def required_data(candidate: Candidate) -> Iterator[str]:
+    if candidate["dataset_name"] is None and "dataset_name" not in candidate.broken:
+        yield "--dataset_name is missing: name a hub dataset, a folder or a file"
 
 
 def lora_without_adapter(candidate: Candidate) -> Iterator[str]:
@@ -265,6 +270,39 @@ def best_model(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('metric_for_best_model')} is {name!r}: must be one of {', '.join(names)}"
 
 
+def inspection_files(candidate: Candidate) -> Iterator[str]:
+    endings = {"report_file": (".html", ".htm"), "json_file": (".json",), "output_file": (".jsonl", ".parquet")}
+    for name in candidate.given(*endings):
+        path = candidate[name]
+        if name == "json_file" and path == "-":
+            continue
+        if not path.lower().endswith(endings[name]):
+            yield f"{candidate.label(name)} is {path}: must end in {' or '.join(endings[name])}"
+        elif os.path.isdir(os.path.expanduser(path)):
+            yield f"{candidate.label(name)} is {path}: is a folder; name a file"
+    inputs = [candidate[name] for name in ("dataset_name", "compare") if candidate[name]]
+    for name in candidate.given("output_file"):
+        path = os.path.realpath(os.path.expanduser(candidate[name]))
+        for source in inputs:
+            if path == os.path.realpath(os.path.expanduser(source)):
+                yield f"{candidate.label(name)} is {candidate[name]}: is the data that is read; name another file"
+
+
+def inspection_needs(candidate: Candidate) -> Iterator[str]:
+    removed = candidate["remove"] or ()
+    if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
+        names = candidate.given("max_length", "model_revision", "trust_remote_code", "chat_template")
+        labels = [candidate.label(name) for name in names if candidate[name] is not False]
+        if "too_long" in removed:
+            labels.append(f"{candidate.label('remove')} too_long")
+        for label in labels:
+            yield f"{label}: tokens are counted with --model_name_or_path only; add it or leave this out"
+    if removed and candidate["output_file"] is None:
+        yield f"{candidate.label('remove')}: has no effect without --output_file; add it or leave this out"
+    if "overlap" in removed and candidate["compare"] is None:
+        yield f"{candidate.label('remove')} overlap: names what --compare finds; add it or leave this out"
+
+
 Check = Callable[[Candidate], Iterator[str]]
 
 CHECKS: dict[Check, tuple[str, ...]] = {
@@ -284,3 +322,10 @@ TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
     loss_fields: ("loss_type", "f_divergence_type", "ld_alpha"),
     moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),
 }
+DATA_CHECKS: dict[Check, tuple[str, ...]] = {
+    required_data: (),
+    splits: ("validation_split", "dataset_split"),
+    inspection_files: ("report_file", "json_file", "output_file", "dataset_name", "compare"),
+    inspection_needs: ("remove", "output_file", "compare"),
+}
+VERB_CHECKS = {"train": CHECKS | TRAIN_CHECKS, "sft": CHECKS, "data": DATA_CHECKS}

@@ -1,0 +1,2 @@
+def make_page(record):
+    return ""
