@@ -15,10 +15,10 @@ def flatten(value: Value) -> str:
 
 
 REFUSAL = re.compile(
-    r"\W*(?:(?:(?:i['’]?m|i am|we['’]re) (?:(?:very|really|truly|so) )?sorry|sorry|apologies"
-    r"|i apologi[sz]e|unfortunately)[,.]?(?: but)?,? )?(?:(?:i|we) (?:can(?:no|['’])t|can not|won['’]?t|will not|am not able|am unable|must decline"
-    r"|do not feel comfortable|don['’]t feel comfortable)|i['’]?m (?:not able|unable|not comfortable|not going to)"
-    r"|as an ai|as a language model|as a large language model)\b",
+    r"\W*(?:(?:(?:i['’]?m|i am|we['’]re) (?:(?:very|really|truly|so) )?sorry|sorry|apologies|i apologi[sz]e"
+    r"|unfortunately)[,.]?(?: but)?,? )?(?:(?:i|we) (?:can(?:no|['’])t|can not|won['’]?t|will not|am not able"
+    r"|am unable|must decline|do not feel comfortable|don['’]t feel comfortable)"
+    r"|i['’]?m (?:not able|unable|not comfortable|not going to)|as an ai|as a (?:large )?language model)\b",
     re.IGNORECASE,
 )
 BLANK = re.compile(

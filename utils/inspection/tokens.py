@@ -17,7 +17,7 @@ from utils.data.files import first_line, quiet
 from utils.data.tokenizing import PromptEncoder, fit_lengths, read_tools
 from utils.errors import UserError
 from utils.inspection.findings import NOTE, PROBLEM, Finding, find_pairs
-from utils.inspection.scanning import choose_processes
+from utils.inspection.scanning import SIDES, choose_processes
 from utils.inspection.statistics import summarize_sides
 from utils.inspection.subject import Subject
 from utils.inspection.texts import flatten
@@ -130,10 +130,9 @@ Encoded = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
 def _encode(rows: Sequence[dict[str, Any]], encoder: PromptEncoder) -> list[Encoded]:
     prompts, tools = [row["prompt"] for row in rows], [row.get("tools") for row in rows]
-    sides = (
-        encoder.encode_continuations(prompts, [row[side] for row in rows], tools) for side in ("chosen", "rejected")
+    return list(
+        zip(*encoder.encode_rows(prompts, [[row[side] for row in rows] for side in SIDES[1:]], tools), strict=True)
     )
-    return list(zip(encoder.encode_prompts(prompts, tools), *sides, strict=True))
 
 
 def _encode_alone(row: dict[str, Any], encoder: PromptEncoder) -> Encoded | None:
