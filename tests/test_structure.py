@@ -16,8 +16,10 @@ ORDER = [
     "saving",
     "state",
     "tracking",
+    "report",
     "data",
     "models",
+    "inspection",
     "generation",
     "training",
 ]
