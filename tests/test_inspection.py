@@ -205,7 +205,9 @@ def test_tokens_are_counted_as_training_counts_them(run_script, tmp_path, tiny_m
         {"prompt": "On day one it was", "chosen": f" {'lovely ' * n}.", "rejected": f" {'awful ' * n}."} for n in (1, 3)
     ]
     # Both sides alike up to the limit, and not behind it.
-    rows.append({"prompt": "On day two it was", "chosen": " so" * 40 + " lovely.", "rejected": " so" * 40 + " awful."})
+    rows.append(
+        {"prompt": "On day two " * 5 + "it was", "chosen": " so" * 40 + " lovely.", "rejected": " so" * 40 + " awful."}
+    )
     flags = ("--model_name_or_path", tiny_model, "--max_length", 32, "--validation_split", "none")
     code, record, _ = inspect(run_script, tmp_path, rows, *flags)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -358,9 +360,10 @@ def test_compare_names_its_own_flag(run_script, tmp_path):
 def test_nothing_left_to_write_is_said(run_script, tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "b", "rejected": "a"}]
     path = write_lines(tmp_path / "pairs.jsonl", rows)
-    code, _, err = run_script("data", "--dataset_name", path, "--output_file", tmp_path / "clean.jsonl")
+    code, out, err = run_script("data", "--dataset_name", path, "--output_file", tmp_path / "clean.jsonl")
     assert code == 2
-    assert "no pair is left to write (both_ways: 2)" in err
+    assert err.endswith("clean.jsonl: not written, for no pair is left to write\n")
+    assert "left out: both ways 2" in out
     assert not (tmp_path / "clean.jsonl").exists()
 
 
@@ -420,7 +423,7 @@ def test_languages(text, language):
 SIGNS = {
     refuses: (
         ["I'm sorry, but I can't do that", "As an AI language model, I", "Unfortunately, I cannot help"],
-        ["I can do that", "Sorry to hear that! Here is what helps", ""],
+        ["I can do that", "Sorry to hear that! Here is what helps", "I cannot praise it enough", ""],
     ),
     says_nothing: (["N/A.", "…", "", "I don't know."], ["None of them fits", "No", "42"]),
     has_mojibake: (["donâ€™t", "cafÃ©", "\ufffd"], ["NÃO", "São Paulo", "«Â»", "naïve café", "20 °C"]),

@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 
-from utils.errors import UserError
 from utils.inspection.classifier import measure_words
 from utils.inspection.cleaning import choose_clean, write_pairs
 from utils.inspection.findings import NOTE, PROBLEM, Finding, count_problems
@@ -34,7 +33,7 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
     """Everything that was found and counted, as it goes into JSON; writes --output_file.
 
     Raises:
-        UserError: data, tokenizer or --compare cannot be read, or nothing is left to write.
+        UserError: data, tokenizer or --compare cannot be read, or --output_file cannot be written.
     """
     started = time.monotonic()
     if not sys.stderr.isatty():
@@ -102,11 +101,6 @@ def _look_at_tokens(subject: Subject, settings: Settings) -> tuple[list[Finding]
 def _write_clean(subject: Subject, findings: list[Finding], settings: Settings) -> dict[str, Any]:
     path = Path(settings.inspection.output_file).expanduser()
     keep, removed = choose_clean(subject, findings, settings.inspection.remove or ())
-    if len(keep) == 0:
-        raise UserError(f"--output_file {path}: no pair is left to write ({_list_removed(removed)})")
-    write_pairs(path, subject.pairs.select(keep))
+    if len(keep):
+        write_pairs(path, subject.pairs.select(keep))
     return {"file": str(path), "pairs": len(keep), "removed": removed}
-
-
-def _list_removed(removed: dict[str, int]) -> str:
-    return ", ".join(f"{name}: {count:,}" for name, count in removed.items() if count)

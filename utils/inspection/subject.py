@@ -46,7 +46,6 @@ class Subject:
     pairs: datasets.Dataset
     held_out: np.ndarray  # (pairs,) bool
     split: str  # how they were parted, as a phrase
-    split_fault: str | None
 
     @property
     def part_of(self) -> np.ndarray:
@@ -78,8 +77,8 @@ def load_subject(settings: Settings) -> Subject:
         parts.append(_read_part("held-out", source.held_out_rows, reading, source.held_out_place))
     good = [part.converted.select(part.good) for part in parts]
     pairs = datasets.concatenate_datasets(good) if len(good) > 1 else good[0]
-    held_out, split, fault = _divide(good, settings)
-    return Subject(source, reading, tuple(parts), pairs, held_out, split, fault)
+    held_out, split = _divide(good, settings)
+    return Subject(source, reading, tuple(parts), pairs, held_out, split)
 
 
 def _read_part(name: str, rows: datasets.Dataset, reading: Reading, place: Place) -> Part:
@@ -91,23 +90,23 @@ def _read_part(name: str, rows: datasets.Dataset, reading: Reading, place: Place
     return Part(name, converted, place, good, bad)
 
 
-def _divide(good: Sequence[datasets.Dataset], settings: Settings) -> tuple[np.ndarray, str, str | None]:
-    """Which pairs `train` would hold out, how, and why it could not."""
+def _divide(good: Sequence[datasets.Dataset], settings: Settings) -> tuple[np.ndarray, str]:
+    """Which pairs `train` would hold out, and how, or why it could not."""
     wish, seed = settings.data.validation_split, settings.training.seed
     sizes = [len(part) for part in good]
     if len(good) > 1:
-        return np.arange(sum(sizes)) >= sizes[0], "the source's own held-out split", None
+        return np.arange(sum(sizes)) >= sizes[0], "the source's own held-out split"
     nothing = np.zeros(sizes[0], dtype=bool)
     if sizes[0] == 0 or wish == "none":
-        return nothing, "nothing held out", None
+        return nothing, "nothing is to be held out"
     numbered = good[0].add_column("position", pa.array(range(sizes[0])).to_numpy())
     try:
         parted = split_rows(numbered, None, wish, seed)
     except UserError as error:
-        return nothing, "nothing held out", error.faults[0]
+        return nothing, f"train would stop: {error.faults[0]}"
     if parted.held_out is not None:
         nothing[parted.held_out.with_format("numpy")["position"][:]] = True
-    return nothing, f"the split that train makes with --seed {seed}", None
+    return nothing, f"the split that train makes with --seed {seed}"
 
 
 def read_scores(subject: Subject) -> tuple[str, np.ndarray, np.ndarray] | None:

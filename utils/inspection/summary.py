@@ -73,7 +73,8 @@ def describe_content(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def describe_pairs(counts: dict[str, Any]) -> str:
     """How many pairs and prompts there are."""
-    text = f"{counts['good_pairs']:,} good of {_count(counts['rows'], 'row')}; {counts['distinct_prompts']:,} prompts"
+    prompts = _count(counts["distinct_prompts"], "prompt")
+    text = f"{counts['good_pairs']:,} good of {_count(counts['rows'], 'row')}; {prompts}"
     if counts["most_pairs_per_prompt"] > 1:
         text += f" with up to {counts['most_pairs_per_prompt']:,} pairs each"
     several = counts["pairs_with_several_turns"]
@@ -108,7 +109,8 @@ def describe_rules(record: dict[str, Any]) -> str:
     rules = record["shortcuts"]
     text = f"picking the longer response is right in {rules[0]['accuracy']:.1%} of the pairs"
     best = max(rules[1:], key=lambda rule: abs(rule["accuracy"] - 0.5))
-    text += f", {best['rule']} in {best['accuracy']:.1%}"
+    if abs(best["accuracy"] - 0.5) >= 0.01:
+        text += f", {best['rule']} in {best['accuracy']:.1%}"
     words = record["words_classifier"]
     if words is not None:
         text += (
@@ -146,9 +148,12 @@ def describe_overlap(compare: dict[str, Any]) -> str:
 def describe_output(output: dict[str, Any]) -> str:
     """What was written and what was left out."""
     left = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in output["removed"].items() if count)
-    return f"wrote {output['pairs']:,} pairs to {output['file']}" + (
-        f"; left out: {left}" if left else "; nothing left out"
+    wrote = (
+        f"wrote {_count(output['pairs'], 'pair')} to {output['file']}"
+        if output["pairs"]
+        else "no pair is left to write"
     )
+    return f"{wrote}; left out: {left}" if left else f"{wrote}; nothing left out"
 
 
 def _share(count: int, total: int) -> str:

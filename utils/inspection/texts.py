@@ -14,11 +14,17 @@ def flatten(value: Value) -> str:
     return value if isinstance(value, str) else "\n".join(turn["content"] for turn in value)
 
 
+REFUSED = (
+    r"(?:help|assist|provide|do|answer|comply|fulfil|create|write|generate|give|support|engage|discuss|share|offer|take"
+    r"|participate|continue|respond|process|complete|perform|access|browse|advise|condone|encourage|promote|tell"
+    r"|be able|in good|make|produce|accept|agree|say|recommend that)"
+)
 REFUSAL = re.compile(
     r"\W*(?:(?:(?:i['’]?m|i am|we['’]re) (?:(?:very|really|truly|so) )?sorry|sorry|apologies|i apologi[sz]e"
-    r"|unfortunately)[,.]?(?: but)?,? )?(?:(?:i|we) (?:can(?:no|['’])t|can not|won['’]?t|will not|am not able"
-    r"|am unable|must decline|do not feel comfortable|don['’]t feel comfortable)"
-    r"|i['’]?m (?:not able|unable|not comfortable|not going to)|as an ai|as a (?:large )?language model)\b",
+    r"|unfortunately)[,.]?(?: but)?,? )?(?:(?:i|we) (?:(?:can(?:no|['’])t|can not|won['’]?t|will not) (?:\w+ly )?"
+    + REFUSED
+    + r"|am not able to|am unable to|must decline|do not feel comfortable|don['’]t feel comfortable)"
+    r"|i['’]?m (?:not able to|unable to|not comfortable|not going to)|as an ai|as a (?:large )?language model)\b",
     re.IGNORECASE,
 )
 BLANK = re.compile(

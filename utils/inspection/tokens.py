@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,13 +88,14 @@ def count_tokens(pairs: datasets.Dataset, encoder: PromptEncoder, max_length: in
     """Every pair's tokens, counted in batches; nothing but the counts is kept."""
     names = [name for name in ("prompt", "chosen", "rejected", "tools") if name in pairs.column_names]
     rows = pairs.select_columns(names)
-    with tempfile.TemporaryDirectory() as folder, quiet(rows.data.nbytes):
+    processes = choose_processes(len(rows))
+    with tempfile.TemporaryDirectory() as folder, quiet(rows.data.nbytes), _one_thread_each(processes):
         counted = rows.map(
             _count_batch,
             batched=True,
             remove_columns=names,
             fn_kwargs={"encoder": encoder, "max_length": max_length},
-            num_proc=choose_processes(len(rows)),
+            num_proc=processes,
             cache_file_name=str(Path(folder) / "tokens.arrow"),
             load_from_cache_file=False,
             desc="Counting tokens",
@@ -101,6 +104,21 @@ def count_tokens(pairs: datasets.Dataset, encoder: PromptEncoder, max_length: in
         columns = {name: table[name].to_numpy() for name in table.column_names}
     lengths = {side: columns[side] for side in ("prompt", "chosen", "rejected")}
     return TokenCounts(lengths, columns["unknown"], columns["equal_when_cut"])
+
+
+@contextlib.contextmanager
+def _one_thread_each(processes: int | None) -> Iterator[None]:
+    """Forked processes have none of the tokenizer's threads and would wait for them for ever; each goes on alone."""
+    former = os.environ.get("TOKENIZERS_PARALLELISM")
+    if processes is not None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if former is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = former
 
 
 def _count_batch(batch: dict[str, list], encoder: PromptEncoder, max_length: int) -> pa.Table:
