@@ -74,12 +74,24 @@ def sft(settings: Settings) -> None:
 
 def data(settings: Settings) -> int:
     """What is in preference data and what is wrong with it -> summary, page, JSON, clean pairs; 3 for problems."""
+    if settings.generation.generate:
+        return make_pairs(settings)
     from utils.inspection.inspecting import inspect_data
     from utils.inspection.publishing import publish
 
     record = inspect_data(settings)
     publish(record, settings.inspection)
     return record["exit_code"]
+
+
+def make_pairs(settings: Settings) -> int:
+    """Preference data made: prompts -> responses of a model -> scores -> pairs."""
+    from utils.making import make_pairs
+    from utils.runtime import quiet_loaded_libraries
+
+    quiet_loaded_libraries()
+    make_pairs(settings)
+    return 0
 
 
 def run_training(

@@ -8,58 +8,27 @@ says how.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Bound:
-    """What a value must satisfy: `holds(value)`, said as "must be {text}"."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-ABOVE_ZERO = Bound("above 0", lambda value: value > 0)
-AT_LEAST_ZERO = Bound("0 or more", lambda value: value >= 0)
-AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
-AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
-HALF_OPEN_UNIT = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
-CLOSED_UNIT = Bound("between 0 and 1", lambda value: 0 <= value <= 1)
-BELOW_HALF = Bound("at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
-STEPS_OR_SHARE = Bound(
-    "a whole number, or a share of all steps between 0 and 1",
-    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+from utils.flags import (
+    ABOVE_ZERO,
+    ALL_VERBS,
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    AT_LEAST_ZERO,
+    BELOW_HALF,
+    DATA,
+    HALF_OPEN_UNIT,
+    MAX_STEPS,
+    PAIRS,
+    SEED,
+    SFT,
+    STEPS_OR_SHARE,
+    TRAIN,
+    flag,
 )
-SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
-MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
-
-ALL_VERBS = ("train", "sft", "data")
-TRAINING = ("train", "sft")
-TRAIN = ("train",)
-SFT = ("sft",)
-DATA = ("data",)
-PAIRS = ("train", "data")
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    bound: Bound | None = None,
-    usual: str | None = None,
-    verbs: tuple[str, ...] = TRAINING,
-    many: bool = False,
-) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    `choices` and `bound` limit the value, `usual` is named when it breaks them ("0.1 is usual"), `verbs` are the
-    verbs that know the flag, `many` lets it take several values (separated by spaces or commas; stored as a tuple).
-    """
-    metadata = {"help": help, "choices": choices, "bound": bound, "usual": usual, "verbs": verbs, "many": many}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -180,6 +149,35 @@ class InspectionSettings:
         None,
         "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
         verbs=DATA,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """making pairs: a model answers prompts, a scorer ranks the answers"""
+
+    generate: bool = flag(
+        False,
+        "make pairs instead: answer the prompts of --dataset_name with --model_name_or_path, score the responses, and "
+        "write the best and the worst of each prompt to --output_file; the same command goes on after an interruption",
+        verbs=DATA,
+    )
+    scorer: str | None = flag(
+        None,
+        "file.py:function(prompts, responses) that returns scores; the folder or hub name of a reward model; or the "
+        "URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY",
+        verbs=DATA,
+    )
+    num_prompts: int | None = flag(None, "use the first N different prompts", bound=AT_LEAST_ONE, verbs=DATA)
+    num_generations: int = flag(4, "responses per prompt", bound=AT_LEAST_TWO, verbs=DATA)
+    max_new_tokens: int = flag(256, "most tokens of a response", bound=AT_LEAST_ONE, verbs=DATA)
+    temperature: float = flag(1.0, "how freely responses are sampled", bound=ABOVE_ZERO, verbs=DATA)
+    judge_model: str | None = flag(None, "name of the model at the endpoint", verbs=DATA)
+    max_judge_requests: int | None = flag(
+        None, "stop after N requests to the endpoint (default: no limit)", bound=AT_LEAST_ONE, verbs=DATA
+    )
+    judge_requests_per_minute: float | None = flag(
+        None, "most requests to the endpoint in a minute (default: no limit)", bound=ABOVE_ZERO, verbs=DATA
     )
 
 
@@ -312,6 +310,7 @@ class Settings:
     training: TrainingSettings
     run: RunSettings
     inspection: InspectionSettings = dataclasses.field(default_factory=InspectionSettings)
+    generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
     trainer_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()  # names that the person set, on the command line or in --config
 
@@ -327,7 +326,7 @@ class Settings:
 
     def stages(self) -> tuple[Any, ...]:
         """The stage dataclasses, in the order in which --help shows them."""
-        return (self.model, self.lora, self.data, self.loss, self.training, self.run, self.inspection)
+        return (self.model, self.lora, self.data, self.loss, self.training, self.run, self.inspection, self.generation)
 
 
 STAGES: dict[str, type] = {
@@ -338,4 +337,5 @@ STAGES: dict[str, type] = {
     "training": TrainingSettings,
     "run": RunSettings,
     "inspection": InspectionSettings,
+    "generation": GenerationSettings,
 }

@@ -9,7 +9,8 @@ from typing import Any
 
 from utils.arguments.flag_values import ValueType, annotated_type, as_texts
 from utils.arguments.trainer_fields import CONFIG_CLASSES
-from utils.settings import ALL_VERBS, STAGES
+from utils.flags import ALL_VERBS
+from utils.settings import STAGES
 
 VERB_HELP = {
     "train": "tune a model on preference pairs with DPO (what happens without a verb)",

@@ -25,7 +25,7 @@ REMOVES = {
     "overlap": ("overlap", "near_overlap"),
     "too_long": ("too_long", "equal_when_cut", "template_refuses"),
 }
-COLUMNS = ("prompt", "chosen", "rejected", "tools")
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected")
 
 
 def choose_clean(subject: Subject, findings: Sequence[Finding], remove: Sequence[str]) -> tuple[np.ndarray, dict]:

@@ -68,7 +68,9 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
     Raises:
         UserError: those data cannot be read, or have no prompts.
     """
-    name, prompts = read_prompts(settings.inspection.compare)
+    named = WITH_SPLIT.fullmatch(settings.inspection.compare)
+    other, split = named.groups() if named else (settings.inspection.compare, None)
+    name, prompts = read_prompts(other, "--compare", split)
     keys, signatures = _sign_prompts(prompts)
     exact = np.isin(scan.prompt_keys, keys)
     alike, likeness = find_alike(scan.prompt_signatures, signatures)
@@ -113,21 +115,19 @@ def _sign_prompts(prompts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(keys), np.concatenate(signatures)
 
 
-def read_prompts(wish: str) -> tuple[str, datasets.Dataset]:
-    """The prompts of other data, `NAME` or `NAME[SPLIT]`: of pairs, of demonstrations, or a column of prompts.
+def read_prompts(name: str, flag: str, split: str | None = None) -> tuple[str, datasets.Dataset]:
+    """The prompts of any data that `flag` names: of pairs, of demonstrations, or a column of prompts.
 
     Raises:
         UserError: there are none.
     """
-    named = WITH_SPLIT.fullmatch(wish)
-    name, split = named.groups() if named else (wish, None)
     settings = DataSettings(dataset_name=name, dataset_split=split, validation_split="none", on_bad_rows="skip")
     try:
         source = load_source(settings, "train")
     except UserError as error:
-        raise UserError(*(_rename(fault, name) for fault in error.faults)) from None
+        raise UserError(*(_rename(fault, flag, name) for fault in error.faults)) from None
     if len(source.rows) == 0:
-        raise UserError(f"--compare {wish}: has no rows")
+        raise UserError(f"{flag} {name}: has no rows")
     for verb in ("train", "sft"):
         try:
             reading = find_reading(source.rows, settings, verb)
@@ -138,16 +138,16 @@ def read_prompts(wish: str) -> tuple[str, datasets.Dataset]:
             prompts = converted.filter(bool, input_columns="prompt")
             if len(prompts):
                 return source.description, prompts
-    column = next((name for name in PROMPT_NAMES if name in source.rows.column_names), None)
+    column = next((known for known in PROMPT_NAMES if known in source.rows.column_names), None)
     if column is None:
         raise UserError(
-            f"--compare {wish}: no column is known as the prompt; it has: {', '.join(source.rows.column_names)}. "
+            f"{flag} {name}: no column is known as the prompt; it has: {', '.join(source.rows.column_names)}. "
             f"Name it one of {', '.join(PROMPT_NAMES)}"
         )
     rows = source.rows.select_columns([column])
     rows = rows.filter(_is_prompt, input_columns=column)
     if len(rows) == 0:
-        raise UserError(f"--compare {wish}: the column '{column}' holds neither texts nor message lists")
+        raise UserError(f"{flag} {name}: the column '{column}' holds neither texts nor message lists")
     return source.description, rows.rename_column(column, "prompt") if column != "prompt" else rows
 
 
@@ -162,8 +162,10 @@ def _is_prompt(value: Value) -> bool:
     )
 
 
-def _rename(fault: str, name: str) -> str:
+def _rename(fault: str, flag: str, name: str) -> str:
     """What was said of --dataset_name and --dataset_split, said of --compare."""
-    fault = fault.replace("--dataset_name", "--compare")
-    fault = fault.replace("--dataset_split is missing:", f"--compare {name}: write NAME[SPLIT] to name a split:")
-    return fault.replace("--dataset_split", f"--compare {name}: split")
+    if flag == "--dataset_name":
+        return fault
+    fault = fault.replace("--dataset_name", flag)
+    fault = fault.replace("--dataset_split is missing:", f"{flag} {name}: write NAME[SPLIT] to name a split:")
+    return fault.replace("--dataset_split", f"{flag} {name}: split")
