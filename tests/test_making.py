@@ -73,6 +73,10 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_p
     code, _, err = generate(run_script, tiny_model, data, parted, *scorer, "--temperature", 0.5)
     assert code == 2
     assert "holds samples made with another temperature; remove it" in err
+    other = write_lines(tmp_path / "other.jsonl", make_pairs(20, seed=1))
+    code, _, err = generate(run_script, tiny_model, other, parted, *scorer)
+    assert code == 2
+    assert "holds samples of other prompts" in err
 
 
 def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):
@@ -172,7 +176,7 @@ def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     server.seen, server.failures, server.answer = [], [], None
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     yield server

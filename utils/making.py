@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ def make_pairs(settings: Settings) -> None:
     if not isinstance(prompts[0], str):
         say(f"chat template: {set_chat_template(tokenizer, settings.model.chat_template, transcript=False)}")
     precision = choose_precision("auto", find_device())
-    model = load_policy(source, settings, precision).to(precision.device).eval()
+    model = load_policy(source, settings, precision).to(precision.device, precision.dtype).eval()
     say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
 
-    samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings, prompts))
+    samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings), prompts)
     if samples.done:
         say(f"going on after {len(samples.done):,} prompts that {samples.path.name} holds")
     room = context_length(source, settings.model)
@@ -94,13 +95,12 @@ def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:
     return load_reward_model(wish, settings.model.trust_remote_code), None
 
 
-def _describe_run(settings: Settings, prompts: list[Prompt]) -> dict[str, Any]:
+def _describe_run(settings: Settings) -> dict[str, Any]:
     """What the samples depend on; a file of other samples is not gone on with."""
     generation = dataclasses.asdict(settings.generation)
     kept = ("scorer", "judge_model", "num_generations", "max_new_tokens", "temperature")
     model = {name: getattr(settings.model, name) for name in ("model_name_or_path", "model_revision", "chat_template")}
-    first = {"first_prompt": prompt_key(prompts[0])[:80]}
-    return {name: generation[name] for name in kept} | model | first | {"seed": settings.training.seed}
+    return {name: generation[name] for name in kept} | model | {"seed": settings.training.seed}
 
 
 def _sample(
@@ -134,8 +134,9 @@ def _sample(
 class Samples:
     """The finished samples, in the order of the prompts, in memory and in a file that grows by whole batches."""
 
-    def __init__(self, path: Path, run: dict[str, Any]):
+    def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]):
         self.path = path
+        self.prompts = prompts
         self.done: list[Sampled] = []
         try:
             if path.is_file():
@@ -164,6 +165,9 @@ class Samples:
                 whole.append(Sampled(**json.loads(line)))
             except (ValueError, TypeError):
                 break  # the line that was being written
+        whole = whole[: len(self.prompts)]
+        if [sampled.prompt for sampled in whole] != list(self.prompts[: len(whole)]):
+            raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
         self.done = whole[: len(whole) // PROMPTS_PER_BATCH * PROMPTS_PER_BATCH]
         with replacing(self.path) as beside:
             rows = [{"run": former}, *(dataclasses.asdict(sampled) for sampled in self.done)]

@@ -31,6 +31,8 @@ EXAMPLES = {
     "data": """\
   python advanced_dpo_script.py data --dataset_name ./pairs.jsonl --report_file findings.html \\
       --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --max_length 1024 --output_file clean.jsonl
+  python advanced_dpo_script.py data --generate --dataset_name ./prompts.jsonl --output_file pairs.jsonl \\
+      --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --scorer ./my-reward-model
 
 exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags cannot be used""",
 }
