@@ -2,6 +2,9 @@
 """Fine-tunes a language model on preference pairs with DPO: LoRA, 4-bit or all weights, on CPU or GPU.
 
     python advanced_dpo_script.py [VERB] --model_name_or_path M --dataset_name D --output_dir O [flags]
+    python advanced_dpo_script.py data --dataset_name D [flags]
+
+Exit codes: 0 done, 2 to be mended (every fault is named), 3 `data` found problems, 130 interrupted, 1 anything else.
 
 The story of a run, stage by stage; every stage is a room under utils/ and computes for itself.
 """
@@ -23,12 +26,12 @@ from utils.settings import Settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the verb that the arguments name. Returns the exit code: 0 done, 2 to be mended, 130 interrupted, else 1."""
+    """Runs the verb that the arguments name. Returns the exit code, as above."""
     try:
         settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         quiet_libraries()
         keep_freed_memory()
-        VERBS[settings.verb](settings)
+        return VERBS[settings.verb](settings) or 0
     except UserError as error:
         report_faults(error)
         return 2
@@ -41,7 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def report_faults(error: UserError) -> None:
@@ -68,6 +70,28 @@ def sft(settings: Settings) -> None:
     from utils.training.preparation import make_imitation_trainer
 
     run_training(settings, SFT_COLUMNS, None, make_imitation_trainer)
+
+
+def data(settings: Settings) -> int:
+    """What is in preference data and what is wrong with it -> summary, page, JSON, clean pairs; 3 for problems."""
+    if settings.generation.generate:
+        return make_pairs(settings)
+    from utils.inspection.inspecting import inspect_data
+    from utils.inspection.publishing import publish
+
+    record = inspect_data(settings)
+    publish(record, settings.inspection)
+    return record["exit_code"]
+
+
+def make_pairs(settings: Settings) -> int:
+    """Preference data made: prompts -> responses of a model -> scores -> pairs."""
+    from utils.making import make_pairs
+    from utils.runtime import quiet_loaded_libraries
+
+    quiet_loaded_libraries()
+    make_pairs(settings)
+    return 0
 
 
 def run_training(
@@ -116,7 +140,7 @@ def run_training(
         finish_run(run)
 
 
-VERBS: dict[str, Callable[[Settings], None]] = {"train": train, "sft": sft}
+VERBS: dict[str, Callable[[Settings], int | None]] = {"train": train, "sft": sft, "data": data}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be terminated is to be interrupted

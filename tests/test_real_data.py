@@ -133,3 +133,25 @@ def test_sft_then_dpo_on_real_dialogue(run_script, tmp_path):
     assert sum(row["chosen_logps"] for row in rows) / len(rows) == pytest.approx(second["held_out"]["chosen_logps"])
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), tmp_path / "b")
     assert all(torch.isfinite(value).all() for value in tuned.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("source", "known"),
+    [
+        ("ultrafeedback_prompt_strings", {"identical": 4, "empty": 1, "tie": 110}),
+        ("hh_rlhf", {"empty": 3}),
+    ],
+)
+def test_what_is_wrong_with_real_data_is_found(run_script, tmp_path, source, known):
+    data = PREFERENCES / source
+    files = ("--json_file", tmp_path / "found.json", "--output_file", tmp_path / "clean.jsonl")
+    code, _, err = run_script("data", "--dataset_name", data, "--model_name_or_path", MODEL, *files)
+    assert (code, err) == (3, "")
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    counts = {finding["name"]: finding["count"] for finding in found["findings"]}
+    assert {name: counts[name] for name in known} == known
+    assert found["tokens"]["shared_prefix_tokens"] < found["tokens"]["padded_tokens"]
+    code, _, err = run_script(
+        "--model_name_or_path", MODEL, "--dataset_name", tmp_path / "clean.jsonl", *STEP, "--dry_run"
+    )
+    assert code == 0, err

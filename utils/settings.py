@@ -8,65 +8,39 @@ says how.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Bound:
-    """What a value must satisfy: `holds(value)`, said as "must be {text}"."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-ABOVE_ZERO = Bound("above 0", lambda value: value > 0)
-AT_LEAST_ZERO = Bound("0 or more", lambda value: value >= 0)
-AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
-AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
-HALF_OPEN_UNIT = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
-CLOSED_UNIT = Bound("between 0 and 1", lambda value: 0 <= value <= 1)
-BELOW_HALF = Bound("at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
-STEPS_OR_SHARE = Bound(
-    "a whole number, or a share of all steps between 0 and 1",
-    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+from utils.flags import (
+    ABOVE_ZERO,
+    ALL_VERBS,
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    AT_LEAST_ZERO,
+    BELOW_HALF,
+    DATA,
+    HALF_OPEN_UNIT,
+    MAX_STEPS,
+    PAIRS,
+    SEED,
+    SFT,
+    STEPS_OR_SHARE,
+    TRAIN,
+    flag,
 )
-SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
-MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
-
-ALL_VERBS = ("train", "sft")
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    bound: Bound | None = None,
-    usual: str | None = None,
-    verbs: tuple[str, ...] = ALL_VERBS,
-    many: bool = False,
-) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    `choices` and `bound` limit the value, `usual` is named when it breaks them ("0.1 is usual"), `verbs` are the
-    verbs that know the flag, `many` lets it take several values (separated by spaces or commas; stored as a tuple).
-    """
-    metadata = {"help": help, "choices": choices, "bound": bound, "usual": usual, "verbs": verbs, "many": many}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-TRAIN = ("train",)
-SFT = ("sft",)
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """model"""
 
-    model_name_or_path: str | None = flag(None, "hub name or folder of the model to tune; a full model or an adapter")
-    model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)")
+    model_name_or_path: str | None = flag(
+        None,
+        "hub name or folder of the model to tune; a full model or an adapter (data: counts tokens with its tokenizer)",
+        verbs=ALL_VERBS,
+    )
+    model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)", verbs=ALL_VERBS)
     ref_model_name_or_path: str | None = flag(
         None, "a separate frozen reference model (default: the policy as it starts)", verbs=TRAIN
     )
@@ -77,11 +51,15 @@ class ModelSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str | None = flag(None, "transformers attention: sdpa, eager, flash_attention_2, ...")
-    trust_remote_code: bool = flag(False, "run Python code that comes with the model (a risk: read it first)")
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with the model (a risk: read it first)", verbs=ALL_VERBS
+    )
     use_4bit: bool = flag(False, "hold what is frozen in 4 bits: the base under --use_lora, else the reference")
     bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"))
     chat_template: str | None = flag(
-        None, "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)"
+        None,
+        "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)",
+        verbs=ALL_VERBS,
     )
 
 
@@ -131,46 +109,55 @@ class DataSettings:
         None,
         "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
         "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
+        verbs=ALL_VERBS,
     )
-    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset")
-    dataset_split: str | None = flag(None, "split to train on (default: train, train_prefs, or the only one)")
+    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=ALL_VERBS)
+    dataset_split: str | None = flag(
+        None, "split to train on (default: train, train_prefs, or the only one)", verbs=ALL_VERBS
+    )
     dataset_format: str | None = flag(
         None,
         f"how to read the rows: {', '.join(DATASET_FORMATS[:-4])}; for sft also {', '.join(DATASET_FORMATS[-4:])} "
         "(default: by their columns)",
         choices=DATASET_FORMATS,
+        verbs=ALL_VERBS,
     )
     dataset_adapter: str | None = flag(
-        None, "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None"
+        None,
+        "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None",
+        verbs=ALL_VERBS,
     )
-    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields")
-    chosen_column: str | None = flag(None, "column with the preferred response")
-    rejected_column: str | None = flag(None, "column with the other response", verbs=TRAIN)
+    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields", verbs=ALL_VERBS)
+    chosen_column: str | None = flag(None, "column with the preferred response", verbs=ALL_VERBS)
+    rejected_column: str | None = flag(None, "column with the other response", verbs=PAIRS)
     completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
     text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
     pairs_per_prompt: int | None = flag(
         None,
         "rows with several answers: most pairs of one prompt, the best against lower-scored ones (default: 1)",
         bound=AT_LEAST_ONE,
-        verbs=TRAIN,
+        verbs=PAIRS,
     )
     min_score_gap: float | None = flag(
         None,
         "rows with scores: least difference between chosen and rejected",
         bound=AT_LEAST_ZERO,
-        verbs=TRAIN,
+        verbs=PAIRS,
     )
     min_score_ratio: float | None = flag(
-        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=TRAIN
+        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=PAIRS
     )
-    strip_citations: bool = flag(False, "webgpt: take citations such as [1] or [2, 3] out of the answers")
+    strip_citations: bool = flag(
+        False, "webgpt: take citations such as [1] or [2, 3] out of the answers", verbs=ALL_VERBS
+    )
     group_by: str | None = flag(
-        None, "column whose values are kept together in training or held out (default: the prompt)"
+        None, "column whose values are kept together in training or held out (default: the prompt)", verbs=ALL_VERBS
     )
     validation_split: str | None = flag(
         None,
         "held-out data: a fraction, the name of a split, or none "
         "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
+        verbs=ALL_VERBS,
     )
     streaming: bool = flag(
         False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
@@ -180,13 +167,81 @@ class DataSettings:
     )
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     max_length: int | None = flag(
-        None, "tokens per prompt + response (default: 1024, or the model's context if shorter)", bound=AT_LEAST_TWO
+        None,
+        "tokens per prompt + response (default: 1024, or the model's context if shorter)",
+        bound=AT_LEAST_TWO,
+        verbs=ALL_VERBS,
     )
     truncation: str = flag(
         "shorten_prompt",
         "for longer pairs: shorten_prompt from its left, then cut the response (its cut end is not taught as an end); "
         "drop the pair; or stop with an error. All are counted",
         choices=("shorten_prompt", "drop", "error"),
+    )
+
+
+REMOVABLE = (
+    "ties",
+    "score_contradictions",
+    "near_duplicates",
+    "broken_text",
+    "held_out_prompts",
+    "overlap",
+    "too_long",
+)
+
+
+@dataclass(frozen=True)
+class InspectionSettings:
+    """what to do with the findings"""
+
+    report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs=DATA)
+    json_file: str | None = flag(None, "write every number as JSON; - prints it in place of the summary", verbs=DATA)
+    output_file: str | None = flag(
+        None,
+        "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs labelled both ways",
+        verbs=DATA,
+    )
+    remove: tuple[str, ...] | None = flag(
+        None,
+        f"what else to leave out of --output_file: {', '.join(REMOVABLE)}",
+        choices=REMOVABLE,
+        many=True,
+        verbs=DATA,
+    )
+    compare: str | None = flag(
+        None,
+        "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
+        verbs=DATA,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """making pairs: a model answers prompts, a scorer ranks the answers"""
+
+    generate: bool = flag(
+        False,
+        "make pairs instead: answer the prompts of --dataset_name with --model_name_or_path, score the responses, and "
+        "write the best and the worst of each prompt to --output_file; the same command goes on after an interruption",
+        verbs=DATA,
+    )
+    scorer: str | None = flag(
+        None,
+        "file.py:function(prompts, responses) that returns scores; the folder or hub name of a reward model; or the "
+        "URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY",
+        verbs=DATA,
+    )
+    num_prompts: int | None = flag(None, "use the first N different prompts", bound=AT_LEAST_ONE, verbs=DATA)
+    num_generations: int = flag(4, "responses per prompt", bound=AT_LEAST_TWO, verbs=DATA)
+    max_new_tokens: int = flag(256, "most tokens of a response", bound=AT_LEAST_ONE, verbs=DATA)
+    temperature: float = flag(1.0, "how freely responses are sampled", bound=ABOVE_ZERO, verbs=DATA)
+    judge_model: str | None = flag(None, "name of the model at the endpoint", verbs=DATA)
+    max_judge_requests: int | None = flag(
+        None, "stop after N requests to the endpoint (default: no limit)", bound=AT_LEAST_ONE, verbs=DATA
+    )
+    judge_requests_per_minute: float | None = flag(
+        None, "most requests to the endpoint in a minute (default: no limit)", bound=ABOVE_ZERO, verbs=DATA
     )
 
 
@@ -286,7 +341,7 @@ class TrainingSettings:
     )
     save_steps: float = flag(500, "steps between two checkpoints", bound=STEPS_OR_SHARE)
     save_total_limit: int | None = flag(None, "keep only the newest N checkpoints", bound=AT_LEAST_ONE)
-    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=SEED)
+    seed: int = flag(42, "fixes the split, the order of the data and the adapter's start", bound=SEED, verbs=ALL_VERBS)
 
 
 @dataclass(frozen=True)
@@ -318,6 +373,8 @@ class Settings:
     loss: LossSettings
     training: TrainingSettings
     run: RunSettings
+    inspection: InspectionSettings = dataclasses.field(default_factory=InspectionSettings)
+    generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
     trainer_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()  # names that the person set, on the command line or in --config
 
@@ -333,7 +390,7 @@ class Settings:
 
     def stages(self) -> tuple[Any, ...]:
         """The stage dataclasses, in the order in which --help shows them."""
-        return (self.model, self.lora, self.data, self.loss, self.training, self.run)
+        return (self.model, self.lora, self.data, self.loss, self.training, self.run, self.inspection, self.generation)
 
 
 STAGES: dict[str, type] = {
@@ -343,4 +400,6 @@ STAGES: dict[str, type] = {
     "loss": LossSettings,
     "training": TrainingSettings,
     "run": RunSettings,
+    "inspection": InspectionSettings,
+    "generation": GenerationSettings,
 }

@@ -7,12 +7,10 @@ them could not be read, so that one mistake is reported once.
 from __future__ import annotations
 
 import difflib
-import os.path
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator
 
+from utils.arguments.candidate import Candidate, Check
+from utils.arguments.data_checks import DATA_CHECKS
 from utils.arguments.flag_values import is_number
 from utils.errors import UserError
 from utils.settings import Settings
@@ -44,51 +42,9 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Settings whose values were read one by one, not yet known to fit together.
-
-    `labels` says how the person wrote each given name; `broken` are names whose value could not be read.
-    """
-
-    settings: Settings
-    labels: Mapping[str, str]
-    broken: frozenset[str]
-    adapter_found: bool | None = None  # whether the model is known to carry an adapter
-
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        return self.settings.flat()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values.get(name)
-
-    def label(self, name: str) -> str:
-        return self.labels.get(name, f"--{name}")
-
-    def given(self, *names: str) -> list[str]:
-        """Those of the names that the person set to something; None asks for the default."""
-        return [name for name in names if name in self.settings.given and self[name] is not None]
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether training is known to continue an adapter, be it on its own or as the model."""
-        if self.adapter_found is not None:
-            return self.adapter_found
-        folder = os.path.expanduser(self["model_name_or_path"] or "")
-        return self["adapter_name_or_path"] is not None or os.path.isfile(os.path.join(folder, "adapter_config.json"))
-
-    @property
-    def may_have_adapter(self) -> bool:
-        """The same, or not known yet: what a hub repository holds shows later."""
-        name = self["model_name_or_path"] or ""
-        unknown = self.adapter_found is None and "/" in name and not os.path.isdir(os.path.expanduser(name))
-        return self.has_adapter or unknown
-
-
 def cross_faults(candidate: Candidate) -> list[str]:
     """Every fault of the settings as a whole, one line each."""
-    checks = CHECKS | TRAIN_CHECKS if candidate.settings.verb == "train" else CHECKS
+    checks = VERB_CHECKS[candidate.settings.verb]
     sound = [check for check, names in checks.items() if candidate.broken.isdisjoint(names)]
     return [fault for check in sound for fault in check(candidate)]
 
@@ -279,8 +235,6 @@ def best_model(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('metric_for_best_model')} is {name!r}: must be one of {', '.join(names)}"
 
 
-Check = Callable[[Candidate], Iterator[str]]
-
 CHECKS: dict[Check, tuple[str, ...]] = {
     required: (),  # a value that could not be read is no missing value; the check sees to that itself
     lora_without_adapter: ("use_lora", "adapter_name_or_path", "model_name_or_path"),
@@ -299,3 +253,4 @@ TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
     loss_fields: ("loss_type", "f_divergence_type", "ld_alpha"),
     moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),
 }
+VERB_CHECKS = {"train": CHECKS | TRAIN_CHECKS, "sft": CHECKS, "data": DATA_CHECKS | {splits: CHECKS[splits]}}

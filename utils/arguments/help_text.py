@@ -9,11 +9,13 @@ from typing import Any
 
 from utils.arguments.flag_values import ValueType, annotated_type, as_texts
 from utils.arguments.trainer_fields import CONFIG_CLASSES
-from utils.settings import ALL_VERBS, STAGES
+from utils.flags import ALL_VERBS
+from utils.settings import STAGES
 
 VERB_HELP = {
     "train": "tune a model on preference pairs with DPO (what happens without a verb)",
     "sft": "supervised fine-tuning on the chosen responses, or on prompt/completion rows",
+    "data": "say what is in preference data and what is wrong with it; write the clean pairs",
 }
 EXAMPLES = {
     "train": """\
@@ -26,6 +28,13 @@ EXAMPLES = {
       --dataset_name trl-lib/ultrafeedback_binarized --output_dir ./llama2-7b-sft-lora \\
       --use_lora --use_4bit --lora_r 64 --lora_alpha 16 --num_train_epochs 1 \\
       --logging_steps 10 --save_steps 200 --use_wandb""",
+    "data": """\
+  python advanced_dpo_script.py data --dataset_name ./pairs.jsonl --report_file findings.html \\
+      --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --max_length 1024 --output_file clean.jsonl
+  python advanced_dpo_script.py data --generate --dataset_name ./prompts.jsonl --output_file pairs.jsonl \\
+      --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --scorer ./my-reward-model
+
+exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags cannot be used""",
 }
 
 

@@ -13,13 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from utils.arguments.candidate import Candidate
 from utils.arguments.config_file import Entry, read_config
-from utils.arguments.cross_checks import Candidate, cross_faults
+from utils.arguments.cross_checks import cross_faults
 from utils.arguments.flag_values import ValueType, annotated_type, as_texts, is_number, read_list, read_text
 from utils.arguments.help_text import help_text
 from utils.arguments.trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
 from utils.errors import UserError
-from utils.settings import ALL_VERBS, STAGES, Bound, Settings
+from utils.flags import ALL_VERBS, Bound
+from utils.settings import STAGES, Settings
 
 DEFAULT_VERB = "train"
 # Names from other scripts and older versions that the nearest spelling would not find.

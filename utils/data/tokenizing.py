@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data.places import SHOWN, Place, list_places, row_places
 from utils.errors import UserError
@@ -61,7 +61,11 @@ class PromptEncoder:
         self.code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         self.tokenizer = tokenizer
         self.end_ids = frozenset(end_ids) | {tokenizer.eos_token_id}
-        probe = tokenizer("a")["input_ids"]
+        probe = tokenizer("a")["input_ids"]  # this also switches off any truncation and padding of its own
+        plain = PreTrainedTokenizerFast
+        self._is_plain = isinstance(tokenizer, plain) and all(
+            getattr(type(tokenizer), name) is getattr(plain, name) for name in ("__call__", "_encode_plus")
+        )
         self.bos_ids = [tokenizer.bos_token_id] if probe[:1] == [tokenizer.bos_token_id] else []
 
     @property
@@ -73,13 +77,16 @@ class PromptEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with no token added."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        if self._is_plain:  # the same ids in two thirds of the time: where they stand in the text is not worked out
+            encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encoded]
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
         """The ids that generation starts from, one list per prompt."""
-        tools = tools or [None] * len(prompts)
-        texts = [self._prompt_text(prompt, tool) for prompt, tool in zip(prompts, tools, strict=True)]
-        return [self._begin(prompt, ids) for prompt, ids in zip(prompts, self.encode(texts), strict=True)]
+        return self.encode_rows(prompts, [], tools)[0]
 
     def encode_continuations(
         self,
@@ -88,17 +95,26 @@ class PromptEncoder:
         tools: Sequence[Any] | None = None,
     ) -> list[list[int]]:
         """The ids that follow each prompt's ids, ending in exactly one end-of-text token."""
+        return self.encode_rows(prompts, [completions], tools)[1]
+
+    def encode_rows(
+        self, prompts: Sequence[str | Turns], sides: Sequence[Sequence[str | Turns]], tools: Sequence[Any] | None = None
+    ) -> list[list[list[int]]]:
+        """What `encode_prompts` gives and, for each of `sides`, what `encode_continuations` gives, in one go."""
         tools = tools or [None] * len(prompts)
-        rendered = [
-            self._prompt_and_completion(prompt, completion, tool)
-            for prompt, completion, tool in zip(prompts, completions, tools, strict=True)
-        ]
-        whole = self.encode([prompt + completion for prompt, completion in rendered])
-        starts = self.encode([prompt for prompt, _ in rendered])
-        return [
-            self._end_once(ids[len(start) :] if ids[: len(start)] == start else self._encode_apart(completion))
-            for (_, completion), ids, start in zip(rendered, whole, starts, strict=True)
-        ]
+        starts = [self._prompt_text(prompt, tool) for prompt, tool in zip(prompts, tools, strict=True)]
+        start_ids = self.encode(starts)
+        encoded = [[self._begin(prompt, ids) for prompt, ids in zip(prompts, start_ids, strict=True)]]
+        for side in sides:
+            rests = [self._rest_text(*parts) for parts in zip(starts, prompts, side, tools, strict=True)]
+            whole = self.encode([start + rest for start, rest in zip(starts, rests, strict=True)])
+            encoded.append(
+                [
+                    self._end_once(ids[len(begin) :] if ids[: len(begin)] == begin else self._encode_apart(rest))
+                    for rest, ids, begin in zip(rests, whole, start_ids, strict=True)
+                ]
+            )
+        return encoded
 
     def _begin(self, prompt: str | Turns, ids: list[int]) -> list[int]:
         # A template writes its own BOS or wants none; plain text gets one where the tokenizer adds it by itself.
@@ -111,22 +127,21 @@ class PromptEncoder:
             return prompt
         return self._render(prompt, tools, add_generation_prompt=True)
 
-    def _prompt_and_completion(self, prompt: str | Turns, completion: str | Turns, tools: Any) -> tuple[str, str]:
-        """The text generation starts from, and the text that follows it there."""
-        start = self._prompt_text(prompt, tools)
+    def _rest_text(self, start: str, prompt: str | Turns, completion: str | Turns, tools: Any) -> str:
+        """The text that follows, where generation starts from `start`, the text of the prompt."""
         if isinstance(completion, str):
-            return start, completion
+            return completion
         whole = self._render([*prompt, *completion], tools)
         if whole.startswith(start):
-            return start, whole[len(start) :]
+            return whole[len(start) :]
         # The template writes something in front of a reply to come that it leaves out of a reply that is there (an
         # empty think block, say). The prompt keeps it, as in generation; the completion begins where any reply would.
         any_reply = self._render([*prompt, {**completion[0], "content": ANY_REPLY}], tools)
         head, found, tail = any_reply.rpartition(ANY_REPLY)
         if found and start.startswith(head) and whole.startswith(head):
-            return start, whole[len(head) :]
+            return whole[len(head) :]
         contents = "".join(str(turn.get("content") or "") for turn in completion)
-        return start, contents + (tail if found else "")
+        return contents + (tail if found else "")
 
     def _render(self, turns: Turns, tools: Any, add_generation_prompt: bool = False) -> str:
         try:
@@ -208,10 +223,9 @@ def _tokenize_batch(
     batch: dict[str, list[Any]], encoder: PromptEncoder, completions: dict[str, str], max_length: int
 ) -> dict[str, list[Any]]:
     tools = batch.get("tools")
-    columns = {"prompt_ids": encoder.encode_prompts(batch["prompt"], tools), "row": batch["row"]}
+    prompt_ids, *sides = encoder.encode_rows(batch["prompt"], [batch[name] for name in completions.values()], tools)
+    columns = {"prompt_ids": prompt_ids, "row": batch["row"], **dict(zip(completions, sides, strict=True))}
     columns |= {"id": batch["id"]} if "id" in batch else {}
-    for name, column in completions.items():
-        columns[name] = encoder.encode_continuations(batch["prompt"], batch[column], tools)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     fitted = [_fit_row(row, list(completions), max_length, encoder.opening_ids) for row in rows]
     tokenized = {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}

@@ -1,0 +1,274 @@
+"""Pairs that a model and a scorer make: by function, reward model and endpoint; interrupted and gone on with."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import make_pairs, save_tiny_tokenizer, write_lines
+
+from utils.errors import UserError
+from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model
+from utils.making import Sampled, pick_pair
+
+KEY = "sk-a-key-that-must-not-be-written"
+BY_LENGTH = "def longest(prompts, responses):\n    return [len(response) for response in responses]\n"
+
+
+@pytest.fixture
+def scorer_file(tmp_path) -> Path:
+    path = tmp_path / "scorer.py"
+    path.write_text(BY_LENGTH, encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def generate(run_script, model: Path, data: Path, output: Path, *flags) -> tuple[int, str, str]:
+    short = ("--num_generations", 3, "--max_new_tokens", 6)
+    names = ("--model_name_or_path", model, "--dataset_name", data, "--output_file", output)
+    return run_script("data", "--generate", *names, *short, *flags)
+
+
+def test_best_and_worst_become_a_pair_that_train_reads(run_script, tmp_path, tiny_model, scorer_file):
+    rows = make_pairs(10)
+    data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in (*rows, rows[0])])
+    output = tmp_path / "made.jsonl"
+    code, out, err = generate(run_script, tiny_model, data, output, "--scorer", f"{scorer_file}:longest")
+    assert code == 0, err
+    made = read_lines(output)
+    assert f"wrote {len(made)} pairs" in out
+    first, *samples = read_lines(tmp_path / "made.jsonl.samples.jsonl")
+    assert first["run"]["num_generations"] == 3
+    assert [sample["prompt"] for sample in samples] == [row["prompt"] for row in rows], "each prompt once"
+    by_prompt = {sample["prompt"]: sample for sample in samples}
+    for pair in made:
+        responses = by_prompt[pair["prompt"]]["responses"]
+        assert pair["score_chosen"] == len(pair["chosen"]) == max(map(len, responses))
+        assert pair["score_rejected"] == len(pair["rejected"])
+        assert pair["score_chosen"] > pair["score_rejected"]
+    assert len(made) >= 5
+    code, _, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", output, "--use_lora", "--dry_run")
+    assert code == 0, err
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_path, tiny_model, scorer_file):
+    data = write_lines(tmp_path / "prompts.jsonl", make_pairs(20))
+    whole, parted = tmp_path / "whole.jsonl", tmp_path / "parted.jsonl"
+    scorer = ("--scorer", f"{scorer_file}:longest")
+    assert generate(run_script, tiny_model, data, whole, *scorer)[0] == 0
+    lines = (tmp_path / "whole.jsonl.samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = "".join(lines[:12]) + lines[12][:20]  # killed in the second batch, in the middle of a line
+    (tmp_path / "parted.jsonl.samples.jsonl").write_text(cut, encoding="utf-8")
+    code, out, err = generate(run_script, tiny_model, data, parted, *scorer)
+    assert code == 0, err
+    assert "going on after 8 prompts" in out
+    assert parted.read_bytes() == whole.read_bytes()
+    code, _, err = generate(run_script, tiny_model, data, parted, *scorer, "--temperature", 0.5)
+    assert code == 2
+    assert "holds samples made with another temperature; remove it" in err
+    other = write_lines(tmp_path / "other.jsonl", make_pairs(20, seed=1))
+    code, _, err = generate(run_script, tiny_model, other, parted, *scorer)
+    assert code == 2
+    assert "holds samples of other prompts" in err
+
+
+def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):
+    prompts = [{"prompt": [{"role": "user", "content": pair["prompt"]}]} for pair in make_pairs(3)]
+    data = write_lines(tmp_path / "prompts.jsonl", prompts)
+    output = tmp_path / "made.jsonl"
+    code, _, err = generate(run_script, tiny_model, data, output, "--scorer", f"{scorer_file}:longest")
+    assert code == 0, err
+    assert [message["role"] for message in read_lines(output)[0]["chosen"]] == ["assistant"]
+
+
+def test_prompts_without_room_are_counted(run_script, tmp_path, tiny_model, scorer_file):
+    data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "lovely " * 200}, *make_pairs(3)])
+    scorer = ("--scorer", f"{scorer_file}:longest")
+    code, out, err = generate(run_script, tiny_model, data, tmp_path / "made.jsonl", *scorer)
+    assert code == 0, err
+    assert "1 without a pair: prompt too long for the model's context" in out
+
+
+def test_what_makes_no_pair():
+    assert pick_pair(Sampled("p", ["a", "a "], [1.0, 2.0])) == "fewer than two different responses"
+    assert pick_pair(Sampled("p", ["a", " "], [1.0, 2.0])) == "fewer than two different responses"
+    assert pick_pair(Sampled("p", ["a", "b"], [1.0, 1.0])) == "no response scores higher than another"
+    assert pick_pair(Sampled("p", ["a", "b", ""], [1.0, 2.0, 9.0]))["chosen"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("def score(prompts, responses): return [1]", "must return one finite number per response; for 2 responses"),
+        ("def score(prompts, responses): return [1, float('nan')]", "some not finite"),
+        ("def score(prompts, responses): return 'ab'", "must return a list of numbers; it returned 'ab'"),
+        ("def other(): pass", "has no function score"),
+        ("import nothing_of_this_name", "the file cannot be run (ModuleNotFoundError"),
+    ],
+)
+def test_functions_that_do_not_score_are_named(tmp_path, code, fault):
+    path = tmp_path / "scorer.py"
+    path.write_text(code + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(fault)):
+        load_function(f"{path}:score")(["p", "p"], ["a", "b"])
+
+
+def test_a_reward_model_scores_prompt_and_response(tmp_path):
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path / "reward"
+    size = save_tiny_tokenizer(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=size, num_labels=1, pad_token_id=2, **shape))
+    model.save_pretrained(folder)
+    scores = load_reward_model(str(folder))(["On day one", "On day one"], [" lovely.", " awful."])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        expected = [
+            model(**tokenizer("On day one" + text, return_tensors="pt")).logits.item()
+            for text in (" lovely.", " awful.")
+        ]
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert scores[0] != scores[1]
+    with pytest.raises(UserError, match="no chat template"):
+        load_reward_model(str(folder))([[{"role": "user", "content": "hi"}]], ["yes"])
+    with pytest.raises(UserError, match="no reward model can be loaded"):
+        load_reward_model(str(tmp_path / "nothing"))
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Prefers the longer response, and when they are of one length whichever stands first; fails when told to."""
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.seen.append((self.path, self.headers.get("Authorization"), body))
+        if server.failures:
+            code, headers = server.failures.pop(0)
+            self.send_response(code)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(f"no: {self.headers.get('Authorization')}".encode())
+            return
+        text = body["messages"][0]["content"]
+        one, other = re.search(r"\[Response A\]\n(.*)\n\n\[Response B\]\n(.*)\n\nAnswer", text, re.DOTALL).groups()
+        content = server.answer or ("A" if len(one) >= len(other) else "B")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    server.seen, server.failures, server.answer = [], [], None
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def make_judge(endpoint, cache: Path, waits: list[float] | None = None, **limits) -> EndpointJudge:
+    keep = [] if waits is None else waits
+    return EndpointJudge(endpoint.url, "judge-1", cache, JudgeLimits(**limits), sleep=keep.append)
+
+
+def test_a_judge_is_asked_in_both_orders_and_only_once(endpoint, tmp_path):
+    judge = make_judge(endpoint, tmp_path)
+    prompts, responses = ["p"] * 3 + ["q"] * 2, ["aaa", "bb", "c", "dd", "ee"]
+    # "dd" and "ee" are equally long: the answer goes by the order, and both orders together say neither.
+    assert judge.score(prompts, responses) == [1.0, 0.5, 0.0, 0.5, 0.5]
+    assert judge.asked == len(endpoint.seen) == 8
+    path, authorization, body = endpoint.seen[0]
+    assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
+    assert (body["model"], body["temperature"]) == ("judge-1", 0)
+    again = make_judge(endpoint, tmp_path)
+    assert again.score(prompts, responses) == [1.0, 0.5, 0.0, 0.5, 0.5]
+    assert (again.asked, len(endpoint.seen)) == (0, 8)
+
+
+def test_passing_failures_are_tried_again_after_longer_waits(endpoint, tmp_path):
+    endpoint.failures = [(503, {}), (500, {}), (429, {"Retry-After": "7"})]
+    waits: list[float] = []
+    assert make_judge(endpoint, tmp_path, waits)._ask("p", "longer", "short") == 1.0
+    assert waits == [1.0, 2.0, 7.0]
+    endpoint.failures = [(502, {})] * 6
+    with pytest.raises(UserError, match="no answer in 6 attempts"):
+        make_judge(endpoint, tmp_path)._ask("p", "other", "one")
+
+
+@pytest.mark.parametrize(("code", "fault"), [(401, "refused .401"), (400, "400 Bad Request: no: Bearer ...$")])
+def test_lasting_failures_are_said_at_once_and_without_the_key(endpoint, tmp_path, code, fault):
+    endpoint.failures = [(code, {})]
+    with pytest.raises(UserError, match=fault) as caught:
+        make_judge(endpoint, tmp_path)._ask("p", "longer", "short")
+    assert KEY not in str(caught.value)
+    assert len(endpoint.seen) == 1
+
+
+def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):
+    waits: list[float] = []
+    judge = make_judge(endpoint, tmp_path, waits, requests=3, requests_per_minute=60)
+    for text in ("aa", "bbb", "cccc"):
+        judge._ask("p", text, "d")
+    with pytest.raises(UserError, match="--max_judge_requests 3 are used up"):
+        judge._ask("p", "eeeee", "d")
+    assert len(endpoint.seen) == 3
+    assert waits == [pytest.approx(1, abs=0.2), pytest.approx(2, abs=0.3)]
+
+
+def test_an_answer_without_a_verdict_is_counted_and_is_neither(endpoint, tmp_path):
+    endpoint.answer = "Both have their merits."
+    judge = make_judge(endpoint, tmp_path)
+    assert judge.prefer("p", "one", "two") == 0.5
+    assert judge.unreadable == 2
+
+
+def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model, endpoint):
+    data = write_lines(tmp_path / "prompts.jsonl", make_pairs(3))
+    flags = ("--scorer", endpoint.url, "--judge_model", "judge-1")
+    code, out, err = generate(run_script, tiny_model, data, tmp_path / "made.jsonl", *flags, "--max_judge_requests", 4)
+    assert code == 2
+    assert "--max_judge_requests 4 are used up" in err
+    code, out, err = generate(run_script, tiny_model, data, tmp_path / "made.jsonl", *flags)
+    assert code == 0, err
+    assert re.search(r"\d+ requests to the judge, 0 answers without a verdict", out)
+    for pair in read_lines(tmp_path / "made.jsonl"):
+        assert len(pair["chosen"]) >= len(pair["rejected"])
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
+    assert KEY not in out + err
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--generate"], "--scorer is missing: name a file.py:function"),
+        (["--num_generations", "2"], "--num_generations: has no effect without --generate"),
+        (["--generate", "--scorer", "http://x/v1"], "--judge_model is missing: name the model at the endpoint"),
+        (["--generate", "--scorer", "x.py:f", "--judge_model", "m"], "--judge_model: is for an endpoint"),
+        (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs and checks none"),
+        (["--generate", "--num_generations", "1"], "--num_generations is 1: must be 2 or more"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(run_script, flags, fault):
+    names = ("--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_file", "o.jsonl")
+    code, _, err = run_script("data", *names, *flags)
+    assert code == 2
+    assert f"error: {fault}" in err

@@ -1,0 +1,69 @@
+"""The pairs that are worth training on, in the explicit-prompt form that any trainer reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from utils.errors import UserError
+from utils.inspection.findings import Finding
+from utils.inspection.subject import Subject
+from utils.saving import replacing
+
+ALWAYS = ("duplicate", "both_ways")
+REMOVES = {
+    "ties": ("tie",),
+    "score_contradictions": ("score_contradiction",),
+    "near_duplicates": ("near_duplicate",),
+    "broken_text": ("control", "encoding"),
+    "held_out_prompts": ("held_out_prompt",),
+    "overlap": ("overlap", "near_overlap"),
+    "too_long": ("too_long", "equal_when_cut", "template_refuses"),
+}
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected")
+
+
+def choose_clean(subject: Subject, findings: Sequence[Finding], remove: Sequence[str]) -> tuple[np.ndarray, dict]:
+    """Positions of the training split's pairs that stay, and how many were left out for what (the first reason each).
+
+    The held-out split of a source that has its own is not written.
+    """
+    names = [*ALWAYS, *(name for wish in remove for name in REMOVES[wish])]
+    keep = subject.part_of == 0
+    removed = {reason: len(positions) for reason, positions in subject.parts[0].bad.items()}
+    for name in names:
+        for finding in (finding for finding in findings if finding.name == name):
+            before = int(keep.sum())
+            keep[finding.leave_out] = False
+            removed[name] = removed.get(name, 0) + before - int(keep.sum())
+    return np.flatnonzero(keep), removed
+
+
+def write_pairs(path: Path, pairs: datasets.Dataset) -> None:
+    """Writes `prompt`, `chosen`, `rejected` (and `tools`) as JSON lines or Parquet, by the file's ending, in one step.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows = pairs.select_columns([name for name in COLUMNS if name in pairs.column_names])
+    try:
+        with replacing(path) as beside:
+            if path.suffix.lower() == ".parquet":
+                rows.to_parquet(beside)
+                return
+            with open(beside, "w", encoding="utf-8") as file:
+                for batch in rows.iter(1000):
+                    for values in zip(*batch.values(), strict=True):
+                        file.write(json.dumps(_without_null(dict(zip(batch, values, strict=True))), ensure_ascii=False))
+                        file.write("\n")
+    except OSError as error:
+        raise UserError(f"--output_file {path}: cannot be written ({error.strerror})") from None
+
+
+def _without_null(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}

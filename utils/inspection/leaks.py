@@ -1,0 +1,171 @@
+"""Prompts that stand where they should not: in training and in the held-out data, or in an evaluation set too."""
+
+from __future__ import annotations
+
+import re
+
+import datasets
+import numpy as np
+
+from utils.data.conversion import convert_rows
+from utils.data.schemas import find_reading
+from utils.data.sources import load_source
+from utils.data.splitting import prompt_key
+from utils.errors import UserError
+from utils.inspection.findings import NOTE, PROBLEM, Finding, find_pairs, with_example
+from utils.inspection.scanning import Scan, hash_texts
+from utils.inspection.similarity import ALIKE, find_alike, sign_texts
+from utils.inspection.subject import Subject
+from utils.inspection.texts import Value, flatten
+from utils.settings import DataSettings, Settings
+
+PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query", "problem", "text", "messages")
+WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
+BATCH = 1000
+
+
+def check_held_out(subject: Subject, scan: Scan) -> list[Finding]:
+    """Held-out pairs whose prompt, or one nearly the same, is trained on."""
+    held_out, trained = np.flatnonzero(subject.held_out), np.flatnonzero(~subject.held_out)
+    if len(held_out) == 0 or len(trained) == 0:
+        return []
+    shared = np.isin(scan.prompt_keys[held_out], scan.prompt_keys[trained])
+    alike, _ = find_alike(scan.prompt_signatures[held_out], scan.prompt_signatures[trained])
+    near = (alike >= 0) & ~shared
+    # What is taken out is the trained pairs: an evaluation keeps its size.
+    behind = np.isin(scan.prompt_keys, scan.prompt_keys[held_out[shared]]) & ~subject.held_out
+    findings = [
+        *find_pairs(
+            subject, "held_out_prompt", PROBLEM, "a held-out pair with a prompt that is trained on",
+            "Their accuracy says less than it seems; --remove held_out_prompts leaves out the trained side of them.",
+            held_out[shared], np.flatnonzero(behind),
+        ),
+        *find_pairs(
+            subject, "near_held_out_prompt", NOTE,
+            f"a held-out pair with a prompt nearly the same as one trained on (about {ALIKE:.0%} alike)",
+            "Look whether they ask the same; the split keeps equal prompts together, not similar ones.",
+            held_out[near], np.zeros(0, dtype=int),
+        ),
+    ]  # fmt: skip
+    return [_show_other(finding, subject, held_out, trained, alike) for finding in findings]
+
+
+def _show_other(
+    finding: Finding, subject: Subject, held_out: np.ndarray, trained: np.ndarray, alike: np.ndarray
+) -> Finding:
+    if finding.name != "near_held_out_prompt":
+        return finding
+    for number in range(len(finding.examples)):
+        pair = trained[alike[np.searchsorted(held_out, finding.pairs[number])]]
+        text = flatten(subject.pairs[int(pair)]["prompt"])[-400:]
+        finding = with_example(finding, number, **{"trained prompt": f"{subject.find_place(int(pair))}: {text}"})
+    return finding
+
+
+def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[list[Finding], dict]:
+    """Pairs whose prompt stands in the data of --compare too, and the numbers of the comparison.
+
+    Raises:
+        UserError: those data cannot be read, or have no prompts.
+    """
+    named = WITH_SPLIT.fullmatch(settings.inspection.compare)
+    other, split = named.groups() if named else (settings.inspection.compare, None)
+    name, prompts = read_prompts(other, "--compare", split)
+    keys, signatures = _sign_prompts(prompts)
+    exact = np.isin(scan.prompt_keys, keys)
+    alike, likeness = find_alike(scan.prompt_signatures, signatures)
+    near = (alike >= 0) & ~exact
+    findings = [
+        *find_pairs(
+            subject, "overlap", PROBLEM, f"a prompt that stands in {name} too",
+            "A model trained on them is not measured by these data; --remove overlap leaves them out.",
+            np.flatnonzero(exact),
+        ),
+        *find_pairs(
+            subject, "near_overlap", NOTE, f"a prompt nearly the same as one of {name} (about {ALIKE:.0%})",
+            "Look whether they ask the same; --remove overlap leaves them out too.",
+            np.flatnonzero(near),
+        ),
+    ]  # fmt: skip
+    for place, finding in enumerate(findings):
+        if finding.name == "near_overlap":
+            for number in range(len(finding.examples)):
+                pair = finding.pairs[number]
+                text = flatten(prompts[int(alike[pair])]["prompt"])[-400:]
+                finding = with_example(finding, number, **{f"prompt of {name}": text})
+            findings[place] = finding
+    met = np.isin(keys, scan.prompt_keys)
+    counts = {
+        "source": name,
+        "prompts": len(keys),
+        "prompts_found": int(met.sum()),
+        "prompts_nearly_found": int((~met & np.isin(np.arange(len(keys)), alike[near])).sum()),
+        "pairs": int(exact.sum()),
+        "near_pairs": int(near.sum()),
+        "highest_likeness": float(likeness[near].max()) if near.any() else None,
+    }
+    return findings, counts
+
+
+def _sign_prompts(prompts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    keys, signatures = [], []
+    for batch in prompts.select_columns(["prompt"]).iter(batch_size=BATCH):
+        keys.append(hash_texts([prompt_key(prompt) for prompt in batch["prompt"]]))
+        signatures.append(sign_texts([flatten(prompt) for prompt in batch["prompt"]]))
+    return np.concatenate(keys), np.concatenate(signatures)
+
+
+def read_prompts(name: str, flag: str, split: str | None = None) -> tuple[str, datasets.Dataset]:
+    """The prompts of any data that `flag` names: of pairs, of demonstrations, or a column of prompts.
+
+    Raises:
+        UserError: there are none.
+    """
+    settings = DataSettings(dataset_name=name, dataset_split=split, validation_split="none", on_bad_rows="skip")
+    try:
+        source = load_source(settings, "train")
+    except UserError as error:
+        raise UserError(*(_rename(fault, flag, name) for fault in error.faults)) from None
+    if len(source.rows) == 0:
+        raise UserError(f"{flag} {name}: has no rows")
+    for verb in ("train", "sft"):
+        try:
+            reading = find_reading(source.rows, settings, verb)
+        except UserError:
+            continue
+        if "prompt" in reading.columns or not reading.is_text:
+            converted = convert_rows(source.rows, reading)
+            prompts = converted.filter(bool, input_columns="prompt")
+            if len(prompts):
+                return source.description, prompts
+    column = next((known for known in PROMPT_NAMES if known in source.rows.column_names), None)
+    if column is None:
+        raise UserError(
+            f"{flag} {name}: no column is known as the prompt; it has: {', '.join(source.rows.column_names)}. "
+            f"Name it one of {', '.join(PROMPT_NAMES)}"
+        )
+    rows = source.rows.select_columns([column])
+    rows = rows.filter(_is_prompt, input_columns=column)
+    if len(rows) == 0:
+        raise UserError(f"{flag} {name}: the column '{column}' holds neither texts nor message lists")
+    return source.description, rows.rename_column(column, "prompt") if column != "prompt" else rows
+
+
+def _is_prompt(value: Value) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in value)
+        and all(isinstance(turn["content"], str) and isinstance(turn["role"], str) for turn in value)
+    )
+
+
+def _rename(fault: str, flag: str, name: str) -> str:
+    """What was said of --dataset_name and --dataset_split, said of --compare."""
+    if flag == "--dataset_name":
+        return fault
+    fault = fault.replace("--dataset_name", flag)
+    fault = fault.replace("--dataset_split is missing:", f"{flag} {name}: write NAME[SPLIT] to name a split:")
+    return fault.replace("--dataset_split", f"{flag} {name}: split")

@@ -1,0 +1,152 @@
+"""Checks of the pairs themselves: rows without a pair, copies, contradictions, labels that look wrong, broken text.
+
+Each returns a list of findings, empty where there is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from utils.data.places import SHOWN
+from utils.inspection.findings import EXAMPLES, NOTE, PROBLEM, Finding, excerpts, find_pairs
+from utils.inspection.scanning import Scan
+from utils.inspection.similarity import ALIKE, group_alike
+from utils.inspection.subject import Subject, read_scores
+from utils.inspection.texts import FORMS, STAINS
+
+ANSWER_WORDS = 10  # from which a response counts as an answer
+
+
+def check_bad_rows(subject: Subject) -> list[Finding]:
+    """Lines that hold no row, and rows that hold no pair: `train` stops at them or skips them."""
+    findings = [
+        Finding("unreadable", PROBLEM, f"a line that cannot be read: {reason}", "Mend or remove them.", count)
+        for reason, count in Counter(subject.source.dropped).items()
+    ]
+    reasons = dict.fromkeys(reason for part in subject.parts for reason in part.bad)
+    for reason in reasons:
+        places, examples, count = [], [], 0
+        for part in subject.parts:
+            positions = part.bad.get(reason, np.zeros(0, dtype=int))
+            count += len(positions)
+            for position in positions[:SHOWN]:
+                row = part.converted[int(position)]
+                places.append(part.place(row["row"]))
+                examples.append({"place": places[-1]} | excerpts(row))
+        advice = "Mend or remove them; train needs --on_bad_rows skip to go on without them."
+        title = f"no pair in the row: {reason}"
+        findings.append(
+            Finding(
+                _kind(reason), PROBLEM, title, advice, count, places[:SHOWN], examples[:EXAMPLES], {"reason": reason}
+            )
+        )
+    return findings
+
+
+def _kind(reason: str) -> str:
+    if " equals " in reason:
+        return "identical"
+    return "empty" if reason.endswith(("is empty", "is missing")) else "unreadable"
+
+
+def check_copies(subject: Subject, scan: Scan) -> list[Finding]:
+    """The same pair again; the same pair with its sides exchanged; pairs that are nearly the same as an earlier one."""
+    parts = subject.part_of.astype(np.uint64)
+    _, first, groups = np.unique(scan.pair_keys ^ parts, return_index=True, return_inverse=True)
+    copies = np.flatnonzero(first[groups] != np.arange(len(scan)))
+    _, sides = np.unique(scan.sides_keys ^ parts, return_inverse=True)
+    orders = np.zeros(sides.max() + 1 if len(sides) else 0, dtype=np.int64)
+    distinct = np.flatnonzero(first[groups] == np.arange(len(scan)))
+    np.add.at(orders, sides[distinct], 1)
+    both_ways = np.flatnonzero(orders[sides] > 1)
+    firsts = group_alike(scan.pair_signatures)
+    alike = firsts != np.arange(len(scan))
+    alike[copies] = alike[both_ways] = False
+    alike &= subject.part_of == subject.part_of[firsts]
+    return [
+        *find_pairs(
+            subject, "duplicate", PROBLEM, "a copy of an earlier pair (spacing apart)",
+            "A copy counts a preference twice, and may be held out and trained on; --output_file keeps the first.",
+            copies,
+        ),
+        *find_pairs(
+            subject, "both_ways", PROBLEM, "the same pair labelled both ways",
+            "They cancel out, and one label of the two is wrong; --output_file leaves out both.",
+            both_ways,
+        ),
+        *find_pairs(
+            subject, "near_duplicate", NOTE,
+            f"nearly the same as an earlier pair (about {ALIKE:.0%} of their runs of three words)",
+            "They add little and make the data look larger; --remove near_duplicates leaves them out.",
+            np.flatnonzero(alike),
+        ),
+    ]  # fmt: skip
+
+
+def check_labels(subject: Subject, scan: Scan) -> list[Finding]:
+    """Labels that scores contradict or leave open, and sides that look exchanged by what they say."""
+    return [*_check_scores(subject), *_check_swapped(subject, scan)]
+
+
+def _check_scores(subject: Subject) -> list[Finding]:
+    scores = read_scores(subject)
+    if scores is None:
+        return []
+    columns, chosen, rejected = scores
+    return [
+        *find_pairs(
+            subject, "score_contradiction", PROBLEM, f"the rejected side scores higher ({columns})",
+            "Label or score is wrong; --remove score_contradictions leaves them out.",
+            np.flatnonzero(chosen < rejected), columns=columns,
+        ),
+        *find_pairs(
+            subject, "tie", PROBLEM, f"the same score on both sides ({columns})",
+            "Which side is chosen is then chance; --remove ties leaves them out.",
+            np.flatnonzero(chosen == rejected), columns=columns,
+        ),
+    ]  # fmt: skip
+
+
+def _check_swapped(subject: Subject, scan: Scan) -> list[Finding]:
+    declines = {
+        side: (bits >> np.uint16(list(FORMS).index("refusal"))) & np.uint16(1) > 0 for side, bits in scan.forms.items()
+    }
+    blank = (scan.forms["chosen"] >> np.uint16(list(FORMS).index("blank"))) & np.uint16(1) > 0
+    answers = ~declines["rejected"] & (scan.words["rejected"] >= ANSWER_WORDS)
+    return [
+        *find_pairs(
+            subject, "swapped_looking", NOTE,
+            f"may be swapped: chosen declines or says nothing (N/A, I don't know), rejected answers in {ANSWER_WORDS} "
+            "words or more",
+            "Right where declining is the aim; else look at them.",
+            np.flatnonzero(answers & (declines["chosen"] | blank)),
+            declines=int((answers & declines["chosen"]).sum()), blank=int((answers & blank).sum()),
+        ),
+        *find_pairs(
+            subject, "nearly_equal", NOTE, "the sides differ in case, spacing or punctuation alone",
+            "They teach form, and little of it.",
+            np.flatnonzero(scan.nearly_equal),
+        ),
+    ]  # fmt: skip
+
+
+STAIN_WORDS = {
+    "control": (PROBLEM, "control characters", "A model would learn to write them."),
+    "encoding": (PROBLEM, "broken characters, as from a wrong decoding (\ufffd, Ã©, â€™)",
+                 "Decode the source again, as UTF-8."),
+    "html": (NOTE, "HTML tags or entities outside of code", "Turn them into text, unless they are meant."),
+}  # fmt: skip
+
+
+def check_stains(subject: Subject, scan: Scan) -> list[Finding]:
+    """Characters and markup that are hardly meant."""
+    findings = []
+    for position, name in enumerate(STAINS):
+        severity, title, advice = STAIN_WORDS[name]
+        if severity == PROBLEM:
+            advice += " --remove broken_text leaves them out."
+        stained = np.flatnonzero((scan.stains >> np.uint16(position)) & np.uint16(1))
+        findings += find_pairs(subject, name, severity, title, advice, stained)
+    return findings

@@ -1,0 +1,53 @@
+"""The findings, to the terminal and into the files that were asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.inspection.page import make_page
+from utils.inspection.summary import summarize
+from utils.runtime import say
+from utils.saving import write_json, write_text
+from utils.settings import InspectionSettings
+
+
+def publish(record: dict[str, Any], settings: InspectionSettings) -> None:
+    """Prints the summary (or the JSON, for `--json_file -`) and writes the page and the JSON.
+
+    Raises:
+        UserError: a file cannot be written, or no pair was left for --output_file.
+    """
+    if settings.json_file != "-":
+        _write("json_file", settings.json_file, lambda path: write_json(path, record))
+    _write("report_file", settings.report_file, lambda path: write_text(path, make_page(record)))
+    try:
+        _print(record, settings)
+    except BrokenPipeError:  # whoever reads has seen enough (`| head`); the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if record.get("output", {}).get("pairs") == 0:
+        raise UserError(f"--output_file {settings.output_file}: not written, for no pair is left to write")
+
+
+def _print(record: dict[str, Any], settings: InspectionSettings) -> None:
+    if settings.json_file == "-":
+        say(json.dumps(record, indent=2))
+        return
+    for line in summarize(record):
+        say(line)
+    if settings.report_file is not None:
+        say(f"\npage: {settings.report_file}")
+
+
+def _write(name: str, file: str | None, write: Callable[[Path], None]) -> None:
+    if file is None:
+        return
+    try:
+        write(Path(file).expanduser())
+    except OSError as error:
+        raise UserError(f"--{name} {file}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,215 @@
+"""Making preference pairs: a model answers each prompt several times, a scorer ranks, best and worst become a pair.
+
+Every finished batch is written to `OUTPUT.samples.jsonl` beside the output, with all responses and scores, so that an
+interrupted run goes on where it stopped and ends in the same pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from utils.data.splitting import prompt_key
+from utils.errors import UserError
+from utils.generation import sample_continuations
+from utils.inspection.cleaning import write_pairs
+from utils.inspection.leaks import read_prompts
+from utils.judging import FUNCTION, EndpointJudge, JudgeLimits, Prompt, Scorer, load_function, load_reward_model
+from utils.models.loading import context_length, load_policy, load_tokenizer
+from utils.models.sources import find_policy
+from utils.models.templates import set_chat_template
+from utils.runtime import choose_precision, find_device, say
+from utils.saving import replacing
+from utils.settings import Settings
+
+PROMPTS_PER_BATCH = 8
+SAID_EVERY = 10  # batches
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The responses to one prompt with their scores."""
+
+    prompt: Prompt
+    responses: list[str]
+    scores: list[float]
+
+
+def make_pairs(settings: Settings) -> None:
+    """Samples, ranks and writes --output_file; says how many pairs came of how many prompts.
+
+    Raises:
+        UserError: prompts, model or scorer cannot be used, or not one pair came of them.
+    """
+    output = Path(settings.inspection.output_file).expanduser()
+    name, prompts = _read_distinct_prompts(settings)
+    scorer, judge = _load_scorer(settings)
+    source = find_policy(settings.model)
+    tokenizer = load_tokenizer(source, settings.model)
+    if not isinstance(prompts[0], str):
+        say(f"chat template: {set_chat_template(tokenizer, settings.model.chat_template, transcript=False)}")
+    precision = choose_precision("auto", find_device())
+    model = load_policy(source, settings, precision).to(precision.device, precision.dtype).eval()
+    say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
+
+    samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings), prompts)
+    if samples.done:
+        say(f"going on after {len(samples.done):,} prompts that {samples.path.name} holds")
+    room = context_length(source, settings.model)
+    for start in range(len(samples.done), len(prompts), PROMPTS_PER_BATCH):
+        batch = prompts[start : start + PROMPTS_PER_BATCH]
+        samples.add(_sample(model, tokenizer, scorer, batch, start, room, settings))
+        if start // PROMPTS_PER_BATCH % SAID_EVERY == 0:
+            say(f"      {len(samples.done):,} of {len(prompts):,}")
+    _write(output, samples, judge)
+
+
+def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
+    name, rows = read_prompts(settings.data.dataset_name, "--dataset_name", settings.data.dataset_split)
+    distinct: dict[str, Prompt] = {}
+    for batch in rows.select_columns(["prompt"]).iter(1000):
+        for prompt in batch["prompt"]:
+            distinct.setdefault(prompt_key(prompt), prompt)
+            if len(distinct) == settings.generation.num_prompts:
+                return name, list(distinct.values())
+    return name, list(distinct.values())
+
+
+def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:
+    wish, generation = settings.generation.scorer, settings.generation
+    if wish.startswith(("http://", "https://")):
+        limits = JudgeLimits(generation.max_judge_requests, generation.judge_requests_per_minute)
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "judge_answers"
+        judge = EndpointJudge(wish, generation.judge_model, cache, limits)
+        return judge.score, judge
+    if FUNCTION.fullmatch(wish):
+        return load_function(wish), None
+    return load_reward_model(wish, settings.model.trust_remote_code), None
+
+
+def _describe_run(settings: Settings) -> dict[str, Any]:
+    """What the samples depend on; a file of other samples is not gone on with."""
+    generation = dataclasses.asdict(settings.generation)
+    kept = ("scorer", "judge_model", "num_generations", "max_new_tokens", "temperature")
+    model = {name: getattr(settings.model, name) for name in ("model_name_or_path", "model_revision", "chat_template")}
+    return {name: generation[name] for name in kept} | model | {"seed": settings.training.seed}
+
+
+def _sample(
+    model: Any, tokenizer: Any, scorer: Scorer, batch: list[Prompt], start: int, room: int | None, settings: Settings
+) -> list[Sampled]:
+    """The scored responses to a batch of prompts; none to a prompt that leaves no room for them."""
+    from utils.data.tokenizing import PromptEncoder
+
+    wish = settings.generation
+    lengths = [len(ids) for ids in PromptEncoder(tokenizer).encode_prompts(batch)]
+    fits = [room is None or length + wish.max_new_tokens <= room for length in lengths]
+    asked = [prompt for prompt, fit in zip(batch, fits, strict=True) if fit for _ in range(wish.num_generations)]
+    written = sample_continuations(
+        model,
+        tokenizer,
+        asked,
+        seed=settings.training.seed + start,
+        max_new_tokens=wish.max_new_tokens,
+        temperature=wish.temperature,
+    )
+    responses = [continuation.text for continuation in written]
+    scores = scorer(asked, responses) if asked else []
+    sampled, place = [], 0
+    for prompt, fit in zip(batch, fits, strict=True):
+        end = place + wish.num_generations * fit
+        sampled.append(Sampled(prompt, responses[place:end], scores[place:end]))
+        place = end
+    return sampled
+
+
+class Samples:
+    """The finished samples, in the order of the prompts, in memory and in a file that grows by whole batches."""
+
+    def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]):
+        self.path = path
+        self.prompts = prompts
+        self.done: list[Sampled] = []
+        try:
+            if path.is_file():
+                self._read(run)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output_file: {path} cannot be written ({error.strerror})") from None
+
+    def _read(self, run: dict[str, Any]) -> None:
+        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        try:
+            former = json.loads(first)["run"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.path} holds no samples of this script; move it away") from None
+        other = [name for name in run if former.get(name) != run[name]]
+        if other:
+            raise UserError(
+                f"{self.path} holds samples made with another {', '.join(other)}; remove it to start afresh, or give "
+                "the same flags to go on"
+            )
+        whole = []
+        for line in lines:
+            try:
+                whole.append(Sampled(**json.loads(line)))
+            except (ValueError, TypeError):
+                break  # the line that was being written
+        whole = whole[: len(self.prompts)]
+        if [sampled.prompt for sampled in whole] != list(self.prompts[: len(whole)]):
+            raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
+        self.done = whole[: len(whole) // PROMPTS_PER_BATCH * PROMPTS_PER_BATCH]
+        with replacing(self.path) as beside:
+            rows = [{"run": former}, *(dataclasses.asdict(sampled) for sampled in self.done)]
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def add(self, batch: list[Sampled]) -> None:
+        """Appends a batch and has it on the disk."""
+        self.done += batch
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
+    """The best and the worst response as a pair with its scores, or why there is none."""
+    if not sampled.responses:
+        return "prompt too long for the model's context"
+    ranked = sorted(
+        ((score, text) for score, text in zip(sampled.scores, sampled.responses, strict=True) if text.strip()),
+        key=lambda item: item[0],
+    )
+    if len({text.strip() for _, text in ranked}) < 2:
+        return "fewer than two different responses"
+    (low, worst), (high, best) = ranked[0], ranked[-1]
+    if low == high or worst.strip() == best.strip():
+        return "no response scores higher than another"
+    is_text = isinstance(sampled.prompt, str)
+    chosen, rejected = (text if is_text else [{"role": "assistant", "content": text}] for text in (best, worst))
+    scores = {"score_chosen": high, "score_rejected": low}
+    return {"prompt": sampled.prompt, "chosen": chosen, "rejected": rejected} | scores
+
+
+def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
+    picked = [pick_pair(sampled) for sampled in samples.done]
+    pairs = [pair for pair in picked if isinstance(pair, dict)]
+    dropped = Counter(pair for pair in picked if isinstance(pair, str))
+    for reason, count in dropped.items():
+        say(f"      {count:,} without a pair: {reason}")
+    if judge is not None:
+        say(f"      {judge.asked:,} requests to the judge, {judge.unreadable:,} answers without a verdict")
+    if not pairs:
+        raise UserError(f"--output_file {output}: not written, for not one pair came of {len(picked):,} prompts")
+    write_pairs(output, datasets.Dataset.from_list(pairs))
+    say(f"wrote {len(pairs):,} pairs to {output}; all responses and scores are in {samples.path.name}")
