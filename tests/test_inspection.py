@@ -120,6 +120,17 @@ def test_each_check_finds_what_was_planted_and_nothing_else(run_script, tmp_path
     assert f"pairs.jsonl line {lines['both_ways'][0]}, {lines['both_ways'][1]}" in out
 
 
+def test_several_processes_find_the_same(run_script, tmp_path, tiny_model, monkeypatch):
+    rows = [*make_texts(60), *make_texts(10)]
+    flags = ("--model_name_or_path", tiny_model, "--compare", write_lines(tmp_path / "other.jsonl", make_texts(3)))
+    alone = inspect(run_script, tmp_path, rows, *flags)[1]
+    monkeypatch.setattr("utils.inspection.scanning.choose_processes", lambda count: 2)
+    monkeypatch.setattr("utils.inspection.tokens.choose_processes", lambda count: 2)
+    shared = inspect(run_script, tmp_path, rows, *flags)[1]
+    assert alone["problems"] == 2
+    assert shared | {"seconds": 0} == alone | {"seconds": 0}
+
+
 def test_lines_that_hold_no_row_are_counted(run_script, tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", make_texts(5))
     path.write_text(path.read_text(encoding="utf-8") + "{broken\n", encoding="utf-8")
@@ -409,7 +420,7 @@ def test_case_and_punctuation_make_no_other_text_and_no_words_make_none():
         ("What is the best way to learn a language when you have no time for it?", "English"),
         ("Wie ist das Wetter heute, und was soll ich mit der Zeit machen, die nicht reicht?", "German"),
         ("¿Cómo se llama el río que pasa por la ciudad de los abuelos?", "Spanish"),
-        ("Почему небо голубое?", "Cyrillic"),
+        ("Почему небо голубое?", "Cyrillic script"),
         ("今日はとても天気がいいですね", "Japanese"),
         ("今天天气很好我们去公园", "Chinese"),
         ("x = 3", "unclear"),
