@@ -104,6 +104,7 @@ def run_training(
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
     from utils.saving import no_empty_folder_left
     from utils.tracking import prepare_trackers
+    from utils.training.config import rows_of_run
     from utils.training.description import describe_data, describe_start
     from utils.training.preparation import check_settings, find_folder, prepare_rows
     from utils.training.running import finish_run, start_run
@@ -112,10 +113,11 @@ def run_training(
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
 
+    processes = settings.trainer_fields.get("dataset_num_proc")
     folder, source, data, _ = gather(
         lambda: find_folder(settings),
         lambda: find_policy(settings.model),
-        lambda: load_pairs(settings.data, settings.verb, settings.training.seed),
+        lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes, rows_of_run(settings)),
         lambda: check_settings(settings),
     )
     check_adapter_flags(settings, source.adapter is not None)
@@ -131,8 +133,9 @@ def run_training(
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.in_words(trainer.scored_ahead)
-        describe_start(trainer, reference, source, settings, precision)
-        run = start_run(trainer, reference, data, rows, settings, precision, folder, command_line(settings))
+        warnings = describe_start(trainer, reference, source, settings, precision)
+        arguments = command_line(settings)
+        run = start_run(trainer, reference, data, rows, settings, precision, folder, arguments, warnings)
         run.train()
         finish_run(run)
 

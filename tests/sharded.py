@@ -45,14 +45,12 @@ if __name__ == "__main__":
     import advanced_dpo_script
 
     class Witness(TrainerCallback):
-        """Says whether the parameters that train are shards."""
+        """Writes down whether the parameters that train are shards: one file a process in the output folder."""
 
         def on_train_end(self, args, state, control, model=None, **_):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            print(
-                "parameters were sharded:",
-                bool(trained) and all(isinstance(parameter, DTensor) for parameter in trained),
-            )
+            sharded = bool(trained) and all(isinstance(parameter, DTensor) for parameter in trained)
+            Path(args.output_dir, f"sharded-{args.process_index}").write_text(str(sharded))
 
     transformers_trainer.DEFAULT_CALLBACKS.append(Witness)
     sys.exit(advanced_dpo_script.main(sys.argv[1:]))

@@ -204,13 +204,14 @@ def test_a_missing_column_is_named_with_the_nearest():
 def test_unknown_shapes_say_which_flags_to_use():
     assert fault({"a": "x", "b": "y"}) == (
         "--dataset_name pairs.jsonl: its columns fit no known shape; name them with --prompt_column, --chosen_column "
-        "and --rejected_column (dots reach into nested fields); the data has: a, b"
+        "and --rejected_column (dots reach into nested fields), or read them with a function of your own "
+        "(--dataset_adapter file.py:function); the data has: a, b"
     )
     plain = fault({"chosen": "a long text, good", "rejected": "a long text, bad", "topic": "x"})
     assert plain.startswith("--prompt_column is missing: no column is known as the prompt of 'chosen' and 'rejected'")
     numbers = fault({"prompt": "q", "chosen": 1, "rejected": 2})
     assert "'chosen' holds values that are not text" in numbers
-    only_replies = fault({"conversations": sharegpt("u: q"), "chosen": turns("a: x"), "rejected": turns("a: y")})
+    only_replies = fault({"dialogue": sharegpt("u: q"), "chosen": turns("a: x"), "rejected": turns("a: y")})
     assert only_replies.startswith("--prompt_column is missing")
     assert "--completion_column" in fault({"a": "x"}, "sft")
 
@@ -360,17 +361,24 @@ EMPTY_CHOSEN, EMPTY_REJECTED, SAME = "'chosen' is empty", "'rejected' is empty",
         ("ultrafeedback_trl_lib", {SAME: 1}, 399),
         ("ultrafeedback_h4", {SAME: 2}, 399 + 199),
         ("orca_openai_format", {}, 284),
+        ("llamafactory/dpo_en_demo.json", {}, 300),
+        ("llamafactory/dpo_zh_demo.json", {}, 300),
+        ("llamafactory/kto_en_demo.json", {"no answer of the other label for the same prompt": 298}, 1),
+        ("oasst_trees", {}, 212),
+        ("stack_exchange_paired", {}, 25),
+        ("messages_tiny", {}, 1),
     ],
 )
 def test_real_files_from_end_to_end(name, dropped, kept):
-    settings = DataSettings(dataset_name=str(REAL / name), on_bad_rows="skip")
+    split = "none" if kept == 1 else None
+    settings = DataSettings(dataset_name=str(REAL / name), on_bad_rows="skip", validation_split=split)
     data = load_pairs(settings, "train", 0)
     assert data.dropped == dropped
-    assert len(data.train) + len(data.held_out) == kept
-    for row in data.train.select(range(20)):
+    assert len(data.train) + len(data.held_out or ()) == kept
+    for row in data.train.select(range(min(20, len(data.train)))):
         assert row["chosen"] != row["rejected"]
         if not data.reading.is_text:
-            assert row["prompt"][-1]["role"] == "user"
+            assert row["prompt"][-1]["role"] in ("user", "tool")
             assert Counter(turn["role"] for turn in row["chosen"]) == {"assistant": 1}
 
 
@@ -381,3 +389,20 @@ def test_two_shapes_of_the_same_real_rows_are_the_same_pairs():
     implicit = load_pairs(DataSettings(dataset_name=str(REAL / "ultrafeedback_trl_lib"), **common), "train", 0)
     assert by_prompt.train.to_list() == implicit.train.to_list()
     assert by_prompt.fingerprint == implicit.fingerprint
+
+
+@needs_real_data
+def test_every_ranked_pair_of_the_real_trees_is_there_once():
+    def pairs(node: dict) -> int:
+        ranked = [r for r in node["replies"] if r.get("rank") is not None and not r["deleted"]]
+        own = len(ranked) * (len(ranked) - 1) // 2 if node["role"] == "prompter" else 0
+        return own + sum(pairs(reply) for reply in node["replies"] if not reply["deleted"])
+
+    with (REAL / "oasst_trees/en_100_tree.jsonl").open(encoding="utf-8") as lines:
+        expected = sum(pairs(json.loads(line)["prompt"]) for line in lines)
+    settings = DataSettings(
+        dataset_name=str(REAL / "oasst_trees"), pairs_per_prompt=1000, on_bad_rows="skip", validation_split="none"
+    )
+    data = load_pairs(settings, "train", 0)
+    assert len(data.train) == expected > 300
+    assert len({json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in data.train}) == expected

@@ -131,6 +131,7 @@ def test_places_in_other_files(tmp_path):
 
 
 FAULTY_LINES = {
+    "deep.jsonl": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "invalid JSON"),
     "cut.jsonl": (b'{"prompt": "p", \n', "invalid JSON"),
     "list.jsonl": (b'["x"]\n', "no JSON object"),
     "text.jsonl": (b'"x"\n', "no JSON object"),
@@ -170,6 +171,8 @@ WHOLE_FILES = {
     "twice.csv": (b"prompt,prompt\na,b\n", "names the column 'prompt' twice"),
     "quote.csv": (b'prompt,chosen\na,"b\nc,d\n', "line 2 is not valid CSV"),
     "bad.parquet": (b"PAR1xxxx", "cannot be read as Parquet"),
+    "deep.json": (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+    "latin.csv": ("prömpt,chosen,rejected\np,c,r\n".encode("latin-1"), "line 1 is not UTF-8 text"),
 }
 
 
@@ -183,6 +186,11 @@ def test_an_unusable_file_is_refused_in_one_line(name, tmp_path):
         assert said in message
         assert str(path) in message
         assert "\n" not in message
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    datasets.Dataset.from_dict({"prompt": [], "chosen": []}).to_parquet(str(tmp_path / "none.parquet"))
+    assert "none.parquet holds no rows" in fault(tmp_path / "none.parquet")
 
 
 def test_csv_values_stay_text_and_surplus_fields_are_a_fault(tmp_path):

@@ -8,12 +8,16 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT, read_record
 
 from utils.arguments import parse_arguments
+from utils.data.loading import load_pairs
+from utils.settings import DATASET_FORMATS, DataSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
 
 
@@ -40,7 +44,7 @@ def commands_of_example(path: Path, **environment) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in shown.splitlines()]
 
 
-@pytest.mark.parametrize("words", commands_of(README), ids=lambda words: " ".join(words)[:60])
+@pytest.mark.parametrize("words", commands_of(README) + commands_of(DATA), ids=lambda words: " ".join(words)[:60])
 def test_every_command_of_the_readme_parses(words):
     if "--help" in words:
         with pytest.raises(SystemExit):
@@ -84,3 +88,23 @@ def test_every_example_runs_with_a_model_and_data_of_ones_own(path, run_script, 
         assert code == 0, err
     folders = [tmp_path / "out", tmp_path / "out" / "dpo"]
     assert any(read_record(folder)["status"] == "finished" for folder in folders if (folder / "run.json").is_file())
+
+
+ROWS = dict(re.findall(r"### `(\w+)`\n.*?```json\n(.*?)```", DATA, flags=re.DOTALL))
+
+
+def test_every_format_is_documented():
+    assert set(ROWS) == set(DATASET_FORMATS[:-4])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_documented_rows_are_read_as_documented(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROWS[name], encoding="utf-8")
+    forced = name if name == "ranked_answers" else None
+    settings = DataSettings(dataset_name=str(path), dataset_format=forced, validation_split="none")
+    data = load_pairs(settings, "train", 0)
+    assert data.reading.name == name
+    assert len(data.train) == 1
+    assert data.dropped == {}

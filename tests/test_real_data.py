@@ -30,6 +30,9 @@ SOURCES = {
         "--chosen_column", "preferred_output",
         "--rejected_column", "non_preferred_output",
     ],
+    "llamafactory/dpo_en_demo.json": [],
+    "oasst_trees": ["--pairs_per_prompt", 3],
+    "stack_exchange_paired": [],
 }  # fmt: skip
 STEP = ["--max_steps", 1, "--max_samples", 12, "--max_length", 192, "--on_bad_rows", "skip", "--logging_steps", 1,
         "--per_device_train_batch_size", 2, "--use_lora"]  # fmt: skip

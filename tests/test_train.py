@@ -101,7 +101,7 @@ def test_the_record_says_what_happened(train, pairs_file, tiny_model):
     assert record["model"]["architecture"] == "LlamaForCausalLM"
     data = record["data"]
     assert data["source"].startswith(str(pairs_file))
-    assert (data["train_pairs"], data["held_out_pairs"], data["dropped"], data["truncated"]) == (54, 6, {}, 0)
+    assert (data["train_pairs"], data["held_out_pairs"], data["dropped"], data["truncated"]) == (55, 5, {}, 0)
     names = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"}
     assert all(names <= set(record["metrics"][part]) for part in ("train", "held_out_before", "held_out"))
     resources = record["resources"]
@@ -197,16 +197,6 @@ def test_evaluation_leaves_4_bit_weights_as_they_are(tiny_model, pairs_file, tmp
     assert torch.equal(training, evaluating)
     assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
     assert all(weight.quant_state.nested for weight in weights)
-
-
-def test_small_steps_move_adapter_weights_on_4_bits(train):
-    """In bfloat16, where TRL puts them, one step in a hundred would be too small to change a weight."""
-    small = ["--use_lora", "--use_4bit", "--learning_rate", 5e-6, "--lr_scheduler_type", "constant", "--save_steps", 1]
-    folder = train(*small, "--max_steps", 4)
-    first, last = (load_file(folder / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (1, 4))
-    for name in first:
-        moved = (first[name] != last[name]).float().mean().item()
-        assert moved > 0.99, f"{name}: only {moved:.1%} of the weights moved"
 
 
 def test_full_training_with_4_bits_holds_the_reference_in_them(train, run_script, tiny_model):
@@ -370,13 +360,16 @@ def test_dropout_on_a_continued_adapter_is_recorded_with_it(train):
     assert read_record(stage2)["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_wpo_weights_count_in_the_held_out_loss_as_in_training(train):
-    """With one batch of all rows and no step worth the name, both are the weighted ln 2."""
-    flags = ("--use_weighting", "--max_steps", 1, "--learning_rate", 1e-12, "--per_device_train_batch_size", 60)
-    folder = train(*flags, "--validation_split", "0.5")
-    metrics = read_record(folder)["metrics"]
+def test_wpo_weights_count_in_the_held_out_loss_as_in_training(train, tmp_path):
+    """With one batch of the rows that are held out too, and no step worth the name, both are the weighted ln 2."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        write_lines(data / f"{split}.jsonl", make_pairs(30))
+    flags = ("--use_weighting", "--max_steps", 1, "--learning_rate", 1e-12, "--per_device_train_batch_size", 30)
+    metrics = read_record(train(*flags, data=data))["metrics"]
     assert metrics["held_out"]["loss"] != pytest.approx(math.log(2), abs=0.01)
-    assert metrics["train"]["loss"] == pytest.approx(metrics["held_out"]["loss"], rel=0.03)
+    assert metrics["train"]["loss"] == pytest.approx(metrics["held_out"]["loss"], rel=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_weights(train):

@@ -78,29 +78,93 @@ class LoraSettings:
     use_dora: bool = flag(False, "weight-decomposed adapters (DoRA)")
 
 
+DATASET_FORMATS = (
+    "explicit_prompt",
+    "implicit_prompt",
+    "transcripts",
+    "openai",
+    "sharegpt",
+    "alpaca",
+    "scored_answers",
+    "ranked_answers",
+    "two_answers",
+    "webgpt",
+    "shp",
+    "stack_exchange",
+    "stack_exchange_paired",
+    "message_tree",
+    "unpaired",
+    "prompt_completion",
+    "messages",
+    "instruction",
+    "text",
+)
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """data"""
 
     dataset_name: str | None = flag(
-        None, "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file", verbs=ALL_VERBS
+        None,
+        "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
+        "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
+        verbs=ALL_VERBS,
     )
     dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=ALL_VERBS)
     dataset_split: str | None = flag(
         None, "split to train on (default: train, train_prefs, or the only one)", verbs=ALL_VERBS
+    )
+    dataset_format: str | None = flag(
+        None,
+        f"how to read the rows: {', '.join(DATASET_FORMATS[:-4])}; for sft also {', '.join(DATASET_FORMATS[-4:])} "
+        "(default: by their columns)",
+        choices=DATASET_FORMATS,
+        verbs=ALL_VERBS,
+    )
+    dataset_adapter: str | None = flag(
+        None,
+        "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None",
+        verbs=ALL_VERBS,
     )
     prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields", verbs=ALL_VERBS)
     chosen_column: str | None = flag(None, "column with the preferred response", verbs=ALL_VERBS)
     rejected_column: str | None = flag(None, "column with the other response", verbs=PAIRS)
     completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
     text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
+    pairs_per_prompt: int | None = flag(
+        None,
+        "rows with several answers: most pairs of one prompt, the best against lower-scored ones (default: 1)",
+        bound=AT_LEAST_ONE,
+        verbs=PAIRS,
+    )
+    min_score_gap: float | None = flag(
+        None,
+        "rows with scores: least difference between chosen and rejected",
+        bound=AT_LEAST_ZERO,
+        verbs=PAIRS,
+    )
+    min_score_ratio: float | None = flag(
+        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=PAIRS
+    )
+    strip_citations: bool = flag(
+        False, "webgpt: take citations such as [1] or [2, 3] out of the answers", verbs=ALL_VERBS
+    )
+    group_by: str | None = flag(
+        None, "column whose values are kept together in training or held out (default: the prompt)", verbs=ALL_VERBS
+    )
     validation_split: str | None = flag(
         None,
         "held-out data: a fraction, the name of a split, or none "
-        "(default: the data's own test or validation split, else 0.1 of the rows, at most 1000)",
+        "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
         verbs=ALL_VERBS,
     )
-    max_samples: int | None = flag(None, "use the first N good rows, in file order", bound=AT_LEAST_ONE)
+    streaming: bool = flag(
+        False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
+    )
+    max_samples: int | None = flag(
+        None, "use the first N good rows, in file order (of each source)", bound=AT_LEAST_ONE
+    )
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     max_length: int | None = flag(
         None,

@@ -207,10 +207,24 @@ def splits(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label('eval_strategy')}: there is nothing to evaluate with --validation_split none"
 
 
+def streaming(candidate: Candidate) -> Iterator[str]:
+    if not candidate["streaming"]:
+        return
+    label = candidate.label("streaming")
+    if candidate["max_steps"] == -1 and not candidate["dry_run"]:
+        yield f"{label}: needs --max_steps, which says how much is read"
+    for name in candidate.given("num_train_epochs", "max_samples", "dataset_num_proc"):
+        yield f"{candidate.label(name)}: has no effect with --streaming, whose size is --max_steps; leave it out"
+
+
 def columns(candidate: Candidate) -> Iterator[str]:
     if candidate.given("text_column"):
         for name in candidate.given("prompt_column", "completion_column", "chosen_column"):
             yield f"{candidate.label(name)}: --text_column already holds the whole text; leave out one of the two"
+    if candidate.given("dataset_adapter"):
+        names = ("dataset_format", "prompt_column", "chosen_column", "rejected_column", "completion_column")
+        for name in candidate.given(*names, "text_column"):
+            yield f"{candidate.label(name)}: --dataset_adapter says what the rows are; leave out one of the two"
     if candidate.given("completion_column") and candidate.given("chosen_column"):
         yield f"{candidate.label('completion_column')}: --chosen_column names the response too; leave out one"
 
@@ -230,6 +244,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     splits: ("validation_split", "dataset_split", "eval_strategy"),
     columns: (),
+    streaming: ("streaming", "max_steps", "dry_run"),
     best_model: (),
 }
 TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {

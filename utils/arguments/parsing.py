@@ -208,6 +208,8 @@ def _read_entry(flag: Flag, entry: Entry) -> Any:
         if not kind.optional:
             raise ValueError(f"is null: must be {kind.description}; leave it out for the default")
         return None
+    if flag.name == "dataset_name" and entry.shape == "list" and texts:
+        return ",".join(texts)  # several sources, as on the command line
     if (entry.shape == "mapping" and "dict" not in kind.scalars) or (entry.shape == "list" and not kind.item):
         raise ValueError(f"is a {entry.shape}: must be {kind.description}")
     if not texts and entry.shape == "text":

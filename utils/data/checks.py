@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from utils.data.places import SHOWN, Place, describe_bad_rows
+from utils.data.ranking import LEFT_OUT
 from utils.errors import UserError
 
 
@@ -29,7 +30,8 @@ def check_rows(
 ) -> CheckedRows:
     """The good rows, the first `max_samples` of them when that is given; rows after those are not looked at.
 
-    Raises UserError, one line per reason, for bad rows unless `on_bad_rows` is "skip"; and when no row is left.
+    Raises UserError, one line per reason, for bad rows unless `on_bad_rows` is "skip"; and when no row is left. Rows
+    that are left out on purpose (ties, say) are counted and never an error.
     """
     good: list[int] = []
     bad: dict[str, list[int]] = {}  # reason -> rows of the source
@@ -40,11 +42,12 @@ def check_rows(
             good.append(position)
         else:
             bad.setdefault(reason, []).append(row)
-    if bad and on_bad_rows == "error":
+    faults = {reason: rows for reason, rows in bad.items() if reason not in LEFT_OUT}
+    if faults and on_bad_rows == "error":
         raise UserError(
             *(
                 describe_bad_rows(reason, [place(row) for row in rows[:SHOWN]], len(rows))
-                for reason, rows in bad.items()
+                for reason, rows in faults.items()
             )
         )
     dropped = {reason: len(rows) for reason, rows in bad.items()}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.data.turns import is_message, is_transcript
+from utils.data.turns import ROLES, is_message, is_transcript
 
 TEXT = ("text", "transcript")
 MESSAGES = ("messages", "message", "replies")
@@ -66,8 +66,8 @@ def _kind(value: Any) -> str:
 def _kind_of_list(value: list) -> str:
     if not all(is_message(item) for item in value):
         return "list"
-    roles = {item.get("role") or item.get("from") for item in value}
-    return "replies" if value and roles <= {"assistant", "gpt"} else "messages"
+    roles = {ROLES.get(str(item.get("role") or item.get("from")).lower()) for item in value}
+    return "replies" if value and roles == {"assistant"} else "messages"
 
 
 def list_names(columns: Sequence[str]) -> str:

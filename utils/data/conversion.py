@@ -1,136 +1,180 @@
 """Rows of any known shape -> one shape.
 
 `prompt`, `chosen`, `rejected` (sft: `prompt`, `completion`), all texts or all message lists; `row`, the index in the
-source; `reason`, why the row cannot be trained on (else null); and `tools`, a JSON text, where the source has any.
+source; `reason`, why the row cannot be trained on (else null). Where the source has them: `tools`, a JSON text;
+`chosen_score` and `rejected_score`; `group`, the text of the column that --group_by names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.fingerprint import Hasher
 
-from utils.data import checks as checks_module
-from utils.data import columns as columns_module
-from utils.data import schemas as schemas_module
-from utils.data import turns as turns_module
+from utils.data import adapter, checks, columns, html_text, layouts, ranking, schemas, shapes, turns, unpaired
+from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
 from utils.data.columns import reach
-from utils.data.files import quiet
-from utils.data.schemas import SHAPES, Reading, Shape
+from utils.data.files import cache_file, quiet
+from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context, read_number, read_yes_or_no
+from utils.data.schemas import Reading
 from utils.data.turns import BadRow
+from utils.data.unpaired import pair_up
 from utils.errors import UserError
 
+CODE = (adapter, checks, columns, html_text, layouts, ranking, schemas, shapes, turns, unpaired)
 MESSAGE_FEATURES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 
 
 def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None = None) -> datasets.Dataset:
     """The rows in the one shape, in order, cached by content. A row that cannot be read has a `reason`, no values.
 
-    Raises UserError when a column of the reading is missing, as it may be in a held-out split.
+    A row of the source may become several, each with the same `row`. Raises UserError when a column of the reading is
+    missing, as it may be in a held-out split.
     """
-    needed = [path if path in rows.column_names else path.partition(".")[0] for path in reading.columns.values()]
+    converted = _convert(rows, reading, num_proc)
+    return pair_up(converted, reading) if reading.layout.pairs_up and not reading.choice.best_only else converted
+
+
+def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> datasets.Dataset:
+    paths = [*reading.columns.values(), *([reading.group] if reading.group else [])]
+    needed = [path if path in rows.column_names else path.partition(".")[0] for path in paths]
     missing = [name for name in needed if name not in rows.column_names]
     if missing:
         raise UserError(
             f"column '{missing[0]}' is missing in the held-out split, which has: {', '.join(rows.column_names)}; "
             "name another with --validation_split, or none"
         )
-    source = rows.select_columns([name for name in rows.column_names if name in needed])
-    plan = {
-        "columns": dict(reading.columns),
-        "shape": reading.shape.name,
-        "replies": reading.replies,
-        "labels": reading.labels,
-    }
-    fingerprint = Hasher.hash((source._fingerprint, plan, _hash_code()))
+    wanted = rows.column_names if reading.adapter else [name for name in rows.column_names if name in needed]
+    source = rows.select_columns(wanted)
+    code = _hash_code(), read_code(reading.adapter) if reading.adapter else b""
+    fingerprint = Hasher.hash((source._fingerprint, _key_of(reading), code))
     with quiet(source.data.nbytes):
         return source.map(
-            _convert_batch,
+            convert_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs=plan,
+            fn_kwargs={"reading": reading},
             remove_columns=source.column_names,
-            features=_features(reading),
+            features=features_of(reading),
             num_proc=num_proc,
             new_fingerprint=fingerprint,
-            cache_file_name=_cache_file(source, fingerprint),
+            cache_file_name=cache_file(source, fingerprint),
             desc="Reading the rows",
         )
 
 
-def _features(reading: Reading) -> datasets.Features:
+def _key_of(reading: Reading) -> tuple:
+    """What of a reading decides the converted rows, in values that hash alike in every process."""
+    how = (reading.layout.name, sorted(reading.columns.items()), reading.shape.name, reading.replies)
+    return (*how, repr(reading.choice), reading.group, reading.adapter, reading.scored)
+
+
+def features_of(reading: Reading) -> datasets.Features:
+    """The columns of converted rows."""
     value = datasets.Value("string") if reading.is_text else MESSAGE_FEATURES
     features = dict.fromkeys(("prompt", *reading.outputs), value)
-    if "tools" in reading.columns:
-        features["tools"] = datasets.Value("string")
+    features |= {name: datasets.Value(kind) for name, kind in _extras(reading).items()}
     return datasets.Features({**features, "row": datasets.Value("int64"), "reason": datasets.Value("string")})
+
+
+def _extras(reading: Reading) -> dict[str, str]:
+    """Columns besides prompt and replies, each with its type."""
+    extras = {"tools": "string"} if reading.adapter or "tools" in reading.columns else {}
+    if reading.scored:
+        extras |= {"chosen_score": "float64", "rejected_score": "float64"}
+    if reading.layout.pairs_up and not reading.choice.best_only:
+        extras |= {"label": "bool"}
+    return extras | ({"group": "string"} if reading.group else {})
 
 
 def _hash_code() -> str:
     """The code is part of the cache's key: the library pickles functions by name and would miss a change in them."""
-    files = (__file__, *(module.__file__ for module in (checks_module, columns_module, schemas_module, turns_module)))
+    files = (__file__, *(module.__file__ for module in CODE))
     return Hasher.hash([Path(file).read_bytes() for file in files])
 
 
-def _cache_file(rows: datasets.Dataset, fingerprint: str) -> str | None:
-    """A file in the library's own cache: left to itself it would write beside the rows, into the user's folder."""
-    if not rows.cache_files:
-        return None
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "converted_rows"
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{fingerprint}.arrow")
-
-
-def _convert_batch(
-    batch: Mapping[str, list],
-    indices: list[int],
-    columns: Mapping[str, str],
-    shape: str,
-    replies: tuple[str, ...],
-    labels: Mapping[str, str],
-) -> dict[str, list]:
-    known = next(known for known in SHAPES if known.name == shape)
-    values = (*labels, *(("tools",) if "tools" in columns else ()))
-    output: dict[str, list] = {name: [] for name in (*values, "row", "reason")}
+def convert_batch(batch: Mapping[str, list], indices: list[int], reading: Reading) -> dict[str, list]:
+    """Columns of converted rows, from columns of the source; `indices` are the rows' own."""
+    names = (*reading.labels, *_extras(reading))
+    output: dict[str, list] = {name: [] for name in (*names, "row", "reason")}
     for position, index in enumerate(indices):
         row = {name: column[position] for name, column in batch.items()}
-        try:
-            converted = _convert_row(row, known, columns, replies, labels)
-            reason = find_fault(converted, labels, known.prompt_may_be_empty)
-        except BadRow as error:
-            converted, reason = {}, str(error)
-        for name in values:
-            output[name].append(converted.get(name))
-        output["row"].append(index)
-        output["reason"].append(reason)
+        for converted, reason in _convert_row(row, reading):
+            for name in names:
+                output[name].append(converted.get(name))
+            output["row"].append(index)
+            output["reason"].append(reason)
     return output
 
 
-def _convert_row(
-    row: Mapping[str, Any],
-    shape: Shape,
-    columns: Mapping[str, str],
-    replies: tuple[str, ...],
-    labels: Mapping[str, str],
-) -> dict[str, Any]:
-    """One row in the one shape. Raises BadRow when it cannot be read."""
-    parts = {part: reach(row, path) for part, path in columns.items()}
-    sides = [shape.split(parts, reply, columns) for reply in replies]
-    for reply, (_, answer) in zip(replies, sides, strict=True):
+def _convert_row(row: Mapping[str, Any], reading: Reading) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """What one row becomes, each with the reason why it cannot be trained on, or None."""
+    group = {"group": _group_text(reach(row, reading.group))} if reading.group else {}
+    try:
+        simple = _expand(row, reading)
+    except BadRow as error:
+        yield {}, str(error)
+        return
+    for parts in simple:
+        try:
+            converted = _read_parts(parts, reading)
+            converted |= group
+            yield converted, find_fault(converted, reading.labels, reading.shape.prompt_may_be_empty)
+        except BadRow as error:
+            yield {}, str(error)
+
+
+def _expand(row: Mapping[str, Any], reading: Reading) -> list[dict[str, Any]]:
+    """The row's parts; for one that holds several answers, the parts of each pair."""
+    if reading.adapter is not None:
+        return run_adapter(reading.adapter, row)
+    parts = {part: reach(row, path) for part, path in reading.columns.items()}
+    return [parts] if reading.layout.expand is None else reading.layout.expand(parts, reading.columns, reading.choice)
+
+
+def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """The parts in the one shape. Raises BadRow when they cannot be read."""
+    for name in ("prompt", *reading.replies):
+        parts.setdefault(name)
+    if "context" in parts and isinstance(parts["prompt"], str):
+        parts["prompt"] = add_context(parts["prompt"], parts["context"])
+    shape, names = reading.shape, reading.names
+    sides = [shape.split(parts, reply, names) for reply in reading.replies]
+    for reply, (_, answer) in zip(reading.replies, sides, strict=True):
         if isinstance(answer, list) and any(turn["role"] != "assistant" for turn in answer):
-            raise BadRow(f"'{columns[reply]}' has a turn that is not the assistant's")
+            raise BadRow(f"'{names[reply]}' has a turn that is not the assistant's")
     # A missing reply is for the checks to report: its side has no prompt to compare.
     prompts = [prompt for prompt, answer in sides if answer is not None]
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]
     values = (prompt, *(answer for _, answer in sides))
-    return {**dict(zip(labels, values, strict=True)), "tools": _tools_text(parts.get("tools"))}
+    return {**dict(zip(reading.labels, values, strict=True)), **_read_extras(parts, reading)}
+
+
+def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    extras: dict[str, Any] = {"tools": _tools_text(parts["tools"])} if "tools" in parts else {}
+    if reading.scored:
+        extras |= {name: read_number(parts.get(name)) for name in ("chosen_score", "rejected_score")}
+        gap, chosen, rejected = reading.choice.min_score_gap, extras["chosen_score"], extras["rejected_score"]
+        if gap is not None and (chosen is None or rejected is None or chosen - rejected < gap):
+            raise BadRow(SMALL_GAP)
+    if reading.layout.pairs_up:
+        extras["label"] = read_yes_or_no(parts["label"])
+        if extras["label"] is None:
+            raise BadRow(f"'{reading.columns['label']}' is neither true nor false")
+        if reading.choice.best_only and not extras["label"]:
+            raise BadRow(NOT_WANTED)
+    return extras
+
+
+def _group_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def _tools_text(tools: Any) -> str | None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -69,11 +70,7 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
         # pandas would take the first of the surplus fields for an index and shift every column
         if len(set(header)) < len(header) or len(first) > len(header):
             return None
-        # Without these, "None" and "N/A" become nulls and "42" a number: a response is always text.
-        options = {
-            "features": datasets.Features({name: datasets.Value("string") for name in header}),
-            "keep_default_na": False,
-        }
+        options = _csv_options(header)
     else:
         options = {"parse_agent_traces": False}
     try:
@@ -83,6 +80,20 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
     except Exception:
         return None
     return None if kind == "json" and _is_misread(rows, paths) else rows
+
+
+def _csv_options(header: Sequence[str]) -> dict[str, Any]:
+    """Without these, "None" and "N/A" become nulls and "42" a number: a response is always text."""
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {"features": features, "keep_default_na": False}
+
+
+def stream_file(path: Path) -> dict[str, datasets.IterableDataset]:
+    """The rows of one file as its split train, none of them read yet."""
+    kind = file_kind(path)
+    options = {"json": lambda: {"parse_agent_traces": False}, "csv": lambda: _csv_options(peek_csv(path)[0])}
+    made = options[kind]() if kind in options else {}
+    return datasets.load_dataset(kind, data_files={"train": [str(path)]}, streaming=True, **made)
 
 
 def _is_misread(rows: datasets.Dataset, paths: Sequence[Path]) -> bool:
@@ -100,11 +111,14 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
     def count_rows() -> list[FileLines]:
         return [FileLines(p.name, "row", range(1, pq.read_metadata(p).num_rows + 1)) for p in paths]
 
+    count = 0
     for path in paths:
         try:
-            pq.read_metadata(path)
+            count += pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}") from None
+    if count == 0:
+        raise UserError(f"{', '.join(map(str, paths))} holds no rows.")
     try:
         with quiet(sum(path.stat().st_size for path in paths)):
             if any(set("*?[]") & set(str(path)) for path in paths):
@@ -143,14 +157,14 @@ def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names} holds no readable row{': ' + ', '.join(dropped) if dropped else ''}.")
     lines = [FileLines(scan.name, scan.unit, array("Q", scan.numbers)) for scan in scans]
-    return FileRows(_as_dataset(table), FilePlaces(paths[0].name, len(table), lambda: lines), dropped)
+    return FileRows(json_or_text(table), FilePlaces(paths[0].name, len(table), lambda: lines), dropped)
 
 
 def _scan(kind: str, path: Path) -> Scan:
     return scan_csv(path) if kind == "csv" else scan_json(path)
 
 
-def _as_dataset(table: list[dict]) -> datasets.Dataset:
+def json_or_text(table: list[dict]) -> datasets.Dataset:
     """A table of any mixture of types: columns that are not all text are held as JSON."""
     columns = list(dict.fromkeys(name for row in table for name in row))
     values = {name: [row.get(name) for row in table] for name in columns}
@@ -176,6 +190,15 @@ def quiet(size_bytes: int) -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+def cache_file(rows: datasets.Dataset, fingerprint: str) -> str | None:
+    """A file in the library's own cache: left to itself it would write beside the rows, into the user's folder."""
+    if not rows.cache_files:
+        return None
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "converted_rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{fingerprint}.arrow")
 
 
 def first_line(error: BaseException) -> str:

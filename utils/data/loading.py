@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import datasets
 import pyarrow as pa
@@ -12,17 +16,41 @@ import pyarrow.compute as pc
 
 from utils.data.checks import CheckedRows, check_rows, has_good_rows
 from utils.data.conversion import convert_rows
+from utils.data.files import quiet
+from utils.data.identity import pair_id
+from utils.data.mixing import MixedPlaces, Wish, align, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
-from utils.data.schemas import Reading, find_reading
-from utils.data.sources import Source, load_source
-from utils.data.splitting import split_rows
+from utils.data.schemas import Reading, check_effects, find_reading
+from utils.data.sources import Source, load_source, load_streams
+from utils.data.splitting import SPARE, Split, count_shared_prompts, join_splits, split_rows
+from utils.data.streaming import place_of, read_stream
 from utils.errors import UserError, gather
 from utils.settings import DataSettings
+
+# Columns that say where a row is from or how it was rated, not what it says.
+UNSAID = {"row", "id", "source", "chosen_score", "rejected_score"}
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What one source brought. `good`: its usable rows to train on or to hold out; `drawn`: those of them in use."""
+
+    name: str
+    reading: str
+    good: int
+    drawn: int
+    train: int
+    held_out: int
+    repeated: int  # rows that a source before it has too
+    dropped: dict[str, int]
 
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """What a run trains and evaluates on. `fingerprint` depends on the rows alone, not on where they were read."""
+    """What a run trains and evaluates on. `fingerprint` depends on the rows alone, not on where they were read.
+
+    Of several sources the rows have a `source`, and `reading` is that of the first, in the words of all.
+    """
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
@@ -33,56 +61,218 @@ class PreferenceData:
     fingerprint: str
     place: Place  # of a row that is trained on, by its `row`
     held_out_place: Place
+    sources: tuple[SourceCounts, ...] = ()
 
 
-def load_pairs(settings: DataSettings, verb: str, seed: int) -> PreferenceData:
+@dataclass(frozen=True)
+class _Part:
+    """One source, read and checked; `rows` are those drawn of it."""
+
+    wish: Wish
+    source: Source
+    reading: Reading
+    checked: CheckedRows
+    held_out: CheckedRows | None
+    rows: datasets.Dataset
+
+    @property
+    def dropped(self) -> Counter[str]:
+        held_out = self.held_out.dropped if self.held_out else {}
+        return Counter(self.source.dropped) + Counter(self.checked.dropped) + Counter(held_out)
+
+
+def load_pairs(
+    settings: DataSettings, verb: str, seed: int, num_proc: int | None = None, wanted: int | None = None
+) -> PreferenceData:
     """Read, convert, check and split the data for `verb` (train: pairs; sft: prompts and completions).
 
-    `max_samples` holds for the training split and for a held-out split of its own.
+    `max_samples` holds for the training split and for a held-out split of its own, of each source. `num_proc`
+    processes share the work. `wanted` rows are read to train on with --streaming.
 
-    Raises UserError with every fault of the rows of both splits.
+    Raises UserError with every fault of the rows of both splits of all sources.
     """
-    source = load_source(settings, verb)
-    for split, rows in (("", source.rows), ("held-out ", source.held_out_rows)):
-        if rows is not None and len(rows) == 0:
-            raise UserError(f"--dataset_name {source.description}: its {split}split has no rows")
-    reading = find_reading(source.rows, settings, verb)
-    checked, held_out = gather(
-        lambda: read_good_rows(source.rows, reading, source.place, settings),
-        lambda: _read_held_out(source, reading, settings),
+    if not settings.dataset_name:
+        load_source(settings, verb)  # says what is missing
+    wishes = read_wishes(settings.dataset_name)
+    if settings.streaming:
+        return _load_stream(wishes, settings, verb, seed, wanted)
+    parts = gather(*(_reader(wish, settings, verb, seed, num_proc, len(wishes) > 1) for wish in wishes))
+    check_effects([part.reading for part in parts], settings)
+    if len(parts) > 1:
+        return _mix(parts, settings, seed)
+    (part,) = parts
+    split = split_rows(part.rows, part.held_out and part.held_out.rows, settings.validation_split, seed)
+    place, held_out_place = part.source.place, part.source.held_out_place or part.source.place
+    return _finish(parts, split, part.reading, part.source.description, (place, held_out_place), [0])
+
+
+def _load_stream(
+    wishes: Sequence[Wish], settings: DataSettings, verb: str, seed: int, wanted: int | None
+) -> PreferenceData:
+    if wanted is None:
+        raise UserError("--streaming: needs --max_steps, which says how much is read")
+    if len(wishes) > 1 or wishes[0] != Wish(wishes[0].name):
+        raise UserError("--streaming: reads all of one source; name one, without a number, or leave --streaming out")
+    stream, own_held_out = load_streams(settings, verb)
+    read = read_stream(stream, own_held_out, settings, verb, seed, wanted)
+    amount = "all" if read.exhausted else "the first"
+    counts = SourceCounts(
+        name=wishes[0].name,
+        reading=read.reading.description,
+        good=len(read.train) + len(read.held_out or ()),
+        drawn=len(read.train) + len(read.held_out or ()),
+        train=len(read.train),
+        held_out=len(read.held_out or ()),
+        repeated=0,
+        dropped=read.dropped,
     )
-    dropped = Counter(source.dropped) + Counter(checked.dropped) + Counter(held_out.dropped if held_out else {})
-    split = split_rows(checked.rows, held_out.rows if held_out else None, settings.validation_split, seed)
+    label = own_held_out.label if own_held_out else stream.label
+    return PreferenceData(
+        train=read.train,
+        held_out=read.held_out and add_ids(read.held_out),
+        reading=read.reading,
+        source=f"{stream.label}, streamed ({amount} {read.rows_read:,} rows)",
+        dropped=read.dropped,
+        shared_prompts=count_shared_prompts(read.train, read.held_out) if own_held_out or settings.group_by else 0,
+        fingerprint=fingerprint_rows(read.train, read.held_out),
+        place=partial(place_of, stream.label),
+        held_out_place=partial(place_of, label),
+        sources=(counts,),
+    )
+
+
+def _reader(
+    wish: Wish, settings: DataSettings, verb: str, seed: int, num_proc: int | None, named: bool
+) -> Callable[[], _Part]:
+    def read() -> _Part:
+        own = dataclasses.replace(settings, dataset_name=wish.name)
+        source = load_source(own, verb)
+        for split, rows in (("", source.rows), ("held-out ", source.held_out_rows)):
+            if rows is not None and len(rows) == 0:
+                raise UserError(f"--dataset_name {source.description}: its {split}split has no rows")
+        reading = find_reading(source.rows, own, verb)
+        flag = f"--dataset_name {wish.name}" if named else "--dataset_name"
+        checked, held_out = gather(
+            lambda: read_good_rows(source.rows, reading, source.place, own, flag, num_proc),
+            lambda: _read_held_out(source, reading, own, num_proc),
+        )
+        return _Part(wish, source, reading, checked, held_out, draw_rows(checked.rows, wish, seed))
+
+    return read
+
+
+def _mix(parts: Sequence[_Part], settings: DataSettings, seed: int) -> PreferenceData:
+    """Several sources as one. Those with a held-out split of their own keep it; the others are split together."""
+    is_text = {part.reading.is_text for part in parts}
+    if len(is_text) > 1 and any(part.reading.shape.prompt_may_be_empty for part in parts):
+        raise UserError("--dataset_name: whole texts (format text) and messages cannot be mixed; train on one of them")
+    tables = [part.rows for part in parts] + [part.held_out.rows for part in parts if part.held_out]
+    names = [part.wish.name for part in parts] + [part.wish.name for part in parts if part.held_out]
+    places = [part.source.place for part in parts] + [part.source.held_out_place for part in parts if part.held_out]
+    sizes = [len(part.source.rows) for part in parts]
+    sizes += [len(part.source.held_out_rows) for part in parts if part.held_out]
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    aligned = align(tables, names, starts, to_messages=len(is_text) > 1)
+    rows, own_held_out = aligned[: len(parts)], aligned[len(parts) :]
+    with_own = [table for table, part in zip(rows, parts, strict=True) if part.held_out]
+    without = [table for table, part in zip(rows, parts, strict=True) if not part.held_out]
+    splits = []
+    if without:
+        splits.append(split_rows(_join(without), None, settings.validation_split, seed))
+    if with_own:
+        splits.append(split_rows(_join(with_own), _join(own_held_out), settings.validation_split, seed))
+    first = dataclasses.replace(
+        parts[0].reading,
+        name="mixed",
+        description=_describe_mixture(parts, len(is_text) > 1),
+        shape=next((part.reading.shape for part in parts if not part.reading.is_transcript), parts[0].reading.shape),
+    )
+    place = MixedPlaces(starts, places)
+    source = " + ".join(part.wish.written for part in parts)
+    return _finish(parts, join_splits(splits), first, source, (place, place), count_repeated(rows))
+
+
+def _join(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    return datasets.concatenate_datasets(list(tables))
+
+
+def _describe_mixture(parts: Sequence[_Part], mixes_kinds: bool) -> str:
+    how = "; texts become messages, a user's turn and a reply" if mixes_kinds else ""
+    return f"{len(parts)} sources{how}"
+
+
+def _finish(
+    parts: Sequence[_Part],
+    split: Split,
+    reading: Reading,
+    source: str,
+    places: tuple[Place, Place],
+    repeated: Sequence[int],
+) -> PreferenceData:
+    dropped = sum((part.dropped for part in parts), Counter({SPARE: split.spare}))
     return PreferenceData(
         train=split.train,
-        held_out=split.held_out,
+        held_out=split.held_out and add_ids(split.held_out),
         reading=reading,
-        source=source.description,
-        dropped=dict(dropped),
+        source=source,
+        dropped={reason: count for reason, count in dropped.items() if count},
         shared_prompts=split.shared_prompts,
         fingerprint=fingerprint_rows(split.train, split.held_out),
-        place=source.place,
-        held_out_place=source.held_out_place or source.place,
+        place=places[0],
+        held_out_place=places[1],
+        sources=tuple(_count_source(*pair, split) for pair in zip(parts, repeated, strict=True)),
+    )
+
+
+def _count_source(part: _Part, repeated: int, split: Split) -> SourceCounts:
+    def count(side: datasets.Dataset | None) -> int:
+        if side is None:
+            return 0
+        return sum(name == part.wish.name for name in side["source"]) if "source" in side.column_names else len(side)
+
+    return SourceCounts(
+        name=part.wish.written,
+        reading=part.reading.description,
+        good=len(part.checked.rows),
+        drawn=len(part.rows),
+        train=count(split.train),
+        held_out=count(split.held_out),
+        repeated=repeated,
+        dropped=dict(part.dropped),
     )
 
 
 def read_good_rows(
-    rows: datasets.Dataset, reading: Reading, place: Place, settings: DataSettings, flag: str = "--dataset_name"
+    rows: datasets.Dataset,
+    reading: Reading,
+    place: Place,
+    settings: DataSettings,
+    flag: str = "--dataset_name",
+    num_proc: int | None = None,
 ) -> CheckedRows:
     """The converted good rows. With --max_samples, no more of the source is converted than is needed for them."""
     wanted = settings.max_samples
-    size = len(rows) if wanted is None else min(len(rows), 2 * wanted)
+    size = len(rows) if wanted is None or reading.layout.pairs_up else min(len(rows), 2 * wanted)
     while True:
-        converted = convert_rows(rows if size == len(rows) else rows.select(range(size)), reading)
+        converted = convert_rows(rows if size == len(rows) else rows.select(range(size)), reading, num_proc)
         if size == len(rows) or has_good_rows(converted, wanted):
             return check_rows(converted, place, settings.on_bad_rows, wanted, flag)
         size = min(len(rows), 2 * size)
 
 
-def _read_held_out(source: Source, reading: Reading, settings: DataSettings) -> CheckedRows | None:
+def _read_held_out(
+    source: Source, reading: Reading, settings: DataSettings, num_proc: int | None
+) -> CheckedRows | None:
     if source.held_out_rows is None:
         return None
-    return read_good_rows(source.held_out_rows, reading, source.held_out_place, settings, "--validation_split")
+    place = source.held_out_place
+    return read_good_rows(source.held_out_rows, reading, place, settings, "--validation_split", num_proc)
+
+
+def add_ids(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with `id`, 16 characters that name what each says, wherever it was read."""
+    with quiet(0):
+        return rows.add_column("id", [pair_id(row) for row in rows])
 
 
 def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None) -> str:
@@ -92,7 +282,7 @@ def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None)
         digest.update(b"side")
         if side is None:
             continue
-        columns = sorted(set(side.column_names) - {"row"})
+        columns = sorted(set(side.column_names) - UNSAID)
         for batch in side.select_columns(columns).with_format("arrow").iter(batch_size=1000):
             for name in columns:
                 digest.update(name.encode())

@@ -101,9 +101,17 @@ def json_layout(path: Path) -> str:
     return "whole" if not second and whole_rows(path) is not None else "lines"
 
 
+def _parse(text: str | bytes, **options: Any) -> Any:
+    """The JSON value. Raises ValueError, also where it is nested deeper than can be read."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _is_json(text: bytes) -> bool:
     try:
-        json.loads(text)
+        _parse(text)
     except ValueError:
         return False
     return True
@@ -112,7 +120,7 @@ def _is_json(text: bytes) -> bool:
 def whole_rows(path: Path) -> list | None:
     """The rows of a table in one JSON object, {"data": [rows]} or {"prompt": [...], "chosen": [...]}; else None."""
     try:
-        value = json.loads(read_text(path))
+        value = _parse(read_text(path))
     except ValueError:
         return None
     return _unwrap(value)
@@ -142,7 +150,7 @@ def scan_json(path: Path) -> Scan:
     if json_layout(path) == "lines":
         return _scan_json_lines(path)
     try:
-        value = json.loads(read_text(path), object_pairs_hook=_unique_keys)
+        value = _parse(read_text(path), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not valid JSON ({_describe(error)}). Mend the file.") from None
     except ValueError as error:
@@ -167,7 +175,7 @@ def _scan_json_lines(path: Path) -> Scan:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+                row = _parse(line.decode("utf-8"), object_pairs_hook=_unique_keys)
             except UnicodeDecodeError as error:
                 scan.faults.append(Fault(number, "text that is not UTF-8", f"byte {error.start + 1}: {error.reason}"))
             except json.JSONDecodeError as error:
@@ -235,6 +243,8 @@ def peek_csv(path: Path) -> tuple[list[str], list[str]]:
 def scan_csv(path: Path) -> Scan:
     """Every record of a CSV file, all values as text, with its faults. Raises UserError for unusable CSV."""
     header, _ = peek_csv(path)
+    if not _is_encodable(header):
+        raise UserError(f"{path} line 1 is not UTF-8 text. Save the file as UTF-8.")
     repeated = next((name for name in header if header.count(name) > 1), None)
     if repeated is not None:
         raise UserError(f"{path} line 1 names the column '{repeated}' twice. Rename one of them.")

@@ -1,58 +1,38 @@
-"""Known shapes of preference and demonstration data: where the prompt and the replies are, and how they are written.
+"""How the rows of a source are read: found by their columns and first values, or as --dataset_format says.
 
-Two small tables. A `Layout` says which columns play which part (prompt, chosen, ...); a `Shape` says how the values of
-those parts are read. Another dataset is one more line in one of them.
+A `Layout` (utils/data/layouts.py) says which columns play which part, a `Shape` (utils/data/shapes.py) how the values
+of those parts are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import datasets
 
+from utils.data.adapter import run_adapter
 from utils.data.columns import (
     KIND_NAMES,
-    MESSAGES,
     TEXT,
     Rows,
     describe_missing,
     kind_of_column,
     list_columns,
     list_names,
+    reach,
 )
-from utils.data.turns import BadRow, prepend_system, read_turns, split_reply, split_transcript
+from utils.data.layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
+from utils.data.ranking import Choice
+from utils.data.shapes import Names, Shape, find_shape
+from utils.data.turns import BadRow
 from utils.errors import UserError
 from utils.settings import DataSettings
 
 SAMPLED_ROWS = 100
-
-Kinds = Mapping[str, str]  # part -> kind of its values; without the parts that the source lacks
-Names = Mapping[str, str]  # part -> its column
-Sides = tuple[Any, Any]  # prompt and reply; None: missing
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which columns play which part: the first candidate that exists. Parts in `optional` may be absent."""
-
-    name: str
-    parts: Mapping[str, tuple[str, ...]]
-    optional: tuple[str, ...] = ("system", "tools")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How the values are written: `split(row, reply, names)` gives prompt and reply of one side, or raises BadRow."""
-
-    name: str
-    description: str
-    matches: Callable[[Kinds, Sequence[str]], bool]
-    split: Callable[[Mapping[str, Any], str, Names], Sides]
-    is_text: bool = False
-    is_transcript: bool = False
-    prompt_may_be_empty: bool = False
+ADAPTED = Layout("adapter", {}, shapes=("transcripts", *ANY_SHAPE))
 
 
 @dataclass(frozen=True)
@@ -64,6 +44,11 @@ class Reading:
     columns: Names
     shape: Shape
     replies: tuple[str, ...]
+    layout: Layout
+    choice: Choice = field(default_factory=Choice)
+    group: str | None = None  # the column of --group_by
+    adapter: str | None = None  # --dataset_adapter
+    scored: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -75,202 +60,206 @@ class Reading:
         """The source is "Human: ... Assistant: ..." text, so a tokenizer without a template takes a transcript one."""
         return self.shape.is_transcript
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[str, ...]:
         """What the replies are called once converted."""
         return self.replies if len(self.replies) == 2 else ("completion",)
 
-    @property
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Part -> the source's name for it, for messages to people; an answer among several goes by its part."""
+        return {part: self.columns.get(part, part) for part in ("prompt", *self.columns, *self.replies)}
+
+    @cached_property
     def labels(self) -> dict[str, str]:
-        """Converted column -> the source's name for it, for messages to people."""
+        """Converted column -> the source's name for it."""
         replies = dict(zip(self.outputs, self.replies, strict=True))
-        return {name: self.columns.get(replies.get(name, name), name) for name in ("prompt", *self.outputs)}
+        return {name: self.names[replies.get(name, name)] for name in ("prompt", *self.outputs)}
+
+    @property
+    def makes_several(self) -> bool:
+        """Whether --pairs_per_prompt has an effect."""
+        return self.layout.pairs_up or bool({"answers", "replies"} & set(self.columns))
 
 
-PROMPT = {"prompt": ("prompt", "question"), "system": ("system", "system_prompt"), "tools": ("tools",)}
-PAIR = Layout(
-    "chosen and rejected",
-    PROMPT | {"chosen": ("chosen",), "rejected": ("rejected",)},
-    ("prompt", "system", "tools"),
-)
-OPENAI = Layout(
-    "OpenAI preference format",
-    {
-        "prompt": ("input.messages",),
-        "chosen": ("preferred_output",),
-        "rejected": ("non_preferred_output",),
-        "tools": ("input.tools", "tools"),
-    },
-)
-COMPLETION = Layout("prompt and completion", PROMPT | {"completion": ("completion",)}, ("prompt", "system", "tools"))
-DIALOGUE = Layout(
-    "dialogue",
-    {"completion": ("messages", "conversations", "conversation"), "system": ("system",), "tools": ("tools",)},
-)
-INSTRUCTION = Layout(
-    "instruction and output",
-    {"prompt": ("instruction",), "context": ("input",), "completion": ("output", "response"), "system": ("system",)},
-    ("context", "system"),
-)
-WHOLE_TEXT = Layout("text", {"text": ("text",)})
-
-LAYOUTS = {"train": (PAIR, OPENAI), "sft": (COMPLETION, PAIR, OPENAI, DIALOGUE, INSTRUCTION, WHOLE_TEXT)}
-FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", "completion", "text")}
-
-
-def _split_texts(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
-    for part in ("prompt", reply):
-        if not isinstance(row.get(part), str | None):
-            raise BadRow(f"'{names[part]}' is not text")
-    prompt, context = row.get("prompt"), row.get("context")
-    if prompt and isinstance(context, str) and context.strip():
-        prompt = f"{prompt}\n\n{context}"
-    return prompt, row[reply]
-
-
-def _split_texts_with_system(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
-    prompt, answer = _split_texts(row, reply, names)
-    turns = None if prompt is None else prepend_system(row.get("system"), [{"role": "user", "content": prompt}])
-    return turns, None if answer is None else [{"role": "assistant", "content": answer}]
-
-
-def _split_with_prompt(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
-    """A prompt of its own; the reply's list may repeat the prompt's turns, or bring a system turn."""
-    if row["prompt"] is None:
-        return None, None
-    prompt = read_turns(row["prompt"], names["prompt"], "user")
-    if row[reply] is None:
-        return prompt, None
-    turns = read_turns(row[reply], names[reply], "assistant")
-    before, answer = split_reply(turns)
-    if turns[: len(prompt)] == prompt:
-        # A prompt may end in the assistant's own words, which are then no part of the reply.
-        before, answer = (before, answer) if len(before) >= len(prompt) else (prompt, turns[len(prompt) :])
-    elif all(turn["role"] == "system" for turn in before):
-        before = before + prompt
-    elif not isinstance(row["prompt"], str):
-        raise BadRow(f"'{names[reply]}' has turns before its last reply that are not those of '{names['prompt']}'")
-    return prepend_system(row.get("system"), before), answer
-
-
-def _split_dialogue(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
-    if row[reply] is None:
-        return None, None
-    turns, answer = split_reply(read_turns(row[reply], names[reply], "assistant"))
-    return prepend_system(row.get("system"), turns), answer
-
-
-def _split_transcripts(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
-    if row[reply] is None:
-        return None, None
-    if not isinstance(row[reply], str):
-        raise BadRow(f"'{names[reply]}' is not text")
-    return split_reply(split_transcript(row[reply]))
-
-
-def _split_whole_text(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
-    if not isinstance(row[reply], str | None):
-        raise BadRow(f"'{names[reply]}' is not text")
-    return "", row[reply]
-
-
-def _all(kinds: Kinds, parts: Sequence[str], wanted: Sequence[str]) -> bool:
-    return all(kinds.get(part) in (*wanted, "null") for part in parts)
-
-
-def _any_messages(kinds: Kinds, parts: Sequence[str]) -> bool:
-    return any(kinds.get(part) in MESSAGES for part in parts) and _all(kinds, parts, TEXT + MESSAGES)
-
-
-# In order: the first shape that matches is used.
-SHAPES = (
-    Shape(
-        "whole texts",
-        "whole texts, all of which is learnt",
-        lambda kinds, replies: replies == ("text",) and _all(kinds, replies, TEXT),
-        _split_whole_text,
-        is_text=True,
-        prompt_may_be_empty=True,
-    ),
-    Shape(
-        "transcripts",
-        "'Human: ... Assistant: ...' transcripts; all before the last reply is the prompt",
-        lambda kinds, replies: "transcript" in kinds.values() and _all(kinds, replies, ("transcript",)),
-        _split_transcripts,
-        is_transcript=True,
-    ),
-    Shape(
-        "texts with a system prompt",
-        "prompt and replies are texts, with a system turn before",
-        lambda kinds, replies: "system" in kinds and _all(kinds, ("system", "prompt", *replies), TEXT),
-        _split_texts_with_system,
-    ),
-    Shape(
-        "texts",
-        "prompt and replies are texts",
-        lambda kinds, replies: _all(kinds, ("prompt", *replies), TEXT),
-        _split_texts,
-        is_text=True,
-    ),
-    Shape(
-        "messages with a prompt",
-        "messages, the prompt in a column of its own",
-        lambda kinds, replies: "prompt" in kinds and _any_messages(kinds, ("prompt", *replies)),
-        _split_with_prompt,
-    ),
-    Shape(
-        "messages",
-        "message lists; all before the last reply is the prompt",
-        lambda kinds, replies: "prompt" not in kinds and _all(kinds, replies, ("messages",)),
-        _split_dialogue,
-    ),
-)
+def choice_of(settings: DataSettings, verb: str) -> Choice:
+    """What the settings say about rows with several answers."""
+    return Choice(
+        pairs_per_prompt=settings.pairs_per_prompt or 1,
+        min_score_gap=settings.min_score_gap,
+        min_score_ratio=settings.min_score_ratio,
+        strip_citations=settings.strip_citations,
+        best_only=verb == "sft",
+        ordered=settings.dataset_format == "ranked_answers",
+    )
 
 
 def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> Reading:
-    """How to read these rows, from their columns, the first of their values, and the --*_column flags.
+    """How to read these rows, from their columns, the first of their values, and the flags.
 
-    Raises UserError when a named column does not exist or no known shape fits.
+    Raises UserError when a named column does not exist, no known shape fits, or the format asked for does not.
     """
     sample = rows.select(range(min(SAMPLED_ROWS, len(rows)))).to_list()
     columns = list(dict.fromkeys([*rows.column_names, *list_columns(sample)]))
-    mapped = {part: path for part in FLAGS[verb] if (path := getattr(settings, f"{part}_column")) is not None}
-    lost = {part: path for part, path in mapped.items() if path not in columns}
+    wishes = {part: f"{part}_column" for part in FLAGS[verb]} | {"group": "group_by"}
+    named = {flag: path for flag in wishes.values() if (path := getattr(settings, flag)) is not None}
+    lost = {flag: path for flag, path in named.items() if path not in columns}
     if lost:
-        raise UserError(*(describe_missing(f"--{part}_column", path, columns) for part, path in lost.items()))
-    for layout in LAYOUTS[verb]:
-        replies = ("chosen", "rejected") if verb == "train" else (_sft_reply(layout),)
+        raise UserError(*(describe_missing(f"--{flag}", path, columns) for flag, path in lost.items()))
+    if settings.dataset_adapter is not None:
+        return _read_with_adapter(sample, settings, verb)
+    mapped = {part: named[flag] for part, flag in wishes.items() if flag in named and part != "group"}
+    for layout in _layouts(settings, verb):
+        replies = _replies(layout, verb)
         found = _find_columns(layout, mapped, columns, replies)
-        if found is None:
+        if not isinstance(found, dict) or (layout.fits is not None and not layout.fits(sample, found)):
             continue
-        kinds = {part: kind_of_column(sample, path) for part, path in found.items()}
-        shape = next((shape for shape in SHAPES if shape.matches(kinds, replies)), None)
-        if shape is not None:
-            described = ", ".join(f"{part} '{path}'" for part, path in found.items())
-            return Reading(layout.name, f"{shape.description} ({described})", found, shape, replies)
+        reading = _match(layout, found, replies, sample, settings, verb)
+        if reading is not None:
+            return reading
+    if settings.dataset_format is not None:
+        raise UserError(*_describe_misfit(settings, verb, mapped, columns, sample))
     raise UserError(_describe_unknown(settings, verb, mapped, columns, sample))
 
 
-def _sft_reply(layout: Layout) -> str:
-    return next(part for part in ("completion", "chosen", "text") if part in layout.parts)
+def _layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:
+    """Those to try, in order. Raises UserError for a format of another verb."""
+    wish = settings.dataset_format
+    if wish is None:
+        return [layout for layout in LAYOUTS[verb] if layout not in ONLY_ASKED_FOR]
+    layouts = [layout for layout in LAYOUTS[verb] if layout.name == wish]
+    if not layouts:
+        raise UserError(f"--dataset_format {wish}: holds no pairs; it is a format for the verb sft")
+    return layouts
+
+
+def _replies(layout: Layout, verb: str) -> tuple[str, ...]:
+    if verb == "sft" or layout.pairs_up:
+        return (sft_reply(layout),)
+    return ("chosen", "rejected")
+
+
+def _match(
+    layout: Layout, found: Names, replies: tuple[str, ...], sample: Rows, settings: DataSettings, verb: str
+) -> Reading | None:
+    """The reading of a layout whose columns were found, or None where the values are written in another way."""
+    shape = _find_shape(layout, found, replies, sample, choice_of(settings, verb))
+    if shape is None:
+        return None
+    described = ", ".join(f"{part.replace('_', ' ')} '{path}'" for part, path in found.items())
+    says = f"{layout.says}; {shape.description}" if layout.says else shape.description
+    return Reading(
+        layout.name,
+        f"{layout.name}: {says} ({described})",
+        found,
+        shape,
+        replies,
+        layout,
+        choice_of(settings, verb),
+        settings.group_by,
+        scored=verb == "train" and layout.is_scored(found),
+    )
+
+
+def _find_shape(layout: Layout, found: Names, replies: tuple[str, ...], sample: Rows, choice: Choice) -> Shape | None:
+    if layout.expand is None:
+        kinds = {part: kind_of_column(sample, path) for part, path in found.items()}
+    else:
+        kinds = _kinds(_expand_sample(layout, found, sample, choice), replies)
+    candidates = [find_shape(name) for name in layout.shapes]
+    return next((shape for shape in candidates if shape.matches(kinds, replies)), None)
+
+
+def _expand_sample(layout: Layout, found: Names, sample: Rows, choice: Choice) -> list[dict[str, Any]]:
+    rows = []
+    for row in sample:
+        parts = {part: reach(row, path) for part, path in found.items()}
+        try:
+            rows += layout.expand(parts, found, replace(choice, any_two=True))
+        except BadRow:
+            continue
+    return rows
+
+
+def _kinds(rows: Rows, replies: Sequence[str]) -> dict[str, str]:
+    """Kinds of simple rows; a part that all of them lack is absent, but for the replies."""
+    parts = dict.fromkeys([*replies, *(name for row in rows for name, value in row.items() if value is not None)])
+    return {part: kind_of_column(rows, part) for part in parts}
+
+
+def _read_with_adapter(sample: Rows, settings: DataSettings, verb: str) -> Reading:
+    """The reading of what the adapter makes of the first rows."""
+    made, reasons = [], []
+    for row in sample:
+        try:
+            made += run_adapter(settings.dataset_adapter, row)
+        except BadRow as reason:
+            reasons.append(str(reason))
+    replies = ("chosen", "rejected")
+    if verb == "sft":
+        replies = ("completion",) if any("completion" in row for row in made) else ("chosen",)
+    kinds = _kinds(made, replies)
+    shape = next((shape for name in ADAPTED.shapes if (shape := find_shape(name)).matches(kinds, replies)), None)
+    flag = f"--dataset_adapter {settings.dataset_adapter}"
+    if not made and reasons and len(set(reasons)) == 1 and len(reasons) == len(sample):
+        raise UserError(f"{flag}: made no pair of the first {len(sample)} rows: {reasons[0]}")
+    if shape is None or (made and not any(set(replies) <= set(row) for row in made)):
+        found = ", ".join(f"'{part}' holds {KIND_NAMES[kind]}" for part, kind in kinds.items()) or "nothing"
+        needed = "prompt, chosen and rejected" if verb == "train" else "prompt and completion"
+        raise UserError(f"{flag}: must give {needed} as texts or message lists; it gives: {found}")
+    scored = verb == "train" and {"chosen_score", "rejected_score"} <= set(kinds)
+    return Reading(
+        ADAPTED.name,
+        f"{ADAPTED.name} {settings.dataset_adapter}: {shape.description}",
+        {},
+        shape,
+        replies,
+        ADAPTED,
+        choice_of(settings, verb),
+        settings.group_by,
+        settings.dataset_adapter,
+        scored,
+    )
 
 
 def _find_columns(
     layout: Layout, mapped: Names, columns: Sequence[str], replies: Sequence[str]
-) -> dict[str, str] | None:
-    """Part -> column, or None where the layout lacks a part: one it needs, or one that a flag names."""
-    if not set(mapped) <= set(layout.parts):
-        return None
-    found = {}
+) -> dict[str, str] | list[str]:
+    """Part -> column; or the parts that the layout needs and the data lack, or that a flag names and it lacks."""
+    missing = [part for part in mapped if part not in layout.parts]
+    found: dict[str, str] = {}
     for part, candidates in layout.parts.items():
-        if part in ("chosen", "rejected") and part not in replies:
+        if part.removesuffix("_score") in ("chosen", "rejected") and part not in replies and len(replies) == 1:
             continue
-        path = mapped.get(part) or next((name for name in candidates if name in columns), None)
+        taken = (*mapped.values(), *found.values())
+        path = mapped.get(part) or next((name for name in candidates if name in columns and name not in taken), None)
         if path is not None:
             found[part] = path
         elif part not in layout.optional:
-            return None
-    return found
+            missing.append(part)
+    return missing or found
+
+
+def _describe_misfit(
+    settings: DataSettings, verb: str, mapped: Names, columns: Sequence[str], sample: Rows
+) -> list[str]:
+    """What the format asked for needs and the data have not, one line each."""
+    flag = f"--dataset_format {settings.dataset_format}"
+    tries = [(lay, _find_columns(lay, mapped, columns, _replies(lay, verb))) for lay in _layouts(settings, verb)]
+    layout, found = min(tries, key=lambda pair: len(pair[1]) if isinstance(pair[1], list) else 0)
+    if isinstance(found, list):
+        return [
+            f"{flag}: no column for its {part.replace('_', ' ')}{_looked_for(layout.parts.get(part, ()))}; "
+            f"the data has: {list_names(columns)}"
+            for part in found
+        ]
+    holds = ", ".join(f"'{path}' holds {KIND_NAMES[kind_of_column(sample, path)]}" for path in found.values())
+    needed = layout.says or " or ".join(find_shape(name).description for name in layout.shapes)
+    return [f"{flag}: the columns are there, but not what they should hold: {holds}; needed: {needed}"]
+
+
+def _looked_for(candidates: Sequence[str]) -> str:
+    return f" (looked for {', '.join(candidates)})" if candidates else ""
 
 
 def _describe_unknown(settings: DataSettings, verb: str, mapped: Names, columns: Sequence[str], sample: Rows) -> str:
@@ -287,4 +276,22 @@ def _describe_unknown(settings: DataSettings, verb: str, mapped: Names, columns:
     found = ", ".join(f"'{path}' holds {KIND_NAMES[kind]}" for path, kind in kinds.items())
     note = f" ({found}; texts or message lists are needed)" if found else ""
     name = settings.dataset_name
-    return f"--dataset_name {name}: its columns fit no known shape{note}; name them with {flags}; {has}"
+    return (
+        f"--dataset_name {name}: its columns fit no known shape{note}; name them with {flags}, or read them with a "
+        f"function of your own (--dataset_adapter file.py:function); {has}"
+    )
+
+
+def check_effects(readings: Sequence[Reading], settings: DataSettings) -> None:
+    """Raises UserError for flags about several answers that do nothing with any of the sources."""
+    faults = []
+    if settings.pairs_per_prompt is not None and not any(reading.makes_several for reading in readings):
+        faults.append("--pairs_per_prompt: has no effect, each row of this data is one pair; leave it out")
+    if settings.min_score_gap is not None and not any(reading.scored for reading in readings):
+        faults.append("--min_score_gap: this data has no scores that are known; leave it out")
+    if settings.min_score_ratio is not None and not any("ratio" in reading.columns for reading in readings):
+        faults.append("--min_score_ratio: this data has no column score_ratio; leave it out")
+    if settings.strip_citations and not any(reading.layout.strips_citations for reading in readings):
+        faults.append("--strip_citations: is for answers in the format webgpt; leave it out")
+    if faults:
+        raise UserError(*faults)

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils.data.files import FileRows, file_kind, first_line, quiet, read_files
+from utils.data.files import FileRows, file_kind, first_line, quiet, read_files, stream_file
 from utils.data.places import Place, row_places
 from utils.errors import UserError, gather
 from utils.settings import DataSettings
@@ -40,6 +41,14 @@ class Source:
     place: Place
     held_out_place: Place | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that are read one after the other, never all at once."""
+
+    rows: datasets.IterableDataset
+    label: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,36 @@ def load_source(settings: DataSettings, verb: str) -> Source:
         held_out_place=other.place if other else None,
         dropped=dropped,
     )
+
+
+def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | None]:
+    """The training split and, where the held-out data is a split of its own, that one; no row of them is read yet.
+
+    Raises UserError when the data or the split is missing, or cannot be streamed.
+    """
+    name, flag = settings.dataset_name, f"--dataset_name {settings.dataset_name}"
+    path = Path(name).expanduser()
+    if not is_local(name) and HUB_NAME.fullmatch(name):
+        splits = load_hub(name, settings.dataset_config, streaming=True)
+    elif not path.exists():
+        raise UserError(_missing_path(name, path))
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        saved = saved if isinstance(saved, dict) else {"train": saved}
+        splits = {split: rows.to_iterable_dataset() for split, rows in saved.items()}
+    elif path.is_file() and (file_kind(path) is None or set("*?[]") & set(str(path))):
+        raise UserError(f"{flag}: cannot be streamed; use {ENDINGS}, without *, ?, [ or ] in the path")
+    else:
+        try:
+            splits = stream_file(path) if path.is_file() else datasets.load_dataset(str(path.resolve()), streaming=True)
+        except (DatasetsError, FileNotFoundError, ValueError) as error:
+            raise UserError(f"{flag}: no data here that can be streamed ({first_line(error)}); use {ENDINGS}") from None
+    label = name if not is_local(name) else path.name
+    streams = {str(split): Stream(rows, f"{label}[{split}]") for split, rows in splits.items()}
+    collection = _Collection(streams)
+    train = _training_split(settings, verb, collection)
+    held_out = _held_out_split(settings, train, collection)
+    return streams[train], streams[held_out] if held_out else None
 
 
 def held_out_wish(validation_split: str | None) -> float | str | None:
@@ -190,9 +229,14 @@ def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> _Collect
 
 def _open_hub(name: str, config: str | None) -> _Collection:
     """All splits of a hub dataset, from the hub or from the local cache of an earlier download."""
+    return _from_splits(name, load_hub(name, config))
+
+
+def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]:
+    """Split name -> rows of a hub dataset, as the library gives them. Raises UserError for whatever it refuses."""
     flag = f"--dataset_name {name}"
     try:
-        return _from_splits(name, datasets.load_dataset(name, config))
+        return datasets.load_dataset(name, config, **options)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             raise UserError(

@@ -1,34 +1,42 @@
-"""Training and held-out rows, so that no prompt is in both."""
+"""Training and held-out rows, so that no prompt is in both and none ever changes sides.
+
+A hash of the seed and the prompt gives each prompt a number between 0 and 1; it is held out where that lies below the
+wished fraction. The rows around it do not matter: rows that are added, mended, dropped or put in another order leave
+all others where they were, and one prompt in two sources is on one side. The share held out is the fraction up to
+chance: for n prompts and a fraction f the standard deviation is sqrt(n f (1 - f)) prompts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import datasets
 import numpy as np
-from sklearn.model_selection import GroupShuffleSplit
 
 from utils.data.sources import held_out_wish
 from utils.errors import UserError
 
 DEFAULT_FRACTION = 0.1
 DEFAULT_MOST_ROWS = 1000
-ATTEMPTS = 8
-CLOSE_ENOUGH = 0.1  # of the wished number of rows
+SPARE = f"held out beyond the {DEFAULT_MOST_ROWS:,} pairs that are evaluated (--validation_split sets how many)"
 
 Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """`shared_prompts`: how many held-out prompts also occur in training; 0 unless the held-out split was given."""
+    """`shared_prompts`: how many held-out prompts also occur in training; 0 unless the held-out split was given.
+
+    `spare`: rows that are on neither side, because fewer held-out rows are enough.
+    """
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
     shared_prompts: int
+    spare: int = 0
 
 
 def split_rows(
@@ -36,24 +44,101 @@ def split_rows(
 ) -> Split:
     """Hold out what --validation_split asks for: nothing, the split `held_out_rows`, or a share of the rows.
 
-    A share is drawn by prompt, so that no prompt is on both sides; both sides keep the order of the rows.
+    A share is drawn by prompt, or by the column `group` where there is one, which is then removed; both sides keep the
+    order of the rows. Without a wish a tenth is kept out of training, and of it no more than 1000 rows are evaluated.
 
     Raises UserError when there are too few rows or prompts to hold any out.
     """
     wish = held_out_wish(validation_split)
     if wish == "none":
-        return Split(rows, None, 0)
+        return Split(without_group(rows), None, 0)
     if held_out_rows is not None and not isinstance(wish, float):
-        return Split(rows, held_out_rows, count_shared(_prompts(rows), _prompts(held_out_rows)))
+        shared = count_shared_prompts(rows, held_out_rows)
+        return Split(without_group(rows), without_group(held_out_rows), shared)
     if isinstance(wish, str):
         raise UserError(f"--validation_split {wish}: the data has no such split")
-    groups = number_groups(_prompts(rows))
-    if len(rows) < 2 or groups.max() == 0:
+    numbers = draw_numbers(_groups(rows), seed)
+    if len(rows) < 2 or (numbers == numbers[0]).all():
         what = "1 row" if len(rows) == 1 else f"{len(rows)} rows that share one prompt"
         raise UserError(f"nothing can be held out of {what}: add data, or pass --validation_split none")
-    wished = round(wish * len(rows)) if wish else min(DEFAULT_MOST_ROWS, round(DEFAULT_FRACTION * len(rows)))
-    train, held_out = divide(groups, max(1, wished), seed)
-    return Split(rows.select(train), rows.select(held_out), 0)
+    held_out = choose_held_out(numbers, wish or DEFAULT_FRACTION, _sources(rows))
+    evaluated = held_out if wish else _lowest(numbers, held_out, DEFAULT_MOST_ROWS)
+    sides = [without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated)]
+    shared = count_shared_prompts(*sides) if "group" in rows.column_names else 0
+    return Split(*sides, shared, int(held_out.sum() - evaluated.sum()))
+
+
+def join_splits(splits: Sequence[Split]) -> Split:
+    """Several splits as one, each side in the order of `row`."""
+    trains = [split.train for split in splits]
+    held_out = [split.held_out for split in splits if split.held_out is not None]
+    train, other = _in_order(trains), _in_order(held_out) if held_out else None
+    shared = splits[0].shared_prompts if len(splits) == 1 else count_shared_prompts(train, other)
+    return Split(train, other, shared, sum(split.spare for split in splits))
+
+
+def _in_order(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    if len(tables) == 1:
+        return tables[0]
+    rows = datasets.concatenate_datasets(list(tables))
+    return rows.select(np.argsort(np.array(rows["row"][:]), kind="stable"))
+
+
+def choose_held_out(numbers: np.ndarray, fraction: float, sources: np.ndarray | None = None) -> np.ndarray:
+    """Which rows are held out, by their prompts' numbers: those below `fraction`.
+
+    A source (by its number in `sources`) with two prompts or more has some on each side: of one so small that chance
+    leaves a side empty, the prompt with the lowest number is held out, or that with the highest trained on. The same
+    holds of all rows together.
+    """
+    held_out = numbers < fraction
+    for source in [*(() if sources is None else np.unique(sources)), None]:
+        own = np.full(len(numbers), True) if source is None else sources == source
+        lowest, highest = numbers[own].min(), numbers[own].max()
+        if lowest < highest and not held_out[own].any():
+            held_out |= numbers == lowest
+        elif lowest < highest and held_out[own].all():
+            held_out &= numbers != highest
+    return held_out
+
+
+def _lowest(numbers: np.ndarray, held_out: np.ndarray, most: int) -> np.ndarray:
+    """Of the rows held out those with the lowest numbers: whole prompts, `most` rows at most, one prompt at least."""
+    values, counts = np.unique(numbers[held_out], return_counts=True)
+    kept = max(1, int(np.searchsorted(np.cumsum(counts), most, side="right")))
+    return held_out & (numbers <= values[kept - 1])
+
+
+def draw_numbers(groups: Iterable[str], seed: int) -> np.ndarray:
+    """A number in [0, 1) for each group, the same for the same text and seed, whatever stands around it."""
+    key = seed.to_bytes(8, "little")
+    hashes = (blake2b(group.encode(), digest_size=8, key=key).digest() for group in groups)
+    return np.frombuffer(b"".join(hashes), dtype="<u8") / 2.0**64
+
+
+def _groups(rows: datasets.Dataset) -> Iterator[str]:
+    names = [name for name in ("prompt", "completion", "group") if name in rows.column_names]
+    for batch in rows.select_columns(names).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield group_of(dict(zip(batch, values, strict=True)))
+
+
+def group_of(row: Mapping[str, Any]) -> str:
+    """What keeps a row with others: its `group` of --group_by; else its prompt; for a text without one, the text."""
+    if row.get("group") is not None:
+        return f"group {row['group']}"
+    return group_key(row["prompt"] or row.get("completion") or row["prompt"])
+
+
+def _sources(rows: datasets.Dataset) -> np.ndarray | None:
+    if "source" not in rows.column_names:
+        return None
+    return np.unique(np.array(rows["source"][:]), return_inverse=True)[1]
+
+
+def without_group(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows without the column of --group_by, which is of no use once they are split."""
+    return rows.remove_columns("group") if "group" in rows.column_names else rows
 
 
 def _prompts(rows: datasets.Dataset) -> Iterator[Prompt]:
@@ -62,13 +147,6 @@ def _prompts(rows: datasets.Dataset) -> Iterator[Prompt]:
     for batch in rows.select_columns(columns).iter(batch_size=1000):
         for prompt, text in zip(batch["prompt"], batch.get("completion", batch["prompt"]), strict=True):
             yield prompt or text
-
-
-def number_groups(prompts: Iterable[Prompt]) -> np.ndarray:
-    """The group of each prompt: 0, 1, 2, ... in the order in which the groups first occur."""
-    numbers: dict[bytes, int] = {}
-    keys = (blake2b(group_key(prompt).encode(), digest_size=16).digest() for prompt in prompts)
-    return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), dtype=np.int64)
 
 
 def group_key(prompt: Prompt) -> str:
@@ -91,44 +169,12 @@ def _normalise(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def count_shared_prompts(train: datasets.Dataset, held_out: datasets.Dataset | None) -> int:
+    """How many different held-out prompts also occur in training."""
+    return count_shared(_prompts(train), _prompts(held_out)) if held_out is not None else 0
+
+
 def count_shared(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> int:
     """How many different held-out prompts also occur in training."""
     wanted = {prompt_key(prompt) for prompt in held_out}
     return len(wanted & {prompt_key(prompt) for prompt in train})
-
-
-def divide(groups: np.ndarray, wished_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices of the two sides, ascending: whole groups are held out, about `wished_rows` rows in all.
-
-    One seed always shuffles the groups alike, so more held-out groups mean more rows and the count can be searched.
-    A few further shuffles are tried where large groups keep it off the wish.
-    """
-    best: tuple[np.ndarray, np.ndarray] | None = None
-    for attempt in range(ATTEMPTS):
-        sides = _search(groups, wished_rows, (seed + attempt * 7919) % 2**32)
-        if best is None or abs(len(sides[1]) - wished_rows) < abs(len(best[1]) - wished_rows):
-            best = sides
-        if abs(len(best[1]) - wished_rows) <= CLOSE_ENOUGH * wished_rows:
-            break
-    assert best is not None
-    return np.sort(best[0]), np.sort(best[1])
-
-
-def _search(groups: np.ndarray, wished_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    def hold_out(count: int) -> tuple[np.ndarray, np.ndarray]:
-        splitter = GroupShuffleSplit(n_splits=1, test_size=count, random_state=seed)
-        return next(splitter.split(groups, groups=groups))
-
-    fewest, most = 1, int(groups.max())  # at least one group stays for training
-    while fewest < most:
-        middle = (fewest + most) // 2
-        if len(hold_out(middle)[1]) >= wished_rows:
-            most = middle
-        else:
-            fewest = middle + 1
-    reached = hold_out(fewest)
-    if fewest == 1:
-        return reached
-    short = hold_out(fewest - 1)
-    closer = abs(len(short[1]) - wished_rows) < abs(len(reached[1]) - wished_rows)
-    return short if closer else reached

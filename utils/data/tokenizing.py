@@ -225,6 +225,7 @@ def _tokenize_batch(
     tools = batch.get("tools")
     prompt_ids, *sides = encoder.encode_rows(batch["prompt"], [batch[name] for name in completions.values()], tools)
     columns = {"prompt_ids": prompt_ids, "row": batch["row"], **dict(zip(completions, sides, strict=True))}
+    columns |= {"id": batch["id"]} if "id" in batch else {}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     fitted = [_fit_row(row, list(completions), max_length, encoder.opening_ids) for row in rows]
     tokenized = {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}

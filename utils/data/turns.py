@@ -13,9 +13,14 @@ ROLES = {
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "system": "system",
     "developer": "developer",
     "tool": "tool",
+    "observation": "tool",
     "function": "function",
 }
 
@@ -54,7 +59,7 @@ def _read_message(message: dict[str, Any], name: str) -> dict[str, str]:
     said = message.get("role") or message.get("from")
     role = ROLES.get(str(said).lower())
     if role is None:
-        raise BadRow(f"'{name}' has a turn of unknown role '{said}'")
+        raise BadRow(f"'{name}' has a turn of unknown role {str(said)[:40]!r}")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if isinstance(content, list) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)

@@ -52,17 +52,76 @@ class HeadScores:
     log_probs: Tensor
     right: Tensor | None = None  # whether it is the likeliest
     log_sum_sq_probs: Tensor | None = None  # log of the sum of squared probabilities
+    divergence: Tensor | None = None  # from the distribution of another model, in nats
+    logits: KeptLogits | None = None
+
+
+@dataclass(frozen=True)
+class KeptLogits:
+    """The logits of one forward pass for tokens, to be read once more, some tokens at a time and without gradient.
+
+    Kept as the hidden states before the head, which are far smaller; as logits where a model makes them in its own way.
+    """
+
+    states: Tensor  # (tokens, width), or the logits, (tokens, vocabulary)
+    columns: Tensor | None = None  # the head's weight, (vocabulary, width); None: `states` are the logits
+    bias: Tensor | None = None
+    shape: LogitShape = LogitShape()
+
+    @classmethod
+    def of_head(cls, head: torch.nn.Linear, hidden: Tensor, shape: LogitShape, copied: bool) -> KeptLogits:
+        """Keeps hidden states, shape (tokens, width). `copied`: the head's weight is here only for the moment."""
+        weight, bias = head.weight.detach(), head.bias.detach() if head.bias is not None else None
+        states = _as_computed(hidden.detach())
+        columns = weight.to(states.dtype, copy=copied)
+        return cls(states, columns, bias.clone() if copied and bias is not None else bias, shape)
+
+    def at(self, device: torch.device | str, columns: Tensor | None = None) -> KeptLogits:
+        """The same on a device. `columns`: the head's weight where it is there already."""
+        parts = (self.states, self.columns if columns is None else columns, self.bias)
+        return KeptLogits(*(part if part is None else part.to(device) for part in parts), self.shape)
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.columns) if self.columns is not None else self.states.size(1)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Logits of some of the tokens, (tokens, vocabulary), float32."""
+        if self.columns is None:
+            return self.states[rows].float()
+        return _logits(self.states[rows], self.columns, self.bias, self.shape)
+
+    @torch.no_grad()
+    def divergence_from(self, other: KeptLogits) -> Tensor:
+        """KL(own || other) of the distributions over the next token at each position, shape (tokens,), in nats.
+
+        Raises:
+            ValueError: the vocabularies differ.
+        """
+        if self.vocabulary != other.vocabulary:
+            raise ValueError(f"vocabularies of {self.vocabulary} and {other.vocabulary} tokens cannot be compared")
+        found = self.states.new_empty(len(self.states), dtype=torch.float32)
+        with torch.autocast(self.states.device.type, enabled=False):
+            for rows in _chunks(self.states, self.vocabulary):
+                own, others = (torch.log_softmax(kept.rows(rows), dim=1) for kept in (self, other))
+                probabilities = own.exp()
+                terms = own.sub_(others.to(own.device)).mul_(probabilities)
+                found[rows] = terms.masked_fill_(probabilities == 0, 0).sum(dim=1)  # 0 * log 0 is 0
+        return found
 
 
 def score_by_head(
     head: torch.nn.Linear, hidden: Tensor, labels: Tensor, shape: LogitShape, *, with_right: bool, with_squares: bool
 ) -> HeadScores:
     """Scores labels, shape (tokens,), from the hidden states before the head, shape (tokens, width)."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    scores = _LogProbs.apply(hidden, head.weight, head.bias, labels, shape, with_right, with_squares)
+    scores = _LogProbs.apply(_as_computed(hidden), head.weight, head.bias, labels, shape, with_right, with_squares)
     return HeadScores(scores[0], scores[1] if with_right else None, scores[2] if with_squares else None)
+
+
+def _as_computed(hidden: Tensor) -> Tensor:
+    """Hidden states in the format in which the head would compute here."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 class _LogProbs(torch.autograd.Function):
@@ -80,7 +139,7 @@ class _LogProbs(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if needs_hidden and not trains_head else None
         with torch.autocast(hidden.device.type, enabled=False):
             columns = weight.to(hidden.dtype)
-            for rows in _chunks(hidden, columns):
+            for rows in _chunks(hidden, len(columns)):
                 logits = _logits(hidden[rows], columns, bias, shape)
                 slope = shape.slope(logits) if by_hidden is not None else None
                 if right is not None:
@@ -115,7 +174,7 @@ class _LogProbs(torch.autograd.Function):
         by_weight = torch.zeros_like(weight, dtype=torch.float32)
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
         columns = weight.to(hidden.dtype)
-        for rows in _chunks(hidden, columns):
+        for rows in _chunks(hidden, len(columns)):
             logits = _logits(hidden[rows], columns, bias, ctx.shape)
             slope = ctx.shape.slope(logits)
             normalizer = logits.gather(1, labels[rows, None]) - log_probs[rows, None]
@@ -132,8 +191,8 @@ class _LogProbs(torch.autograd.Function):
         return by_hidden, by_weight.to(weight.dtype), by_bias, *[None] * 4
 
 
-def _chunks(hidden: Tensor, columns: Tensor) -> Iterator[slice]:
-    size = max(SMALLEST_CHUNK, CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(columns) // 64 * 64)
+def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    size = max(SMALLEST_CHUNK, CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // vocabulary // 64 * 64)
     for start in range(0, len(hidden), size):
         yield slice(start, min(start + size, len(hidden)))
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.models.head import MARK, HeadScores, LogitShape, score_by_head
+from utils.models.head import MARK, HeadScores, KeptLogits, LogitShape, score_by_head
 from utils.models.shared_prefix import PairLayout
 
 Batch = Mapping[str, Any]
@@ -34,6 +34,22 @@ class TokenScores:
     log_sum_sq_probs: Tensor | None  # log of the sum of squared probabilities, where asked for
     last_ids: Tensor  # id of each completion's last token, shape (rows,)
     auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar, where asked for
+    divergence: Tensor | None  # KL from the other model's distribution over the next token, nats, where asked for
+    logits: KeptLogits | None  # where asked for
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models' distributions over the next token are compared by: one pass keeps its logits for the other."""
+
+    keep: bool = False
+    copied: bool = False  # the head's weight is whole only during the pass, as in sharded models
+    against: KeptLogits | None = None
+
+    def add_to(self, scores: HeadScores, logits: KeptLogits) -> None:
+        """Adds to the scores of a pass its logits, or their divergence from the other's."""
+        scores.logits = logits if self.keep else None
+        scores.divergence = logits.divergence_from(self.against) if self.against is not None else None
 
 
 def score_tokens(
@@ -43,6 +59,7 @@ def score_tokens(
     with_right: bool = False,
     with_squares: bool = False,
     with_auxiliary: bool = False,
+    comparison: Comparison | None = None,
 ) -> TokenScores:
     """Scores the completion tokens of a batch with one forward pass.
 
@@ -51,6 +68,7 @@ def score_tokens(
         with_right: also give `right`.
         with_squares: also give `log_sum_sq_probs` (without gradient).
         with_auxiliary: also ask the model for its load-balancing loss.
+        comparison: also keep the logits, or also give `divergence` from another model's.
     """
     read = _read_packed if "layout" in batch else _read_padded
     inputs, mask, labels, last_ids, select = read(batch)
@@ -61,9 +79,12 @@ def score_tokens(
     if shape is None:
         with _head_sees(head, select):
             outputs = model(**inputs, use_cache=False, **options)
-        scores = _score_logits(outputs.logits.squeeze(0).float(), labels, **asked)
+        logits = outputs.logits.squeeze(0).float()
+        scores = _score_logits(logits, labels, **asked)
+        if comparison is not None:
+            comparison.add_to(scores, KeptLogits(logits.detach()))
     else:
-        with _head_scores(head, select, labels, shape, asked) as found:
+        with _head_scores(head, select, labels, shape, asked, comparison) as found:
             outputs = model(**inputs, use_cache=False, **options)
         scores = found[0]
         # What the model made of the scores says nothing; it ties them to the model's output, as sharding needs it.
@@ -75,6 +96,8 @@ def score_tokens(
         log_sum_sq_probs=_spread(scores.log_sum_sq_probs, mask) if with_squares else None,
         last_ids=last_ids,
         auxiliary=outputs.aux_loss if with_auxiliary else None,
+        divergence=_spread(scores.divergence, mask) if scores.divergence is not None else None,
+        logits=scores.logits,
     )
 
 
@@ -159,6 +182,7 @@ def _head_scores(
     labels: Tensor,
     shape: LogitShape,
     asked: dict[str, bool],
+    comparison: Comparison | None,
 ) -> Iterator[list[HeadScores]]:
     """Within the context the output head scores the labels, and gives log-probs, (1, tokens, 1), in place of logits."""
     found: list[HeadScores] = []
@@ -166,6 +190,8 @@ def _head_scores(
     def forward(hidden: Tensor) -> Tensor:
         selected = select(hidden).to(head.weight.device)
         found.append(score_by_head(head, selected, labels.to(selected.device), shape, **asked))
+        if comparison is not None:
+            comparison.add_to(found[0], KeptLogits.of_head(head, selected, shape, comparison.copied))
         return found[0].log_probs.view(1, -1, 1)
 
     before = head.__dict__.get("forward")

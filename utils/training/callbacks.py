@@ -23,6 +23,7 @@ SHOWN = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.0%}",
     "margin": "margin {:+.3f}",
+    "chosen_kl": "KL {:.2f}",
     "perplexity": "perplexity {:.2f}",
     "token_accuracy": "token accuracy {:.0%}",
 }

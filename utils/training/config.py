@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ def checkpoints_activations(settings: Settings, precision: Precision) -> bool:
     """Whether activations are recomputed in the backward pass."""
     wish = settings.training.gradient_checkpointing
     return precision.device.type != "cpu" if wish is None else wish
+
+
+def rows_of_run(settings: Settings) -> int | None:
+    """How many rows --max_steps trains on, in all processes; None without it. A dry run takes one step."""
+    training = settings.training
+    steps = 1 if settings.run.dry_run else training.max_steps
+    if steps <= 0:
+        return None
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return steps * step * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build_config(settings: Settings, precision: Precision, folder: Path, adapts: bool, evaluates: bool) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from utils.data.loading import PreferenceData
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
 from utils.runtime import Precision, device_name, say
+from utils.saving import TRAINER_STATE
 from utils.settings import Settings
 from utils.training.preparation import Rows
 from utils.training.run_folder import RunFolderTrainer
@@ -17,6 +21,12 @@ from utils.training.trainer import PreferenceTrainer
 def describe_data(data: PreferenceData, rows: Rows) -> None:
     """Says what was read and how."""
     say(f"data: {data.source}: {data.reading.description}")
+    for source in data.sources if len(data.sources) > 1 else ():
+        drawn = "" if source.drawn == source.good else f"; {source.drawn:,} of {source.good:,} good rows drawn"
+        say(f"      {source.name}: {source.train:,} to train on, {source.held_out:,} held out{drawn}")
+        say(f"          {source.reading}")
+        if source.repeated:
+            say(f"          {source.repeated:,} of its rows stand in a source before it too; all are kept")
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
@@ -42,14 +52,13 @@ def describe_start(
     source: ModelSource,
     settings: Settings,
     precision: Precision,
-) -> None:
-    """Says what will be trained, against what, how, and where."""
+) -> list[str]:
+    """Says what will be trained, against what, how, and where. Returns the warnings among it."""
+    warnings = list(_warnings(trainer, reference, source, settings))
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = trainer.model.num_parameters() if hasattr(trainer.model, "num_parameters") else trainable
     args = trainer.args
     bits = " on a 4-bit base" if settings.model.use_4bit and (settings.lora.use_lora or source.adapter) else ""
-    if settings.model.trust_remote_code:
-        say(f"warning: --trust_remote_code runs Python code that comes with {source.base}")
     say(f"model: {source.name}, {trainable:,} of {total:,} parameters trained{bits}")
     if reference is not None:
         say(f"reference: {reference.how}")
@@ -57,13 +66,42 @@ def describe_start(
         say("      --use_4bit without --use_lora: 4-bit weights cannot be trained, so the reference is held in 4 bits")
     if isinstance(trainer, PreferenceTrainer):
         say(f"engine: {describe_layout(trainer)}")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
-        say("warning: FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only")
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     say(
         f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason}); "
         f"{pairs} rows per step, learning rate {args.learning_rate:g}"
     )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return warnings
+
+
+def _warnings(
+    trainer: RunFolderTrainer, reference: Reference | None, source: ModelSource, settings: Settings
+) -> Iterator[str]:
+    if settings.model.trust_remote_code:
+        yield f"--trust_remote_code runs Python code that comes with {source.base}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
+        yield "FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only"
+    if reference is not None and settings.model.ref_model_name_or_path is None:
+        step = preference_step(Path(source.name))
+        if step is not None:
+            folder = Path(source.name).parent
+            yield (
+                f"{source.name} is step {step} of a preference run, and this is a new run: its reference is the policy "
+                f"as it was at that step, so rewards begin at 0 again and the reference of that run no longer holds. "
+                f"To continue that run: --output_dir {folder} --resume_from_checkpoint auto, with its other settings"
+            )
+
+
+def preference_step(checkpoint: Path) -> int | None:
+    """The step of a checkpoint of preference training, ours or another trainer's; None for anything else."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        lines = state["log_history"]
+        return state["global_step"] if any("margin" in name for line in lines for name in line) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def describe_layout(trainer: PreferenceTrainer) -> str:

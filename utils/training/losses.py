@@ -201,7 +201,11 @@ def discopop_loss(pairs: PairLogProbs, parameters: LossParameters) -> Tensor:
 
 
 def sft_loss(pairs: PairLogProbs, parameters: LossParameters) -> Tensor:
-    """Negative log-likelihood of the chosen completion per token (the NLL term of arXiv 2404.19733)."""
+    """Negative log-likelihood of the chosen completion per token (the NLL term of arXiv 2404.19733).
+
+    Each pair weighs the same, as in every loss here; stock TRL averages over the tokens of a batch, so that long
+    completions weigh more and a pair's weight depends on its batch mates.
+    """
     return pairs.chosen_nll
 
 

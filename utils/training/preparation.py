@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.loading import PreferenceData
+from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, read_tools, tokenize_rows
 from utils.errors import UserError, gather
 from utils.models.loading import (
@@ -81,14 +82,14 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
         "model_name_or_path": model.model_name_or_path,
         "ref_model_name_or_path": model.ref_model_name_or_path,
         "adapter_name_or_path": model.adapter_name_or_path,
-        "dataset_name": settings.data.dataset_name,
     }
     for name in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
         if inputs[name] is not None and (Path(inputs[name]) / "adapter_config.json").is_file():
             config = read_json_file(inputs[name], "adapter_config.json", None) or {}
             inputs[f"{name} (its base model)"] = config.get("base_model_name_or_path")
     faults = []
-    for name, value in inputs.items():
+    data = [("dataset_name", name) for name in source_names(settings.data.dataset_name)]
+    for name, value in [*inputs.items(), *data]:
         path = Path(value).expanduser().resolve() if value else None
         if path is not None and path.exists() and (path == folder or folder in path.parents):
             faults.append(f"--output_dir {folder}: holds --{name} {value}, which the result would overwrite")

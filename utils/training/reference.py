@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from utils.models.head import MARK
+from utils.models.head import MARK, KeptLogits
 from utils.models.scoring import output_head
 from utils.runtime import is_main_process
 from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS
+from utils.training.pair_scoring import PairScoring
 from utils.training.reference_cache import hash_model, hash_rows, load_columns, save_columns
-from utils.training.run_folder import RunFolderTrainer
+
+KEPT_BYTES = 2**27  # of each process, for the reference's hidden states
 
 
-class ReferenceAhead(RunFolderTrainer):
+class ReferenceAhead(PairScoring):
     """The part of the preference trainer that scores pairs with the reference before training."""
 
     @property
@@ -49,6 +52,7 @@ class ReferenceAhead(RunFolderTrainer):
             key = hash_model(weights, (self.ref_model or self.model).config, how)
         self.train_dataset, found = self._with_reference(self.train_dataset, key)
         if self.eval_dataset is not None:
+            self._keep_reference()
             self.eval_dataset, also_found = self._with_reference(self.eval_dataset, key)
             found = found and also_found
         self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.ref_model]
@@ -56,6 +60,37 @@ class ReferenceAhead(RunFolderTrainer):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return found
+
+    def _keep_reference(self) -> None:
+        """Keeps what the policy's divergence from the reference will be measured with: the reference's logits of all
+        batches of held-out pairs, or of as many, evenly drawn, as KEPT_BYTES hold. They wait on the host."""
+        if not self.same_vocabulary():
+            return
+        model = self.ref_model or self.model
+        tokens = [
+            sum(map(len, self.eval_dataset["chosen_ids"][:])),
+            sum(map(len, self.eval_dataset["rejected_ids"][:])),
+        ]
+        config = model.config.get_text_config()
+        width = config.hidden_size if hasattr(output_head(model), MARK) else config.vocab_size
+        every = -(-4 * width * sum(tokens) // (KEPT_BYTES * self.args.world_size))
+        kept: dict[tuple[int, ...], KeptLogits] = {}
+        columns = None
+        with self._computing(), self._attending():
+            for indices in self.held_out_batches()[:: max(1, every)]:
+                _, logits = self.compute_reference(self._batch(self.eval_dataset, indices), keep=True)
+                kept[tuple(indices)] = logits.at("cpu", columns)
+                columns = kept[tuple(indices)].columns  # held once
+        self.kept_reference = kept
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Within the context models compute as in an evaluation."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            yield
+        self.model.train(was_training)
 
     def _with_reference(self, dataset: Dataset, model_key: str | None) -> tuple[Dataset, bool]:
         """The data set with the reference's log-probs, and whether they were on the disk."""
@@ -90,9 +125,6 @@ class ReferenceAhead(RunFolderTrainer):
             rows = zip(indices, *scored, strict=True)
             return {index: dict(zip(REFERENCE_COLUMNS, values, strict=True)) for index, *values in rows}
 
-        was_training = self.model.training
-        self.model.eval()
-        with self.accelerator.autocast():
+        with self._computing():
             rows = self._score_in_batches(dataset, limit, most or len(dataset), score)
-        self.model.train(was_training)
         return {name: [row[name] for row in rows] for name in REFERENCE_COLUMNS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from utils.data.loading import PreferenceData
+from utils.data.places import Place
 from utils.errors import Interrupted
 from utils.models.head import MARK
 from utils.models.loading import Reference
@@ -47,6 +49,7 @@ class Run:
     rows: Rows
     folder: Path | None
     resume_from: Path | None
+    held_out_place: Place  # of a held-out row, by its `row`
 
     def train(self) -> None:
         """Trains to the end.
@@ -127,6 +130,7 @@ def start_run(
     precision: Precision,
     folder: Path | None,
     arguments: list[str],
+    warnings: list[str],
 ) -> Run:
     """Attaches to the trainer what watches and records it; nothing is written before its first step can be taken."""
     wish = settings.run.resume_from_checkpoint
@@ -138,7 +142,7 @@ def start_run(
             if resume_from
             else "no checkpoint to resume from yet: starting from the beginning"
         )
-    record = RunRecord(_first_record(trainer, reference, data, rows, settings, arguments))
+    record = RunRecord(_first_record(trainer, reference, data, rows, settings, arguments) | {"warnings": warnings})
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
@@ -147,7 +151,7 @@ def start_run(
     trainer.stopwatch = watcher.stopwatch
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
-    return Run(trainer, record, watcher, settings, precision, rows, folder, resume_from)
+    return Run(trainer, record, watcher, settings, precision, rows, folder, resume_from, data.held_out_place)
 
 
 def _first_record(
@@ -183,6 +187,7 @@ def _first_record(
             f"train_{kind}": len(rows.train),
             f"held_out_{kind}": len(rows.held_out) if rows.held_out is not None else 0,
             "dropped": dropped,
+            "sources": [dataclasses.asdict(source) for source in data.sources],
             "truncated": rows.truncation.truncated + rows.held_out_truncation.truncated,
             "max_length": rows.max_length,
             "chat_template": rows.template,
@@ -192,7 +197,6 @@ def _first_record(
         "reference": reference.how if reference is not None else None,
         "metrics": {},
         "resources": {},
-        "warnings": [],
     }
 
 
@@ -207,11 +211,12 @@ def finish_run(run: Run) -> None:
         return
     trainer.save_model(str(run.folder))
     if trainer.args.should_save and trainer.eval_dataset is not None:
-        rows = run.rows.held_out["row"][:]
-        write_json_lines(
-            run.folder / PAIRS,
-            [{"row": row, **values} for row, values in zip(rows, trainer.held_out_rows, strict=True)],
-        )
+        names = [
+            {"id": name, "row": row, "place": run.held_out_place(row)}
+            for name, row in zip(run.rows.held_out["id"], run.rows.held_out["row"], strict=True)
+        ]
+        pairs = zip(names, trainer.held_out_rows, strict=True)
+        write_json_lines(run.folder / PAIRS, [{**name, **values} for name, values in pairs])
     record.update(status="finished", updated=now(), metrics=metrics, resources=run.resources(), engine=run.engine())
     _say_result(run)
 

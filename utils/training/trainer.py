@@ -4,70 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.models.loading import Reference
 from utils.models.proving import find_gradient_mismatch, find_mismatch
-from utils.models.scoring import score_tokens, tokens_of
-from utils.models.shared_prefix import shared_prefix_active
+from utils.models.scoring import tokens_of
 from utils.training.batches import (
     PAIR_IDS,
     REFERENCE_COLUMNS,
     PairCollator,
-    consecutive_batches,
     count_pairs,
     parts_of,
 )
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
-from utils.training.metrics import pair_metrics, summarise
+from utils.training.metrics import pair_metrics
+from utils.training.pair_scoring import REFERENCE_ADAPTER
 from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer
 
 UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
-REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
-
-
-@dataclass(frozen=True)
-class CompletionLogProbs:
-    """What one forward pass says of 2 x pairs completions, chosen first: each tensor has shape (2 x pairs,)."""
-
-    summed: Tensor  # nats, in float32, weighted by ld_alpha where it is set
-    mean_negative: Tensor  # nats per token, unweighted
-    length: Tensor  # tokens
-    ended: Tensor  # whether the last token is an end-of-text token
-    weight: Tensor | None  # WPO weights, where they are used
-    auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar
-
-
-def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Tensor:
-    """Summed log-probs of 2 x pairs completions, shape (2 x pairs,), in float32.
-
-    With `ld_alpha` a, tokens beyond the length of the pair's shorter completion count a instead of 1 (LD-DPO, arXiv
-    2409.06411).
-
-    Args:
-        log_probs: shape (2 x pairs, length), zero outside `mask`.
-        mask: the same shape, 1 on completion tokens.
-    """
-    log_probs = log_probs.float()
-    if ld_alpha is None:
-        return log_probs.sum(dim=1)
-    position, length = mask.cumsum(dim=1), mask.sum(dim=1)
-    shorter = torch.minimum(*length.chunk(2)).repeat(2)
-    return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
 
 
 def keep_last_layer(model: torch.nn.Module) -> None:
@@ -133,7 +97,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         if self.args.gradient_checkpointing:
             keep_last_layer(self.model)
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
-        pairs = self._pair(policy, inputs)
+        pairs = self._pair(policy, self.score_reference(inputs))
         losses = self._losses(policy, pairs)
         if uncounted:  # policy and reference were computed in step with the other processes, for nothing else
             return 0.0 * losses.sum()
@@ -216,19 +180,6 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         """The limit of tokens per micro-batch, where there is one."""
         return self.data_collator.max_tokens
 
-    def _attending(self):
-        """The context in which models compute the layout of the batches."""
-        if not self.data_collator.packs:
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        for model in self.models():
-            stack.enter_context(shared_prefix_active(model))
-        return stack
-
-    def models(self) -> list[torch.nn.Module]:
-        """The policy, and a reference that is a model of its own."""
-        return [model for model in (self.model, self.ref_model) if model is not None]
-
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Forward and backward of a batch, in micro-batches under a limit of tokens; both attend in its layout."""
         parts = self._as_many_in_each_process(parts_of(inputs))
@@ -249,109 +200,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         most = max(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).tolist())
         return [*parts, *[{**parts[0], UNCOUNTED: True}] * (most - len(parts))]
 
-    def score_completions(
-        self, model, inputs: Mapping[str, Tensor], with_auxiliary: bool = False
-    ) -> CompletionLogProbs:
-        """The log-probs that `model` gives the completions of a batch."""
-        scores = score_tokens(model, inputs, with_squares=self.use_weighting, with_auxiliary=with_auxiliary)
-        length = scores.mask.sum(dim=1)
-        weight = None
-        if scores.log_sum_sq_probs is not None:
-            # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
-            aligned = (scores.log_probs - scores.log_sum_sq_probs).detach().sum(dim=1)
-            weight = torch.exp(aligned / length)
-        return CompletionLogProbs(
-            summed=sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha),
-            mean_negative=-scores.log_probs.sum(dim=1) / length,
-            length=length,
-            ended=torch.isin(scores.last_ids, self.end_ids.to(scores.last_ids.device)),
-            weight=weight,
-            auxiliary=scores.auxiliary,
-        )
-
-    def score_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The reference's summed log-probs of a batch's completions, shape (2 x pairs,), without gradient."""
-        if REFERENCE_COLUMNS[0] in inputs:
-            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self._reference_active() as model,
-        ):
-            scores = score_tokens(model, inputs)
-            return sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha)
-
-    @contextlib.contextmanager
-    def _reference_active(self):
-        """The model that computes as the reference within the context."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None
-        with use_adapter(unwrapped, adapter_name=adapter):
-            yield self.model
-
-    def _pair(self, policy: CompletionLogProbs, inputs: Mapping[str, Tensor]) -> PairLogProbs:
-        reference = self.score_reference(inputs)
-        (chosen, rejected), (ref_chosen, ref_rejected) = policy.summed.chunk(2), reference.chunk(2)
-        chosen_length, rejected_length = policy.length.chunk(2)
-        chosen_nll = policy.mean_negative.chunk(2)[0]
-        return PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, chosen_nll)
-
-    def _losses(self, policy: CompletionLogProbs, pairs: PairLogProbs) -> Tensor:
-        """The loss of each pair, shape (pairs,)."""
-        losses = self.objective(pairs)
-        if policy.weight is None:
-            return losses
-        chosen_weight, rejected_weight = policy.weight.chunk(2)
-        return losses * chosen_weight * rejected_weight
-
     def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:
         """Adds a micro-batch to the next log line."""
         rows = pair_metrics(pairs, losses, self.objective.parameters.beta)
         self.add_to_log({name: values.sum() for name, values in rows.items()}, len(losses))
-
-    def measure_held_out(self) -> dict[str, float]:
-        """Means over the held-out pairs; the pairs themselves stay in `held_out_rows`."""
-        self.held_out_rows = self.score_dataset(self.eval_dataset)
-        return summarise(self.held_out_rows)
-
-    def score_dataset(self, dataset: Dataset) -> list[dict[str, float]]:
-        """One row of metrics per pair, in the order of the data set. Memory grows with the batch, not with the data.
-
-        Pairs of similar length share a batch, which saves padding and changes no pair's numbers.
-        """
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        limit, most = self.max_tokens, self.args.per_device_eval_batch_size
-        return self._score_in_batches(dataset, limit, most, lambda indices: self._score_batch(model, dataset, indices))
-
-    def _score_in_batches(
-        self, dataset: Dataset, limit: int | None, most: int, score: Callable[[list[int]], dict[int, dict[str, float]]]
-    ) -> list[dict[str, float]]:
-        """The rows that `score` gives for batches of at most `limit` tokens, else of `most` pairs, in order."""
-        sizes = self.data_collator.token_counts(dataset)
-        batches = consecutive_batches(
-            sizes, limit or sum(sizes) * 2, most if limit is None else len(sizes), padded=not self.data_collator.packs
-        )
-        rows: dict[int, dict[str, float]] = {}
-        with self._attending():
-            for indices in self.share_of_batches(batches):
-                rows |= score(indices)
-        return self.merge_rows(rows)
-
-    def _batch(self, dataset: Dataset, indices: list[int]) -> dict[str, Any]:
-        """The pairs with these indices, on the device."""
-        return self._prepare_inputs(self.data_collator.whole([dataset[index] for index in indices]))
-
-    def _score_batch(self, model, dataset: Dataset, indices: list[int]) -> dict[int, dict[str, float]]:
-        """Metrics of the pairs with these indices."""
-        inputs = self._batch(dataset, indices)
-        policy = self.score_completions(model, inputs)
-        pairs = self._pair(policy, inputs)
-        columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.parameters.beta)
-        columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
-        columns |= {"chosen_tokens": pairs.chosen_length, "rejected_tokens": pairs.rejected_length}
-        columns["chosen_ends"] = policy.ended.chunk(2)[0]
-        values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
-        return {i: dict(zip(columns, row, strict=True)) for i, row in zip(indices, values, strict=True)}

@@ -1,0 +1,136 @@
+"""--dataset_adapter: a function of one's own from a row to pairs; what it does wrong is said with the row's place."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from utils.data.adapter import load_adapter
+from utils.data.loading import load_pairs
+from utils.errors import UserError
+from utils.settings import DataSettings
+
+ADAPTER = """\
+import beside
+
+def one(row):
+    return {"prompt": row["q"], "chosen": beside.better(row["a"]), "rejected": row["b"]}
+
+def several(row):
+    return [{"prompt": row["q"] + mark, "chosen": row["a"], "rejected": row["b"]} for mark in ("?", "!")]
+
+def dialogue(row):
+    turns = [{"role": "user", "content": row["q"]}]
+    sides = {name: turns + [{"role": "assistant", "content": row[name]}] for name in ("a", "b")}
+    return {"chosen": sides["a"], "rejected": sides["b"], "chosen_score": 2, "rejected_score": 1}
+
+def some(row):
+    return one(row) if row["q"] != "q1" else None
+
+def wrong_column(row):
+    return {"prompt": row["q"], "chosen": row["nothing"]} if row["q"] == "q2" else one(row)
+
+def number(row):
+    return 7 if row["q"] == "q0" else one(row)
+
+def fails_everywhere(row):
+    return row["q"].nothing
+
+def incomplete(row):
+    return {"prompt": row["q"], "chosen": row["a"]}
+
+LIMIT = 3
+"""
+ROWS = [{"q": f"q{i}", "a": "good", "b": "bad"} for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    load_adapter.cache_clear()
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "adapt.py").write_text(ADAPTER, encoding="utf-8")
+    (tmp_path / "beside.py").write_text("def better(text):\n    return text.upper()\n", encoding="utf-8")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+
+    def read(name: str, verb: str = "train", **settings):
+        settings = {"validation_split": "none", "dataset_adapter": f"{tmp_path / 'adapt.py'}:{name}"} | settings
+        return load_pairs(DataSettings(dataset_name=str(path), **settings), verb, 0)
+
+    return read
+
+
+def faults(load, name: str, **settings) -> tuple[str, ...]:
+    with pytest.raises(UserError) as error:
+        load(name, **settings)
+    return error.value.faults
+
+
+def test_one_pair_several_and_none(load):
+    assert load("one").train[0] == {"prompt": "q0", "chosen": "GOOD", "rejected": "bad", "tools": None, "row": 0}
+    several = load("several").train
+    assert several["prompt"][:] == ["q0?", "q0!", "q1?", "q1!", "q2?", "q2!"]
+    assert several["row"][:] == [0, 0, 1, 1, 2, 2]
+    some = load("some")
+    assert (some.train["row"][:], some.dropped) == ([0, 2], {"the adapter left it out": 1})
+
+
+def test_messages_and_scores(load):
+    row = load("dialogue").train[1]
+    assert row["prompt"] == [{"role": "user", "content": "q1"}]
+    assert row["chosen"] == [{"role": "assistant", "content": "good"}]
+    assert (row["chosen_score"], row["rejected_score"]) == (2.0, 1.0)
+
+
+def test_for_sft_the_chosen_side(load):
+    assert load("one", "sft").train["completion"][:] == ["GOOD"] * 3
+
+
+def test_its_errors_name_the_row_and_its_own_line(load):
+    (line,) = faults(load, "wrong_column")
+    assert line.startswith("the adapter failed: KeyError: 'nothing' at adapt.py line 18 in 1 row (rows.jsonl line 3)")
+    assert load("wrong_column", on_bad_rows="skip").dropped == {
+        "the adapter failed: KeyError: 'nothing' at adapt.py line 18": 1
+    }
+    (line,) = faults(load, "number")
+    assert line.startswith("the adapter gave a number, not a pair")
+    assert "(rows.jsonl line 1)" in line
+    (line,) = faults(load, "fails_everywhere")
+    assert "made no pair of the first 3 rows: the adapter failed: AttributeError" in line
+    assert "must give prompt, chosen and rejected" in faults(load, "incomplete")[0]
+
+
+def test_what_cannot_be_loaded(load, tmp_path):
+    flag = "dataset_adapter"
+    assert "adapt.py has no function nothing; it has: one, several" in faults(load, "nothing")[0]
+    assert "has no function LIMIT" in faults(load, "LIMIT")[0]
+    assert "must be file.py:function" in faults(load, "x", **{flag: "adapt.py"})[0]
+    assert "there is no file" in faults(load, "x", **{flag: str(tmp_path / "no.py:f")})[0]
+    (tmp_path / "broken.py").write_text("x = 1\ndef f(row:\n", encoding="utf-8")
+    (line,) = faults(load, "x", **{flag: str(tmp_path / "broken.py:f")})
+    assert "broken.py cannot be run: SyntaxError" in line
+    assert "line 2" in line
+
+
+def test_a_changed_adapter_is_run_again(load, tmp_path):
+    assert load("one").train["chosen"][:] == ["GOOD"] * 3
+    (tmp_path / "adapt.py").write_text(ADAPTER.replace("beside.better(row", "(row"), encoding="utf-8")
+    load_adapter.cache_clear()
+    assert load("one").train["chosen"][:] == ["good"] * 3
+
+
+def test_it_runs_in_the_script(run_script, tiny_model, load, tmp_path):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", tmp_path / "rows.jsonl", "--dry_run")
+    code, out, err = run_script(*flags, "--dataset_adapter", f"{tmp_path / 'adapt.py'}:several")
+    assert code == 0, err
+    assert "adapt.py:several: prompt and replies are texts" in out
+    code, _, err = run_script(*flags, "--dataset_adapter", f"{tmp_path / 'adapt.py'}:wrong_column")
+    assert code == 2
+    assert "rows.jsonl line 3" in err
+    assert "Traceback" not in err

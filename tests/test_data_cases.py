@@ -1,0 +1,186 @@
+"""One file per form of data in tests/cases: rows as they are found, the pairs that they become and what is dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from utils.data.layouts import LAYOUTS
+from utils.data.loading import load_pairs
+from utils.errors import UserError
+from utils.settings import DATASET_FORMATS, DataSettings
+
+CASES = {path.stem: path for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def read_case(name: str, folder: Path) -> tuple[dict, str]:
+    """The case and a file with its rows."""
+    case = yaml.safe_load(CASES[name].read_text(encoding="utf-8"))
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in case["rows"]), encoding="utf-8")
+    return case, str(path)
+
+
+def load(path: str, verb: str = "train", **settings):
+    return load_pairs(
+        DataSettings(**{"dataset_name": path, "validation_split": "none", "on_bad_rows": "skip"} | settings), verb, 0
+    )
+
+
+def written_out(side):
+    """A text, or messages written in short: [{user: q}] -> [{"role": "user", "content": "q"}]."""
+    if isinstance(side, str):
+        return side
+    return [{"role": role, "content": text} for turn in side for role, text in turn.items()]
+
+
+def expected_pairs(case: dict) -> list[dict]:
+    pairs = []
+    for pair in case["pairs"]:
+        row = {name: written_out(pair[name]) for name in ("prompt", "chosen", "rejected")}
+        scores = pair.get("scores")
+        if scores:
+            row |= dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
+        pairs.append(row | {"row": pair["row"]})
+    return pairs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_become_the_expected_pairs(name, tmp_path):
+    case, path = read_case(name, tmp_path)
+    flags = case.get("flags", {})
+    forced = load(path, dataset_format=case["format"], **flags)
+    found = forced if case.get("forced_only") else load(path, **flags)
+    for data in (forced, found):
+        pairs = [{key: value for key, value in row.items() if key != "tools"} for row in data.train]
+        expected = expected_pairs(case)
+        if case.get("in_any_order"):
+            pairs, expected = (sorted(rows, key=json.dumps) for rows in (pairs, expected))
+        assert pairs == expected
+        assert data.dropped == case.get("dropped", {})
+        assert data.reading.name == case["format"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_chosen_sides_can_be_imitated(name, tmp_path):
+    case, path = read_case(name, tmp_path)
+    data = load(path, "sft", dataset_format=case["format"])
+    wanted = {json.dumps([pair["prompt"], pair["chosen"]]) for pair in expected_pairs(case)}
+    imitated = {json.dumps([row["prompt"], row["completion"]]) for row in data.train}
+    if "strip_citations" not in case.get("flags", {}) and name != "several_pairs":
+        assert wanted <= imitated
+    assert data.train.column_names[:2] == ["prompt", "completion"]
+
+
+def test_every_format_has_a_case_and_a_name():
+    named = {yaml.safe_load(path.read_text(encoding="utf-8"))["format"] for path in CASES.values()}
+    assert named == {layout.name for layout in LAYOUTS["train"]}
+    every = {layout.name for layouts in LAYOUTS.values() for layout in layouts}
+    assert every == set(DATASET_FORMATS)
+    assert DATASET_FORMATS[-4:] == ("prompt_completion", "messages", "instruction", "text")
+
+
+def refusal(rows: list[dict], tmp_path: Path, verb: str = "train", **settings) -> tuple[str, ...]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load(str(path), verb, **settings)
+    return error.value.faults
+
+
+PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+def test_a_forced_format_that_does_not_fit_says_what_is_missing_or_wrong(tmp_path):
+    assert refusal([PAIR], tmp_path, dataset_format="webgpt") == (
+        "--dataset_format webgpt: no column for its prompt (looked for question.full_text, question); "
+        "the data has: prompt, chosen, rejected",
+        "--dataset_format webgpt: no column for its first (looked for answer_0); "
+        "the data has: prompt, chosen, rejected",
+        "--dataset_format webgpt: no column for its second (looked for answer_1); "
+        "the data has: prompt, chosen, rejected",
+        "--dataset_format webgpt: no column for its first score (looked for score_0); "
+        "the data has: prompt, chosen, rejected",
+        "--dataset_format webgpt: no column for its second score (looked for score_1); "
+        "the data has: prompt, chosen, rejected",
+    )
+    (line,) = refusal([PAIR], tmp_path, dataset_format="transcripts")
+    assert line.startswith("--dataset_format transcripts: the columns are there, but not what they should hold:")
+    assert "'chosen' holds texts" in line
+    (line,) = refusal([PAIR | {"rejected": 3}], tmp_path, dataset_format="explicit_prompt")
+    assert "'rejected' holds values that are not text" in line
+    assert refusal([PAIR], tmp_path, dataset_format="text") == (
+        "--dataset_format text: holds no pairs; it is a format for the verb sft",
+    )
+
+
+def test_flags_without_effect_are_refused(tmp_path):
+    flags = {"pairs_per_prompt": 2, "min_score_gap": 1.0, "min_score_ratio": 2.0, "strip_citations": True}
+    lines = refusal([PAIR], tmp_path, **flags)
+    assert [line.partition(":")[0] for line in lines] == [f"--{name}" for name in flags]
+
+
+def test_answers_with_labels_that_share_no_prompt_are_refused(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "x", "label": i % 2 == 0} for i in range(6)]
+    (line,) = refusal(rows, tmp_path)
+    assert line.startswith("the rows (6) are single answers with a yes/no label ('label', as for KTO), and no prompt")
+    path = tmp_path / "rows.jsonl"
+    data = load(str(path), "sft")
+    assert data.train["row"][:] == [0, 2, 4]
+    assert data.dropped == {"the answer is labelled as not wanted": 3}
+
+
+def test_a_number_that_the_names_do_not_explain_is_never_guessed(tmp_path):
+    rows = [{"prompt": "q", "response_a": "x", "response_b": "y", "label": number} for number in (0, 1)]
+    (line,) = refusal(rows, tmp_path, on_bad_rows="error")
+    assert line.startswith("'label' names neither 'response_a' nor 'response_b' in 2 rows (rows.jsonl line 1, 2)")
+
+
+@pytest.mark.parametrize("name", ["shp", "winner", "safe_rlhf", "alpaca_farm", "helpsteer_preference", "kto_texts"])
+def test_labels_and_scores_in_csv_where_all_is_text(name, tmp_path):
+    case, _ = read_case(name, tmp_path)
+    path = tmp_path / "rows.csv"
+    datasets.Dataset.from_list(case["rows"]).to_csv(path)
+    data = load(str(path), **case.get("flags", {}))
+    assert data.train.to_list() == expected_pairs(case)
+
+
+def test_bad_rows_of_several_pairs_lead_back_to_their_line(tmp_path):
+    answers = [{"answer": text, "rank": rank} for rank, text in enumerate(("good", "bad"))]
+    same = [{"answer": "good", "rank": rank} for rank in range(2)]
+    rows = [{"prompt": "q", "answers": answers}, {"prompt": None, "answers": answers}, {"prompt": "q", "answers": same}]
+    assert [line.partition(" Fix")[0] for line in refusal(rows, tmp_path, on_bad_rows="error")] == [
+        "'prompt' is missing in 1 row (rows.jsonl line 2).",
+        "'rejected' equals 'chosen' in 1 row (rows.jsonl line 3).",
+    ]
+    data = load(str(tmp_path / "rows.jsonl"), dataset_format="scored_answers")
+    assert [data.place(row) for row in data.train["row"]] == ["rows.jsonl line 1"]
+
+
+def test_several_processes_read_the_same(tmp_path):
+    from utils.data.conversion import convert_rows
+    from utils.data.schemas import find_reading
+    from utils.data.sources import load_source
+
+    rows = [{"prompt": f"q{i}", "responses": ["a", "b", "c"], "scores": [i % 3, 1, 2]} for i in range(50)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = DataSettings(dataset_name=str(path), pairs_per_prompt=3)
+    source = load_source(settings, "train")
+    reading = find_reading(source.rows, settings, "train")
+    alone = convert_rows(source.rows, reading).to_list()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+        shared = convert_rows(source.rows, reading, num_proc=2).to_list()
+    assert alone == shared
+    assert {row["row"] for row in alone} == set(range(50))
+    assert len(alone) > 100

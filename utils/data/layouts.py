@@ -1,0 +1,263 @@
+"""Which columns hold what: one line per form of data, in the order in which they are tried.
+
+A `Layout` is known by the columns it needs, not by the data set's name, so local copies and look-alikes are read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from utils.data import ranking
+from utils.data.columns import reach
+from utils.data.ranking import Choice
+
+Row = Mapping[str, Any]
+Names = Mapping[str, str]
+Expand = Callable[[Row, Names, Choice], list[dict[str, Any]]]
+ANY_SHAPE = ("texts with a system prompt", "texts", "messages with a prompt", "messages")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns play which part: the first candidate that exists. Parts in `optional` may be absent.
+
+    `shapes` are the ways in which the values may be written. Where `expand` is given, it makes simple rows (`prompt`,
+    `chosen`, `rejected`) of one that holds several answers; those are then read by their shape. `fits` looks at the
+    first rows where names alone do not tell. `pairs_up`: pairs are made of several rows (those with a `label`).
+    """
+
+    name: str
+    parts: Mapping[str, tuple[str, ...]]
+    optional: tuple[str, ...] = ("system", "tools", "context", "chosen_score", "rejected_score")
+    shapes: tuple[str, ...] = ANY_SHAPE
+    expand: Expand | None = None
+    says: str = ""
+    fits: Callable[[Sequence[Row], Names], bool] | None = None
+    strips_citations: bool = False
+    pairs_up: bool = False
+
+    def is_scored(self, names: Names) -> bool:
+        """Whether the rows say how good each answer is."""
+        return {"chosen_score", "rejected_score"} <= set(names) or bool(
+            {"answers", "first_score"} & set(names) or names.get("label") in ranking.SIGNED_LABELS
+        )
+
+
+def _holds_lists(sample: Sequence[Row], names: Names) -> bool:
+    return any(isinstance(reach(row, names["answers"]), list) for row in sample)
+
+
+def _holds_rated_answers(sample: Sequence[Row], names: Names) -> bool:
+    keys = {*ranking.SCORE_KEYS, *ranking.RANK_KEYS}
+    lists = [value for row in sample if isinstance(value := reach(row, names["answers"]), list)]
+    return any(isinstance(answer, Mapping) and keys & set(answer) for answers in lists for answer in answers)
+
+
+def _labels_are_yes_or_no(sample: Sequence[Row], names: Names) -> bool:
+    return any(ranking.read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
+
+
+def _label_is_no_text_of_its_own(sample: Sequence[Row], names: Names) -> bool:
+    values = [reach(row, names["label"]) for row in sample]
+    return all(value is None or (isinstance(value, str | int | float) and len(str(value)) < 40) for value in values)
+
+
+SYSTEM = {"system": ("system", "system_prompt"), "tools": ("tools",)}
+PROMPT = {"prompt": ("prompt", "question")} | SYSTEM
+REPLIES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
+SCORES = {
+    "chosen_score": ("score_chosen", "chosen_score", "chosen_rating"),
+    "rejected_score": ("score_rejected", "rejected_score", "rejected_rating"),
+}
+ANY_PROMPT = {
+    "prompt": ("prompt", "question", "instruction", "query", "context", "history", "input"),
+    "context": ("input",),
+} | SYSTEM
+CONVERSATION = ("conversations", "conversation", "messages")
+INSTRUCTION = {"prompt": ("instruction", "query", "input"), "context": ("input",)} | SYSTEM
+
+TRANSCRIPTS = Layout(
+    "transcripts", PROMPT | REPLIES | SCORES, (*Layout.optional, "prompt"), ("transcripts",)
+)  # the prompt is in the transcripts; a column of its own is not needed
+EXPLICIT = Layout("explicit_prompt", PROMPT | REPLIES | SCORES, shapes=ANY_SHAPE[:3])
+IMPLICIT = Layout("implicit_prompt", SYSTEM | REPLIES | SCORES, shapes=("messages",))
+OPENAI = Layout(
+    "openai",
+    {
+        "prompt": ("input.messages",),
+        "chosen": ("preferred_output",),
+        "rejected": ("non_preferred_output",),
+        "tools": ("input.tools", "tools"),
+    },
+    shapes=ANY_SHAPE[:3],
+)
+SHAREGPT = Layout("sharegpt", {"prompt": CONVERSATION} | SYSTEM | REPLIES | SCORES, shapes=("messages with a prompt",))
+HISTORY = Layout(
+    "alpaca",
+    INSTRUCTION | REPLIES | SCORES | {"history": ("history",)},
+    shapes=("messages with a prompt",),
+    expand=ranking.expand_history,
+    says="instruction, input and earlier rounds",
+)
+ALPACA = Layout("alpaca", INSTRUCTION | REPLIES | SCORES, shapes=ANY_SHAPE[:3])
+STACK_PAIRED = Layout(
+    "stack_exchange_paired",
+    {"prompt": ("question",), "chosen": ("response_j",), "rejected": ("response_k",)},
+    shapes=ANY_SHAPE[:3],
+)
+
+TWO = "two answers; the better one is chosen"
+WEBGPT = Layout(
+    "webgpt",
+    {
+        "prompt": ("question.full_text", "question"),
+        "first": ("answer_0",),
+        "second": ("answer_1",),
+        "first_score": ("score_0",),
+        "second_score": ("score_1",),
+    },
+    expand=ranking.expand_two,
+    says=TWO,
+    strips_citations=True,
+)
+SHP = Layout(
+    "shp",
+    {
+        "prompt": ("history",),
+        "first": ("human_ref_A",),
+        "second": ("human_ref_B",),
+        "label": ("labels",),
+        "first_score": ("score_A",),
+        "second_score": ("score_B",),
+        "ratio": ("score_ratio",),
+    },
+    ("first_score", "second_score", "ratio"),
+    expand=ranking.expand_two,
+    says=TWO,
+)
+STACK_EXCHANGE = Layout(
+    "stack_exchange",
+    {"prompt": ("question",), "answers": ("answers",), "id": ("qid",)},
+    expand=ranking.expand_html_list,
+    says="scored answers in HTML, read as text; the best against a lower-scored one",
+    fits=_holds_rated_answers,
+)
+ANSWERS = ("completions", "answers", "responses", "generations", "candidates", "outputs", "all_generated_responses")
+BEST = "the best against a lower-scored one"
+SCORE_LIST = Layout(
+    "scored_answers",
+    ANY_PROMPT | {"answers": ANSWERS, "scores": ("scores", "ratings", "rating", "rewards", "all_rm_scores", "score")},
+    expand=ranking.expand_list,
+    says=f"answers with a list of scores; {BEST}",
+    fits=_holds_lists,
+)
+RANK_LIST = Layout(
+    "scored_answers",
+    ANY_PROMPT | {"answers": ANSWERS, "ranks": ("ranks", "rank", "ranking", "rankings")},
+    expand=ranking.expand_list,
+    says=f"answers with a list of ranks; {BEST}",
+    fits=_holds_lists,
+)
+SCORED = Layout(
+    "scored_answers",
+    ANY_PROMPT | {"answers": ANSWERS},
+    expand=ranking.expand_list,
+    says=f"answers with their scores or ranks; {BEST}",
+    fits=_holds_rated_answers,
+)
+RANKED = Layout(
+    "ranked_answers",
+    ANY_PROMPT | {"answers": (*ANSWERS, "output")},
+    expand=ranking.expand_list,
+    says="answers, the best first; the best against a later one",
+    fits=_holds_lists,
+)  # only when it is asked for: the order of a list alone says nothing
+TREE = Layout(
+    "message_tree",
+    {
+        "text": ("prompt.text", "text"),
+        "role": ("prompt.role", "role"),
+        "replies": ("prompt.replies", "replies"),
+        "deleted": ("prompt.deleted", "deleted"),
+    },
+    ("deleted",),
+    ("messages with a prompt",),
+    expand=ranking.expand_tree,
+    says="trees of messages; the replies to each message of a person, by rank",
+)
+UNPAIRED = Layout(
+    "unpaired",
+    PROMPT | {"completion": ("completion", *CONVERSATION), "label": ("label", "kto_tag")},
+    (*Layout.optional, "prompt"),
+    says="answers with a yes/no label, paired where one prompt has both labels",
+    fits=_labels_are_yes_or_no,
+    pairs_up=True,
+)
+
+LABELS = {
+    "label": (
+        *("winner", "preference", "preferred", "better", "better_response_id", "label", "labels", "choice", "chosen"),
+        *ranking.SIGNED_LABELS,
+    )
+}
+ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))
+STEMS = ("response", "output", "answer", "completion", "conversation", "generation", "summary", "text", "human_ref")
+
+
+def _two_answers(stem: str, endings: tuple[str, str]) -> tuple[Layout, Layout]:
+    """Columns such as response_a and response_b: with a label, and with scores alone."""
+    scores = {
+        part: tuple(f"{word}{ending}" for word in ("score", "rating", f"{stem}_score"))
+        for part, ending in zip(("first_score", "second_score"), endings, strict=True)
+    }
+    parts = ANY_PROMPT | {"first": (stem + endings[0],), "second": (stem + endings[1],)} | scores
+    may_lack = (*Layout.optional, "prompt", "ratio")
+    return (
+        Layout(
+            "two_answers",
+            parts | LABELS | {"ratio": ("score_ratio",)},
+            (*may_lack, "first_score", "second_score"),
+            expand=ranking.expand_two,
+            says=TWO,
+            fits=_label_is_no_text_of_its_own,
+        ),
+        Layout("two_answers", parts, may_lack, expand=ranking.expand_two, says=TWO),
+    )
+
+
+TWO_ANSWERS = tuple(layout for names in product(STEMS, ENDINGS) for layout in _two_answers(*names))
+
+# For sft.
+COMPLETION = Layout(
+    "prompt_completion",
+    PROMPT | {"completion": ("completion",)},
+    (*Layout.optional, "prompt"),
+    ("transcripts", *ANY_SHAPE),
+)
+DIALOGUE = Layout(
+    "messages", {"completion": ("messages", "conversations", "conversation")} | SYSTEM, shapes=("messages",)
+)
+DEMONSTRATION = Layout(
+    "instruction",
+    {"prompt": ("instruction",), "context": ("input",), "completion": ("output", "response"), "system": ("system",)},
+    shapes=ANY_SHAPE[:2],
+)
+WHOLE_TEXT = Layout("text", {"text": ("text",)}, shapes=("whole texts",))
+
+PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STACK_PAIRED)
+RATED = (WEBGPT, SHP, STACK_EXCHANGE, SCORE_LIST, RANK_LIST, SCORED, TREE, *TWO_ANSWERS)
+LAYOUTS = {
+    "train": (*PAIRS, *RATED, UNPAIRED, RANKED),
+    "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
+}
+ONLY_ASKED_FOR = (RANKED,)
+FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", "completion", "text")}
+
+
+def sft_reply(layout: Layout) -> str:
+    """The part that is imitated."""
+    parts = () if layout.expand else layout.parts
+    return next((part for part in ("completion", "chosen", "text") if part in parts), "chosen")

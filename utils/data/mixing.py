@@ -1,0 +1,168 @@
+"""Several sources as one table: what each brings, drawn by share or count, written in one way, its places kept."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+
+from utils.data.conversion import MESSAGE_FEATURES
+from utils.data.files import cache_file, quiet
+from utils.data.identity import pair_id
+from utils.data.places import Place
+from utils.data.splitting import draw_numbers
+from utils.errors import UserError
+
+ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
+FIRST_COLUMNS = ("prompt", "chosen", "rejected", "completion")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One source of --dataset_name: how much of it is wanted, as a share of its pairs or their number (None: all)."""
+
+    name: str
+    share: float | None = None
+    count: int | None = None
+
+    @property
+    def written(self) -> str:
+        """As the person wrote it."""
+        amount = self.share if self.share is not None else self.count
+        return self.name if amount is None else f"{self.name}:{amount:g}"
+
+
+def read_wishes(dataset_name: str) -> list[Wish]:
+    """The sources that --dataset_name lists: "a.jsonl,b:0.3,c:5000".
+
+    A name that exists as it is written is one source. Raises UserError for what is neither a share nor a count, and
+    for a source that stands twice.
+    """
+    if Path(dataset_name).expanduser().exists():
+        return [Wish(dataset_name)]
+    items = [item.strip() for item in dataset_name.split(",")]
+    if "" in items:
+        raise UserError(f"--dataset_name {dataset_name}: a name is missing beside a comma")
+    wishes = [_read_wish(item) for item in items]
+    names = [wish.name for wish in wishes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(*(f"--dataset_name names {name} twice; name each source once" for name in twice))
+    return wishes
+
+
+def source_names(dataset_name: str) -> list[str]:
+    """The names of the sources alone; none where they cannot be told apart, which reading them says."""
+    try:
+        return [wish.name for wish in read_wishes(dataset_name)]
+    except UserError:
+        return []
+
+
+def _read_wish(item: str) -> Wish:
+    name, colon, amount = item.rpartition(":")
+    if not colon or not name or Path(item).expanduser().exists():
+        return Wish(item)
+    try:
+        number = float(amount)
+    except ValueError:
+        return Wish(item)
+    flag = f"--dataset_name {item}"
+    if amount.isdigit() and number > 1:
+        return Wish(name, count=int(amount))
+    if amount == "1":
+        raise UserError(f"{flag}: leave out :1 to take all of {name} (a whole number is a number of pairs)")
+    if not 0 < number <= 1:
+        raise UserError(f"{flag}: after the colon stands a share of its pairs (0.3) or their number (5000)")
+    return Wish(name, share=number)
+
+
+def draw_rows(rows: datasets.Dataset, wish: Wish, seed: int) -> datasets.Dataset:
+    """As many rows as wished, in order, drawn by a hash of the seed and of what each says.
+
+    Raises UserError where there are fewer.
+    """
+    if wish.share is None and wish.count is None:
+        return rows
+    count = wish.count if wish.count is not None else max(1, round(wish.share * len(rows)))
+    if count > len(rows):
+        raise UserError(
+            f"--dataset_name {wish.written}: has only {len(rows):,} good rows; lower the number or leave it out"
+        )
+    numbers = draw_numbers((f"draw {pair_id(row)}" for row in rows), seed)
+    return rows.select(np.sort(np.argsort(numbers, kind="stable")[:count]))
+
+
+def align(
+    tables: Sequence[datasets.Dataset], names: Sequence[str], starts: Sequence[int], to_messages: bool
+) -> list[datasets.Dataset]:
+    """The tables with the same columns and a `source`; each `row` counts from its table's start."""
+    kinds = {name: kind for table in tables for name, kind in table.features.items()}
+    if to_messages:
+        kinds |= dict.fromkeys((name for name in FIRST_COLUMNS if name in kinds), MESSAGE_FEATURES)
+    features = datasets.Features(kinds | {"source": datasets.Value("string")})
+    aligned = []
+    for table, name, start in zip(tables, names, starts, strict=True):
+        fingerprint = Hasher.hash((table._fingerprint, name, start, sorted(features), to_messages, "1"))
+        with quiet(table.data.nbytes):
+            aligned.append(
+                table.map(
+                    _align_batch,
+                    batched=True,
+                    fn_kwargs={"source": name, "start": start, "columns": list(features), "to_messages": to_messages},
+                    features=features,
+                    remove_columns=table.column_names,
+                    new_fingerprint=fingerprint,
+                    cache_file_name=cache_file(table, fingerprint),
+                    desc=f"Reading {name}",
+                )
+            )
+    return aligned
+
+
+def _align_batch(
+    batch: Mapping[str, list], source: str, start: int, columns: list[str], to_messages: bool
+) -> dict[str, list]:
+    count = len(batch["row"])
+    output = {name: batch.get(name, [None] * count) for name in columns}
+    if to_messages:
+        output |= {name: [_as_turns(v, ROLES[name]) for v in output[name]] for name in ROLES if name in output}
+    return output | {"row": [start + row for row in batch["row"]], "source": [source] * count}
+
+
+def _as_turns(value: Any, role: str) -> Any:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+class MixedPlaces:
+    """Places of the rows of several tables: table k holds the rows from `starts[k]` on."""
+
+    def __init__(self, starts: Sequence[int], places: Sequence[Place]):
+        self._starts = list(starts)
+        self._places = list(places)
+
+    def __call__(self, index: int) -> str:
+        """The place of row `index` in its own table."""
+        table = bisect.bisect_right(self._starts, index) - 1
+        return self._places[table](index - self._starts[table])
+
+
+def count_repeated(tables: Sequence[datasets.Dataset]) -> list[int]:
+    """How many rows of each table say the same as a row of a table before it."""
+    seen: set[bytes] = set()
+    repeated = []
+    for table in tables:
+        own = list(_ids(table))
+        repeated.append(sum(name in seen for name in own))
+        seen.update(own)
+    return repeated
+
+
+def _ids(table: datasets.Dataset) -> Iterator[bytes]:
+    return (bytes.fromhex(pair_id(row)) for row in table)

@@ -1,0 +1,224 @@
+"""Scoring pairs with policy and reference: for training, and for an evaluation that reads each held-out pair once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from utils.models.head import KeptLogits
+from utils.models.scoring import Comparison, score_tokens
+from utils.models.shared_prefix import shared_prefix_active
+from utils.training.batches import REFERENCE_COLUMNS, consecutive_batches
+from utils.training.losses import PairLogProbs
+from utils.training.metrics import DIVERGENCES, pair_metrics, summarise
+from utils.training.run_folder import RunFolderTrainer
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
+
+
+@dataclass(frozen=True)
+class CompletionLogProbs:
+    """What one forward pass says of 2 x pairs completions, chosen first: each tensor has shape (2 x pairs,)."""
+
+    summed: Tensor  # nats, in float32, weighted by ld_alpha where it is set
+    mean_negative: Tensor  # nats per token, unweighted
+    length: Tensor  # tokens
+    ended: Tensor  # whether the last token is an end-of-text token
+    end_prob: Tensor  # how likely the model is to end where the completion ends; NaN where that was cut off
+    weight: Tensor | None  # WPO weights, where they are used
+    auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar
+    divergence: Tensor | None  # KL from the reference's next-token distributions, summed over the tokens, nats
+
+
+def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Tensor:
+    """Summed log-probs of 2 x pairs completions, shape (2 x pairs,), in float32.
+
+    With `ld_alpha` a, tokens beyond the length of the pair's shorter completion count a instead of 1 (LD-DPO, arXiv
+    2409.06411).
+
+    Args:
+        log_probs: shape (2 x pairs, length), zero outside `mask`.
+        mask: the same shape, 1 on completion tokens.
+    """
+    log_probs = log_probs.float()
+    if ld_alpha is None:
+        return log_probs.sum(dim=1)
+    position, length = mask.cumsum(dim=1), mask.sum(dim=1)
+    shorter = torch.minimum(*length.chunk(2)).repeat(2)
+    return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
+
+
+def last_values(values: Tensor, mask: Tensor) -> Tensor:
+    """Each row's value at its last masked position, shape (rows,); both have shape (rows, length)."""
+    last = mask.size(1) - 1 - mask.flip(1).argmax(dim=1, keepdim=True)
+    return values.gather(1, last).squeeze(1)
+
+
+class PairScoring(RunFolderTrainer):
+    """The part of the preference trainer that scores pairs, in the layout that its collator makes."""
+
+    kept_reference: Mapping[tuple[int, ...], KeptLogits] = {}  # of batches of held-out pairs, where it is scored ahead
+
+    def models(self) -> list[torch.nn.Module]:
+        """The policy, and a reference that is a model of its own."""
+        return [model for model in (self.model, self.ref_model) if model is not None]
+
+    def _attending(self):
+        """The context in which models compute the layout of the batches."""
+        if not self.data_collator.packs:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for model in self.models():
+            stack.enter_context(shared_prefix_active(model))
+        return stack
+
+    def score_completions(
+        self,
+        model,
+        inputs: Mapping[str, Tensor],
+        with_auxiliary: bool = False,
+        reference: KeptLogits | None = None,
+    ) -> CompletionLogProbs:
+        """The log-probs that `model` gives a batch's completions, and its divergence from the reference's logits."""
+        comparison = Comparison(against=reference) if reference is not None else None
+        scores = score_tokens(
+            model, inputs, with_squares=self.use_weighting, with_auxiliary=with_auxiliary, comparison=comparison
+        )
+        length = scores.mask.sum(dim=1)
+        weight = None
+        if scores.log_sum_sq_probs is not None:
+            # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
+            aligned = (scores.log_probs - scores.log_sum_sq_probs).detach().sum(dim=1)
+            weight = torch.exp(aligned / length)
+        ended = torch.isin(scores.last_ids, self.end_ids.to(scores.last_ids.device))
+        return CompletionLogProbs(
+            summed=sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha),
+            mean_negative=-scores.log_probs.sum(dim=1) / length,
+            length=length,
+            ended=ended,
+            end_prob=torch.where(ended, last_values(scores.log_probs.detach(), scores.mask).exp(), torch.nan),
+            weight=weight,
+            auxiliary=scores.auxiliary,
+            divergence=scores.divergence.sum(dim=1) if scores.divergence is not None else None,
+        )
+
+    def score_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The reference's summed log-probs of a batch's completions, shape (2 x pairs,), without gradient."""
+        if REFERENCE_COLUMNS[0] in inputs:
+            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
+        return self.compute_reference(inputs)[0]
+
+    def compute_reference(self, inputs: Mapping[str, Tensor], keep: bool = False) -> tuple[Tensor, KeptLogits | None]:
+        """The same, computed now; and on request its logits, unless they are over another vocabulary."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        comparison = Comparison(keep=True, copied=sharded) if keep and self.same_vocabulary() else None
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self._reference_active() as model,
+        ):
+            scores = score_tokens(model, inputs, comparison=comparison)
+            return sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha), scores.logits
+
+    @contextlib.contextmanager
+    def _reference_active(self):
+        """The model that computes as the reference within the context."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None
+        with use_adapter(unwrapped, adapter_name=adapter):
+            yield self.model
+
+    def same_vocabulary(self) -> bool:
+        """Whether the next-token distributions of policy and reference are over the same tokens."""
+        sizes = {
+            model.config.get_text_config().vocab_size for model in map(self.accelerator.unwrap_model, self.models())
+        }
+        return len(sizes) == 1
+
+    def _pair(self, policy: CompletionLogProbs, reference: Tensor) -> PairLogProbs:
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy.summed.chunk(2), reference.chunk(2)
+        chosen_length, rejected_length = policy.length.chunk(2)
+        chosen_nll = policy.mean_negative.chunk(2)[0]
+        return PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, chosen_nll)
+
+    def _losses(self, policy: CompletionLogProbs, pairs: PairLogProbs) -> Tensor:
+        """The loss of each pair, shape (pairs,)."""
+        losses = self.objective(pairs)
+        if policy.weight is None:
+            return losses
+        chosen_weight, rejected_weight = policy.weight.chunk(2)
+        return losses * chosen_weight * rejected_weight
+
+    def measure_held_out(self) -> dict[str, float]:
+        """Means over the held-out pairs; the pairs themselves stay in `held_out_rows`."""
+        self.held_out_rows = self.score_dataset(self.eval_dataset)
+        return summarise(self.held_out_rows)
+
+    def score_dataset(self, dataset: Dataset) -> list[dict[str, float | None]]:
+        """One row of metrics per pair, in the order of the data set. Memory grows with the batch, not with the data.
+
+        Pairs of similar length share a batch, which saves padding and changes no pair's numbers.
+        """
+        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        limit, most = self.max_tokens, self.args.per_device_eval_batch_size
+        return self._score_in_batches(dataset, limit, most, lambda indices: self._score_batch(model, dataset, indices))
+
+    def _score_in_batches(
+        self, dataset: Dataset, limit: int | None, most: int, score: Callable[[list[int]], dict[int, dict[str, float]]]
+    ) -> list[dict[str, float]]:
+        """The rows that `score` gives for batches of at most `limit` tokens, else of `most` pairs, in order."""
+        rows: dict[int, dict[str, float]] = {}
+        with self._attending():
+            for indices in self.share_of_batches(self._batches(dataset, limit, most)):
+                rows |= score(indices)
+        return self.merge_rows(rows)
+
+    def _batches(self, dataset: Dataset, limit: int | None, most: int) -> list[list[int]]:
+        """Indices of pairs of similar length, for batches of at most `limit` tokens, else of `most` pairs."""
+        sizes = self.data_collator.token_counts(dataset)
+        return consecutive_batches(
+            sizes, limit or sum(sizes) * 2, most if limit is None else len(sizes), padded=not self.data_collator.packs
+        )
+
+    def held_out_batches(self) -> list[list[int]]:
+        """The batches of held-out pairs that this process evaluates, the same each time."""
+        batches = self._batches(self.eval_dataset, self.max_tokens, self.args.per_device_eval_batch_size)
+        return self.share_of_batches(batches)
+
+    def _batch(self, dataset: Dataset, indices: list[int]) -> dict[str, Any]:
+        """The pairs with these indices, on the device."""
+        return self._prepare_inputs(self.data_collator.whole([dataset[index] for index in indices]))
+
+    def _score_batch(self, model, dataset: Dataset, indices: list[int]) -> dict[int, dict[str, float | None]]:
+        """Metrics of the pairs with these indices; what does not apply to a pair is None."""
+        inputs = self._batch(dataset, indices)
+        if REFERENCE_COLUMNS[0] in inputs:
+            reference, logits = self.score_reference(inputs), self.kept_reference.get(tuple(indices))
+            logits = logits and logits.at(self.args.device)
+        else:
+            reference, logits = self.compute_reference(inputs, keep=True)
+        policy = self.score_completions(model, inputs, reference=logits)
+        pairs = self._pair(policy, reference)
+        columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.parameters.beta)
+        columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
+        columns["chosen_ends"], columns["rejected_ends"] = policy.ended.chunk(2)
+        columns["chosen_end_prob"] = policy.end_prob.chunk(2)[0]
+        if policy.divergence is not None:
+            columns |= zip(DIVERGENCES, policy.divergence.chunk(2), strict=True)
+        values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
+        rows = {index: dict(zip(columns, row, strict=True)) for index, row in zip(indices, values, strict=True)}
+        for row in rows.values():
+            if not row["chosen_ends"]:
+                row["chosen_end_prob"] = None
+        return rows
