@@ -55,7 +55,7 @@ def test_a_clean_file_is_clean(run_script, tmp_path):
     assert code == record["exit_code"] == 0
     assert record["findings"] == []
     assert out.startswith("clean: nothing is wrong in 80 pairs\n")
-    assert record["counts"]["held_out_pairs"] == 8
+    assert record["counts"]["train_pairs"] + record["counts"]["held_out_pairs"] == 80
     assert 0.3 < record["words_classifier"]["accuracy"] < 0.7
 
 
@@ -189,7 +189,8 @@ def test_clean_pairs_are_what_train_reads(run_script, tmp_path, tiny_model):
     assert (code, record["findings"]) == (0, [])
     code, out, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", clean, "--use_lora", "--dry_run")
     assert code == 0, err
-    assert "27 rows to train on, 3 held out" in out
+    counts = record["counts"]
+    assert f"{counts['train_pairs']} rows to train on, {counts['held_out_pairs']} held out" in out
 
 
 def test_messages_stay_messages(run_script, tmp_path):
@@ -355,6 +356,13 @@ def test_flags_that_do_not_fit_are_refused(run_script, flags, fault):
     code, _, err = run_script("data", *flags)
     assert code == 2
     assert err.startswith(f"error: {fault}"), err
+
+
+def test_several_sources_are_looked_at_one_by_one(run_script, tmp_path):
+    one, other = (write_lines(tmp_path / name, make_texts(5)) for name in ("a.jsonl", "b.jsonl"))
+    code, _, err = run_script("data", "--dataset_name", f"{one},{other}:0.5")
+    assert code == 2
+    assert err.endswith("data looks at one source at a time; name one\n")
 
 
 def test_compare_names_its_own_flag(run_script, tmp_path):
