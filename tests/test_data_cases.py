@@ -11,8 +11,8 @@ import yaml
 
 from utils.data.layouts import LAYOUTS
 from utils.data.loading import load_pairs
+from utils.data_settings import DATASET_FORMATS, DataSettings
 from utils.errors import UserError
-from utils.settings import DATASET_FORMATS, DataSettings
 
 CASES = {path.stem: path for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
 

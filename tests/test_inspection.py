@@ -55,7 +55,7 @@ def test_a_clean_file_is_clean(run_script, tmp_path):
     assert code == record["exit_code"] == 0
     assert record["findings"] == []
     assert out.startswith("clean: nothing is wrong in 80 pairs\n")
-    assert record["counts"]["held_out_pairs"] == 8
+    assert record["counts"]["train_pairs"] + record["counts"]["held_out_pairs"] == 80
     assert 0.3 < record["words_classifier"]["accuracy"] < 0.7
 
 
@@ -120,6 +120,17 @@ def test_each_check_finds_what_was_planted_and_nothing_else(run_script, tmp_path
     assert f"pairs.jsonl line {lines['both_ways'][0]}, {lines['both_ways'][1]}" in out
 
 
+def test_several_processes_find_the_same(run_script, tmp_path, tiny_model, monkeypatch):
+    rows = [*make_texts(60), *make_texts(10)]
+    flags = ("--model_name_or_path", tiny_model, "--compare", write_lines(tmp_path / "other.jsonl", make_texts(3)))
+    alone = inspect(run_script, tmp_path, rows, *flags)[1]
+    monkeypatch.setattr("utils.inspection.scanning.choose_processes", lambda count: 2)
+    monkeypatch.setattr("utils.inspection.tokens.choose_processes", lambda count: 2)
+    shared = inspect(run_script, tmp_path, rows, *flags)[1]
+    assert alone["problems"] == 2
+    assert shared | {"seconds": 0} == alone | {"seconds": 0}
+
+
 def test_lines_that_hold_no_row_are_counted(run_script, tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", make_texts(5))
     path.write_text(path.read_text(encoding="utf-8") + "{broken\n", encoding="utf-8")
@@ -178,7 +189,8 @@ def test_clean_pairs_are_what_train_reads(run_script, tmp_path, tiny_model):
     assert (code, record["findings"]) == (0, [])
     code, out, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", clean, "--use_lora", "--dry_run")
     assert code == 0, err
-    assert "27 rows to train on, 3 held out" in out
+    counts = record["counts"]
+    assert f"{counts['train_pairs']} rows to train on, {counts['held_out_pairs']} held out" in out
 
 
 def test_messages_stay_messages(run_script, tmp_path):
@@ -346,6 +358,13 @@ def test_flags_that_do_not_fit_are_refused(run_script, flags, fault):
     assert err.startswith(f"error: {fault}"), err
 
 
+def test_several_sources_are_looked_at_one_by_one(run_script, tmp_path):
+    one, other = (write_lines(tmp_path / name, make_texts(5)) for name in ("a.jsonl", "b.jsonl"))
+    code, _, err = run_script("data", "--dataset_name", f"{one},{other}:0.5")
+    assert code == 2
+    assert err.endswith("data looks at one source at a time; name one\n")
+
+
 def test_compare_names_its_own_flag(run_script, tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", make_texts(5))
     code, _, err = run_script("data", "--dataset_name", path, "--compare", tmp_path / "none.jsonl")
@@ -409,7 +428,7 @@ def test_case_and_punctuation_make_no_other_text_and_no_words_make_none():
         ("What is the best way to learn a language when you have no time for it?", "English"),
         ("Wie ist das Wetter heute, und was soll ich mit der Zeit machen, die nicht reicht?", "German"),
         ("¿Cómo se llama el río que pasa por la ciudad de los abuelos?", "Spanish"),
-        ("Почему небо голубое?", "Cyrillic"),
+        ("Почему небо голубое?", "Cyrillic script"),
         ("今日はとても天気がいいですね", "Japanese"),
         ("今天天气很好我们去公园", "Chinese"),
         ("x = 3", "unclear"),

@@ -12,19 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from utils.data_settings import DataSettings, GenerationSettings, InspectionSettings
 from utils.flags import (
     ABOVE_ZERO,
     ALL_VERBS,
     AT_LEAST_ONE,
-    AT_LEAST_TWO,
     AT_LEAST_ZERO,
     BELOW_HALF,
-    DATA,
     HALF_OPEN_UNIT,
     MAX_STEPS,
-    PAIRS,
     SEED,
-    SFT,
     STEPS_OR_SHARE,
     TRAIN,
     flag,
@@ -76,173 +73,6 @@ class LoraSettings:
     )
     use_rslora: bool = flag(False, "rank-stabilised scale: alpha / sqrt(r)")
     use_dora: bool = flag(False, "weight-decomposed adapters (DoRA)")
-
-
-DATASET_FORMATS = (
-    "explicit_prompt",
-    "implicit_prompt",
-    "transcripts",
-    "openai",
-    "sharegpt",
-    "alpaca",
-    "scored_answers",
-    "ranked_answers",
-    "two_answers",
-    "webgpt",
-    "shp",
-    "stack_exchange",
-    "stack_exchange_paired",
-    "message_tree",
-    "unpaired",
-    "prompt_completion",
-    "messages",
-    "instruction",
-    "text",
-)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """data"""
-
-    dataset_name: str | None = flag(
-        None,
-        "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
-        "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
-        verbs=ALL_VERBS,
-    )
-    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=ALL_VERBS)
-    dataset_split: str | None = flag(
-        None, "split to train on (default: train, train_prefs, or the only one)", verbs=ALL_VERBS
-    )
-    dataset_format: str | None = flag(
-        None,
-        f"how to read the rows: {', '.join(DATASET_FORMATS[:-4])}; for sft also {', '.join(DATASET_FORMATS[-4:])} "
-        "(default: by their columns)",
-        choices=DATASET_FORMATS,
-        verbs=ALL_VERBS,
-    )
-    dataset_adapter: str | None = flag(
-        None,
-        "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None",
-        verbs=ALL_VERBS,
-    )
-    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields", verbs=ALL_VERBS)
-    chosen_column: str | None = flag(None, "column with the preferred response", verbs=ALL_VERBS)
-    rejected_column: str | None = flag(None, "column with the other response", verbs=PAIRS)
-    completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
-    text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
-    pairs_per_prompt: int | None = flag(
-        None,
-        "rows with several answers: most pairs of one prompt, the best against lower-scored ones (default: 1)",
-        bound=AT_LEAST_ONE,
-        verbs=PAIRS,
-    )
-    min_score_gap: float | None = flag(
-        None,
-        "rows with scores: least difference between chosen and rejected",
-        bound=AT_LEAST_ZERO,
-        verbs=PAIRS,
-    )
-    min_score_ratio: float | None = flag(
-        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=PAIRS
-    )
-    strip_citations: bool = flag(
-        False, "webgpt: take citations such as [1] or [2, 3] out of the answers", verbs=ALL_VERBS
-    )
-    group_by: str | None = flag(
-        None, "column whose values are kept together in training or held out (default: the prompt)", verbs=ALL_VERBS
-    )
-    validation_split: str | None = flag(
-        None,
-        "held-out data: a fraction, the name of a split, or none "
-        "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
-        verbs=ALL_VERBS,
-    )
-    streaming: bool = flag(
-        False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
-    )
-    max_samples: int | None = flag(
-        None, "use the first N good rows, in file order (of each source)", bound=AT_LEAST_ONE
-    )
-    on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
-    max_length: int | None = flag(
-        None,
-        "tokens per prompt + response (default: 1024, or the model's context if shorter)",
-        bound=AT_LEAST_TWO,
-        verbs=ALL_VERBS,
-    )
-    truncation: str = flag(
-        "shorten_prompt",
-        "for longer pairs: shorten_prompt from its left, then cut the response (its cut end is not taught as an end); "
-        "drop the pair; or stop with an error. All are counted",
-        choices=("shorten_prompt", "drop", "error"),
-    )
-
-
-REMOVABLE = (
-    "ties",
-    "score_contradictions",
-    "near_duplicates",
-    "broken_text",
-    "held_out_prompts",
-    "overlap",
-    "too_long",
-)
-
-
-@dataclass(frozen=True)
-class InspectionSettings:
-    """what to do with the findings"""
-
-    report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs=DATA)
-    json_file: str | None = flag(None, "write every number as JSON; - prints it in place of the summary", verbs=DATA)
-    output_file: str | None = flag(
-        None,
-        "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs labelled both ways",
-        verbs=DATA,
-    )
-    remove: tuple[str, ...] | None = flag(
-        None,
-        f"what else to leave out of --output_file: {', '.join(REMOVABLE)}",
-        choices=REMOVABLE,
-        many=True,
-        verbs=DATA,
-    )
-    compare: str | None = flag(
-        None,
-        "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
-        verbs=DATA,
-    )
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """making pairs: a model answers prompts, a scorer ranks the answers"""
-
-    generate: bool = flag(
-        False,
-        "make pairs instead: answer the prompts of --dataset_name with --model_name_or_path, score the responses, and "
-        "write the best and the worst of each prompt to --output_file; the same command goes on after an interruption",
-        verbs=DATA,
-    )
-    scorer: str | None = flag(
-        None,
-        "file.py:function(prompts, responses) that returns scores; the folder or hub name of a reward model; or the "
-        "URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY",
-        verbs=DATA,
-    )
-    num_prompts: int | None = flag(None, "use the first N different prompts", bound=AT_LEAST_ONE, verbs=DATA)
-    num_generations: int = flag(4, "responses per prompt", bound=AT_LEAST_TWO, verbs=DATA)
-    max_new_tokens: int = flag(256, "most tokens of a response", bound=AT_LEAST_ONE, verbs=DATA)
-    temperature: float = flag(1.0, "how freely responses are sampled", bound=ABOVE_ZERO, verbs=DATA)
-    judge_model: str | None = flag(None, "name of the model at the endpoint", verbs=DATA)
-    max_judge_requests: int | None = flag(
-        None, "stop after N requests to the endpoint (default: no limit)", bound=AT_LEAST_ONE, verbs=DATA
-    )
-    judge_requests_per_minute: float | None = flag(
-        None, "most requests to the endpoint in a minute (default: no limit)", bound=ABOVE_ZERO, verbs=DATA
-    )
 
 
 LOSS_NAMES = (

@@ -1,7 +1,7 @@
 """Which language a text is in, by its script and its commonest words: enough to see a mixture, no more than that.
 
 Scripts that one language has to itself name it. Latin script is told by function words, of which a text must have
-three, and at least one in twelve words; else it is "unclear" (short texts, code, lists of names).
+two, and at least one in twelve words; else it is "unclear" (short texts, code, lists of names).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections import Counter
 
 READ = 600  # characters of a text that are looked at
 FEWEST_LETTERS = 3
-FEWEST_WORDS, SMALLEST_SHARE = 3, 1 / 12
+FEWEST_WORDS, SMALLEST_SHARE = 2, 1 / 12
 
 # First code points of scripts, ascending; from one to the next a script holds.
 _SCRIPTS = (
-    (0x0000, "Latin"), (0x0370, "Greek"), (0x0400, "Cyrillic"), (0x0530, "Armenian"), (0x0590, "Hebrew"),
-    (0x0600, "Arabic"), (0x0900, "Devanagari"), (0x0980, "Bengali"), (0x0A00, "other"), (0x0B80, "Tamil"),
+    (0x0000, "Latin"), (0x0370, "Greek"), (0x0400, "Cyrillic script"), (0x0530, "Armenian"), (0x0590, "Hebrew"),
+    (0x0600, "Arabic script"), (0x0900, "Devanagari script"), (0x0980, "Bengali"), (0x0A00, "other"), (0x0B80, "Tamil"),
     (0x0C00, "Telugu"), (0x0C80, "other"), (0x0E00, "Thai"), (0x0E80, "other"), (0x1100, "Korean"),
     (0x1200, "other"), (0x1E00, "Latin"), (0x1F00, "Greek"), (0x2000, ""), (0x3040, "Japanese"), (0x3100, "Chinese"),
     (0x3130, "Korean"), (0x3190, ""), (0x3400, "Chinese"), (0x4DC0, ""), (0x4E00, "Chinese"), (0xA000, "other"),
@@ -24,7 +24,8 @@ _SCRIPTS = (
 )  # fmt: skip
 
 _WORDS = {
-    "English": "the of and to in is that it for was on with as you this be are have not what how i can your an or from",
+    "English": "the of and to in is that it for was on with as you this be are have not what how i can your an or from"
+    " there they he she his her had my we but at by if would will do does about which their has who when where why",
     "Spanish": "de la que el en y los del se las por un para con no una su al es lo como más pero qué cómo está son",
     "French": "de la le et les des en un du une que est pour qui dans par plus pas au sur ne se ce il sont avec vous",
     "German": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch es an wie ich sie",

@@ -26,14 +26,14 @@ BATCH = 1000
 
 def check_held_out(subject: Subject, scan: Scan) -> list[Finding]:
     """Held-out pairs whose prompt, or one nearly the same, is trained on."""
-    held_out, trained = np.flatnonzero(subject.held_out), np.flatnonzero(~subject.held_out)
+    held_out, trained = np.flatnonzero(subject.held_out), np.flatnonzero(subject.trained)
     if len(held_out) == 0 or len(trained) == 0:
         return []
     shared = np.isin(scan.prompt_keys[held_out], scan.prompt_keys[trained])
     alike, _ = find_alike(scan.prompt_signatures[held_out], scan.prompt_signatures[trained])
     near = (alike >= 0) & ~shared
     # What is taken out is the trained pairs: an evaluation keeps its size.
-    behind = np.isin(scan.prompt_keys, scan.prompt_keys[held_out[shared]]) & ~subject.held_out
+    behind = np.isin(scan.prompt_keys, scan.prompt_keys[held_out[shared]]) & subject.trained
     findings = [
         *find_pairs(
             subject, "held_out_prompt", PROBLEM, "a held-out pair with a prompt that is trained on",

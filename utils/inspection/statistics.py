@@ -25,7 +25,7 @@ def count_pairs(subject: Subject, scan: Scan) -> dict[str, Any]:
     return {
         "rows": sum(len(part.converted) for part in subject.parts) + sum(subject.source.dropped.values()),
         "good_pairs": len(scan),
-        "train_pairs": int((~subject.held_out).sum()),
+        "train_pairs": int(subject.trained.sum()),
         "held_out_pairs": int(subject.held_out.sum()),
         "split": subject.split,
         "distinct_prompts": len(per_prompt),

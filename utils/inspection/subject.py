@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.data.conversion import convert_rows
+from utils.data.mixing import read_wishes
 from utils.data.places import Place
 from utils.data.schemas import Reading, find_reading
 from utils.data.sources import Source, load_source
@@ -38,13 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Subject:
-    """All good pairs, those of the training split first; `held_out` says which of them a run would not train on."""
+    """All good pairs, those of the training split first; `held_out` and `trained` say what a run would do with them."""
 
     source: Source
     reading: Reading
     parts: tuple[Part, ...]
     pairs: datasets.Dataset
     held_out: np.ndarray  # (pairs,) bool
+    trained: np.ndarray  # (pairs,) bool; pairs may be on neither side
     split: str  # how they were parted, as a phrase
 
     @property
@@ -68,6 +70,8 @@ def load_subject(settings: Settings) -> Subject:
         UserError: there is nothing to inspect: no data, no known shape, or not one good pair.
     """
     wish = dataclasses.replace(settings.data, on_bad_rows="skip")
+    if len(read_wishes(settings.data.dataset_name)) > 1:
+        raise UserError(f"--dataset_name {settings.data.dataset_name}: data looks at one source at a time; name one")
     source = load_source(wish, "train")
     if len(source.rows) == 0:
         raise UserError(f"--dataset_name {source.description}: has no rows")
@@ -77,8 +81,8 @@ def load_subject(settings: Settings) -> Subject:
         parts.append(_read_part("held-out", source.held_out_rows, reading, source.held_out_place))
     good = [part.converted.select(part.good) for part in parts]
     pairs = datasets.concatenate_datasets(good) if len(good) > 1 else good[0]
-    held_out, split = _divide(good, settings)
-    return Subject(source, reading, tuple(parts), pairs, held_out, split)
+    held_out, trained, split = _divide(good, settings)
+    return Subject(source, reading, tuple(parts), pairs, held_out, trained, split)
 
 
 def _read_part(name: str, rows: datasets.Dataset, reading: Reading, place: Place) -> Part:
@@ -90,29 +94,37 @@ def _read_part(name: str, rows: datasets.Dataset, reading: Reading, place: Place
     return Part(name, converted, place, good, bad)
 
 
-def _divide(good: Sequence[datasets.Dataset], settings: Settings) -> tuple[np.ndarray, str]:
-    """Which pairs `train` would hold out, and how, or why it could not."""
+def _divide(good: Sequence[datasets.Dataset], settings: Settings) -> tuple[np.ndarray, np.ndarray, str]:
+    """Which pairs `train` would hold out, which it would train on, and how they are parted, or why they cannot be."""
     wish, seed = settings.data.validation_split, settings.training.seed
     sizes = [len(part) for part in good]
     if len(good) > 1:
-        return np.arange(sum(sizes)) >= sizes[0], "the source's own held-out split"
-    nothing = np.zeros(sizes[0], dtype=bool)
+        held_out = np.arange(sum(sizes)) >= sizes[0]
+        return held_out, ~held_out, "the source's own held-out split"
+    held_out, trained = np.zeros(sizes[0], dtype=bool), np.ones(sizes[0], dtype=bool)
     if sizes[0] == 0 or wish == "none":
-        return nothing, "nothing is to be held out"
-    numbered = good[0].add_column("position", pa.array(range(sizes[0])).to_numpy())
+        return held_out, trained, "nothing is to be held out"
+    numbered = good[0].add_column("position", np.arange(sizes[0]))
     try:
         parted = split_rows(numbered, None, wish, seed)
     except UserError as error:
-        return nothing, f"train would stop: {error.faults[0]}"
+        return held_out, trained, f"train would stop: {error.faults[0]}"
+    trained = np.isin(np.arange(sizes[0]), parted.train.with_format("numpy")["position"][:])
     if parted.held_out is not None:
-        nothing[parted.held_out.with_format("numpy")["position"][:]] = True
-    return nothing, f"the split that train makes with --seed {seed}"
+        held_out[parted.held_out.with_format("numpy")["position"][:]] = True
+    return held_out, trained, f"the split that train makes with --seed {seed}"
 
 
 def read_scores(subject: Subject) -> tuple[str, np.ndarray, np.ndarray] | None:
     """The columns with a score of each side, as a phrase, and both scores per pair (NaN: none); None without any."""
     found: list[tuple[str, np.ndarray, np.ndarray]] = []
     for part, rows in zip(subject.parts, (subject.source.rows, subject.source.held_out_rows), strict=False):
+        if _score_columns(part.converted.features):  # the reading found them, or made the pair by them
+            names = _score_columns(part.converted.features)
+            scores = [_read_numbers(part.converted, name)[part.good] for name in names]
+            known = [subject.reading.columns.get(name, name) for name in names]
+            found.append((" and ".join(known), *scores))
+            continue
         names = _score_columns(rows.features)
         if names is None:
             return None

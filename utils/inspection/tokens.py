@@ -23,6 +23,7 @@ from utils.inspection.scanning import SIDES, choose_processes
 from utils.inspection.statistics import summarize_sides
 from utils.inspection.subject import Subject
 from utils.inspection.texts import flatten
+from utils.models.sources import read_end_ids
 from utils.models.templates import set_chat_template
 from utils.settings import Settings
 
@@ -61,7 +62,7 @@ def load_encoder(subject: Subject, settings: Settings) -> tuple[PromptEncoder, s
     wish = settings.data.max_length
     if wish is not None and limit is not None and wish > limit:
         raise UserError(f"--max_length is {wish}, but this model reads at most {limit} tokens; lower it")
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(tokenizer, read_end_ids(name, revision, tokenizer))
     return encoder, _choose_template(subject, tokenizer, settings), wish or min(DEFAULT_MAX_LENGTH, limit or 1 << 30)
 
 

@@ -6,10 +6,13 @@ import json
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -106,6 +109,14 @@ def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
     return content
+
+
+def read_end_ids(base: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a reply, by the tokenizer and the model's generation config."""
+    config = read_json_file(base, "generation_config.json", revision) or {}
+    named = config.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < len(tokenizer))
 
 
 def _hub_file(name: str, file: str, revision: str | None) -> str | None:

@@ -49,7 +49,7 @@ caption{text-align:left;color:var(--soft);padding-bottom:.2rem}
 th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
 th,td{overflow-wrap:normal}code{font-size:.92em;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}thead th{color:var(--soft);font-weight:600}
-svg{display:block;width:100%;height:auto;margin:.5rem 0 0}svg text{fill:var(--soft);font-size:13px}
+svg{display:block;width:100%;max-width:44rem;height:auto;margin:.5rem 0 0}svg text{fill:var(--soft);font-size:13px}
 svg text.value{fill:var(--ink)}.grid{stroke:var(--line)}.mark{stroke:var(--ink);stroke-dasharray:4 3}
 .rail{fill:var(--fill)}.area{fill-opacity:.16;stroke-width:2}.line{fill:none;stroke-width:2}
 .s1{fill:var(--s1);stroke:var(--s1);background:var(--s1)}.s2{fill:var(--s2);stroke:var(--s2);background:var(--s2)}

@@ -25,7 +25,7 @@ from utils.models.loading import (
     new_adapter_config,
     turn_off_dropout,
 )
-from utils.models.sources import ModelSource, find_model, read_json_file
+from utils.models.sources import ModelSource, find_model, read_end_ids, read_json_file
 from utils.models.templates import set_chat_template
 from utils.runtime import Precision, say
 from utils.saving import check_output_folder
@@ -137,7 +137,7 @@ def prepare_rows(
     template, max_length, end_ids, _, _ = gather(
         lambda: _choose_template(data, tokenizer, settings),
         lambda: _choose_max_length(source, settings),
-        lambda: _read_end_ids(source, tokenizer),
+        lambda: read_end_ids(source.base, source.revision, tokenizer),
         lambda: _check_adapter_settings(source, settings),
         lambda: check_same_tokenizer(tokenizer, settings.model),
     )
@@ -178,14 +178,6 @@ def _choose_max_length(source: ModelSource, settings: Settings) -> int:
     if limit is not None and wish > limit:
         raise UserError(f"--max_length is {wish}, but this model reads at most {limit} tokens; lower it")
     return wish
-
-
-def _read_end_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a reply, by the tokenizer and the model's generation config."""
-    config = read_json_file(source.base, "generation_config.json", source.revision) or {}
-    named = config.get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < len(tokenizer))
 
 
 def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:
