@@ -108,7 +108,9 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
         raise UserError(f"{flag}: cannot be streamed; use {ENDINGS}, without *, ?, [ or ] in the path")
     else:
         try:
-            splits = stream_file(path) if path.is_file() else datasets.load_dataset(str(path.resolve()), streaming=True)
+            with quiet(0):
+                whole = str(path.resolve())
+                splits = stream_file(path) if path.is_file() else datasets.load_dataset(whole, streaming=True)
         except (DatasetsError, FileNotFoundError, ValueError) as error:
             raise UserError(f"{flag}: no data here that can be streamed ({first_line(error)}); use {ENDINGS}") from None
     label = name if not is_local(name) else path.name
