@@ -127,7 +127,7 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
                 rows = datasets.Dataset(pa.concat_tables([pq.read_table(path) for path in paths]))
             else:
                 rows = datasets.load_dataset("parquet", data_files={"train": [str(p) for p in paths]}, split="train")
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names} cannot be read as Parquet: {first_line(error.__cause__ or error)}") from None
     return FileRows(rows, FilePlaces(paths[0].name, len(rows), count_rows), {})
