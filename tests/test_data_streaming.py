@@ -105,6 +105,20 @@ def test_a_split_of_its_own_and_many_answers(tmp_path):
     assert data.shared_prompts == 1
 
 
+def test_a_hub_dataset_is_streamed_through_the_library(monkeypatch):
+    asked = []
+
+    def answer(name, config, **options):
+        asked.append((name, config, options))
+        return {"train": datasets.Dataset.from_list(make_pairs(40)).to_iterable_dataset()}
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    data = load("some-org/pairs", dataset_config="en", validation_split="none")
+    assert asked == [("some-org/pairs", "en", {"streaming": True})]
+    assert data.train["prompt"][:] == [row["prompt"] for row in make_pairs(40)]
+    assert data.place(39) == "some-org/pairs[train] row 40"
+
+
 def test_bad_rows_stop_the_run_or_are_counted(tmp_path):
     rows = make_pairs(50)
     rows[4]["chosen"] = ""
