@@ -74,6 +74,17 @@ def test_no_more_is_read_than_is_wanted(tmp_path):
     assert load(path, wanted=100, seed=1).fingerprint != data.fingerprint
 
 
+def test_a_run_of_few_steps_has_held_out_rows_too(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", make_pairs(9000))
+    data = load(path, wanted=4)
+    assert len(data.train) == 4
+    assert 50 < len(data.held_out) < 150
+    rare = load(path, wanted=4, validation_split="0.0005")
+    assert len(rare.train) == 4
+    assert len(rare.held_out) >= 1
+    assert load(path, wanted=4, validation_split="none").held_out is None
+
+
 def test_whole_files_come_in_an_order_that_the_seed_draws(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
