@@ -139,6 +139,13 @@ def test_answers_with_labels_that_share_no_prompt_are_refused(tmp_path):
     assert data.dropped == {"the answer is labelled as not wanted": 3}
 
 
+def test_labels_that_are_not_yes_or_no_make_no_unpaired_rows(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "x", "label": i} for i in range(3)]
+    assert "its columns fit no known shape" in refusal(rows, tmp_path)[0]
+    data = load(str(tmp_path / "rows.jsonl"), "sft")
+    assert (data.reading.name, len(data.train)) == ("prompt_completion", 3)
+
+
 def test_a_number_that_the_names_do_not_explain_is_never_guessed(tmp_path):
     rows = [{"prompt": "q", "response_a": "x", "response_b": "y", "label": number} for number in (0, 1)]
     (line,) = refusal(rows, tmp_path, on_bad_rows="error")

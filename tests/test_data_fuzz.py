@@ -163,11 +163,12 @@ def read_mangled(seed: int, folder: Path) -> str:
         dataset_name=",".join(names),
         on_bad_rows=draw.choice(["skip", "skip", "skip", "error"]),
         validation_split=draw.choice([None, "none", "none", "0.3"]),
+        streaming=draw.random() < 0.15,
         **flags,
     )
     data, faults = None, ()
     try:
-        data = load_pairs(settings, verb, seed)
+        data = load_pairs(settings, verb, seed, wanted=50)
     except UserError as error:
         faults = error.faults
     if data is None:

@@ -131,6 +131,8 @@ def test_places_in_other_files(tmp_path):
 
 
 FAULTY_LINES = {
+    "null.jsonl": (b"null\n", "no JSON object"),
+    "nan.jsonl": (b"NaN\n", "no JSON object"),
     "deep.jsonl": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "invalid JSON"),
     "cut.jsonl": (b'{"prompt": "p", \n', "invalid JSON"),
     "list.jsonl": (b'["x"]\n', "no JSON object"),
@@ -153,6 +155,19 @@ def test_a_faulty_line_is_named_or_dropped_and_counted(name, tmp_path):
     assert source.rows.to_list() == [json.loads(GOOD)] * 2
     assert sum(source.dropped.values()) == 1
     assert source.place(1) == f"{name} line 4"
+
+
+@pytest.mark.parametrize("word", [b"null", b"NaN", b" null", b"-Infinity"])
+def test_rows_that_are_null_are_faults_wherever_they_stand(word, tmp_path):
+    """The library's reader dies of one at the start of a block, of which a file of 2 MB has several."""
+    row = json.dumps({"prompt": "p" * 900, "chosen": "a, null", "rejected": "b"}).encode() + b"\n"
+    path = write(tmp_path / "lines.jsonl", (row + word + b"\n") * 2000)
+    assert load(path, on_bad_rows="skip").dropped == {"no JSON object": 2000}
+    for name, content in {
+        "first.json": b"[" + word + b", " + row + b"]",
+        "last.json": b"[" + row + b", \n" + word + b"]",
+    }.items():
+        assert "no JSON object in 1 row" in fault(write(tmp_path / name, content))
 
 
 def test_many_faulty_lines_are_counted_and_five_are_named(tmp_path):

@@ -74,6 +74,17 @@ def test_no_more_is_read_than_is_wanted(tmp_path):
     assert load(path, wanted=100, seed=1).fingerprint != data.fingerprint
 
 
+def test_a_run_of_few_steps_has_held_out_rows_too(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", make_pairs(9000))
+    data = load(path, wanted=4)
+    assert len(data.train) == 4
+    assert 50 < len(data.held_out) < 150
+    rare = load(path, wanted=4, validation_split="0.0005")
+    assert len(rare.train) == 4
+    assert len(rare.held_out) >= 1
+    assert load(path, wanted=4, validation_split="none").held_out is None
+
+
 def test_whole_files_come_in_an_order_that_the_seed_draws(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -103,6 +114,20 @@ def test_a_split_of_its_own_and_many_answers(tmp_path):
     assert data.held_out["prompt"][:] == ["t", "t", "q0", "q0"]
     assert data.held_out_place(1) == "folder[test] row 2"
     assert data.shared_prompts == 1
+
+
+def test_a_hub_dataset_is_streamed_through_the_library(monkeypatch):
+    asked = []
+
+    def answer(name, config, **options):
+        asked.append((name, config, options))
+        return {"train": datasets.Dataset.from_list(make_pairs(40)).to_iterable_dataset()}
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    data = load("some-org/pairs", dataset_config="en", validation_split="none")
+    assert asked == [("some-org/pairs", "en", {"streaming": True})]
+    assert data.train["prompt"][:] == [row["prompt"] for row in make_pairs(40)]
+    assert data.place(39) == "some-org/pairs[train] row 40"
 
 
 def test_bad_rows_stop_the_run_or_are_counted(tmp_path):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.data.places import FileLines, FilePlaces, Place, describe_bad_rows
-from utils.data.scanning import Scan, begins_like_rows, line_numbers, peek_csv, scan_csv, scan_json, whole_rows
+from utils.data.scanning import Scan, is_safe_for_arrow, line_numbers, peek_csv, scan_csv, scan_json, whole_rows
 from utils.errors import UserError
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -63,8 +63,8 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
     """The library's reading, or None where it fails or is known to misread."""
     if any(set("*?[]") & set(str(path)) for path in paths):
         return None  # the library takes these names for patterns
-    if kind == "json" and not all(map(begins_like_rows, paths)):
-        return None  # the library's reader dies of a first line that is null
+    if kind == "json" and not all(map(is_safe_for_arrow, paths)):
+        return None
     if kind == "csv":
         header, first = peek_csv(paths[0])
         # pandas would take the first of the surplus fields for an index and shift every column
@@ -91,6 +91,8 @@ def _csv_options(header: Sequence[str]) -> dict[str, Any]:
 def stream_file(path: Path) -> dict[str, datasets.IterableDataset]:
     """The rows of one file as its split train, none of them read yet."""
     kind = file_kind(path)
+    if kind == "json" and not is_safe_for_arrow(path):
+        raise ValueError("it has rows that are null, or does not begin with a row")
     options = {"json": lambda: {"parse_agent_traces": False}, "csv": lambda: _csv_options(peek_csv(path)[0])}
     made = options[kind]() if kind in options else {}
     return datasets.load_dataset(kind, data_files={"train": [str(path)]}, streaming=True, **made)
@@ -125,7 +127,7 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
                 rows = datasets.Dataset(pa.concat_tables([pq.read_table(path) for path in paths]))
             else:
                 rows = datasets.load_dataset("parquet", data_files={"train": [str(p) for p in paths]}, split="train")
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names} cannot be read as Parquet: {first_line(error.__cause__ or error)}") from None
     return FileRows(rows, FilePlaces(paths[0].name, len(rows), count_rows), {})

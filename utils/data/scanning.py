@@ -20,6 +20,9 @@ from utils.errors import UserError
 BOM = b"\xef\xbb\xbf"
 WRAPPERS = ("data", "rows", "examples", "instances", "train")  # {"data": [rows]}
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# What the library turns into a row that is null: in a file of lines, and in one that is an array.
+NULL_LINE = re.compile(rb"\n\s*(?:null|NaN|-?Infinity)\b")
+NULL_ITEM = re.compile(rb"[\n\[,]\s*(?:null|NaN|-?Infinity)\b")
 MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 
 
@@ -287,11 +290,17 @@ def line_numbers(path: Path) -> FileLines:
         return FileLines(path.name, "line", array("Q", lines))
 
 
-def begins_like_rows(path: Path) -> bool:
-    """Whether the first thing in a JSON file is an object or a list."""
+def is_safe_for_arrow(path: Path) -> bool:
+    """Whether the library's reader survives a JSON file: it dies of rows that are null at the start of a block."""
     try:
         with open_binary(path) as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except (OSError, EOFError, ValueError):
+            start = file.read(4096).removeprefix(BOM).lstrip()
+            bare_null = NULL_ITEM if start[:1] == b"[" else NULL_LINE
+            found = bare_null.search(b"\n" + start) is not None
+            tail = start[-64:]
+            while not found and (chunk := file.read(1 << 22)):
+                found = bare_null.search(tail + chunk) is not None
+                tail = chunk[-64:]
+    except (OSError, EOFError, ValueError, UserError):
         return False
-    return start[:1] in (b"{", b"[")
+    return start[:1] in (b"{", b"[") and not found

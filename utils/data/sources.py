@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -108,8 +109,10 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
         raise UserError(f"{flag}: cannot be streamed; use {ENDINGS}, without *, ?, [ or ] in the path")
     else:
         try:
-            splits = stream_file(path) if path.is_file() else datasets.load_dataset(str(path.resolve()), streaming=True)
-        except (DatasetsError, FileNotFoundError, ValueError) as error:
+            with quiet(0):
+                whole = str(path.resolve())
+                splits = stream_file(path) if path.is_file() else datasets.load_dataset(whole, streaming=True)
+        except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{flag}: no data here that can be streamed ({first_line(error)}); use {ENDINGS}") from None
     label = name if not is_local(name) else path.name
     streams = {str(split): Stream(rows, f"{label}[{split}]") for split, rows in splits.items()}

@@ -88,7 +88,7 @@ def read_stream(
     """The first `wanted` good pairs to train on, with the held-out ones that stand among them or in `held_out`.
 
     A pair is held out where the hash of its prompt says so, as without --streaming; of those that were met, 1000 at
-    most are kept unless --validation_split is a fraction.
+    most are kept unless --validation_split is a fraction. Reading goes on, a batch at a time, until there is one.
 
     Raises UserError for bad rows in any batch of 1000 (unless they are skipped), and where nothing is left.
     """
@@ -102,21 +102,23 @@ def read_stream(
     fraction = None if held_out is not None else _fraction(settings.validation_split)
     most = None if fraction is not None and settings.validation_split is not None else DEFAULT_MOST_ROWS
     train, other = _Writer(folder / "train.arrow", features), _Writer(folder / "held_out.arrow", features)
-    for row in _good_rows(stream, intake, seed):
-        if fraction is not None and draw_numbers([group_of(row)], seed)[0] < fraction:
-            if most is None or other.count < most:
+    for rows in _good_batches(stream, intake, seed):
+        for row in rows:
+            if fraction is None or draw_numbers([group_of(row)], seed)[0] >= fraction:
+                if train.count < wanted:
+                    train.write(row)
+            elif most is None or other.count < most:
                 other.write(row)
             else:
                 intake.dropped[SPARE] += 1
-            continue
-        train.write(row)
-        if train.count >= wanted:
+        if train.count >= wanted and (fraction is None or other.count):
             break
     exhausted = train.count < wanted
     if held_out is not None:
         other_intake = _Intake(reading, held_out.label, settings.on_bad_rows, features, intake.dropped)
-        for row in _good_rows(held_out, other_intake, seed):
-            other.write(row)
+        for rows in _good_batches(held_out, other_intake, seed):
+            for row in rows[: DEFAULT_MOST_ROWS - other.count]:
+                other.write(row)
             if other.count >= DEFAULT_MOST_ROWS:
                 break
     if train.count == 0:
@@ -145,8 +147,8 @@ def _find_reading(stream: Stream, settings: DataSettings, verb: str) -> Reading:
     return find_reading(json_or_text(sample), settings, verb)
 
 
-def _good_rows(stream: Stream, intake: _Intake, seed: int) -> Iterator[dict[str, Any]]:
-    """Good rows in the order of reading: whole files, in an order that the seed draws."""
+def _good_batches(stream: Stream, intake: _Intake, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """Good rows of each batch in the order of reading: whole files, in an order that the seed draws."""
     files = list(range(stream.rows.num_shards))
     random.Random(seed).shuffle(files)
     for file in files:
@@ -157,7 +159,7 @@ def _good_rows(stream: Stream, intake: _Intake, seed: int) -> Iterator[dict[str,
                 batch = next(batches, None)
             if batch is None:
                 break
-            yield from intake.good_rows(batch, (file << FILE_BITS) + row)
+            yield list(intake.good_rows(batch, (file << FILE_BITS) + row))
             row += len(next(iter(batch.values())))
 
 
