@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -118,6 +119,13 @@ def float32_unless_asked():
     """Numbers compared to many digits, also where the processor has bfloat16 and the script would choose it."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its changes
         patch.setattr("utils.runtime.cpu_computes_bfloat16_fast", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def environment_kept():
+    """What a library puts into the environment (accelerate does, for FSDP) must not reach the next test."""
+    with mock.patch.dict(os.environ):
         yield
 
 
