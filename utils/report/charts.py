@@ -6,6 +6,7 @@ numbers behind it belong in a table beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -23,6 +24,7 @@ def draw_histogram(
 ) -> str:
     """Counts per bin as outlined steps, one per series. Bins are drawn equally wide; `mark` is a line at a value."""
     most = max((max(counts, default=0) for counts in series.values()), default=0) or 1
+    most = 2 * math.ceil(most / 2)  # half of it stands on the axis too
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     step = width / max(len(edges) - 1, 1)
     parts = [_grid(most)]
