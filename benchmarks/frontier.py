@@ -63,8 +63,8 @@ FULL = Size(
     epochs=3,
     checkpoints=3,
     samples=400,
-    betas={"DPO": (0.05, 0.1, 0.3, 1.0, 3.0), "cDPO": (0.1, 0.3), "IPO": (0.5, 2.0)},
-    noisy_betas={"DPO": (0.1, 0.3, 1.0), "cDPO": (0.1, 0.3, 1.0), "robust": (0.1, 0.3, 1.0), "IPO": (0.5, 2.0)},
+    betas={"DPO": (0.1, 0.3, 1.0, 3.0), "cDPO": (0.1, 0.3), "IPO": (0.5, 2.0)},
+    noisy_betas={"DPO": (0.1, 0.3, 1.0), "cDPO": (0.1, 0.3), "robust": (0.1, 0.3, 1.0), "IPO": (0.5, 2.0)},
 )
 QUICK = Size(
     prompts=500,

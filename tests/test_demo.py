@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 BUNDLED = DEMO / "bundled"
@@ -219,3 +221,17 @@ def test_the_base_model_writes_reviews_of_both_kinds():
     positive = sum(scorer.is_positive(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
     assert 0.35 < positive / len(prompts) < 0.65
     assert (ids == tokenizer.eos_token_id).any(dim=1).float().mean() > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_frontier_can_be_measured_again(tmp_path):
+    """Quickly: DPO has more true reward than SFT on the preferred side, and both more than the base."""
+    command = [sys.executable, "benchmarks/frontier.py", "--quick", "--output_dir", tmp_path]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "frontier.json").read_text())["points"]
+    rewards = {(point["name"], point["beta"]): point["reward"] for point in points if not point["noisy"]}
+    assert rewards["base", None] < rewards["SFT on preferred", None] < rewards["DPO", 0.1]
+    assert all(point["kl"] > 0 for point in points[1:])
+    assert {path.name for path in tmp_path.iterdir()} >= {"frontier.md", "frontier.svg", "frontier.json"}
