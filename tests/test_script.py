@@ -312,31 +312,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model, pairs_file, tmp_path, ru
     assert "--max_steps" in err
 
 
-def test_two_processes_give_the_result_of_one(run_script, tiny_model, pairs_file, tmp_path):
-    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
-             "--max_steps", 4, "--logging_steps", 1, "--dtype", "float32"]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = [
-        *launch,
-        "advanced_dpo_script.py",
-        *flags,
-        "--per_device_train_batch_size",
-        2,
-        "--output_dir",
-        tmp_path / "two",
-    ]
-    done = subprocess.run(list(map(str, two)), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    code, _, err = run_script(*flags, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
-    assert code == 0, err
-    one, two = tmp_path / "one", tmp_path / "two"
-    for line, other in zip(read_metrics(one), read_metrics(two), strict=True):
-        assert other == pytest.approx(line, abs=1e-4)
-    assert read_record(two)["metrics"]["held_out"] == pytest.approx(read_record(one)["metrics"]["held_out"], abs=1e-4)
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
-
-
 def test_wandb_without_login_runs_offline_and_says_how_to_upload(tiny_model, pairs_file, tmp_path):
     output = tmp_path / "run"
     process = start_script(
