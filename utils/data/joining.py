@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import datasets
 
@@ -45,8 +46,10 @@ class Joined:
     held_out_place: Place
 
 
-def open_source(wish: Wish, settings: DataSettings, verb: str) -> tuple[Source, Reading]:
+def open_source(wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb: str) -> tuple[Source, Reading]:
     """The rows of one of the sources, and how they are to be read.
+
+    Where another source has a file of the same name, the places of both are told with the folder.
 
     Raises UserError where it cannot be opened, a split has no rows, or no known shape fits.
     """
@@ -55,7 +58,25 @@ def open_source(wish: Wish, settings: DataSettings, verb: str) -> tuple[Source, 
     for split, rows in (("", source.rows), ("held-out ", source.held_out_rows)):
         if rows is not None and len(rows) == 0:
             raise UserError(f"--dataset_name {source.description}: its {split}split has no rows")
-    return source, find_reading(source.rows, own, verb)
+    reading = find_reading(source.rows, own, verb)
+    names = _file_names(wish)
+    if any(names & _file_names(other) for other in wishes if other != wish):
+        path = Path(wish.name)
+        folder = path if path.expanduser().is_dir() else path.parent
+        place, held_out_place = (_within(folder, place) for place in (source.place, source.held_out_place))
+        source = dataclasses.replace(source, place=place, held_out_place=held_out_place)
+    return source, reading
+
+
+def _file_names(wish: Wish) -> set[str]:
+    path = Path(wish.name).expanduser()
+    return {path.name} if path.is_file() else {file.name for file in path.rglob("*") if file.is_file()}
+
+
+def _within(folder: Path, place: Place | None) -> Place | None:
+    if place is None:
+        return None
+    return lambda index: str((folder.parent if place(index).startswith(f"{folder.name}[") else folder) / place(index))
 
 
 def convert_enough(

@@ -86,7 +86,7 @@ def load_pairs(
     wishes = read_wishes(settings.dataset_name)
     if settings.streaming:
         return _load_stream(wishes, settings, verb, seed, wanted)
-    read = gather(*(_reader(wish, settings, verb, seed, num_proc, len(wishes) > 1) for wish in wishes))
+    read = gather(*(_reader(wish, wishes, settings, verb, seed, num_proc) for wish in wishes))
     parts = [checked.part for checked in read]
     check_effects([part.reading for part in parts], settings)
     joined = join_parts(parts)
@@ -143,11 +143,11 @@ def _load_stream(
 
 
 def _reader(
-    wish: Wish, settings: DataSettings, verb: str, seed: int, num_proc: int | None, named: bool
+    wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb: str, seed: int, num_proc: int | None
 ) -> Callable[[], _Checked]:
     def read() -> _Checked:
-        source, reading = open_source(wish, settings, verb)
-        flag = f"--dataset_name {wish.name}" if named else "--dataset_name"
+        source, reading = open_source(wish, wishes, settings, verb)
+        flag = f"--dataset_name {wish.name}" if len(wishes) > 1 else "--dataset_name"
         checked, held_out = gather(
             lambda: read_good_rows(source.rows, reading, source.place, settings, flag, num_proc),
             lambda: _read_held_out(source, reading, settings, num_proc),

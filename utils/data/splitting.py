@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 DEFAULT_FRACTION = 0.1
 DEFAULT_MOST_ROWS = 1000
-SPARE = f"held out beyond the {DEFAULT_MOST_ROWS:,} pairs that are evaluated (--validation_split sets how many)"
+SPARE = f"set aside: their prompts are kept out of training, and {DEFAULT_MOST_ROWS:,} held-out rows are evaluated"
 
 Prompt = str | list[dict[str, Any]]
 

@@ -107,7 +107,7 @@ def load_subject(settings: Settings) -> Subject:
     wish = dataclasses.replace(settings.data, on_bad_rows="skip")
     seed = settings.training.seed
     wishes = read_wishes(wish.dataset_name)
-    read = gather(*(_reader(number, one, wish, seed) for number, one in enumerate(wishes)))
+    read = gather(*(_reader(number, wishes, wish, seed) for number in range(len(wishes))))
     origins = tuple(origin for origin, _ in read)
     check_effects([origin.reading for origin in origins], wish)
     parts = tuple(sorted((part for _, own in read for part in own), key=lambda part: part.name != TRAIN))
@@ -126,9 +126,12 @@ def load_subject(settings: Settings) -> Subject:
     )
 
 
-def _reader(number: int, wish: Wish, settings: DataSettings, seed: int) -> Callable[[], tuple[Origin, list[Part]]]:
+def _reader(
+    number: int, wishes: Sequence[Wish], settings: DataSettings, seed: int
+) -> Callable[[], tuple[Origin, list[Part]]]:
     def read() -> tuple[Origin, list[Part]]:
-        source, reading = open_source(wish, settings, "train")
+        wish = wishes[number]
+        source, reading = open_source(wish, wishes, settings, "train")
         wanted = settings.max_samples
         train = _read_part(TRAIN, number, source.rows, reading, source.place, wanted)
         drawn = train.good[draw_positions(train.converted.select(train.good), wish, seed)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from utils.data.loading import PreferenceData
+from utils.data.splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
 from utils.runtime import Precision, device_name, say
@@ -30,10 +32,13 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
+    if data.dropped.get(SPARE):
+        say(f"      {describe_spare(data.dropped[SPARE], len(rows.train) + held_out)}")
     if data.shared_prompts:
         say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
     for reason, count in data.dropped.items():
-        say(f"      dropped {count:,}: {reason}")
+        if reason != SPARE:
+            say(f"      dropped {count:,}: {reason}")
     shortened = rows.truncation.prompts_shortened + rows.held_out_truncation.prompts_shortened
     cut = rows.truncation.completions_cut + rows.held_out_truncation.completions_cut
     too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
@@ -44,6 +49,18 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
         )
     if rows.template is not None:
         say(f"      chat template: {rows.template}")
+
+
+def describe_spare(spare: int, used: int) -> str:
+    """What was kept out of training and is not evaluated either, why, and how to use it."""
+    share = DEFAULT_MOST_ROWS / (used + spare)
+    fraction = next(digit / 10**n for n in itertools.count(2) for digit in (5, 2, 1) if digit / 10**n <= share)
+    return (
+        f"{spare:,} set aside, neither trained on nor evaluated: a tenth of the prompts is held out, and "
+        f"{DEFAULT_MOST_ROWS:,} rows of it are evaluated\n"
+        f"          --validation_split {fraction:g} trains on nearly all of them; "
+        f"--validation_split {DEFAULT_FRACTION:g} evaluates all of them"
+    )
 
 
 def describe_start(
