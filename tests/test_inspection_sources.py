@@ -14,6 +14,7 @@ from test_inspection import counts_of, make_texts, places_of
 from utils.arguments import parse_arguments
 from utils.data.identity import pair_id
 from utils.data.loading import load_pairs
+from utils.data.splitting import advise_on_spare
 from utils.inspection.subject import load_subject
 
 
@@ -86,14 +87,24 @@ def test_the_split_is_the_one_that_train_makes(mixture, flags):
     assert expected[0]
 
 
-def test_the_split_of_one_source_is_the_one_that_train_makes(tmp_path):
+def test_the_split_of_one_source_is_the_one_that_train_makes(run_script, tmp_path, tiny_model):
     path = write_lines(tmp_path / "pairs.jsonl", make_texts(12_000))
     for name in (f"{path}", f"{path}:0.2"):
         expected = sides_of_train(name)
         assert sides_of_data(name) == expected
     trained, held_out = sides_of_data(str(path))
     assert held_out.total() == 1000
-    assert trained.total() + 1000 < 12_000, "the rest of the tenth is on neither side"
+    aside = 12_000 - trained.total() - 1000
+    assert aside > 0, "the rest of the tenth is on neither side"
+    _, out, _ = run_script("data", "--dataset_name", path)
+    assert f"{aside:,} set aside, neither trained on nor evaluated" in " ".join(out.split())
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", path, "--max_length", 32, "--dry_run")
+    _, out, _ = run_script(*flags)
+    assert f"{aside:,} set aside, neither trained on nor evaluated: a tenth of the prompts is held out" in out
+    for line in (out, advise_on_spare(12_000)):
+        assert "--validation_split 0.05 trains on nearly all of them; --validation_split 0.1 evaluates all" in line
+    assert "--validation_split 0.01 " in advise_on_spare(60_000)
+    assert "--validation_split 0.0005 " in advise_on_spare(1_500_000)
 
 
 def test_counts_agree_with_a_run(run_script, tmp_path, tiny_model):
@@ -172,9 +183,13 @@ def test_findings_across_sources(run_script, tmp_path):
         str(sources[2]): 24,
     }
     assert written[0] == as_messages(first[0]) | {"source": str(sources[0])}
-    for shown in ("first.jsonl: 40 good of 40 rows", "second.jsonl: 39 good of 40 rows", "1 stand in a source before"):
+    for shown in (
+        "first.jsonl: 40 good of 40 rows",
+        "second.jsonl: 39 good of 40 rows",
+        "1 also in a source before it",
+    ):
         assert shown in " ".join(out.split())
-    assert {"Sources", "in a source before too"} <= set(texts_of(page))
+    assert {"Sources", "also in a source before"} <= set(texts_of(page))
 
 
 def texts_of(page: Path) -> list[str]:

@@ -94,7 +94,7 @@ def _show_sources(sources: list[dict[str, Any]]) -> str:
         (source["name"], *(f"{source[key]:,}" for key in keys), f"{sum(source['bad_rows'].values()):,}")
         for source in sources
     ]
-    heads = ("", "rows", "good pairs", "drawn", "to train on", "held out", "in a source before too", "bad rows")
+    heads = ("", "rows", "good pairs", "drawn", "to train on", "held out", "also in a source before", "bad rows")
     return make_section(
         "Sources",
         make_table("by source", heads, rows),

@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from utils.data.places import list_places
+from utils.data.splitting import advise_on_spare
 
 WIDTH = 100
 MOST_LANGUAGES = 4
@@ -91,15 +92,18 @@ def describe_source(source: dict[str, Any]) -> str:
         text += f", {source['drawn']:,} of them drawn"
     text += f"; {source['train_pairs']:,} to train on, {source['held_out_pairs']:,} held out"
     if source["repeated"]:
-        text += f"; {source['repeated']:,} stand in a source before it too"
+        text += f"; {source['repeated']:,} also in a source before it"
     return f"{text}; {source['reading']}"
 
 
 def describe_split(counts: dict[str, Any]) -> str:
     """How the pairs are parted."""
     aside = counts["set_aside_pairs"]
-    rest = f", {aside:,} set aside, neither trained on nor evaluated" if aside else ""
-    return f"{counts['train_pairs']:,} to train on, {counts['held_out_pairs']:,} held out{rest} ({counts['split']})"
+    text = f"{counts['train_pairs']:,} to train on, {counts['held_out_pairs']:,} held out"
+    if aside:
+        text += f", {aside:,} set aside, neither trained on nor evaluated"
+    text += f" ({counts['split']})"
+    return f"{text}; of those set aside: {advise_on_spare(counts['good_pairs'])}" if aside else text
 
 
 def describe_sides(sides: dict[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from utils.data.loading import PreferenceData
-from utils.data.splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE
+from utils.data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
 from utils.runtime import Precision, device_name, say
@@ -33,7 +32,12 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
     parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
     if data.dropped.get(SPARE):
-        say(f"      {describe_spare(data.dropped[SPARE], len(rows.train) + held_out)}")
+        spare = data.dropped[SPARE]
+        say(
+            f"      {spare:,} set aside, neither trained on nor evaluated: a tenth of the prompts is held out, and "
+            f"{DEFAULT_MOST_ROWS:,} rows of it are evaluated"
+        )
+        say(f"          {advise_on_spare(len(rows.train) + held_out + spare)}")
     if data.shared_prompts:
         say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
     for reason, count in data.dropped.items():
@@ -49,18 +53,6 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
         )
     if rows.template is not None:
         say(f"      chat template: {rows.template}")
-
-
-def describe_spare(spare: int, used: int) -> str:
-    """What was kept out of training and is not evaluated either, why, and how to use it."""
-    share = DEFAULT_MOST_ROWS / (used + spare)
-    fraction = next(digit / 10**n for n in itertools.count(2) for digit in (5, 2, 1) if digit / 10**n <= share)
-    return (
-        f"{spare:,} set aside, neither trained on nor evaluated: a tenth of the prompts is held out, and "
-        f"{DEFAULT_MOST_ROWS:,} rows of it are evaluated\n"
-        f"          --validation_split {fraction:g} trains on nearly all of them; "
-        f"--validation_split {DEFAULT_FRACTION:g} evaluates all of them"
-    )
 
 
 def describe_start(
