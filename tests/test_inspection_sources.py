@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import read_record, write_lines
+from conftest import make_pairs, read_record, write_lines
 from test_inspection import counts_of, make_texts, places_of
 
 from utils.arguments import parse_arguments
@@ -87,24 +87,27 @@ def test_the_split_is_the_one_that_train_makes(mixture, flags):
     assert expected[0]
 
 
-def test_the_split_of_one_source_is_the_one_that_train_makes(run_script, tmp_path, tiny_model):
-    path = write_lines(tmp_path / "pairs.jsonl", make_texts(12_000))
-    for name in (f"{path}", f"{path}:0.2"):
-        expected = sides_of_train(name)
-        assert sides_of_data(name) == expected
+def test_what_is_set_aside_is_said_by_both_verbs(run_script, tmp_path, tiny_model, monkeypatch):
+    for module in ("data.splitting", "training.description"):  # 1000 of them would take many rows
+        monkeypatch.setattr(f"utils.{module}.DEFAULT_MOST_ROWS", 10)
+    path = write_lines(tmp_path / "pairs.jsonl", make_pairs(400))
+    assert sides_of_data(str(path)) == sides_of_train(str(path))
     trained, held_out = sides_of_data(str(path))
-    assert held_out.total() == 1000
-    aside = 12_000 - trained.total() - 1000
+    assert held_out.total() == 10
+    aside = 400 - trained.total() - 10
     assert aside > 0, "the rest of the tenth is on neither side"
-    _, out, _ = run_script("data", "--dataset_name", path)
-    assert f"{aside:,} set aside, neither trained on nor evaluated" in " ".join(out.split())
-    flags = ("--model_name_or_path", tiny_model, "--dataset_name", path, "--max_length", 32, "--dry_run")
-    _, out, _ = run_script(*flags)
-    assert f"{aside:,} set aside, neither trained on nor evaluated: a tenth of the prompts is held out" in out
-    for line in (out, advise_on_spare(12_000)):
-        assert "--validation_split 0.05 trains on nearly all of them; --validation_split 0.1 evaluates all" in line
-    assert "--validation_split 0.01 " in advise_on_spare(60_000)
-    assert "--validation_split 0.0005 " in advise_on_spare(1_500_000)
+    _, said, _ = run_script("data", "--dataset_name", path)
+    _, ran, _ = run_script("--model_name_or_path", tiny_model, "--dataset_name", path, "--dry_run")
+    assert f"{aside} set aside, neither trained on nor evaluated: a tenth of the prompts is held out" in ran
+    for text in (said, ran):
+        text = " ".join(text.split())
+        assert f"{aside} set aside, neither trained on nor evaluated" in text
+        assert "--validation_split 0.02 trains on nearly all of them; --validation_split 0.1 evaluates all" in text
+
+
+@pytest.mark.parametrize(("rows", "fraction"), [(9_800, "0.05"), (60_000, "0.01"), (1_500_000, "0.0005")])
+def test_the_fraction_to_pass_holds_out_no_more_than_is_evaluated(rows, fraction):
+    assert advise_on_spare(rows).startswith(f"--validation_split {fraction} ")
 
 
 def test_counts_agree_with_a_run(run_script, tmp_path, tiny_model):
