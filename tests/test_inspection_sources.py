@@ -134,6 +134,20 @@ def test_counts_agree_with_a_run(run_script, tmp_path, tiny_model):
     assert "40 good of 40 rows, 30 of them drawn" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_tokens_of_texts_among_messages_are_those_of_messages(run_script, tmp_path, tiny_model, order):
+    texts = write_lines(tmp_path / "texts.jsonl", make_pairs(10))
+    chats = write_lines(tmp_path / "chats.jsonl", [as_messages(pair) for pair in make_pairs(10, seed=1)])
+    all_chats = write_lines(
+        tmp_path / "all.jsonl", [as_messages(pair) for pair in (*make_pairs(10), *make_pairs(10, seed=1))]
+    )
+    flags = ("--model_name_or_path", tiny_model, "--json_file", "-", "--dataset_name")
+    _, mixed, err = run_script("data", *flags, ",".join(map(str, (texts, chats)[::order])))
+    assert err == ""
+    _, alone, _ = run_script("data", *flags, all_chats)
+    assert json.loads(mixed)["tokens"]["total"] == json.loads(alone)["tokens"]["total"]
+
+
 def test_findings_across_sources(run_script, tmp_path):
     first, second, third = make_texts(40), make_texts(40, seed=1), make_texts(30, seed=2)
     second[6] = first[2] | {"chosen": first[2]["chosen"] + "  "}  # a copy in another source

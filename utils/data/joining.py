@@ -115,11 +115,12 @@ def join_parts(parts: Sequence[Part]) -> Joined:
     starts = list(accumulate(sizes, initial=0))[:-1]
     aligned = align(tables, names, starts, to_messages=len(is_text) > 1)
     own_held_out = iter(aligned[len(parts) :])
+    shape = next((part.reading.shape for part in parts if not part.reading.is_transcript), parts[0].reading.shape)
     reading = dataclasses.replace(
         parts[0].reading,
         name="mixed",
         description=_describe_mixture(parts, len(is_text) > 1),
-        shape=next((part.reading.shape for part in parts if not part.reading.is_transcript), parts[0].reading.shape),
+        shape=dataclasses.replace(shape, is_text=is_text == {True}),
     )
     place = MixedPlaces(starts, places)
     return Joined(
