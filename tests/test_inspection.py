@@ -350,19 +350,20 @@ def test_json_alone_on_standard_output(run_script, tmp_path):
             "--max_length: tokens are counted with --model_name_or_path",
         ),
         (["--dataset_name", "x.jsonl", "--beta", "1"], "--beta: is a flag of the verb train, not of data"),
+        (
+            ["--dataset_name", "x.jsonl", "--streaming"],
+            "--streaming: is a flag of the verb train and sft, not of data",
+        ),
+        (
+            ["--dataset_name", "y.jsonl,x.jsonl:0.5", "--output_file", "x.jsonl"],
+            "--output_file is x.jsonl: is one of the sources",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(run_script, flags, fault):
     code, _, err = run_script("data", *flags)
     assert code == 2
     assert err.startswith(f"error: {fault}"), err
-
-
-def test_several_sources_are_looked_at_one_by_one(run_script, tmp_path):
-    one, other = (write_lines(tmp_path / name, make_texts(5)) for name in ("a.jsonl", "b.jsonl"))
-    code, _, err = run_script("data", "--dataset_name", f"{one},{other}:0.5")
-    assert code == 2
-    assert err.endswith("data looks at one source at a time; name one\n")
 
 
 def test_compare_names_its_own_flag(run_script, tmp_path):

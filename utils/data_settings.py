@@ -101,7 +101,7 @@ class DataSettings:
         False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
     )
     max_samples: int | None = flag(
-        None, "use the first N good rows, in file order (of each source)", bound=AT_LEAST_ONE
+        None, "use the first N good rows, in file order (of each source)", bound=AT_LEAST_ONE, verbs=ALL_VERBS
     )
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     max_length: int | None = flag(

@@ -64,7 +64,8 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
     for name, advice in wanted.items():
         if candidate[name] is None and name not in candidate.broken:
             yield f"--{name} is missing: {advice}"
-    for name in candidate.given("report_file", "json_file", "remove", "compare", "validation_split", "max_length"):
+    checking = ("report_file", "json_file", "remove", "compare", "validation_split", "max_length", "max_samples")
+    for name in candidate.given(*checking):
         yield f"{label}: makes pairs and checks none, so {candidate.label(name)} has no effect; run data on the result"
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
     if endpoint and candidate["judge_model"] is None:

@@ -58,11 +58,6 @@ def check_rows(
     return CheckedRows(rows.remove_columns("reason"), dropped)
 
 
-def has_good_rows(converted: datasets.Dataset, wanted: int) -> bool:
-    """Whether at least `wanted` rows are good."""
-    return sum(reason is None for _, reason in _iterate_reasons(converted)) >= wanted
-
-
 def _iterate_reasons(converted: datasets.Dataset) -> Iterator[tuple[int, str | None]]:
     for batch in converted.select_columns(["row", "reason"]).iter(batch_size=1000):
         yield from zip(batch["row"], batch["reason"], strict=True)

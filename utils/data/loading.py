@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.data.checks import CheckedRows, check_rows, has_good_rows
-from utils.data.conversion import convert_rows
+from utils.data.checks import CheckedRows, check_rows
 from utils.data.files import quiet
 from utils.data.identity import pair_id
-from utils.data.mixing import MixedPlaces, Wish, align, count_repeated, draw_rows, read_wishes
+from utils.data.joining import Part, convert_enough, join_parts, open_source, split_joined
+from utils.data.mixing import Wish, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
-from utils.data.schemas import Reading, check_effects, find_reading
+from utils.data.schemas import Reading, check_effects
 from utils.data.sources import Source, load_source, load_streams
-from utils.data.splitting import SPARE, Split, count_shared_prompts, join_splits, split_rows
+from utils.data.splitting import SPARE, Split, count_shared_prompts
 from utils.data.streaming import place_of, read_stream
 from utils.errors import UserError, gather
 from utils.settings import DataSettings
@@ -65,20 +63,12 @@ class PreferenceData:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One source, read and checked; `rows` are those drawn of it."""
+class _Checked:
+    """A part of the data, with what was found in its source."""
 
-    wish: Wish
-    source: Source
-    reading: Reading
-    checked: CheckedRows
-    held_out: CheckedRows | None
-    rows: datasets.Dataset
-
-    @property
-    def dropped(self) -> Counter[str]:
-        held_out = self.held_out.dropped if self.held_out else {}
-        return Counter(self.source.dropped) + Counter(self.checked.dropped) + Counter(held_out)
+    part: Part
+    good: int
+    dropped: Counter[str]
 
 
 def load_pairs(
@@ -96,14 +86,25 @@ def load_pairs(
     wishes = read_wishes(settings.dataset_name)
     if settings.streaming:
         return _load_stream(wishes, settings, verb, seed, wanted)
-    parts = gather(*(_reader(wish, settings, verb, seed, num_proc, len(wishes) > 1) for wish in wishes))
+    read = gather(*(_reader(wish, wishes, settings, verb, seed, num_proc) for wish in wishes))
+    parts = [checked.part for checked in read]
     check_effects([part.reading for part in parts], settings)
-    if len(parts) > 1:
-        return _mix(parts, settings, seed)
-    (part,) = parts
-    split = split_rows(part.rows, part.held_out and part.held_out.rows, settings.validation_split, seed)
-    place, held_out_place = part.source.place, part.source.held_out_place or part.source.place
-    return _finish(parts, split, part.reading, part.source.description, (place, held_out_place), [0])
+    joined = join_parts(parts)
+    split = split_joined(joined, settings.validation_split, seed)
+    repeated = count_repeated(joined.rows) if len(parts) > 1 else [0]
+    dropped = sum((checked.dropped for checked in read), Counter({SPARE: split.spare}))
+    return PreferenceData(
+        train=split.train,
+        held_out=split.held_out and add_ids(split.held_out),
+        reading=joined.reading,
+        source=joined.description,
+        dropped={reason: count for reason, count in dropped.items() if count},
+        shared_prompts=split.shared_prompts,
+        fingerprint=fingerprint_rows(split.train, split.held_out),
+        place=joined.place,
+        held_out_place=joined.held_out_place,
+        sources=tuple(_count_source(*pair, split) for pair in zip(read, repeated, strict=True)),
+    )
 
 
 def _load_stream(
@@ -142,89 +143,26 @@ def _load_stream(
 
 
 def _reader(
-    wish: Wish, settings: DataSettings, verb: str, seed: int, num_proc: int | None, named: bool
-) -> Callable[[], _Part]:
-    def read() -> _Part:
-        own = dataclasses.replace(settings, dataset_name=wish.name)
-        source = load_source(own, verb)
-        for split, rows in (("", source.rows), ("held-out ", source.held_out_rows)):
-            if rows is not None and len(rows) == 0:
-                raise UserError(f"--dataset_name {source.description}: its {split}split has no rows")
-        reading = find_reading(source.rows, own, verb)
-        flag = f"--dataset_name {wish.name}" if named else "--dataset_name"
+    wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb: str, seed: int, num_proc: int | None
+) -> Callable[[], _Checked]:
+    def read() -> _Checked:
+        source, reading = open_source(wish, wishes, settings, verb)
+        flag = f"--dataset_name {wish.name}" if len(wishes) > 1 else "--dataset_name"
         checked, held_out = gather(
-            lambda: read_good_rows(source.rows, reading, source.place, own, flag, num_proc),
-            lambda: _read_held_out(source, reading, own, num_proc),
+            lambda: read_good_rows(source.rows, reading, source.place, settings, flag, num_proc),
+            lambda: _read_held_out(source, reading, settings, num_proc),
         )
-        return _Part(wish, source, reading, checked, held_out, draw_rows(checked.rows, wish, seed))
+        dropped = Counter(source.dropped) + Counter(checked.dropped) + Counter(held_out.dropped if held_out else {})
+        drawn = draw_rows(checked.rows, wish, seed)
+        part = Part(wish, source, reading, drawn, held_out.rows if held_out else None)
+        return _Checked(part, len(checked.rows), dropped)
 
     return read
 
 
-def _mix(parts: Sequence[_Part], settings: DataSettings, seed: int) -> PreferenceData:
-    """Several sources as one. Those with a held-out split of their own keep it; the others are split together."""
-    is_text = {part.reading.is_text for part in parts}
-    if len(is_text) > 1 and any(part.reading.shape.prompt_may_be_empty for part in parts):
-        raise UserError("--dataset_name: whole texts (format text) and messages cannot be mixed; train on one of them")
-    tables = [part.rows for part in parts] + [part.held_out.rows for part in parts if part.held_out]
-    names = [part.wish.name for part in parts] + [part.wish.name for part in parts if part.held_out]
-    places = [part.source.place for part in parts] + [part.source.held_out_place for part in parts if part.held_out]
-    sizes = [len(part.source.rows) for part in parts]
-    sizes += [len(part.source.held_out_rows) for part in parts if part.held_out]
-    starts = list(accumulate(sizes, initial=0))[:-1]
-    aligned = align(tables, names, starts, to_messages=len(is_text) > 1)
-    rows, own_held_out = aligned[: len(parts)], aligned[len(parts) :]
-    with_own = [table for table, part in zip(rows, parts, strict=True) if part.held_out]
-    without = [table for table, part in zip(rows, parts, strict=True) if not part.held_out]
-    splits = []
-    if without:
-        splits.append(split_rows(_join(without), None, settings.validation_split, seed))
-    if with_own:
-        splits.append(split_rows(_join(with_own), _join(own_held_out), settings.validation_split, seed))
-    first = dataclasses.replace(
-        parts[0].reading,
-        name="mixed",
-        description=_describe_mixture(parts, len(is_text) > 1),
-        shape=next((part.reading.shape for part in parts if not part.reading.is_transcript), parts[0].reading.shape),
-    )
-    place = MixedPlaces(starts, places)
-    source = " + ".join(part.wish.written for part in parts)
-    return _finish(parts, join_splits(splits), first, source, (place, place), count_repeated(rows))
+def _count_source(checked: _Checked, repeated: int, split: Split) -> SourceCounts:
+    part = checked.part
 
-
-def _join(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    return datasets.concatenate_datasets(list(tables))
-
-
-def _describe_mixture(parts: Sequence[_Part], mixes_kinds: bool) -> str:
-    how = "; texts become messages, a user's turn and a reply" if mixes_kinds else ""
-    return f"{len(parts)} sources{how}"
-
-
-def _finish(
-    parts: Sequence[_Part],
-    split: Split,
-    reading: Reading,
-    source: str,
-    places: tuple[Place, Place],
-    repeated: Sequence[int],
-) -> PreferenceData:
-    dropped = sum((part.dropped for part in parts), Counter({SPARE: split.spare}))
-    return PreferenceData(
-        train=split.train,
-        held_out=split.held_out and add_ids(split.held_out),
-        reading=reading,
-        source=source,
-        dropped={reason: count for reason, count in dropped.items() if count},
-        shared_prompts=split.shared_prompts,
-        fingerprint=fingerprint_rows(split.train, split.held_out),
-        place=places[0],
-        held_out_place=places[1],
-        sources=tuple(_count_source(*pair, split) for pair in zip(parts, repeated, strict=True)),
-    )
-
-
-def _count_source(part: _Part, repeated: int, split: Split) -> SourceCounts:
     def count(side: datasets.Dataset | None) -> int:
         if side is None:
             return 0
@@ -233,12 +171,12 @@ def _count_source(part: _Part, repeated: int, split: Split) -> SourceCounts:
     return SourceCounts(
         name=part.wish.written,
         reading=part.reading.description,
-        good=len(part.checked.rows),
+        good=checked.good,
         drawn=len(part.rows),
         train=count(split.train),
         held_out=count(split.held_out),
         repeated=repeated,
-        dropped=dict(part.dropped),
+        dropped=dict(checked.dropped),
     )
 
 
@@ -251,13 +189,8 @@ def read_good_rows(
     num_proc: int | None = None,
 ) -> CheckedRows:
     """The converted good rows. With --max_samples, no more of the source is converted than is needed for them."""
-    wanted = settings.max_samples
-    size = len(rows) if wanted is None or reading.layout.pairs_up else min(len(rows), 2 * wanted)
-    while True:
-        converted = convert_rows(rows if size == len(rows) else rows.select(range(size)), reading, num_proc)
-        if size == len(rows) or has_good_rows(converted, wanted):
-            return check_rows(converted, place, settings.on_bad_rows, wanted, flag)
-        size = min(len(rows), 2 * size)
+    converted = convert_enough(rows, reading, settings.max_samples, num_proc)
+    return check_rows(converted, place, settings.on_bad_rows, settings.max_samples, flag)
 
 
 def _read_held_out(

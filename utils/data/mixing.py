@@ -84,19 +84,27 @@ def _read_wish(item: str) -> Wish:
 
 
 def draw_rows(rows: datasets.Dataset, wish: Wish, seed: int) -> datasets.Dataset:
-    """As many rows as wished, in order, drawn by a hash of the seed and of what each says.
+    """As many rows as wished, in order.
 
     Raises UserError where there are fewer.
     """
+    return rows if wish.share is None and wish.count is None else rows.select(draw_positions(rows, wish, seed))
+
+
+def draw_positions(rows: datasets.Dataset, wish: Wish, seed: int) -> np.ndarray:
+    """Where the rows stand that are drawn, by a hash of the seed and of what each says; ascending.
+
+    Raises UserError where there are fewer than wished.
+    """
     if wish.share is None and wish.count is None:
-        return rows
+        return np.arange(len(rows))
     count = wish.count if wish.count is not None else max(1, round(wish.share * len(rows)))
     if count > len(rows):
         raise UserError(
             f"--dataset_name {wish.written}: has only {len(rows):,} good rows; lower the number or leave it out"
         )
     numbers = draw_numbers((f"draw {pair_id(row)}" for row in rows), seed)
-    return rows.select(np.sort(np.argsort(numbers, kind="stable")[:count]))
+    return np.sort(np.argsort(numbers, kind="stable")[:count])
 
 
 def align(
@@ -109,6 +117,9 @@ def align(
     features = datasets.Features(kinds | {"source": datasets.Value("string")})
     aligned = []
     for table, name, start in zip(tables, names, starts, strict=True):
+        if len(table) == 0:  # of which map() would keep the columns that it had
+            aligned.append(datasets.Dataset.from_dict({column: [] for column in features}, features=features))
+            continue
         fingerprint = Hasher.hash((table._fingerprint, name, start, sorted(features), to_messages, "1"))
         with quiet(table.data.nbytes):
             aligned.append(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import count
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from utils.errors import UserError
 
 DEFAULT_FRACTION = 0.1
 DEFAULT_MOST_ROWS = 1000
-SPARE = f"held out beyond the {DEFAULT_MOST_ROWS:,} pairs that are evaluated (--validation_split sets how many)"
+SPARE = f"set aside: their prompts are kept out of training, and {DEFAULT_MOST_ROWS:,} held-out rows are evaluated"
 
 Prompt = str | list[dict[str, Any]]
 
@@ -66,6 +67,16 @@ def split_rows(
     sides = [without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated)]
     shared = count_shared_prompts(*sides) if "group" in rows.column_names else 0
     return Split(*sides, shared, int(held_out.sum() - evaluated.sum()))
+
+
+def advise_on_spare(rows: int) -> str:
+    """What to pass for the spare ones of so many rows to be trained on, or evaluated, as a phrase."""
+    share = DEFAULT_MOST_ROWS / rows
+    fraction = next(digit / 10**n for n in count(2) for digit in (5, 2, 1) if digit / 10**n <= share)
+    return (
+        f"--validation_split {fraction:g} trains on nearly all of them; "
+        f"--validation_split {DEFAULT_FRACTION:g} evaluates all of them"
+    )
 
 
 def join_splits(splits: Sequence[Split]) -> Split:

@@ -15,7 +15,7 @@ from utils.inspection.findings import Finding
 from utils.inspection.subject import Subject
 from utils.saving import replacing
 
-ALWAYS = ("duplicate", "both_ways")
+ALWAYS = ("duplicate", "repeated", "both_ways")
 REMOVES = {
     "ties": ("tie",),
     "score_contradictions": ("score_contradiction",),
@@ -25,17 +25,20 @@ REMOVES = {
     "overlap": ("overlap", "near_overlap"),
     "too_long": ("too_long", "equal_when_cut", "template_refuses"),
 }
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected")
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected", "source")
 
 
 def choose_clean(subject: Subject, findings: Sequence[Finding], remove: Sequence[str]) -> tuple[np.ndarray, dict]:
-    """Positions of the training split's pairs that stay, and how many were left out for what (the first reason each).
+    """Positions of the training splits' pairs that stay, and how many were left out for what (the first reason each).
 
     The held-out split of a source that has its own is not written.
     """
     names = [*ALWAYS, *(name for wish in remove for name in REMOVES[wish])]
-    keep = subject.part_of == 0
-    removed = {reason: len(positions) for reason, positions in subject.parts[0].bad.items()}
+    keep = subject.in_training_split
+    removed: dict[str, int] = {}
+    for part in subject.parts[: len(subject.origins)]:
+        for reason, positions in part.bad.items():
+            removed[reason] = removed.get(reason, 0) + len(positions)
     for name in names:
         for finding in (finding for finding in findings if finding.name == name):
             before = int(keep.sum())
@@ -45,7 +48,7 @@ def choose_clean(subject: Subject, findings: Sequence[Finding], remove: Sequence
 
 
 def write_pairs(path: Path, pairs: datasets.Dataset) -> None:
-    """Writes `prompt`, `chosen`, `rejected` (and `tools`) as JSON lines or Parquet, by the file's ending, in one step.
+    """Writes `prompt`, `chosen`, `rejected` (`tools`, `source`) as JSON lines or Parquet, by the ending, in one step.
 
     Raises:
         UserError: the file cannot be written.

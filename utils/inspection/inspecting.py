@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 
+from utils.data.mixing import read_wishes
+from utils.errors import UserError
 from utils.inspection.classifier import measure_words
 from utils.inspection.cleaning import choose_clean, write_pairs
 from utils.inspection.findings import NOTE, PROBLEM, Finding, count_problems
@@ -19,6 +21,7 @@ from utils.inspection.statistics import (
     check_rules,
     count_languages,
     count_pairs,
+    count_sources,
     count_starts,
     describe_lengths,
     measure_rules,
@@ -38,11 +41,13 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    _refuse_input_as_output(settings)
     subject = load_subject(settings)
     scan = scan_pairs(subject.pairs)
     findings = [*check_bad_rows(subject)]
-    record: dict[str, Any] = {"source": subject.source.description, "reading": subject.reading.description}
+    record: dict[str, Any] = {"source": subject.description, "reading": subject.reading.description}
     record["counts"] = count_pairs(subject, scan)
+    record["sources"] = count_sources(subject, scan)
     if len(scan):
         found, numbers = _look_at_pairs(subject, scan, settings)
         findings += found
@@ -61,6 +66,13 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
         "seed": settings.training.seed,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _refuse_input_as_output(settings: Settings) -> None:
+    output = settings.inspection.output_file
+    for wish in read_wishes(settings.data.dataset_name):
+        if output is not None and Path(output).expanduser().resolve() == Path(wish.name).expanduser().resolve():
+            raise UserError(f"--output_file is {output}: is one of the sources; name another file")
 
 
 def _look_at_pairs(subject: Subject, scan: Scan, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:

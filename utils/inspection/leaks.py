@@ -47,16 +47,18 @@ def check_held_out(subject: Subject, scan: Scan) -> list[Finding]:
             held_out[near], np.zeros(0, dtype=int),
         ),
     ]  # fmt: skip
-    return [_show_other(finding, subject, held_out, trained, alike) for finding in findings]
+    exact = np.full(len(held_out), -1)
+    keys, first = np.unique(scan.prompt_keys[trained], return_index=True)
+    exact[shared] = first[np.searchsorted(keys, scan.prompt_keys[held_out[shared]])]
+    others = {"held_out_prompt": exact, "near_held_out_prompt": alike}
+    return [_show_other(finding, subject, held_out, trained, others[finding.name]) for finding in findings]
 
 
 def _show_other(
-    finding: Finding, subject: Subject, held_out: np.ndarray, trained: np.ndarray, alike: np.ndarray
+    finding: Finding, subject: Subject, held_out: np.ndarray, trained: np.ndarray, other: np.ndarray
 ) -> Finding:
-    if finding.name != "near_held_out_prompt":
-        return finding
     for number in range(len(finding.examples)):
-        pair = trained[alike[np.searchsorted(held_out, finding.pairs[number])]]
+        pair = trained[other[np.searchsorted(held_out, finding.pairs[number])]]
         text = flatten(subject.pairs[int(pair)]["prompt"])[-400:]
         finding = with_example(finding, number, **{"trained prompt": f"{subject.find_place(int(pair))}: {text}"})
     return finding

@@ -45,6 +45,7 @@ def make_page(record: dict[str, Any]) -> str:
         "</header>",
         make_section("Problems", *findings["problem"]),
         make_section("Notes", *findings["note"]),
+        _show_sources(record["sources"]),
         make_section("The pairs", make_paragraph(describe_pairs(record["counts"])),
                      make_paragraph(describe_split(record["counts"]))),
     ]  # fmt: skip
@@ -82,6 +83,22 @@ def _show_finding(finding: dict[str, Any]) -> str:
         + make_paragraph(finding["advice"])
         + (make_details("examples", examples) if examples else "")
         + "</article>"
+    )
+
+
+def _show_sources(sources: list[dict[str, Any]]) -> str:
+    if len(sources) < 2:
+        return ""
+    keys = ("rows", "good_pairs", "drawn", "train_pairs", "held_out_pairs", "repeated")
+    rows = [
+        (source["name"], *(f"{source[key]:,}" for key in keys), f"{sum(source['bad_rows'].values()):,}")
+        for source in sources
+    ]
+    heads = ("", "rows", "good pairs", "drawn", "to train on", "held out", "also in a source before", "bad rows")
+    return make_section(
+        "Sources",
+        make_table("by source", heads, rows),
+        *(make_paragraph(f"{source['name']}: {source['reading']}", "soft") for source in sources),
     )
 
 

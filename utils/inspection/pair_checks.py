@@ -5,12 +5,10 @@ Each returns a list of findings, empty where there is nothing to say.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from utils.data.places import SHOWN
-from utils.inspection.findings import EXAMPLES, NOTE, PROBLEM, Finding, excerpts, find_pairs
+from utils.inspection.findings import EXAMPLES, NOTE, PROBLEM, Finding, excerpts, find_pairs, with_example
 from utils.inspection.scanning import Scan
 from utils.inspection.similarity import ALIKE, group_alike
 from utils.inspection.subject import Subject, read_scores
@@ -23,7 +21,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
     """Lines that hold no row, and rows that hold no pair: `train` stops at them or skips them."""
     findings = [
         Finding("unreadable", PROBLEM, f"a line that cannot be read: {reason}", "Mend or remove them.", count)
-        for reason, count in Counter(subject.source.dropped).items()
+        for reason, count in subject.unreadable.items()
     ]
     reasons = dict.fromkeys(reason for part in subject.parts for reason in part.bad)
     for reason in reasons:
@@ -53,24 +51,30 @@ def _kind(reason: str) -> str:
 
 def check_copies(subject: Subject, scan: Scan) -> list[Finding]:
     """The same pair again; the same pair with its sides exchanged; pairs that are nearly the same as an earlier one."""
-    parts = subject.part_of.astype(np.uint64)
-    _, first, groups = np.unique(scan.pair_keys ^ parts, return_index=True, return_inverse=True)
-    copies = np.flatnonzero(first[groups] != np.arange(len(scan)))
-    _, sides = np.unique(scan.sides_keys ^ parts, return_inverse=True)
+    splits = subject.in_training_split.astype(np.uint64)
+    _, first, groups = np.unique(scan.pair_keys ^ splits, return_index=True, return_inverse=True)
+    firsts = first[groups]
+    copied = firsts != np.arange(len(scan))
+    elsewhere = copied & (subject.source_of != subject.source_of[firsts])
+    _, sides = np.unique(scan.sides_keys ^ splits, return_inverse=True)
     orders = np.zeros(sides.max() + 1 if len(sides) else 0, dtype=np.int64)
-    distinct = np.flatnonzero(first[groups] == np.arange(len(scan)))
-    np.add.at(orders, sides[distinct], 1)
+    np.add.at(orders, sides[~copied], 1)
     both_ways = np.flatnonzero(orders[sides] > 1)
-    firsts = group_alike(scan.pair_signatures)
-    alike = firsts != np.arange(len(scan))
-    alike[copies] = alike[both_ways] = False
-    alike &= subject.part_of == subject.part_of[firsts]
+    like = group_alike(scan.pair_signatures)
+    alike = (like != np.arange(len(scan))) & ~copied & (splits == splits[like])
+    alike[both_ways] = False
+    repeated = find_pairs(
+        subject, "repeated", PROBLEM, "a copy of a pair in another source before it (spacing apart)",
+        "train keeps both, so they count twice; --output_file keeps the first.",
+        np.flatnonzero(elsewhere),
+    )  # fmt: skip
     return [
         *find_pairs(
             subject, "duplicate", PROBLEM, "a copy of an earlier pair (spacing apart)",
             "A copy counts a preference twice, and may be held out and trained on; --output_file keeps the first.",
-            copies,
+            np.flatnonzero(copied & ~elsewhere),
         ),
+        *(_show_first(finding, subject, firsts) for finding in repeated),
         *find_pairs(
             subject, "both_ways", PROBLEM, "the same pair labelled both ways",
             "They cancel out, and one label of the two is wrong; --output_file leaves out both.",
@@ -85,28 +89,34 @@ def check_copies(subject: Subject, scan: Scan) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _show_first(finding: Finding, subject: Subject, firsts: np.ndarray) -> Finding:
+    for number in range(len(finding.examples)):
+        place = subject.find_place(int(firsts[finding.pairs[number]]))
+        finding = with_example(finding, number, **{"also at": place})
+    return finding
+
+
 def check_labels(subject: Subject, scan: Scan) -> list[Finding]:
     """Labels that scores contradict or leave open, and sides that look exchanged by what they say."""
     return [*_check_scores(subject), *_check_swapped(subject, scan)]
 
 
 def _check_scores(subject: Subject) -> list[Finding]:
-    scores = read_scores(subject)
-    if scores is None:
-        return []
-    columns, chosen, rejected = scores
-    return [
-        *find_pairs(
-            subject, "score_contradiction", PROBLEM, f"the rejected side scores higher ({columns})",
-            "Label or score is wrong; --remove score_contradictions leaves them out.",
-            np.flatnonzero(chosen < rejected), columns=columns,
-        ),
-        *find_pairs(
-            subject, "tie", PROBLEM, f"the same score on both sides ({columns})",
-            "Which side is chosen is then chance; --remove ties leaves them out.",
-            np.flatnonzero(chosen == rejected), columns=columns,
-        ),
-    ]  # fmt: skip
+    findings = []
+    for columns, chosen, rejected in read_scores(subject):
+        findings += [
+            *find_pairs(
+                subject, "score_contradiction", PROBLEM, f"the rejected side scores higher ({columns})",
+                "Label or score is wrong; --remove score_contradictions leaves them out.",
+                np.flatnonzero(chosen < rejected), columns=columns,
+            ),
+            *find_pairs(
+                subject, "tie", PROBLEM, f"the same score on both sides ({columns})",
+                "Which side is chosen is then chance; --remove ties leaves them out.",
+                np.flatnonzero(chosen == rejected), columns=columns,
+            ),
+        ]  # fmt: skip
+    return findings
 
 
 def _check_swapped(subject: Subject, scan: Scan) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,46 @@ def count_pairs(subject: Subject, scan: Scan) -> dict[str, Any]:
     """Rows, pairs, prompts and turns."""
     _, per_prompt = np.unique(scan.prompt_keys, return_counts=True)
     return {
-        "rows": sum(len(part.converted) for part in subject.parts) + sum(subject.source.dropped.values()),
+        "rows": sum(len(part.converted) for part in subject.parts) + subject.unreadable.total(),
         "good_pairs": len(scan),
         "train_pairs": int(subject.trained.sum()),
         "held_out_pairs": int(subject.held_out.sum()),
+        "set_aside_pairs": int((~subject.trained & ~subject.held_out).sum()),
         "split": subject.split,
         "distinct_prompts": len(per_prompt),
         "most_pairs_per_prompt": int(per_prompt.max(initial=0)),
         "pairs_with_several_turns": int((scan.turns > 1).sum()),
         "mean_turns_in_prompt": float(scan.turns.mean()) if len(scan) else 0.0,
     }
+
+
+def count_sources(subject: Subject, scan: Scan) -> list[dict[str, Any]]:
+    """What each source brings.
+
+    `good_pairs` are its usable ones in both splits, `drawn` those in use. `repeated`: pairs drawn from its training
+    split that a source before it has in its own, spacing apart.
+    """
+    source_of, training = subject.source_of, subject.in_training_split
+    counts = []
+    for number, origin in enumerate(subject.origins):
+        parts = [part for part in subject.parts if part.source == number]
+        own = source_of == number
+        before = np.isin(scan.pair_keys[own & training], scan.pair_keys[(source_of < number) & training])
+        bad = sum((Counter({reason: len(at) for reason, at in part.bad.items()}) for part in parts), Counter())
+        counts.append(
+            {
+                "name": origin.wish.written,
+                "reading": origin.reading.description,
+                "rows": sum(len(part.converted) for part in parts) + sum(origin.source.dropped.values()),
+                "good_pairs": sum(part.found for part in parts),
+                "drawn": int(own.sum()),
+                "train_pairs": int((own & subject.trained).sum()),
+                "held_out_pairs": int((own & subject.held_out).sum()),
+                "repeated": int(before.sum()),
+                "bad_rows": dict(bad + Counter(origin.source.dropped)),
+            }
+        )
+    return counts
 
 
 def describe_lengths(scan: Scan) -> dict[str, Any]:

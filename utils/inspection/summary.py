@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from utils.data.places import list_places
+from utils.data.splitting import advise_on_spare
 
 WIDTH = 100
 MOST_LANGUAGES = 4
@@ -57,6 +58,9 @@ def _indent(text: str, first: str) -> list[str]:
 def describe_content(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and sentence for each part of the statistics."""
     counts = record["counts"]
+    if len(record["sources"]) > 1:
+        for number, source in enumerate(record["sources"]):
+            yield "" if number else "sources", describe_source(source)
     yield "pairs", describe_pairs(counts)
     yield "split", describe_split(counts)
     if "lengths" not in record:
@@ -81,9 +85,25 @@ def describe_pairs(counts: dict[str, Any]) -> str:
     return f"{text}; {several:,} prompts have several turns" if several else text
 
 
+def describe_source(source: dict[str, Any]) -> str:
+    """What one of several sources brings, and how it is read."""
+    text = f"{source['name']}: {source['good_pairs']:,} good of {_count(source['rows'], 'row')}"
+    if source["drawn"] < source["good_pairs"]:
+        text += f", {source['drawn']:,} of them drawn"
+    text += f"; {source['train_pairs']:,} to train on, {source['held_out_pairs']:,} held out"
+    if source["repeated"]:
+        text += f"; {source['repeated']:,} also in a source before it"
+    return f"{text}; {source['reading']}"
+
+
 def describe_split(counts: dict[str, Any]) -> str:
     """How the pairs are parted."""
-    return f"{counts['train_pairs']:,} to train on, {counts['held_out_pairs']:,} held out ({counts['split']})"
+    aside = counts["set_aside_pairs"]
+    text = f"{counts['train_pairs']:,} to train on, {counts['held_out_pairs']:,} held out"
+    if aside:
+        text += f", {aside:,} set aside, neither trained on nor evaluated"
+    text += f" ({counts['split']})"
+    return f"{text}; of those set aside: {advise_on_spare(counts['good_pairs'])}" if aside else text
 
 
 def describe_sides(sides: dict[str, Any]) -> str:

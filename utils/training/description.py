@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.data.loading import PreferenceData
+from utils.data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
 from utils.runtime import Precision, device_name, say
@@ -30,10 +31,18 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
+    if data.dropped.get(SPARE):
+        spare = data.dropped[SPARE]
+        say(
+            f"      {spare:,} set aside, neither trained on nor evaluated: a tenth of the prompts is held out, and "
+            f"{DEFAULT_MOST_ROWS:,} rows of it are evaluated"
+        )
+        say(f"          {advise_on_spare(len(rows.train) + held_out + spare)}")
     if data.shared_prompts:
         say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
     for reason, count in data.dropped.items():
-        say(f"      dropped {count:,}: {reason}")
+        if reason != SPARE:
+            say(f"      dropped {count:,}: {reason}")
     shortened = rows.truncation.prompts_shortened + rows.held_out_truncation.prompts_shortened
     cut = rows.truncation.completions_cut + rows.held_out_truncation.completions_cut
     too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
