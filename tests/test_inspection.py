@@ -59,6 +59,19 @@ def test_a_clean_file_is_clean(run_script, tmp_path):
     assert 0.3 < record["words_classifier"]["accuracy"] < 0.7
 
 
+def test_rows_that_make_no_pair_by_design_are_a_note(run_script, tmp_path):
+    """As `train` leaves them out without being told to: answers that were scored alike."""
+    rows = [
+        {"question": {"full_text": row["prompt"]}, "answer_0": row["chosen"], "score_0": score,
+         "answer_1": row["rejected"], "score_1": -score}
+        for row, score in zip(make_texts(80), [0.5, 0.0] * 40, strict=True)
+    ]  # fmt: skip
+    code, record, out = inspect(run_script, tmp_path, rows)
+    assert code == 0
+    assert counts_of(record) == {"left_out": 40}
+    assert "train leaves them out and counts them" in out
+
+
 FULL = "The answer is that ten words and more are said here in all."
 PLANTED = {
     "identical": [{"chosen": FULL, "rejected": FULL}],

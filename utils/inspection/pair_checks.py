@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from utils.data.places import SHOWN
+from utils.data.ranking import LEFT_OUT
 from utils.inspection.findings import EXAMPLES, NOTE, PROBLEM, Finding, excerpts, find_pairs, with_example
 from utils.inspection.scanning import Scan
 from utils.inspection.similarity import ALIKE, group_alike
@@ -18,7 +19,8 @@ ANSWER_WORDS = 10  # from which a response counts as an answer
 
 
 def check_bad_rows(subject: Subject) -> list[Finding]:
-    """Lines that hold no row, and rows that hold no pair: `train` stops at them or skips them."""
+    """Lines that hold no row, and rows that hold no pair: `train` stops at them or skips them, or, where they are
+    good rows that make no pair (ties and their like), leaves them out in any case."""
     findings = [
         Finding("unreadable", PROBLEM, f"a line that cannot be read: {reason}", "Mend or remove them.", count)
         for reason, count in subject.unreadable.items()
@@ -33,12 +35,14 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
                 row = part.converted[int(position)]
                 places.append(part.place(row["row"]))
                 examples.append({"place": places[-1]} | excerpts(row))
-        advice = "Mend or remove them; train needs --on_bad_rows skip to go on without them."
+        severity, kind = (NOTE, "left_out") if reason in LEFT_OUT else (PROBLEM, _kind(reason))
+        advice = {
+            NOTE: "train leaves them out and counts them; nothing needs to be done.",
+            PROBLEM: "Mend or remove them; train needs --on_bad_rows skip to go on without them.",
+        }[severity]
         title = f"no pair in the row: {reason}"
         findings.append(
-            Finding(
-                _kind(reason), PROBLEM, title, advice, count, places[:SHOWN], examples[:EXAMPLES], {"reason": reason}
-            )
+            Finding(kind, severity, title, advice, count, places[:SHOWN], examples[:EXAMPLES], {"reason": reason})
         )
     return findings
 
