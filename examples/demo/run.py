@@ -33,7 +33,7 @@ TRAIN = [
     str(OUTPUT),
     "--overwrite_output_dir",
     "--beta",
-    "0.3",
+    "0.5",
     "--learning_rate",
     "2e-4",
     "--num_train_epochs",
