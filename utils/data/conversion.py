@@ -15,18 +15,19 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from utils.data import adapter, checks, columns, html_text, layouts, ranking, schemas, shapes, turns, unpaired
+from utils.data import adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired
 from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
 from utils.data.columns import reach
 from utils.data.files import cache_file, quiet
-from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context, read_number, read_yes_or_no
+from utils.data.labels import check_labels, read_number, read_yes_or_no
+from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
 from utils.data.schemas import Reading
 from utils.data.turns import BadRow
 from utils.data.unpaired import pair_up
 from utils.errors import UserError
 
-CODE = (adapter, checks, columns, html_text, layouts, ranking, schemas, shapes, turns, unpaired)
+CODE = (adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired)
 MESSAGE_FEATURES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 
 
@@ -34,7 +35,7 @@ def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None 
     """The rows in the one shape, in order, cached by content. A row that cannot be read has a `reason`, no values.
 
     A row of the source may become several, each with the same `row`. Raises UserError when a column of the reading is
-    missing, as it may be in a held-out split.
+    missing, or a number is no label of two answers, as it may be in a held-out split.
     """
     converted = _convert(rows, reading, num_proc)
     return pair_up(converted, reading) if reading.layout.pairs_up and not reading.choice.best_only else converted
@@ -49,6 +50,7 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
             f"column '{missing[0]}' is missing in the held-out split, which has: {', '.join(rows.column_names)}; "
             "name another with --validation_split, or none"
         )
+    check_labels(rows, reading.columns)
     wanted = rows.column_names if reading.adapter else [name for name in rows.column_names if name in needed]
     source = rows.select_columns(wanted)
     code = _hash_code(), read_code(reading.adapter) if reading.adapter else b""

@@ -12,6 +12,7 @@ from typing import Any
 
 from utils.data import ranking
 from utils.data.columns import reach
+from utils.data.labels import SIGNED_LABELS, read_yes_or_no
 from utils.data.ranking import Choice
 
 Row = Mapping[str, Any]
@@ -42,7 +43,7 @@ class Layout:
     def is_scored(self, names: Names) -> bool:
         """Whether the rows say how good each answer is."""
         return {"chosen_score", "rejected_score"} <= set(names) or bool(
-            {"answers", "first_score"} & set(names) or names.get("label") in ranking.SIGNED_LABELS
+            {"answers", "first_score"} & set(names) or names.get("label") in SIGNED_LABELS
         )
 
 
@@ -57,7 +58,7 @@ def _holds_rated_answers(sample: Sequence[Row], names: Names) -> bool:
 
 
 def _labels_are_yes_or_no(sample: Sequence[Row], names: Names) -> bool:
-    return any(ranking.read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
+    return any(read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
 
 
 def _label_is_no_text_of_its_own(sample: Sequence[Row], names: Names) -> bool:
@@ -200,7 +201,7 @@ UNPAIRED = Layout(
 LABELS = {
     "label": (
         *("winner", "preference", "preferred", "better", "better_response_id", "label", "labels", "choice", "chosen"),
-        *ranking.SIGNED_LABELS,
+        *SIGNED_LABELS,
     )
 }
 ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))
