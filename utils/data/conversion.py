@@ -155,8 +155,21 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]
-    values = (prompt, *(answer for _, answer in sides))
-    return {**dict(zip(reading.labels, values, strict=True)), **_read_extras(parts, reading)}
+    values = dict(zip(reading.labels, (prompt, *(answer for _, answer in sides)), strict=True))
+    converted = {**values, **_read_extras(parts, reading)}
+    if reading.adapter is not None:  # what is read from a table is Unicode already
+        _check_unicode(converted)
+    return converted
+
+
+def _check_unicode(converted: Mapping[str, Any]) -> None:
+    """Raises BadRow where a text that an adapter made holds half a character, which no file can."""
+    for name, value in converted.items():
+        texts = [turn["content"] for turn in value] if isinstance(value, list) else [value]
+        try:
+            "".join(text for text in texts if isinstance(text, str)).encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"'{name}' holds half a character (a lone surrogate)") from None
 
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
