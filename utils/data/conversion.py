@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from utils.data import adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired
 from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
-from utils.data.columns import reach
+from utils.data.columns import list_heads, reach
 from utils.data.files import cache_file, quiet
 from utils.data.labels import check_labels, read_number, read_yes_or_no
 from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
@@ -43,14 +43,15 @@ def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None 
 
 def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> datasets.Dataset:
     paths = [*reading.columns.values(), *([reading.group] if reading.group else [])]
-    needed = [path if path in rows.column_names else path.partition(".")[0] for path in paths]
-    missing = [name for name in needed if name not in rows.column_names]
+    heads = {path: [name for name in list_heads(path) if name in rows.column_names] for path in paths}
+    missing = [path for path, names in heads.items() if not names]
     if missing:
         raise UserError(
             f"column '{missing[0]}' is missing in the held-out split, which has: {', '.join(rows.column_names)}; "
             "name another with --validation_split, or none"
         )
     check_labels(rows, reading.columns)
+    needed = {name for names in heads.values() for name in names}
     wanted = rows.column_names if reading.adapter else [name for name in rows.column_names if name in needed]
     source = rows.select_columns(wanted)
     code = _hash_code(), read_code(reading.adapter) if reading.adapter else b""
