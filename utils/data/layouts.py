@@ -241,18 +241,22 @@ COMPLETION = Layout(
 DIALOGUE = Layout(
     "messages", {"completion": ("messages", "conversations", "conversation")} | SYSTEM, shapes=("messages",)
 )
-DEMONSTRATION = Layout(
+TASK = {"prompt": ("instruction",), "context": ("input",), "completion": ("output", "response"), "system": ("system",)}
+DEMONSTRATION_HISTORY = Layout(
     "instruction",
-    {"prompt": ("instruction",), "context": ("input",), "completion": ("output", "response"), "system": ("system",)},
-    shapes=ANY_SHAPE[:2],
+    TASK | {"history": ("history",)},
+    shapes=("messages with a prompt",),
+    expand=ranking.expand_history,
+    says="instruction, input and earlier rounds",
 )
+DEMONSTRATION = Layout("instruction", TASK, shapes=ANY_SHAPE[:2])
 WHOLE_TEXT = Layout("text", {"text": ("text",)}, shapes=("whole texts",))
 
 PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STACK_PAIRED)
 RATED = (WEBGPT, SHP, STACK_EXCHANGE, SCORE_LIST, RANK_LIST, SCORED, TREE, *TWO_ANSWERS)
 LAYOUTS = {
     "train": (*PAIRS, *RATED, UNPAIRED, RANKED),
-    "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
+    "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION_HISTORY, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
 }
 ONLY_ASKED_FOR = (RANKED,)
 FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", "completion", "text")}
@@ -260,5 +264,5 @@ FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", 
 
 def sft_reply(layout: Layout) -> str:
     """The part that is imitated."""
-    parts = () if layout.expand else layout.parts
-    return next((part for part in ("completion", "chosen", "text") if part in parts), "chosen")
+    known = ("completion",) if layout.expand else ("completion", "chosen", "text")
+    return next((part for part in known if part in layout.parts), "chosen")
