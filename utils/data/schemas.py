@@ -156,6 +156,7 @@ def _match(
     shape = _find_shape(layout, found, replies, sample, choice_of(settings, verb))
     if shape is None:
         return None
+    found = {part: path for part, path in found.items() if part not in shape.passes_over}
     described = ", ".join(f"{part.replace('_', ' ')} '{path}'" for part, path in found.items())
     says = f"{layout.says}; {shape.description}" if layout.says else shape.description
     return Reading(
