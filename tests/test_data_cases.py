@@ -166,6 +166,7 @@ UNEXPLAINED = {
     "one_among_words": (LETTERS, ["a", "b", "0"], "0"),
     "words_with_numbers": (ONE_TWO, ["model_0", "model_1"], "model_0"),
     "its_own_stem": (ONE_TWO, ["response_0", "response_1"], "response_0"),
+    "beside_yes_and_no": (ONE_TWO, [False, 0, True, 1], "0"),
     "infinite": (ZERO_ONE, ["0", "1", "inf"], "inf"),
     "ties_as_numbers": (ONE_TWO, [1, 2, 1.5], "1.5"),
 }

@@ -111,7 +111,8 @@ def _distinct(rows: datasets.Dataset, column: str) -> Iterable[Any]:
     if isinstance(kind, datasets.Value | datasets.ClassLabel):
         return pc.unique(rows.with_format("arrow")[:][column]).to_pylist()
     batches = rows.iter(batch_size=1000)  # of many types, which the table holds as JSON
-    return {value for batch in batches for value in batch[column] if isinstance(value, str | int | float)}
+    scalars = (value for batch in batches for value in batch[column] if isinstance(value, str | int | float))
+    return {repr(value): value for value in scalars}.values()  # by value, no would hide 0
 
 
 def read_numbers(labels: Iterable[Any], names: Names) -> set[str]:
