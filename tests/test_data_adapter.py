@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.settings import DataSettings
 
 ADAPTER = """\
-import beside
+import beside, sys
 
 def one(row):
     return {"prompt": row["q"], "chosen": beside.better(row["a"]), "rejected": row["b"]}
@@ -40,6 +40,16 @@ def fails_everywhere(row):
 
 def incomplete(row):
     return {"prompt": row["q"], "chosen": row["a"]}
+
+def exits(row):
+    return sys.exit(0) if row["q"] == "q2" else one(row)
+
+def half(row):
+    return one(row) | {"rejected": "a\\ud800"} if row["q"] == "q2" else one(row)
+
+def half_in_turns(row):
+    turns = [{"role": "user", "content": row["q"] + ("\\ud800" if row["q"] == "q2" else "")}]
+    return one(row) | {"prompt": turns}
 
 LIMIT = 3
 """
@@ -104,6 +114,24 @@ def test_its_errors_name_the_row_and_its_own_line(load):
     (line,) = faults(load, "fails_everywhere")
     assert "made no pair of the first 3 rows: the adapter failed: AttributeError" in line
     assert "must give prompt, chosen and rejected" in faults(load, "incomplete")[0]
+
+
+def test_an_adapter_cannot_end_the_run(load, tmp_path):
+    (line,) = faults(load, "exits")
+    assert line.startswith("the adapter failed: SystemExit at adapt.py line 30 in 1 row (rows.jsonl line 3)")
+    assert len(load("exits", on_bad_rows="skip").train) == 2
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n", encoding="utf-8")
+    (line,) = faults(load, "x", dataset_adapter=str(tmp_path / "ends.py:f"))
+    assert line.endswith("ends.py cannot be run: SystemExit at ends.py line 2")
+    (tmp_path / "stops.py").write_text("raise KeyboardInterrupt\n", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        load("x", dataset_adapter=str(tmp_path / "stops.py:f"))
+
+
+@pytest.mark.parametrize(("name", "part"), [("half", "rejected"), ("half_in_turns", "prompt")])
+def test_half_a_character_is_a_bad_row(load, name, part):
+    (line,) = faults(load, name)
+    assert line.startswith(f"'{part}' holds half a character (a lone surrogate) in 1 row (rows.jsonl line 3)")
 
 
 def test_what_cannot_be_loaded(load, tmp_path):

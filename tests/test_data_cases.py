@@ -146,10 +146,88 @@ def test_labels_that_are_not_yes_or_no_make_no_unpaired_rows(tmp_path):
     assert (data.reading.name, len(data.train)) == ("prompt_completion", 3)
 
 
-def test_a_number_that_the_names_do_not_explain_is_never_guessed(tmp_path):
-    rows = [{"prompt": "q", "response_a": "x", "response_b": "y", "label": number} for number in (0, 1)]
-    (line,) = refusal(rows, tmp_path, on_bad_rows="error")
-    assert line.startswith("'label' names neither 'response_a' nor 'response_b' in 2 rows (rows.jsonl line 1, 2)")
+def write_labels(path: Path, names: tuple[str, str], labels: list) -> Path:
+    rows = [{"prompt": f"q{i}", names[0]: "x", names[1]: "y", "label": label} for i, label in enumerate(labels)]
+    if path.suffix == ".csv":
+        datasets.Dataset.from_list([row | {"label": str(row["label"])} for row in rows]).to_csv(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+ONE_TWO, ZERO_ONE, LETTERS = ("response_1", "response_2"), ("response_0", "response_1"), ("response_a", "response_b")
+UNEXPLAINED = {
+    "counts_from_0": (ONE_TWO, [0, 1, 1, 0], "0"),
+    "counts_from_1": (ZERO_ONE, [1, 2, 1, 2], "2"),
+    "late_in_the_file": (ONE_TWO, [1] * 1500 + [0], "0"),
+    "floats": (ZERO_ONE, [1.0, 2.0, 1.0], "2"),
+    "soft": (ZERO_ONE, [1.0, 0.9, 0.0], "0.9"),
+    "letters": (LETTERS, [0, 1], "0, 1"),
+    "one_among_words": (LETTERS, ["a", "b", "0"], "0"),
+    "words_with_numbers": (ONE_TWO, ["model_0", "model_1"], "model_0"),
+    "its_own_stem": (ONE_TWO, ["response_0", "response_1"], "response_0"),
+    "beside_yes_and_no": (ONE_TWO, [False, 0, True, 1], "0"),
+    "infinite": (ZERO_ONE, ["0", "1", "inf"], "inf"),
+    "ties_as_numbers": (ONE_TWO, [1, 2, 1.5], "1.5"),
+}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+@pytest.mark.parametrize("name", UNEXPLAINED)
+def test_one_number_that_the_names_do_not_explain_refuses_the_source(name, ending, tmp_path):
+    names, labels, shown = UNEXPLAINED[name]
+    path = write_labels(tmp_path / f"rows{ending}", names, labels)
+    said = f"'label' holds {shown}, and neither '{names[0]}' nor '{names[1]}' is called so"
+    flags = ({"on_bad_rows": "error"}, {"max_samples": 1}, {"dataset_format": "two_answers"}, {"group_by": "prompt"})
+    for verb, setting in [("train", flag) for flag in flags] + [("sft", {})]:
+        with pytest.raises(UserError) as error:
+            load(str(path), verb, **setting)
+        (line,) = error.value.faults
+        assert line.startswith(f"--dataset_name {path}: {said}")
+        assert "pass --on_bad_rows skip" not in line
+    streamed = DataSettings(dataset_name=str(path), streaming=True, on_bad_rows="skip", validation_split="none")
+    with pytest.raises(UserError) as error:
+        load_pairs(streamed, "train", 0, wanted=10**9)
+    assert said in str(error.value)
+
+
+def test_a_held_out_split_with_other_numbers_is_refused(tmp_path):
+    write_labels(tmp_path / "train.jsonl", ONE_TWO, [1, 1, 1])
+    write_labels(tmp_path / "test.jsonl", ONE_TWO, [1, 0])
+    with pytest.raises(UserError, match="'label' holds 0, and neither"):
+        load(str(tmp_path), validation_split=None)
+
+
+def test_a_stream_of_one_number_alone_does_not_tell_what_it_counts_from(tmp_path):
+    path = write_labels(tmp_path / "rows.jsonl", ONE_TWO, [1] * 2500 + [0])
+    settings = DataSettings(dataset_name=str(path), streaming=True, validation_split="none")
+    with pytest.raises(UserError, match="holds the number 1 alone in the 1,000 rows that were read"):
+        load_pairs(settings, "train", 0, wanted=5)
+    write_labels(path, ONE_TWO, [1, 2] * 600)
+    assert len(load_pairs(settings, "train", 0, wanted=5).train) == 5
+
+
+def test_the_verb_data_refuses_unexplained_numbers_and_writes_nothing(run_script, tmp_path):
+    path = write_labels(tmp_path / "rows.jsonl", ONE_TWO, [1, 0, 1])
+    code, _, err = run_script("data", "--dataset_name", path, "--output_file", tmp_path / "clean.jsonl")
+    assert code == 2
+    assert "'label' holds 0, and neither" in err
+    assert not (tmp_path / "clean.jsonl").exists()
+
+
+@pytest.mark.parametrize("nothing", ["", None, float("nan")])
+def test_a_label_that_says_nothing_is_missing_among_numbers_and_a_tie_among_words(nothing, tmp_path):
+    path = write_labels(tmp_path / "rows.jsonl", ONE_TWO, [1, 2, nothing])
+    assert load(str(path)).dropped == {"'label' is missing": 1}
+    if nothing == nothing:
+        write_labels(path, LETTERS, ["a", "tie", nothing])
+        assert load(str(path)).dropped == {"the answers are scored alike (a tie)": 2}
+
+
+@pytest.mark.parametrize(("names", "labels"), [(ONE_TWO, [1, 2]), (ZERO_ONE, [0, 1]), (ONE_TWO, ["1.0", " 2 "])])
+def test_numbers_that_the_names_explain_are_read(names, labels, tmp_path):
+    data = load(str(write_labels(tmp_path / "rows.csv", names, labels)))
+    assert data.train["chosen"][:] == ["x", "y"]
 
 
 @pytest.mark.parametrize("name", ["shp", "winner", "safe_rlhf", "alpaca_farm", "helpsteer_preference", "kto_texts"])

@@ -91,6 +91,13 @@ def test_a_bad_row_of_any_source_is_named_with_its_file(tmp_path):
     ]
 
 
+def test_the_source_without_the_held_out_split_is_named(tmp_path):
+    paths = [str(write_lines(tmp_path / f"{n}.jsonl", texts(n, 2))) for n in "ab"]
+    assert fault(",".join(paths), validation_split="test").splitlines() == [
+        f"--validation_split test: no such split in {path}; it has: train" for path in paths
+    ]
+
+
 def test_texts_among_messages_become_messages(tmp_path):
     plain = write_lines(tmp_path / "plain.jsonl", texts("a", 3))
     chat = write_lines(tmp_path / "chat.jsonl", messages("b", 3))

@@ -66,6 +66,10 @@ def test_numbers_however_they_are_written(value, number):
         ("<p>x</p>\n\n<pre>y</pre>\n<p>z</p>", "x\n\n```\ny\n```\n\nz"),
         ("<ol><li>a</li><li>b<ul><li>c</li></ul></li></ol>", "1. a\n2. b\n\n- c"),
         ("use <code>f(x)</code>\n   now", "use `f(x)` now"),
+        (
+            "<table><tr><th>a</th><th>b</th></tr>\n<tr>\n<td>1</td>\n<td>2</td></tr></table>x<table><tr><td>3</table>",
+            "a | b\n\n1 | 2\n\nx\n\n3",
+        ),
         ("<script>alert(1)</script>text", "text"),
         ("if a < b and c > d", "if a < b and c > d"),
         ("<p>never closed <b>bold", "never closed bold"),

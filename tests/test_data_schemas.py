@@ -190,6 +190,20 @@ def test_mapped_columns_reach_into_nested_fields():
     assert converted(conversations, prompt_column="conversations") == ONE_TURN
 
 
+def test_columns_whose_own_names_have_dots():
+    row = {"prompt": "q", "a.b": {"c": "good"}, "a": {"b": None, "d": "bad"}}
+    assert converted(row, chosen_column="a.b.c", rejected_column="a.d") == TEXTS
+    del row["a"]
+    assert converted(row | {"rejected": "bad"}, chosen_column="a.b.c") == TEXTS
+
+
+def test_a_system_column_stands_before_a_transcript():
+    row, expected = PAIRS["transcripts"]
+    with_system = expected | {"prompt": turns("s: be brief") + expected["prompt"]}
+    assert converted(row | {"system": "be brief"}) == with_system
+    assert converted(row | {"system": ""}) == expected
+
+
 def test_a_missing_column_is_named_with_the_nearest():
     row = {"question": {"full_text": "q"}, "response_j": "a", "response_k": "b"}
     names = {"prompt_column": "question.fulltext", "chosen_column": "respons_j", "rejected_column": "response_k"}
@@ -283,6 +297,14 @@ DEMONSTRATIONS = {
         {"instruction": "do", "input": "this", "output": "r"},
         {"prompt": "do\n\nthis", "completion": "r"},
     ),
+    "instruction with earlier rounds": (
+        {"instruction": "do", "input": "this", "output": "t", "history": [["q", "r"]], "system": "be"},
+        {"prompt": turns("s: be", "u: q", "a: r", "u: do\n\nthis"), "completion": turns("a: t")},
+    ),
+    "instruction without earlier rounds": (
+        {"instruction": "do", "input": "", "output": "t", "history": []},
+        {"prompt": turns("u: do"), "completion": turns("a: t")},
+    ),
     "instruction without input": (
         {"instruction": "do", "input": "", "output": "r"},
         {"prompt": "do", "completion": "r"},
@@ -307,6 +329,8 @@ def test_flags_choose_among_the_shapes_of_demonstrations():
 def test_a_reading_says_what_the_caller_needs():
     reading, _ = read([PAIRS["transcripts"][0]])
     assert (reading.is_transcript, reading.is_text) == (True, False)
+    assert reading.description.endswith("(chosen 'chosen', rejected 'rejected')")
+    reading, _ = read([PAIRS["transcripts"][0] | {"prompt": "not looked at"}])
     assert reading.description.endswith("(chosen 'chosen', rejected 'rejected')")
     reading, _ = read([TEXTS])
     assert (reading.is_transcript, reading.is_text) == (False, True)

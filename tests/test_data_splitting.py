@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import datasets
 import numpy as np
 import pytest
 
-from utils.data.splitting import group_key, split_rows
+from utils.data.splitting import count_shared, group_key, split_rows
 from utils.errors import UserError
 
 
@@ -149,3 +151,14 @@ def test_texts_without_prompt_are_split_by_text():
     split = split_rows(rows, None, "0.2", seed=1)
     assert len(split.train) + len(split.held_out) == 40
     assert not set(split.train["completion"]) & set(split.held_out["completion"])
+
+
+def test_shared_prompts_are_counted_without_keeping_those_of_training():
+    shared = [f"Shared {n}" for n in range(5)]
+    train = (text for n in range(5000) for text in (f"{n} " + "x" * 2000, shared[n % 3].upper()))
+    tracemalloc.start()
+    try:
+        assert count_shared(train, shared) == 3
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # of ten
+    finally:
+        tracemalloc.stop()

@@ -168,6 +168,8 @@ def test_the_script_trains_on_a_stream_and_resumes(run_script, tiny_model, tmp_p
     assert (tmp_path / "run" / "held_out_pairs.jsonl").read_text() == whole
     code, _, err = run_script(*flags[:5], "--num_train_epochs", 2, "--max_samples", 5, "--output_dir", tmp_path / "b")
     assert code == 2
+    dry = (*flags[:5], "--dry_run")
+    assert run_script(*dry)[2] == "error: --streaming: needs --max_steps, which says how much is read\n"
     assert err.splitlines() == [
         "error: --streaming: needs --max_steps, which says how much is read",
         "error: --num_train_epochs: has no effect with --streaming, whose size is --max_steps; leave it out",

@@ -211,7 +211,7 @@ def streaming(candidate: Candidate) -> Iterator[str]:
     if not candidate["streaming"]:
         return
     label = candidate.label("streaming")
-    if candidate["max_steps"] == -1 and not candidate["dry_run"]:
+    if candidate["max_steps"] == -1:
         yield f"{label}: needs --max_steps, which says how much is read"
     for name in candidate.given("num_train_epochs", "max_samples", "dataset_num_proc"):
         yield f"{candidate.label(name)}: has no effect with --streaming, whose size is --max_steps; leave it out"
@@ -244,7 +244,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     splits: ("validation_split", "dataset_split", "eval_strategy"),
     columns: (),
-    streaming: ("streaming", "max_steps", "dry_run"),
+    streaming: ("streaming", "max_steps"),
     best_model: (),
 }
 TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {

@@ -39,7 +39,7 @@ def load_adapter(spec: str) -> Callable[[dict[str, Any]], Any]:
     sys.path.insert(0, str(path.parent.resolve()))  # as for a script, so that it can import what lies beside it
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit would end the run, as done where it gives 0
         raise UserError(f"{flag}: {path.name} cannot be run: {_describe(error, path)}") from None
     finally:
         sys.path.remove(str(path.parent.resolve()))
@@ -68,7 +68,7 @@ def run_adapter(spec: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         made = load_adapter(spec)(dict(row))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadRow(f"the adapter failed: {_describe(error, _file_of(spec))}") from None
     made = [made] if isinstance(made, Mapping) else made
     if made is None or made == []:
@@ -79,7 +79,7 @@ def run_adapter(spec: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(pair) for pair in made]
 
 
-def _describe(error: Exception, path: Path) -> str:
+def _describe(error: BaseException, path: Path) -> str:
     """The error's name, its text where that speaks of the code, and the last line of the adapter that it passed."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
     if isinstance(error, SyntaxError):

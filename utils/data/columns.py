@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,9 +32,16 @@ def reach(row: Mapping[str, Any], path: str) -> Any:
     """The value at a column, or at a dotted path into one; None where the row has nothing there."""
     if path in row:
         return row[path]
-    head, dot, rest = path.partition(".")
-    value = row.get(head)
-    return reach(value, rest) if dot and isinstance(value, Mapping) else None
+    inner = ((row.get(head), path[len(head) + 1 :]) for head in list_heads(path)[:-1])
+    values = (reach(value, rest) for value, rest in inner if isinstance(value, Mapping))
+    return next((value for value in values if value is not None), None)
+
+
+@functools.cache
+def list_heads(path: str) -> list[str]:
+    """The columns in which a dotted path may begin, whose own names may have dots: a, a.b and a.b.c for a.b.c."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def list_columns(sample: Rows) -> list[str]:

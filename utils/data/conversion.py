@@ -15,18 +15,19 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from utils.data import adapter, checks, columns, html_text, layouts, ranking, schemas, shapes, turns, unpaired
+from utils.data import adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired
 from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
-from utils.data.columns import reach
+from utils.data.columns import list_heads, reach
 from utils.data.files import cache_file, quiet
-from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context, read_number, read_yes_or_no
+from utils.data.labels import check_labels, read_number, read_yes_or_no
+from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
 from utils.data.schemas import Reading
 from utils.data.turns import BadRow
 from utils.data.unpaired import pair_up
 from utils.errors import UserError
 
-CODE = (adapter, checks, columns, html_text, layouts, ranking, schemas, shapes, turns, unpaired)
+CODE = (adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired)
 MESSAGE_FEATURES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 
 
@@ -34,7 +35,7 @@ def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None 
     """The rows in the one shape, in order, cached by content. A row that cannot be read has a `reason`, no values.
 
     A row of the source may become several, each with the same `row`. Raises UserError when a column of the reading is
-    missing, as it may be in a held-out split.
+    missing, or a number is no label of two answers, as it may be in a held-out split.
     """
     converted = _convert(rows, reading, num_proc)
     return pair_up(converted, reading) if reading.layout.pairs_up and not reading.choice.best_only else converted
@@ -42,13 +43,15 @@ def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None 
 
 def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> datasets.Dataset:
     paths = [*reading.columns.values(), *([reading.group] if reading.group else [])]
-    needed = [path if path in rows.column_names else path.partition(".")[0] for path in paths]
-    missing = [name for name in needed if name not in rows.column_names]
+    heads = {path: [name for name in list_heads(path) if name in rows.column_names] for path in paths}
+    missing = [path for path, names in heads.items() if not names]
     if missing:
         raise UserError(
             f"column '{missing[0]}' is missing in the held-out split, which has: {', '.join(rows.column_names)}; "
             "name another with --validation_split, or none"
         )
+    check_labels(rows, reading.columns)
+    needed = {name for names in heads.values() for name in names}
     wanted = rows.column_names if reading.adapter else [name for name in rows.column_names if name in needed]
     source = rows.select_columns(wanted)
     code = _hash_code(), read_code(reading.adapter) if reading.adapter else b""
@@ -153,8 +156,21 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]
-    values = (prompt, *(answer for _, answer in sides))
-    return {**dict(zip(reading.labels, values, strict=True)), **_read_extras(parts, reading)}
+    values = dict(zip(reading.labels, (prompt, *(answer for _, answer in sides)), strict=True))
+    converted = {**values, **_read_extras(parts, reading)}
+    if reading.adapter is not None:  # what is read from a table is Unicode already
+        _check_unicode(converted)
+    return converted
+
+
+def _check_unicode(converted: Mapping[str, Any]) -> None:
+    """Raises BadRow where a text that an adapter made holds half a character, which no file can."""
+    for name, value in converted.items():
+        texts = [turn["content"] for turn in value] if isinstance(value, list) else [value]
+        try:
+            "".join(text for text in texts if isinstance(text, str)).encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"'{name}' holds half a character (a lone surrogate)") from None
 
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:

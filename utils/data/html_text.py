@@ -1,4 +1,4 @@
-"""HTML as people read it: paragraphs and lists as lines, code blocks between fences, entities as characters."""
+"""HTML as people read it: paragraphs, lists and table rows as lines, code blocks between fences, entities as text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 BLOCKS = {"p", "div", "ul", "ol", "blockquote", "table", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "section"}
+ROWS, CELLS = {"table", "tr"}, {"td", "th"}
 SILENT = {"script", "style", "head"}
 
 
@@ -15,6 +16,7 @@ class _TextCollector(HTMLParser):
         self.parts: list[str] = []
         self._silent = 0
         self._code = 0  # depth of <pre>
+        self._in_row = False  # of a table, after its first cell
         self._lists: list[int | None] = []  # the next number of each open list; None for bullets
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -31,8 +33,12 @@ class _TextCollector(HTMLParser):
             self.parts.append(f"\n{self._list_mark()} ")
         elif tag == "img":
             self.parts.append(dict(attrs).get("alt") or "")
+        elif tag in CELLS:
+            self.parts.append(" | " if self._in_row else "")
+            self._in_row = True
         elif tag in BLOCKS:
             self.parts.append("\n\n")
+            self._in_row = self._in_row and tag not in ROWS
         if tag in ("ul", "ol"):
             self._lists.append(1 if tag == "ol" else None)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from utils.data import ranking
 from utils.data.columns import reach
+from utils.data.labels import SIGNED_LABELS, read_yes_or_no
 from utils.data.ranking import Choice
 
 Row = Mapping[str, Any]
@@ -42,7 +43,7 @@ class Layout:
     def is_scored(self, names: Names) -> bool:
         """Whether the rows say how good each answer is."""
         return {"chosen_score", "rejected_score"} <= set(names) or bool(
-            {"answers", "first_score"} & set(names) or names.get("label") in ranking.SIGNED_LABELS
+            {"answers", "first_score"} & set(names) or names.get("label") in SIGNED_LABELS
         )
 
 
@@ -57,7 +58,7 @@ def _holds_rated_answers(sample: Sequence[Row], names: Names) -> bool:
 
 
 def _labels_are_yes_or_no(sample: Sequence[Row], names: Names) -> bool:
-    return any(ranking.read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
+    return any(read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
 
 
 def _label_is_no_text_of_its_own(sample: Sequence[Row], names: Names) -> bool:
@@ -200,7 +201,7 @@ UNPAIRED = Layout(
 LABELS = {
     "label": (
         *("winner", "preference", "preferred", "better", "better_response_id", "label", "labels", "choice", "chosen"),
-        *ranking.SIGNED_LABELS,
+        *SIGNED_LABELS,
     )
 }
 ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))
@@ -240,18 +241,22 @@ COMPLETION = Layout(
 DIALOGUE = Layout(
     "messages", {"completion": ("messages", "conversations", "conversation")} | SYSTEM, shapes=("messages",)
 )
-DEMONSTRATION = Layout(
+TASK = {"prompt": ("instruction",), "context": ("input",), "completion": ("output", "response"), "system": ("system",)}
+DEMONSTRATION_HISTORY = Layout(
     "instruction",
-    {"prompt": ("instruction",), "context": ("input",), "completion": ("output", "response"), "system": ("system",)},
-    shapes=ANY_SHAPE[:2],
+    TASK | {"history": ("history",)},
+    shapes=("messages with a prompt",),
+    expand=ranking.expand_history,
+    says="instruction, input and earlier rounds",
 )
+DEMONSTRATION = Layout("instruction", TASK, shapes=ANY_SHAPE[:2])
 WHOLE_TEXT = Layout("text", {"text": ("text",)}, shapes=("whole texts",))
 
 PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STACK_PAIRED)
 RATED = (WEBGPT, SHP, STACK_EXCHANGE, SCORE_LIST, RANK_LIST, SCORED, TREE, *TWO_ANSWERS)
 LAYOUTS = {
     "train": (*PAIRS, *RATED, UNPAIRED, RANKED),
-    "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
+    "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION_HISTORY, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
 }
 ONLY_ASKED_FOR = (RANKED,)
 FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", "completion", "text")}
@@ -259,5 +264,5 @@ FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", 
 
 def sft_reply(layout: Layout) -> str:
     """The part that is imitated."""
-    parts = () if layout.expand else layout.parts
-    return next((part for part in ("completion", "chosen", "text") if part in parts), "chosen")
+    known = ("completion",) if layout.expand else ("completion", "chosen", "text")
+    return next((part for part in known if part in layout.parts), "chosen")

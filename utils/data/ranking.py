@@ -5,7 +5,6 @@ Every such form is first brought to the same thing, a prompt with scored answers
 
 from __future__ import annotations
 
-import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,12 @@ from hashlib import blake2b
 from typing import Any
 
 from utils.data.html_text import html_to_text
+from utils.data.labels import SIGNED_LABELS, find_better, read_number
 from utils.data.turns import ROLES, BadRow, is_message
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
 SCORE_KEYS = ("overall_score", "fine-grained_score", "pm_score", "score", "rating", "reward")
 RANK_KEYS = ("rank", "ranking")  # the lowest is the best
-TIE_WORDS = {"tie", "ties", "tie (bothbad)", "both", "bothbad", "both bad", "equal", "same", "neither", "none", ""}
-SIGNED_LABELS = ("preference_strength", "overall_preference")  # below 0: the first is better, by so much
 CITATION = re.compile(r"[ \t]*\[\d+(?:\s*,\s*\d+)*\]")
 
 # What is left out on purpose, of good data too: counted, never an error.
@@ -44,6 +42,7 @@ class Choice:
     strip_citations: bool = False
     best_only: bool = False
     ordered: bool = False  # lists without scores are read as the best first
+    numbered: bool = False  # the labels of two answers are numbers
     any_two: bool = False  # the first two answers whatever their scores: to see how rows are written
 
 
@@ -164,23 +163,12 @@ def _listed_scores(parts: Mapping[str, Any], names: Mapping[str, str], count: in
     return scores if part == "scores" else [None if score is None else -score for score in scores]
 
 
-def read_number(value: Any) -> float | None:
-    """A finite number, also one written as text; None for anything else ("N/A", NaN, true)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def expand_two(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choice) -> list[dict[str, Any]]:
     """Two answers with a label that names the better one, or with a score each."""
     scores = [read_number(parts.get("first_score")), read_number(parts.get("second_score"))]
     has_scores = "first_score" in parts
     if "label" in parts and not choice.any_two:
-        scores, has_scores = _labelled_scores(parts["label"], names, scores if has_scores else None)
+        scores, has_scores = _labelled_scores(parts["label"], names, choice, scores if has_scores else None)
         if choice.min_score_gap is not None and not has_scores:
             raise BadRow(SMALL_GAP)  # the scores are missing, or say the contrary of the label
     ratio = read_number(parts.get("ratio"))
@@ -194,7 +182,7 @@ def expand_two(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choic
 
 
 def _labelled_scores(
-    label: Any, names: Mapping[str, str], scores: list[float | None] | None
+    label: Any, names: Mapping[str, str], choice: Choice, scores: list[float | None] | None
 ) -> tuple[list[float | None], bool]:
     """Scores that agree with the label, which decides, and whether they say more than the label does."""
     if names["label"] in SIGNED_LABELS:
@@ -202,43 +190,12 @@ def _labelled_scores(
         if strength is None:
             raise BadRow(f"'{names['label']}' is not a number")
         return [max(-strength, 0.0), max(strength, 0.0)], True
-    better = _better_of(label, names)
+    better = find_better(label, names, choice.numbered)
     if better is None:
         raise BadRow(TIE)
     if scores is not None and None not in scores and scores[better] > scores[1 - better]:
         return scores, True
     return [float(better == 0), float(better == 1)], False
-
-
-def _better_of(label: Any, names: Mapping[str, str]) -> int | None:
-    """0 or 1, whichever answer the label names; None for a tie.
-
-    A number means what the columns' own names say (`response_1` and `response_2`: 1 and 2). Raises BadRow otherwise.
-    """
-    first, second = names["first"], names["second"]
-    word = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().casefold()
-    if first == "human_ref_A" and word in ("0", "1"):
-        return 1 - int(word)  # SHP: 1 is A
-    if label is None or word in TIE_WORDS:
-        return None
-    for number, name in enumerate((first, second)):
-        ending = _ending(first, second, number)
-        if not isinstance(label, bool) and word in (name.casefold(), ending, f"model_{ending}", f"response_{ending}"):
-            return number
-    raise BadRow(f"'{names['label']}' names neither '{first}' nor '{second}'")
-
-
-def read_yes_or_no(value: Any) -> bool | None:
-    """True or false, also written as text (CSV has nothing else); None for anything else."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().casefold())
-    return value if isinstance(value, bool) else None
-
-
-def _ending(first: str, second: str, number: int) -> str:
-    """By what the two names differ: a and b, 0 and 1, 1 and 2."""
-    shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
-    return (first, second)[number][shared:].casefold()
 
 
 def expand_tree(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choice) -> list[dict[str, Any]]:

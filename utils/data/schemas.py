@@ -24,6 +24,7 @@ from utils.data.columns import (
     list_names,
     reach,
 )
+from utils.data.labels import check_labels
 from utils.data.layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
 from utils.data.ranking import Choice
 from utils.data.shapes import Names, Shape, find_shape
@@ -97,7 +98,8 @@ def choice_of(settings: DataSettings, verb: str) -> Choice:
 def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> Reading:
     """How to read these rows, from their columns, the first of their values, and the flags.
 
-    Raises UserError when a named column does not exist, no known shape fits, or the format asked for does not.
+    Raises UserError when a named column does not exist, no known shape fits, the format asked for does not, or a label
+    of any row is a number that the columns' names do not explain.
     """
     sample = rows.select(range(min(SAMPLED_ROWS, len(rows)))).to_list()
     columns = list(dict.fromkeys([*rows.column_names, *list_columns(sample)]))
@@ -116,10 +118,18 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
             continue
         reading = _match(layout, found, replies, sample, settings, verb)
         if reading is not None:
-            return reading
+            return _with_labels(reading, rows, settings)
     if settings.dataset_format is not None:
         raise UserError(*_describe_misfit(settings, verb, mapped, columns, sample))
     raise UserError(_describe_unknown(settings, verb, mapped, columns, sample))
+
+
+def _with_labels(reading: Reading, rows: datasets.Dataset, settings: DataSettings) -> Reading:
+    try:
+        numbered = check_labels(rows, reading.columns)
+    except UserError as error:
+        raise UserError(*(f"--dataset_name {settings.dataset_name}: {fault}" for fault in error.faults)) from None
+    return replace(reading, choice=replace(reading.choice, numbered=numbered))
 
 
 def _layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:
@@ -146,6 +156,7 @@ def _match(
     shape = _find_shape(layout, found, replies, sample, choice_of(settings, verb))
     if shape is None:
         return None
+    found = {part: path for part, path in found.items() if part not in shape.passes_over}
     described = ", ".join(f"{part.replace('_', ' ')} '{path}'" for part, path in found.items())
     says = f"{layout.says}; {shape.description}" if layout.says else shape.description
     return Reading(

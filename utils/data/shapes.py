@@ -16,7 +16,10 @@ Sides = tuple[Any, Any]  # prompt and reply; None: missing
 
 @dataclass(frozen=True)
 class Shape:
-    """How the values are written: `split(row, reply, names)` gives prompt and reply of one side, or raises BadRow."""
+    """How the values are written: `split(row, reply, names)` gives prompt and reply of one side, or raises BadRow.
+
+    `passes_over`: parts that it does not look at, should the source have a column for them.
+    """
 
     name: str
     description: str
@@ -25,6 +28,7 @@ class Shape:
     is_text: bool = False
     is_transcript: bool = False
     prompt_may_be_empty: bool = False
+    passes_over: tuple[str, ...] = ()
 
 
 def _split_texts(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
@@ -71,7 +75,8 @@ def _split_transcripts(row: Mapping[str, Any], reply: str, names: Names) -> Side
         return None, None
     if not isinstance(row[reply], str):
         raise BadRow(f"'{names[reply]}' is not text")
-    return split_reply(split_transcript(row[reply]))
+    turns, answer = split_reply(split_transcript(row[reply]))
+    return prepend_system(row.get("system"), turns), answer
 
 
 def _split_whole_text(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
@@ -104,6 +109,7 @@ SHAPES = (
         lambda kinds, replies: "transcript" in kinds.values() and _all(kinds, replies, ("transcript",)),
         _split_transcripts,
         is_transcript=True,
+        passes_over=("prompt",),
     ),
     Shape(
         "texts with a system prompt",
@@ -117,6 +123,7 @@ SHAPES = (
         lambda kinds, replies: _all(kinds, ("prompt", *replies), TEXT),
         _split_texts,
         is_text=True,
+        passes_over=("system",),
     ),
     Shape(
         "messages with a prompt",

@@ -292,7 +292,7 @@ def _training_split(settings: DataSettings, verb: str, collection: _Collection) 
     asked = settings.dataset_split
     if asked is not None:
         if collection.find(asked) is None:
-            raise UserError(_missing_split("--dataset_split", asked, names))
+            raise UserError(_missing_split("--dataset_split", asked, names, settings.dataset_name))
         return asked
     for name in TRAIN_NAMES.get(verb, TRAIN_NAMES["train"]):
         if name in names:
@@ -304,10 +304,10 @@ def _training_split(settings: DataSettings, verb: str, collection: _Collection) 
     )
 
 
-def _missing_split(flag: str, asked: str, names: list[str]) -> str:
+def _missing_split(flag: str, asked: str, names: list[str], source: str) -> str:
     if "[" in asked:
         return f"{flag} {asked}: slices are not read; name a split ({', '.join(names)}) and use --max_samples"
-    return f"{flag} {asked}: no such split; it has: {', '.join(names)}"
+    return f"{flag} {asked}: no such split in {source}; it has: {', '.join(names)}"
 
 
 def _held_out_split(settings: DataSettings, train: str, collection: _Collection) -> str | None:
@@ -320,7 +320,10 @@ def _held_out_split(settings: DataSettings, train: str, collection: _Collection)
     if isinstance(wish, float) or wish == "none":
         return None
     if wish == train:
-        raise UserError(f"--validation_split {wish}: is the training split too; name another, a fraction, or none")
+        raise UserError(
+            f"--validation_split {wish}: is the training split of {settings.dataset_name} too; "
+            "name another, a fraction, or none"
+        )
     if collection.find(wish) is None:
-        raise UserError(_missing_split("--validation_split", wish, names))
+        raise UserError(_missing_split("--validation_split", wish, names, settings.dataset_name))
     return wish

@@ -188,4 +188,4 @@ def count_shared_prompts(train: datasets.Dataset, held_out: datasets.Dataset | N
 def count_shared(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> int:
     """How many different held-out prompts also occur in training."""
     wanted = {prompt_key(prompt) for prompt in held_out}
-    return len(wanted & {prompt_key(prompt) for prompt in train})
+    return len({key for prompt in train if (key := prompt_key(prompt)) in wanted})

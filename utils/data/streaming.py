@@ -22,6 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from utils.data.conversion import convert_batch, features_of
 from utils.data.files import first_line, json_or_text, quiet
+from utils.data.labels import label_column, read_numbers
 from utils.data.places import SHOWN, describe_bad_rows
 from utils.data.ranking import LEFT_OUT
 from utils.data.schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
@@ -56,10 +57,16 @@ class _Intake:
     features: datasets.Features
     dropped: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
+    numbers: set[str] = field(default_factory=set)  # among the labels of two answers
 
     def good_rows(self, batch: dict[str, list], first: int) -> Iterator[dict[str, Any]]:
         """The good rows of one batch, whose first row has the number `first`. Raises UserError for bad ones."""
         count = len(next(iter(batch.values())))
+        labels = batch.get(label_column(self.reading.columns), [])
+        try:
+            self.numbers |= read_numbers(labels, self.reading.columns)
+        except UserError as error:
+            raise UserError(*(f"--dataset_name {self.label}: {fault}" for fault in error.faults)) from None
         output = convert_batch(batch, list(range(first, first + count)), self.reading)
         self.rows_read += count
         bad: dict[str, list[int]] = {}
@@ -115,12 +122,20 @@ def read_stream(
             break
     exhausted = train.count < wanted
     if held_out is not None:
-        other_intake = _Intake(reading, held_out.label, settings.on_bad_rows, features, intake.dropped)
+        other_intake = _Intake(
+            reading, held_out.label, settings.on_bad_rows, features, intake.dropped, numbers=intake.numbers
+        )
         for rows in _good_batches(held_out, other_intake, seed):
             for row in rows[: DEFAULT_MOST_ROWS - other.count]:
                 other.write(row)
             if other.count >= DEFAULT_MOST_ROWS:
                 break
+    if len(intake.numbers) == 1 and not exhausted:
+        raise UserError(
+            f"--streaming: '{label_column(reading.columns)}' holds the number {min(intake.numbers)} alone in the "
+            f"{intake.rows_read:,} rows that were read, so whether it counts from 0 or from 1 cannot be told; leave "
+            "--streaming out"
+        )
     if train.count == 0:
         found = ", ".join(f"{reason}: {count}" for reason, count in intake.dropped.items()) or "there are no rows"
         raise UserError(f"--dataset_name: no usable row is left ({found})")
