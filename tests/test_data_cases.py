@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from conftest import write_lines
 
 from utils.data.layouts import LAYOUTS
 from utils.data.loading import load_pairs
@@ -269,3 +270,13 @@ def test_several_processes_read_the_same(tmp_path):
     assert alone == shared
     assert {row["row"] for row in alone} == set(range(50))
     assert len(alone) > 100
+
+
+def test_an_unexplained_label_late_in_a_held_out_split_refuses_the_source_too(tmp_path):
+    """Also where --max_samples would not read so far: what a number means is one thing in the whole source."""
+    answers = {"response_1": "yes", "response_2": "no"}
+    rows = [{"prompt": f"Question {n}?", **answers, "label": 1 + n % 2} for n in range(30)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "test.jsonl", [*rows[:25], {**rows[25], "label": 0}])
+    with pytest.raises(UserError, match="label"):
+        load_pairs(DataSettings(dataset_name=str(tmp_path), max_samples=3), "train", seed=1)

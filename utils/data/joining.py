@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 
 from utils.data.conversion import convert_rows
+from utils.data.labels import check_labels
 from utils.data.mixing import MixedPlaces, Wish, align
 from utils.data.places import Place
 from utils.data.schemas import Reading, find_reading
@@ -59,6 +60,8 @@ def open_source(wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb
         if rows is not None and len(rows) == 0:
             raise UserError(f"--dataset_name {source.description}: its {split}split has no rows")
     reading = find_reading(source.rows, own, verb)
+    if source.held_out_rows is not None:
+        check_labels(source.held_out_rows, reading.columns)
     names = _file_names(wish)
     if any(names & _file_names(other) for other in wishes if other != wish):
         path = Path(wish.name)
