@@ -12,7 +12,7 @@ import pytest
 from conftest import make_pairs, save_tiny_tokenizer, write_lines
 
 from utils.errors import UserError
-from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model
+from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model, read_verdict
 from utils.making import Sampled, pick_pair
 
 KEY = "sk-a-key-that-must-not-be-written"
@@ -233,11 +233,50 @@ def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):
     assert waits == [pytest.approx(1, abs=0.2), pytest.approx(2, abs=0.3)]
 
 
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("A", 1.0),
+        ("B", 0.0),
+        ("TIE", 0.5),
+        (" **B**\n", 0.0),
+        ("Response A.", 1.0),
+        ("Answer: 'B'", 0.0),
+        ("**Answer:** Response A", 1.0),
+        ("Tie.", 0.5),
+        ("B. It gives a better answer", 0.0),
+        ("B\n\nResponse A is a list.", 0.0),
+        ("A - the other one is a guess.", 1.0),
+        ("B is slightly better.", 0.0),
+        ("A better answer is given by B", None),
+        ("A and B are alike.", None),
+        ("B is worse.", None),
+        ("a", None),
+        ("Both have a point; B is fine", None),
+        ("Banana", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_the_first_word_of_an_answer(answer, verdict):
+    assert read_verdict(answer) == verdict
+
+
 def test_an_answer_without_a_verdict_is_counted_and_is_neither(endpoint, tmp_path):
     endpoint.answer = "Both have their merits."
     judge = make_judge(endpoint, tmp_path)
     assert judge.prefer("p", "one", "two") == 0.5
-    assert judge.unreadable == 2
+    assert (judge.unreadable, judge.unreadable_example) == (2, "Both have their merits.")
+
+
+def test_the_beginning_of_a_long_answer_is_read_and_kept_without_thoughts_and_key(endpoint, tmp_path):
+    endpoint.answer = f"<think>A. or B? {KEY}</think>\nB. {KEY} {'It is a better answer. ' * 40}A"
+    for _ in range(2):
+        judge = make_judge(endpoint, tmp_path)
+        assert judge._ask("p", "one", "two") == 0.0
+    assert len(endpoint.seen) == 1
+    kept = "".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    assert KEY not in kept
+    assert "B. ... It is" in kept
 
 
 def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model, endpoint):

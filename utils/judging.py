@@ -36,7 +36,17 @@ LONGEST_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = 120
 WORKERS = 4
 PASSING = (408, 409, 429, 500, 502, 503, 504)
-VERDICT = re.compile(r"\b(A|B|TIE)\b")
+# A verdict is the first word, but a sentence may begin with "A better one is B" too: what comes after it tells.
+VERDICT = re.compile(
+    r"""[\s*_`"'(\[]*
+    (?:(?:(?:Final\s)?(?:Answer|Verdict)|Response)(?:\s+is\b)?[\s:*_`"']*(?:Response\s+)?)?
+    (?P<verdict>A|B|TIE|Tie|tie)
+    [*_`"')\]]*
+    (?:\s*$|[ \t]*\n|[.;!]|\s+[\u2013\u2014-]\s|\s+is\s+(?:(?:clearly|slightly|much)\s+)?(?:the\s+)?better\b)""",
+    re.VERBOSE,
+)
+THOUGHTS = re.compile(r".*</think>", re.DOTALL)  # what some models write ahead of their answer
+KEPT_CHARACTERS = 200  # of an answer, from its beginning
 
 QUESTION = """\
 Two responses to the same prompt are given. Which one is better: more helpful, more correct, more honest? Length alone \
@@ -59,6 +69,12 @@ def read_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+
+
+def read_verdict(answer: str) -> float | None:
+    """1 for A, 0 for B, 0.5 for a tie; None for an answer that does not begin with one of them."""
+    found = VERDICT.match(answer)
+    return {"A": 1.0, "B": 0.0, "TIE": 0.5}[found["verdict"].upper()] if found else None
 
 
 def load_function(wish: str) -> Scorer:
@@ -174,6 +190,7 @@ class EndpointJudge:
         self.limits = limits
         self.asked = 0  # requests sent, repeated ones included
         self.unreadable = 0  # answers without a verdict
+        self.unreadable_example = ""
         self._sleep = sleep
         self._lock = threading.Lock()
         self._next_time = 0.0
@@ -217,12 +234,13 @@ class EndpointJudge:
                 self._answers[key] = answer
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"question": key, "answer": answer}) + "\n")
-        found = VERDICT.findall(answer.upper())
-        if not found:
+                    file.write(json.dumps({"question": key, "begins": answer}) + "\n")
+        verdict = read_verdict(answer)
+        if verdict is None:
             with self._lock:
                 self.unreadable += 1
-        return {"A": 1.0, "B": 0.0}.get(found[-1] if found else "TIE", 0.5)
+                self.unreadable_example = self.unreadable_example or " ".join(answer.split())
+        return 0.5 if verdict is None else verdict
 
     def _request(self, question: str) -> str:
         """The answer of the endpoint; passing failures are tried again, each time after a longer while."""
@@ -237,7 +255,9 @@ class EndpointJudge:
             wait = min(2.0**attempt, LONGEST_WAIT_SECONDS)
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"] or "")[-200:]
+                    answer = str(json.load(response)["choices"][0]["message"]["content"] or "")
+                    answer = answer.replace(secret or "\0", "...")
+                    return THOUGHTS.sub("", answer, count=1).strip()[:KEPT_CHARACTERS]
             except urllib.error.HTTPError as error:
                 said = f"{error.code} {error.reason}"
                 if error.code in (401, 403):
@@ -289,7 +309,7 @@ def _read_answers(path: Path) -> dict[str, str]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-                answers[entry["question"]] = entry["answer"]
+                answers[entry["question"]] = entry["begins"]
             except (ValueError, LookupError, TypeError):
                 continue  # a line that was cut off: it is asked again
     return answers

@@ -209,6 +209,8 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
         say(f"      {count:,} without a pair: {reason}")
     if judge is not None:
         say(f"      {judge.asked:,} requests to the judge, {judge.unreadable:,} answers without a verdict")
+        if judge.unreadable:
+            say(f"      such as: {judge.unreadable_example[:100]!r}; they count as ties")
     if not pairs:
         raise UserError(f"--output_file {output}: not written, for not one pair came of {len(picked):,} prompts")
     write_pairs(output, datasets.Dataset.from_list(pairs))
