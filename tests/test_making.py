@@ -167,6 +167,10 @@ class Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
 
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers.get("Authorization"), None))
+        self.send_error(404)
+
     def log_message(self, *arguments):
         pass
 
@@ -220,6 +224,16 @@ def test_lasting_failures_are_said_at_once_and_without_the_key(endpoint, tmp_pat
         make_judge(endpoint, tmp_path)._ask("p", "longer", "short")
     assert KEY not in str(caught.value)
     assert len(endpoint.seen) == 1
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(endpoint, tmp_path, code):
+    elsewhere = endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"
+    endpoint.failures = [(code, {"Location": f"{elsewhere}?key={KEY}"})]
+    with pytest.raises(UserError, match=f"sends elsewhere .*{elsewhere}.*give the URL that answers") as caught:
+        make_judge(endpoint, tmp_path)._ask("p", "longer", "short")
+    assert KEY not in str(caught.value)
+    assert [path for path, *_ in endpoint.seen] == ["/v1/chat/completions"]
 
 
 def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):

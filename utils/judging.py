@@ -175,6 +175,13 @@ class JudgeLimits:
     requests_per_minute: float | None = None
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Lets a redirect fail: following it would hand the key to whatever host it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the answer becomes an HTTPError."""
+
+
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint that says which of two responses is better.
 
@@ -191,6 +198,7 @@ class EndpointJudge:
         self.asked = 0  # requests sent, repeated ones included
         self.unreadable = 0  # answers without a verdict
         self.unreadable_example = ""
+        self._open = urllib.request.build_opener(NoRedirects).open
         self._sleep = sleep
         self._lock = threading.Lock()
         self._next_time = 0.0
@@ -254,7 +262,7 @@ class EndpointJudge:
             self._take_turn()
             wait = min(2.0**attempt, LONGEST_WAIT_SECONDS)
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+                with self._open(request, timeout=TIMEOUT_SECONDS) as response:
                     answer = str(json.load(response)["choices"][0]["message"]["content"] or "")
                     answer = answer.replace(secret or "\0", "...")
                     return THOUGHTS.sub("", answer, count=1).strip()[:KEPT_CHARACTERS]
@@ -263,6 +271,12 @@ class EndpointJudge:
                 if error.code in (401, 403):
                     raise UserError(
                         f"--scorer {self.url}: refused ({said}); set {KEY} to a key that it takes"
+                    ) from None
+                if 300 <= error.code < 400:
+                    place = str(error.headers.get("Location")).partition("?")[0].replace(secret or "\0", "...")
+                    raise UserError(
+                        f"--scorer {self.url}: sends elsewhere ({said}, to {place}), where the key is not sent; give "
+                        "the URL that answers itself"
                     ) from None
                 if error.code not in PASSING:
                     detail = error.read(300).decode("utf-8", "replace").replace(secret or "\0", "...")
