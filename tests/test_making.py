@@ -12,8 +12,10 @@ import pytest
 from conftest import make_pairs, save_tiny_tokenizer, write_lines
 
 from utils.errors import UserError
+from utils.inspection.prompts import read_prompts
 from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model, read_verdict
 from utils.making import Sampled, pick_pair
+from utils.settings import DataSettings
 
 KEY = "sk-a-key-that-must-not-be-written"
 BY_LENGTH = "def longest(prompts, responses):\n    return [len(response) for response in responses]\n"
@@ -94,6 +96,70 @@ def test_prompts_without_room_are_counted(run_script, tmp_path, tiny_model, scor
     code, out, err = generate(run_script, tiny_model, data, tmp_path / "made.jsonl", *scorer)
     assert code == 0, err
     assert "1 without a pair: prompt too long for the model's context" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "expected"),
+    [
+        ([{"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Rhyme.", "input": ""}], {},
+         ["Add.\n\n1 and 2", "Rhyme."]),
+        ([{"system": "Be short.", "prompt": "Why?"}, {"system": None, "prompt": "How?"}], {},
+         [[("system", "Be short."), ("user", "Why?")], [("user", "How?")]]),
+        ([{"instruction": "And then?", "history": [["Hi", "Hello"]]}], {},
+         [[("user", "Hi"), ("assistant", "Hello"), ("user", "And then?")]]),
+        ([{"conversations": [{"from": "human", "value": "Why?"}]}], {}, [[("user", "Why?")]]),
+        ([{"prompt": "no", "asked": {"text": "yes"}}], {"prompt_column": "asked.text"}, ["yes"]),
+        ([{"prompt": "no", "question": "yes", "chosen": "a", "rejected": "b"}], {"prompt_column": "question"}, ["yes"]),
+        ([{"q": "Why?", "a": "So."}], {"dataset_adapter": "bare"}, ["Why? (q)"]),
+        ([{"q": "Why?", "a": "So."}], {"dataset_adapter": "pair"}, ["Why? (pair)"]),
+        ([{"instruction": "Add.", "input": "1", "output": "1"}], {"dataset_format": "instruction"}, ["Add.\n\n1"]),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_whole_and_as_the_flags_say(tmp_path, rows, flags, expected):
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text(
+        "def bare(row): return {'prompt': row['q'] + ' (q)'}\n"
+        "def pair(row): return {'prompt': row['q'] + ' (pair)', 'chosen': row['a'], 'rejected': 'No.'}\n"
+    )
+    if "dataset_adapter" in flags:
+        flags = {"dataset_adapter": f"{adapter}:{flags['dataset_adapter']}"}
+    read = read_prompts(DataSettings(dataset_name=str(write_lines(tmp_path / "prompts.jsonl", rows)), **flags))
+    assert [p if isinstance(p, str) else [tuple(t.values()) for t in p] for p in read.rows["prompt"]] == expected
+    assert read.left_out == {}
+
+
+def test_rows_without_a_prompt_are_counted_by_reason(run_script, tmp_path, tiny_model, scorer_file):
+    data = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}) for text in ("Why?", " ", "why?", "How?")]
+    data.write_text("\n".join([*lines, json.dumps({"prompt": None}), "{broken"]) + "\n", encoding="utf-8")
+    scorer = ("--scorer", f"{scorer_file}:longest")
+    code, out, err = generate(run_script, tiny_model, data, tmp_path / "made.jsonl", *scorer)
+    assert code == 0, err
+    assert "2 left out: 'prompt' is empty (the first: prompts.jsonl line 2)" in out
+    assert "1 left out: invalid JSON" in out
+    assert "1 ask what an earlier one asks" in out
+    assert "2 prompts of" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ({"prompt_column": "other"}, "--prompt_column other: no such column"),
+        ({"dataset_format": "alpaca"}, "--dataset_format alpaca: no column for its"),
+        ({"dataset_adapter": "nothing.py:read"}, "--dataset_adapter nothing.py:read: there is no file"),
+        ({}, "no column is known as the prompt; it has: text_1. Name it with --prompt_column"),
+    ],
+)
+def test_prompts_that_are_not_where_the_flags_say_are_refused(tmp_path, flags, fault):
+    data = write_lines(tmp_path / "prompts.jsonl", [{"text_1": "Why?"}])
+    with pytest.raises(UserError, match=re.escape(fault)):
+        read_prompts(DataSettings(dataset_name=str(data), **flags))
+
+
+def test_several_sources_are_refused(run_script, tmp_path, tiny_model, scorer_file):
+    code, _, err = generate(run_script, tiny_model, "a.jsonl,b.jsonl", tmp_path / "o.jsonl", "--scorer", "x.py:f")
+    assert code == 2
+    assert err == "error: --dataset_name a.jsonl,b.jsonl: --generate reads one source at a time; name one\n"
 
 
 def test_what_makes_no_pair():
@@ -317,6 +383,9 @@ def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model
         (["--generate", "--scorer", "http://x/v1"], "--judge_model is missing: name the model at the endpoint"),
         (["--generate", "--scorer", "x.py:f", "--judge_model", "m"], "--judge_model: is for an endpoint"),
         (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs and checks none"),
+        (["--generate", "--group_by", "x"], "--generate: reads the prompts alone, so --group_by has no effect"),
+        (["--generate", "--strip_citations"], "--generate: reads the prompts alone, so --strip_citations has no"),
+        (["--generate", "--pairs_per_prompt", "2"], "--generate: reads the prompts alone, so --pairs_per_prompt has"),
         (["--generate", "--num_generations", "1"], "--num_generations is 1: must be 2 or more"),
     ],
 )

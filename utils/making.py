@@ -17,11 +17,12 @@ from typing import Any
 
 import datasets
 
+from utils.data.mixing import read_wishes
 from utils.data.splitting import prompt_key
 from utils.errors import UserError
 from utils.generation import sample_continuations
 from utils.inspection.cleaning import write_pairs
-from utils.inspection.leaks import read_prompts
+from utils.inspection.prompts import read_prompts
 from utils.judging import FUNCTION, EndpointJudge, JudgeLimits, Prompt, Scorer, load_function, load_reward_model
 from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import find_policy
@@ -73,14 +74,24 @@ def make_pairs(settings: Settings) -> None:
 
 
 def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
-    name, rows = read_prompts(settings.data.dataset_name, "--dataset_name", settings.data.dataset_split)
+    """What the prompts are read from, and each different one once; says which rows have none."""
+    name = settings.data.dataset_name
+    if len(read_wishes(name)) > 1:
+        raise UserError(f"--dataset_name {name}: --generate reads one source at a time; name one")
+    prompts = read_prompts(settings.data)
+    say(f"prompts: {prompts.source}, read as {prompts.description}")
+    for reason, count in prompts.left_out.items():
+        where = f" (the first: {prompts.first_left_out[reason]})" if reason in prompts.first_left_out else ""
+        say(f"      {count:,} left out: {reason}{where}")
     distinct: dict[str, Prompt] = {}
-    for batch in rows.select_columns(["prompt"]).iter(1000):
+    for batch in prompts.rows.iter(1000):
         for prompt in batch["prompt"]:
             distinct.setdefault(prompt_key(prompt), prompt)
             if len(distinct) == settings.generation.num_prompts:
-                return name, list(distinct.values())
-    return name, list(distinct.values())
+                return prompts.source, list(distinct.values())
+    if len(distinct) < len(prompts.rows):
+        say(f"      {len(prompts.rows) - len(distinct):,} ask what an earlier one asks")
+    return prompts.source, list(distinct.values())
 
 
 def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:

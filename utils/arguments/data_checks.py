@@ -66,6 +66,11 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
             yield f"--{name} is missing: {advice}"
     for name in candidate.given("report_file", "json_file", "remove", "compare", "validation_split", "max_length"):
         yield f"{label}: makes pairs and checks none, so {candidate.label(name)} has no effect; run data on the result"
+    unused = ("chosen_column", "rejected_column", "group_by", "pairs_per_prompt")
+    unused += ("min_score_gap", "min_score_ratio", "strip_citations")
+    for name in candidate.given(*unused):
+        if candidate[name] is not False:
+            yield f"{label}: reads the prompts alone, so {candidate.label(name)} has no effect; leave it out"
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
     if endpoint and candidate["judge_model"] is None:
         yield "--judge_model is missing: name the model at the endpoint"
