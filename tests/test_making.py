@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from conftest import make_pairs, save_tiny_tokenizer, write_lines
 from utils.errors import UserError
 from utils.inspection.prompts import read_prompts
 from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model, read_verdict
-from utils.making import Sampled, pick_pair
+from utils.making import Sampled, _hash_files, pick_pair
 from utils.settings import DataSettings
 
 KEY = "sk-a-key-that-must-not-be-written"
@@ -75,10 +76,34 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_p
     code, _, err = generate(run_script, tiny_model, data, parted, *scorer, "--temperature", 0.5)
     assert code == 2
     assert "holds samples made with another temperature; remove it" in err
+    scorer_file.write_text(BY_LENGTH.replace("len(", "-len("), encoding="utf-8")
+    code, _, err = generate(run_script, tiny_model, data, parted, *scorer)
+    assert code == 2
+    assert "holds samples made with another scorer_content; remove it" in err
+    scorer_file.write_text(BY_LENGTH, encoding="utf-8")
     other = write_lines(tmp_path / "other.jsonl", make_pairs(20, seed=1))
     code, _, err = generate(run_script, tiny_model, other, parted, *scorer)
     assert code == 2
     assert "holds samples of other prompts" in err
+
+
+def test_a_folder_is_told_by_what_its_files_hold_and_large_ones_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.making.LARGEST_READ_BYTES", 8)
+    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
+
+    def hash_after(path: Path, text: str, time: int) -> str | None:
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, ns=(time, time))
+        return _hash_files(str(tmp_path))
+
+    hash_after(small, "{}", 1)
+    first = hash_after(large, "many weights", 1)
+    assert hash_after(small, "{}", 2) == first
+    assert hash_after(small, "[]", 1) != first
+    assert hash_after(small, "{}", 1) == first
+    assert hash_after(large, "many weights", 2) != first
+    assert hash_after(large, "more weights than that", 1) != first
+    assert _hash_files("org/name") is None
 
 
 def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):

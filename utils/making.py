@@ -7,6 +7,7 @@ interrupted run goes on where it stopped and ends in the same pairs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
@@ -33,6 +34,7 @@ from utils.settings import Settings
 
 PROMPTS_PER_BATCH = 8
 SAID_EVERY = 10  # batches
+LARGEST_READ_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,31 @@ def _describe_run(settings: Settings) -> dict[str, Any]:
     generation = dataclasses.asdict(settings.generation)
     kept = ("scorer", "judge_model", "num_generations", "max_new_tokens", "temperature")
     model = {name: getattr(settings.model, name) for name in ("model_name_or_path", "model_revision", "chat_template")}
-    return {name: generation[name] for name in kept} | model | {"seed": settings.training.seed}
+    function = FUNCTION.fullmatch(settings.generation.scorer)
+    contents = {
+        "scorer_content": _hash_files(function[1] if function else settings.generation.scorer),
+        "model_content": _hash_files(settings.model.model_name_or_path),
+        "chat_template_content": _hash_files(settings.model.chat_template or ""),
+    }
+    return {name: generation[name] for name in kept} | model | {"seed": settings.training.seed} | contents
+
+
+def _hash_files(name: str) -> str | None:
+    """A hash of the file, or of the files at the top of the folder, of that name; None where there is none here.
+
+    Of a file too large to read each time, such as weights, the size and the time of its last change count.
+    """
+    path = Path(name).expanduser()
+    if not name or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            state = file.stat()
+            read = state.st_size <= LARGEST_READ_BYTES
+            content = file.read_bytes() if read else f"{state.st_size} {state.st_mtime_ns}".encode()
+            digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _sample(
