@@ -202,6 +202,12 @@ def test_what_makes_no_pair():
         ("def score(prompts, responses): return 'ab'", "must return a list of numbers; it returned 'ab'"),
         ("def other(): pass", "has no function score"),
         ("import nothing_of_this_name", "the file cannot be run (ModuleNotFoundError"),
+        ("raise SystemExit(0)", "the file cannot be run (SystemExit: 0 at scorer.py line 1)"),
+        ("def score(prompts, responses) return", "the file cannot be run (SyntaxError"),
+        ("def score(prompts, responses):\n    return {}['x']", "failed (KeyError: 'x' at scorer.py line 2)"),
+        ("import sys\ndef score(prompts, responses): sys.exit(0)", "failed (SystemExit: 0 at scorer.py line 2)"),
+        ("def score(prompts, responses):\n    yield 1\n    1 / 0", "failed (ZeroDivisionError: division by zero at"),
+        ("def score(prompts, responses): return [10 ** 400, 1]", "must return a list of numbers; it returned [1000"),
     ],
 )
 def test_functions_that_do_not_score_are_named(tmp_path, code, fault):

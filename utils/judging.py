@@ -15,9 +15,10 @@ import re
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, groupby
@@ -84,16 +85,16 @@ def load_function(wish: str) -> Scorer:
         UserError: there is no such file or function, or what it returns is not one finite number per response.
     """
     named = FUNCTION.fullmatch(wish)
-    path = Path(named[1]).expanduser() if named else Path(wish)
+    path = Path(named[1]).expanduser().absolute() if named else Path(wish)
     if named is None or not path.is_file():
         raise UserError(f"--scorer {wish}: no such file; write file.py:function")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # it may import what stands beside it
+    sys.path.insert(0, str(path.parent))  # it may import what stands beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--scorer {wish}: the file cannot be run ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--scorer {wish}: the file cannot be run ({_describe(error, path)})") from None
     finally:
         sys.path.pop(0)
     function = getattr(module, named[2], None)
@@ -101,10 +102,14 @@ def load_function(wish: str) -> Scorer:
         raise UserError(f"--scorer {wish}: the file has no function {named[2]}")
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        scores = function(list(prompts), list(responses))
+        try:
+            scores = function(list(prompts), list(responses))
+            scores = list(scores) if isinstance(scores, Iterator) else scores
+        except (Exception, SystemExit) as error:
+            raise UserError(f"--scorer {wish}: failed ({_describe(error, path)})") from None
         try:
             numbers = [float(score) for score in scores]
-        except (TypeError, ValueError):
+        except Exception:
             raise UserError(f"--scorer {wish}: must return a list of numbers; it returned {scores!r:.80}") from None
         if len(numbers) != len(responses) or not all(map(math.isfinite, numbers)):
             raise UserError(
@@ -114,6 +119,15 @@ def load_function(wish: str) -> Scorer:
         return numbers
 
     return score
+
+
+def _describe(error: BaseException, path: Path) -> str:
+    """The error in one line, with the last line of the scorer's file that it passed."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{': ' * bool(text)}{text}{f' at {path.name} line {lines[-1]}' if lines else ''}"
 
 
 def load_reward_model(wish: str, trust_remote_code: bool = False) -> Scorer:
