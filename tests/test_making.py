@@ -412,6 +412,11 @@ def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model
         (["--generate"], "--scorer is missing: name a file.py:function"),
         (["--num_generations", "2"], "--num_generations: has no effect without --generate"),
         (["--generate", "--scorer", "http://x/v1"], "--judge_model is missing: name the model at the endpoint"),
+        (
+            ["--generate", "--scorer", "http://x/v1?key=SECRET", "--judge_model", "m"],
+            "--scorer: its URL has a user, a ?",
+        ),
+        (["--generate", "--scorer", "http://SECRET@x/v1", "--judge_model", "m"], "--scorer: its URL has a user, a ?"),
         (["--generate", "--scorer", "x.py:f", "--judge_model", "m"], "--judge_model: is for an endpoint"),
         (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs and checks none"),
         (["--generate", "--group_by", "x"], "--generate: reads the prompts alone, so --group_by has no effect"),
@@ -422,6 +427,7 @@ def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model
 )
 def test_flags_that_do_not_fit_are_refused(run_script, flags, fault):
     names = ("--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_file", "o.jsonl")
-    code, _, err = run_script("data", *names, *flags)
+    code, out, err = run_script("data", *names, *flags)
     assert code == 2
+    assert "SECRET" not in out + err
     assert f"error: {fault}" in err

@@ -72,11 +72,20 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
         if candidate[name] is not False:
             yield f"{label}: reads the prompts alone, so {candidate.label(name)} has no effect; leave it out"
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
+    if endpoint and _holds_more_than_an_address(candidate["scorer"]):
+        yield (
+            "--scorer: its URL has a user, a ? or a #, which may hold a key and would be written with the samples; give "
+            "the plain URL, and the key as OPENAI_API_KEY"
+        )
     if endpoint and candidate["judge_model"] is None:
         yield "--judge_model is missing: name the model at the endpoint"
     if not endpoint and candidate["scorer"] is not None:
         for name in candidate.given("judge_model", "max_judge_requests", "judge_requests_per_minute"):
             yield f"{candidate.label(name)}: is for an endpoint, and --scorer is none; leave it out"
+
+
+def _holds_more_than_an_address(url: str) -> bool:
+    return bool(set("?#@") & set(url))
 
 
 DATA_CHECKS: dict[Check, tuple[str, ...]] = {
