@@ -15,7 +15,7 @@ from conftest import make_pairs, save_tiny_tokenizer, write_lines
 from utils.errors import UserError
 from utils.inspection.prompts import read_prompts
 from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model, read_verdict
-from utils.making import Sampled, _hash_files, pick_pair
+from utils.making import PROMPTS_PER_BATCH, Sampled, _hash_files, batch_seed, pick_pair
 from utils.settings import DataSettings
 
 KEY = "sk-a-key-that-must-not-be-written"
@@ -185,6 +185,12 @@ def test_several_sources_are_refused(run_script, tmp_path, tiny_model, scorer_fi
     code, _, err = generate(run_script, tiny_model, "a.jsonl,b.jsonl", tmp_path / "o.jsonl", "--scorer", "x.py:f")
     assert code == 2
     assert err == "error: --dataset_name a.jsonl,b.jsonl: --generate reads one source at a time; name one\n"
+
+
+def test_no_batch_has_the_random_numbers_of_a_batch_of_another_seed():
+    starts = range(0, 8 * PROMPTS_PER_BATCH, PROMPTS_PER_BATCH)
+    seeds = [batch_seed(seed, start) for seed in range(20) for start in starts]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_what_makes_no_pair():

@@ -154,7 +154,7 @@ def _sample(
         model,
         tokenizer,
         asked,
-        seed=settings.training.seed + start,
+        seed=batch_seed(settings.training.seed, start),
         max_new_tokens=wish.max_new_tokens,
         temperature=wish.temperature,
     )
@@ -166,6 +166,11 @@ def _sample(
         sampled.append(Sampled(prompt, responses[place:end], scores[place:end]))
         place = end
     return sampled
+
+
+def batch_seed(seed: int, start: int) -> int:
+    """The seed of the batch that begins with prompt `start`, unlike that of any batch of another --seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:7])
 
 
 class Samples:
