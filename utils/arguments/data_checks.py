@@ -74,8 +74,8 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
     if endpoint and _holds_more_than_an_address(candidate["scorer"]):
         yield (
-            "--scorer: its URL has a user, a ? or a #, which may hold a key and would be written with the samples; give "
-            "the plain URL, and the key as OPENAI_API_KEY"
+            "--scorer: its URL has a user, a ? or a #, which may hold a key and would be written with the samples; "
+            "give the plain URL, and the key as OPENAI_API_KEY"
         )
     if endpoint and candidate["judge_model"] is None:
         yield "--judge_model is missing: name the model at the endpoint"
@@ -85,7 +85,8 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
 
 
 def _holds_more_than_an_address(url: str) -> bool:
-    return bool(set("?#@") & set(url))
+    host = url.split("/", 3)[2]
+    return "@" in host or "?" in url or "#" in url
 
 
 DATA_CHECKS: dict[Check, tuple[str, ...]] = {
