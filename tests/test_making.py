@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from conftest import make_pairs, save_tiny_tokenizer, write_lines
 from utils.errors import UserError
 from utils.inspection.prompts import read_prompts
 from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model, read_verdict
-from utils.making import PROMPTS_PER_BATCH, Sampled, _hash_files, batch_seed, pick_pair
+from utils.making import PROMPTS_PER_BATCH, Sampled, Samples, _hash_files, batch_seed, pick_pair
 from utils.settings import DataSettings
 
 KEY = "sk-a-key-that-must-not-be-written"
@@ -73,6 +74,11 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_p
     assert code == 0, err
     assert "going on after 8 prompts" in out
     assert parted.read_bytes() == whole.read_bytes()
+    samples = (tmp_path / "whole.jsonl.samples.jsonl").read_bytes()
+    code, out, err = generate(run_script, tiny_model, data, whole, *scorer)
+    assert code == 0, err
+    assert "going on after 20 prompts" in out
+    assert (tmp_path / "whole.jsonl.samples.jsonl").read_bytes() == samples
     code, _, err = generate(run_script, tiny_model, data, parted, *scorer, "--temperature", 0.5)
     assert code == 2
     assert "holds samples made with another temperature; remove it" in err
@@ -191,6 +197,26 @@ def test_no_batch_has_the_random_numbers_of_a_batch_of_another_seed():
     starts = range(0, 8 * PROMPTS_PER_BATCH, PROMPTS_PER_BATCH)
     seeds = [batch_seed(seed, start) for seed in range(20) for start in starts]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_samples_are_kept_on_disk_by_whole_batches(tmp_path):
+    path, prompts = tmp_path / "samples.jsonl", [f"prompt {i}" for i in range(20)]
+    samples = Samples(path, {}, prompts[:10])
+    samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[:8]])
+    samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[8:10]])
+    gc.collect()
+    assert not any(isinstance(thing, Sampled) for thing in gc.get_objects())
+    assert [sampled.prompt for sampled in samples] == prompts[:10]
+    written = path.read_bytes()
+    for count, done in ((10, 10), (3, 3)):
+        again = Samples(path, {}, prompts[:count])
+        assert (again.count, len(list(again)), path.read_bytes()) == (done, done, written)
+    path.write_bytes(written.removesuffix(b"\n"))  # killed at the very end of a line
+    assert Samples(path, {}, prompts[:10]).count == 8
+    path.write_bytes(written)
+    more = Samples(path, {}, prompts)
+    assert (more.count, len(list(more))) == (8, 8)
+    assert path.read_bytes() == b"".join(written.splitlines(keepends=True)[:9])
 
 
 def test_what_makes_no_pair():

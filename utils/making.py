@@ -10,14 +10,17 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 
+from utils.data.files import quiet
 from utils.data.mixing import read_wishes
 from utils.data.splitting import prompt_key
 from utils.errors import UserError
@@ -29,7 +32,6 @@ from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import find_policy
 from utils.models.templates import set_chat_template
 from utils.runtime import choose_precision, find_device, say
-from utils.saving import replacing
 from utils.settings import Settings
 
 PROMPTS_PER_BATCH = 8
@@ -64,14 +66,14 @@ def make_pairs(settings: Settings) -> None:
     say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
 
     samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings), prompts)
-    if samples.done:
-        say(f"going on after {len(samples.done):,} prompts that {samples.path.name} holds")
+    if samples.count:
+        say(f"going on after {samples.count:,} prompts that {samples.path.name} holds")
     room = context_length(source, settings.model)
-    for start in range(len(samples.done), len(prompts), PROMPTS_PER_BATCH):
+    for start in range(samples.count, len(prompts), PROMPTS_PER_BATCH):
         batch = prompts[start : start + PROMPTS_PER_BATCH]
         samples.add(_sample(model, tokenizer, scorer, batch, start, room, settings))
         if start // PROMPTS_PER_BATCH % SAID_EVERY == 0:
-            say(f"      {len(samples.done):,} of {len(prompts):,}")
+            say(f"      {samples.count:,} of {len(prompts):,}")
     _write(output, samples, judge)
 
 
@@ -174,24 +176,41 @@ def batch_seed(seed: int, start: int) -> int:
 
 
 class Samples:
-    """The finished samples, in the order of the prompts, in memory and in a file that grows by whole batches."""
+    """The finished samples, in the order of the prompts, in a file that grows by whole batches; `count` of them."""
 
     def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]):
         self.path = path
         self.prompts = prompts
-        self.done: list[Sampled] = []
+        self.count = 0
         try:
             if path.is_file():
-                self._read(run)
+                self._go_on(run)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--output_file: {path} cannot be written ({error.strerror})") from None
 
-    def _read(self, run: dict[str, Any]) -> None:
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+    def _go_on(self, run: dict[str, Any]) -> None:
+        with open(self.path, "rb") as file:
+            self._check(file.readline(), run)
+            count, whole, end = 0, 0, file.tell()
+            for sampled in self._read(file):
+                if sampled.prompt != self.prompts[count]:
+                    raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
+                count += 1
+                if count % PROMPTS_PER_BATCH == 0:
+                    whole, end = count, file.tell()
+        if count == len(self.prompts):
+            self.count = count
+            return
+        self.count = whole
+        os.truncate(self.path, end)  # the batch that was being written
+
+    def _check(self, first: bytes, run: dict[str, Any]) -> None:
         try:
+            if not first.endswith(b"\n"):
+                raise ValueError("cut off")
             former = json.loads(first)["run"]
         except (ValueError, LookupError, TypeError):
             raise UserError(f"{self.path} holds no samples of this script; move it away") from None
@@ -201,27 +220,31 @@ class Samples:
                 f"{self.path} holds samples made with another {', '.join(other)}; remove it to start afresh, or give "
                 "the same flags to go on"
             )
-        whole = []
-        for line in lines:
+
+    def _read(self, file: BinaryIO) -> Iterator[Sampled]:
+        """The samples from there on, no more than there are prompts."""
+        for _ in self.prompts:
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                return  # the end, or the line that was being written
             try:
-                whole.append(Sampled(**json.loads(line)))
+                sampled = Sampled(**json.loads(line))
             except (ValueError, TypeError):
-                break  # the line that was being written
-        whole = whole[: len(self.prompts)]
-        if [sampled.prompt for sampled in whole] != list(self.prompts[: len(whole)]):
-            raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
-        self.done = whole[: len(whole) // PROMPTS_PER_BATCH * PROMPTS_PER_BATCH]
-        with replacing(self.path) as beside:
-            rows = [{"run": former}, *(dataclasses.asdict(sampled) for sampled in self.done)]
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                return
+            yield sampled
+
+    def __iter__(self) -> Iterator[Sampled]:
+        with open(self.path, "rb") as file:
+            file.readline()
+            yield from islice(self._read(file), self.count)
 
     def add(self, batch: list[Sampled]) -> None:
         """Appends a batch and has it on the disk."""
-        self.done += batch
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
             file.flush()
             os.fsync(file.fileno())
+        self.count += len(batch)
 
 
 def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
@@ -244,9 +267,8 @@ def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
 
 
 def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
-    picked = [pick_pair(sampled) for sampled in samples.done]
-    pairs = [pair for pair in picked if isinstance(pair, dict)]
-    dropped = Counter(pair for pair in picked if isinstance(pair, str))
+    dropped = Counter(pair for pair in map(pick_pair, samples) if isinstance(pair, str))
+    pairs = samples.count - dropped.total()
     for reason, count in dropped.items():
         say(f"      {count:,} without a pair: {reason}")
     if judge is not None:
@@ -254,6 +276,14 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
         if judge.unreadable:
             say(f"      such as: {judge.unreadable_example[:100]!r}; they count as ties")
     if not pairs:
-        raise UserError(f"--output_file {output}: not written, for not one pair came of {len(picked):,} prompts")
-    write_pairs(output, datasets.Dataset.from_list(pairs))
-    say(f"wrote {len(pairs):,} pairs to {output}; all responses and scores are in {samples.path.name}")
+        raise UserError(f"--output_file {output}: not written, for not one pair came of {samples.count:,} prompts")
+    with tempfile.TemporaryDirectory() as folder, quiet(0):
+        made = datasets.Dataset.from_generator(
+            _make_rows, cache_dir=folder, gen_kwargs={"samples": samples}, fingerprint="made"
+        )
+        write_pairs(output, made)
+    say(f"wrote {pairs:,} pairs to {output}; all responses and scores are in {samples.path.name}")
+
+
+def _make_rows(samples: Samples) -> Iterator[dict[str, Any]]:
+    return (pair for pair in map(pick_pair, samples) if isinstance(pair, dict))
