@@ -201,7 +201,9 @@ def test_no_batch_has_the_random_numbers_of_a_batch_of_another_seed():
 
 def test_samples_are_kept_on_disk_by_whole_batches(tmp_path):
     path, prompts = tmp_path / "samples.jsonl", [f"prompt {i}" for i in range(20)]
+    Samples(path, {"scorer": "that failed"}, prompts[:10])
     samples = Samples(path, {}, prompts[:10])
+    assert json.loads(path.read_text(encoding="utf-8")) == {"run": {}}
     samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[:8]])
     samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[8:10]])
     gc.collect()

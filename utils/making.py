@@ -186,15 +186,23 @@ class Samples:
             if path.is_file():
                 self._go_on(run)
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+                self._begin(run)
         except OSError as error:
             raise UserError(f"--output_file: {path} cannot be written ({error.strerror})") from None
 
+    def _begin(self, run: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+
     def _go_on(self, run: dict[str, Any]) -> None:
         with open(self.path, "rb") as file:
-            self._check(file.readline(), run)
-            count, whole, end = 0, 0, file.tell()
+            first = file.readline()
+            end = file.tell()
+            if not file.read(1) and b'"run"' in first:  # stopped before any sample was there: nothing to go on with
+                return self._begin(run)
+            file.seek(end)
+            self._check(first, run)
+            count, whole = 0, 0
             for sampled in self._read(file):
                 if sampled.prompt != self.prompts[count]:
                     raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
