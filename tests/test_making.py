@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +14,10 @@ import pytest
 from conftest import make_pairs, save_tiny_tokenizer, write_lines
 
 from utils.errors import UserError
-from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model
-from utils.making import Sampled, pick_pair
+from utils.inspection.prompts import read_prompts
+from utils.judging import EndpointJudge, JudgeLimits, load_function, load_reward_model, read_verdict
+from utils.making import PROMPTS_PER_BATCH, Sampled, Samples, _hash_files, batch_seed, pick_pair
+from utils.settings import DataSettings
 
 KEY = "sk-a-key-that-must-not-be-written"
 BY_LENGTH = "def longest(prompts, responses):\n    return [len(response) for response in responses]\n"
@@ -70,13 +74,42 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_p
     assert code == 0, err
     assert "going on after 8 prompts" in out
     assert parted.read_bytes() == whole.read_bytes()
+    samples = (tmp_path / "whole.jsonl.samples.jsonl").read_bytes()
+    code, out, err = generate(run_script, tiny_model, data, whole, *scorer)
+    assert code == 0, err
+    assert "going on after 20 prompts" in out
+    assert (tmp_path / "whole.jsonl.samples.jsonl").read_bytes() == samples
     code, _, err = generate(run_script, tiny_model, data, parted, *scorer, "--temperature", 0.5)
     assert code == 2
     assert "holds samples made with another temperature; remove it" in err
+    scorer_file.write_text(BY_LENGTH.replace("len(", "-len("), encoding="utf-8")
+    code, _, err = generate(run_script, tiny_model, data, parted, *scorer)
+    assert code == 2
+    assert "holds samples made with another scorer_content; remove it" in err
+    scorer_file.write_text(BY_LENGTH, encoding="utf-8")
     other = write_lines(tmp_path / "other.jsonl", make_pairs(20, seed=1))
     code, _, err = generate(run_script, tiny_model, other, parted, *scorer)
     assert code == 2
     assert "holds samples of other prompts" in err
+
+
+def test_a_folder_is_told_by_what_its_files_hold_and_large_ones_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.making.LARGEST_READ_BYTES", 8)
+    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
+
+    def hash_after(path: Path, text: str, time: int) -> str | None:
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, ns=(time, time))
+        return _hash_files(str(tmp_path))
+
+    hash_after(small, "{}", 1)
+    first = hash_after(large, "many weights", 1)
+    assert hash_after(small, "{}", 2) == first
+    assert hash_after(small, "[]", 1) != first
+    assert hash_after(small, "{}", 1) == first
+    assert hash_after(large, "many weights", 2) != first
+    assert hash_after(large, "more weights than that", 1) != first
+    assert _hash_files("org/name") is None
 
 
 def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):
@@ -96,6 +129,98 @@ def test_prompts_without_room_are_counted(run_script, tmp_path, tiny_model, scor
     assert "1 without a pair: prompt too long for the model's context" in out
 
 
+@pytest.mark.parametrize(
+    ("rows", "flags", "expected"),
+    [
+        ([{"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Rhyme.", "input": ""}], {},
+         ["Add.\n\n1 and 2", "Rhyme."]),
+        ([{"system": "Be short.", "prompt": "Why?"}, {"system": None, "prompt": "How?"}], {},
+         [[("system", "Be short."), ("user", "Why?")], [("user", "How?")]]),
+        ([{"instruction": "And then?", "history": [["Hi", "Hello"]]}], {},
+         [[("user", "Hi"), ("assistant", "Hello"), ("user", "And then?")]]),
+        ([{"conversations": [{"from": "human", "value": "Why?"}]}], {}, [[("user", "Why?")]]),
+        ([{"prompt": "no", "asked": {"text": "yes"}}], {"prompt_column": "asked.text"}, ["yes"]),
+        ([{"prompt": "no", "question": "yes", "chosen": "a", "rejected": "b"}], {"prompt_column": "question"}, ["yes"]),
+        ([{"q": "Why?", "a": "So."}], {"dataset_adapter": "bare"}, ["Why? (q)"]),
+        ([{"q": "Why?", "a": "So."}], {"dataset_adapter": "pair"}, ["Why? (pair)"]),
+        ([{"instruction": "Add.", "input": "1", "output": "1"}], {"dataset_format": "instruction"}, ["Add.\n\n1"]),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_whole_and_as_the_flags_say(tmp_path, rows, flags, expected):
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text(
+        "def bare(row): return {'prompt': row['q'] + ' (q)'}\n"
+        "def pair(row): return {'prompt': row['q'] + ' (pair)', 'chosen': row['a'], 'rejected': 'No.'}\n"
+    )
+    if "dataset_adapter" in flags:
+        flags = {"dataset_adapter": f"{adapter}:{flags['dataset_adapter']}"}
+    read = read_prompts(DataSettings(dataset_name=str(write_lines(tmp_path / "prompts.jsonl", rows)), **flags))
+    assert [p if isinstance(p, str) else [tuple(t.values()) for t in p] for p in read.rows["prompt"]] == expected
+    assert read.left_out == {}
+
+
+def test_rows_without_a_prompt_are_counted_by_reason(run_script, tmp_path, tiny_model, scorer_file):
+    data = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}) for text in ("Why?", " ", "why?", "How?")]
+    data.write_text("\n".join([*lines, json.dumps({"prompt": None}), "{broken"]) + "\n", encoding="utf-8")
+    scorer = ("--scorer", f"{scorer_file}:longest")
+    code, out, err = generate(run_script, tiny_model, data, tmp_path / "made.jsonl", *scorer)
+    assert code == 0, err
+    assert "2 left out: 'prompt' is empty (the first: prompts.jsonl line 2)" in out
+    assert "1 left out: invalid JSON" in out
+    assert "1 ask what an earlier one asks" in out
+    assert "2 prompts of" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ({"prompt_column": "other"}, "--prompt_column other: no such column"),
+        ({"dataset_format": "alpaca"}, "--dataset_format alpaca: no column for its"),
+        ({"dataset_adapter": "nothing.py:read"}, "--dataset_adapter nothing.py:read: there is no file"),
+        ({}, "no column is known as the prompt; it has: text_1. Name it with --prompt_column"),
+    ],
+)
+def test_prompts_that_are_not_where_the_flags_say_are_refused(tmp_path, flags, fault):
+    data = write_lines(tmp_path / "prompts.jsonl", [{"text_1": "Why?"}])
+    with pytest.raises(UserError, match=re.escape(fault)):
+        read_prompts(DataSettings(dataset_name=str(data), **flags))
+
+
+def test_several_sources_are_refused(run_script, tmp_path, tiny_model, scorer_file):
+    code, _, err = generate(run_script, tiny_model, "a.jsonl,b.jsonl", tmp_path / "o.jsonl", "--scorer", "x.py:f")
+    assert code == 2
+    assert err == "error: --dataset_name a.jsonl,b.jsonl: --generate reads one source at a time; name one\n"
+
+
+def test_no_batch_has_the_random_numbers_of_a_batch_of_another_seed():
+    starts = range(0, 8 * PROMPTS_PER_BATCH, PROMPTS_PER_BATCH)
+    seeds = [batch_seed(seed, start) for seed in range(20) for start in starts]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_samples_are_kept_on_disk_by_whole_batches(tmp_path):
+    path, prompts = tmp_path / "samples.jsonl", [f"prompt {i}" for i in range(20)]
+    Samples(path, {"scorer": "that failed"}, prompts[:10])
+    samples = Samples(path, {}, prompts[:10])
+    assert json.loads(path.read_text(encoding="utf-8")) == {"run": {}}
+    samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[:8]])
+    samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[8:10]])
+    gc.collect()
+    assert not any(isinstance(thing, Sampled) for thing in gc.get_objects())
+    assert [sampled.prompt for sampled in samples] == prompts[:10]
+    written = path.read_bytes()
+    for count, done in ((10, 10), (3, 3)):
+        again = Samples(path, {}, prompts[:count])
+        assert (again.count, len(list(again)), path.read_bytes()) == (done, done, written)
+    path.write_bytes(written.removesuffix(b"\n"))  # killed at the very end of a line
+    assert Samples(path, {}, prompts[:10]).count == 8
+    path.write_bytes(written)
+    more = Samples(path, {}, prompts)
+    assert (more.count, len(list(more))) == (8, 8)
+    assert path.read_bytes() == b"".join(written.splitlines(keepends=True)[:9])
+
+
 def test_what_makes_no_pair():
     assert pick_pair(Sampled("p", ["a", "a "], [1.0, 2.0])) == "fewer than two different responses"
     assert pick_pair(Sampled("p", ["a", " "], [1.0, 2.0])) == "fewer than two different responses"
@@ -111,6 +236,12 @@ def test_what_makes_no_pair():
         ("def score(prompts, responses): return 'ab'", "must return a list of numbers; it returned 'ab'"),
         ("def other(): pass", "has no function score"),
         ("import nothing_of_this_name", "the file cannot be run (ModuleNotFoundError"),
+        ("raise SystemExit(0)", "the file cannot be run (SystemExit: 0 at scorer.py line 1)"),
+        ("def score(prompts, responses) return", "the file cannot be run (SyntaxError"),
+        ("def score(prompts, responses):\n    return {}['x']", "failed (KeyError: 'x' at scorer.py line 2)"),
+        ("import sys\ndef score(prompts, responses): sys.exit(0)", "failed (SystemExit: 0 at scorer.py line 2)"),
+        ("def score(prompts, responses):\n    yield 1\n    1 / 0", "failed (ZeroDivisionError: division by zero at"),
+        ("def score(prompts, responses): return [10 ** 400, 1]", "must return a list of numbers; it returned [1000"),
     ],
 )
 def test_functions_that_do_not_score_are_named(tmp_path, code, fault):
@@ -167,6 +298,10 @@ class Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
 
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers.get("Authorization"), None))
+        self.send_error(404)
+
     def log_message(self, *arguments):
         pass
 
@@ -222,6 +357,16 @@ def test_lasting_failures_are_said_at_once_and_without_the_key(endpoint, tmp_pat
     assert len(endpoint.seen) == 1
 
 
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(endpoint, tmp_path, code):
+    elsewhere = endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"
+    endpoint.failures = [(code, {"Location": f"{elsewhere}?key={KEY}"})]
+    with pytest.raises(UserError, match=f"sends elsewhere .*{elsewhere}.*give the URL that answers") as caught:
+        make_judge(endpoint, tmp_path)._ask("p", "longer", "short")
+    assert KEY not in str(caught.value)
+    assert [path for path, *_ in endpoint.seen] == ["/v1/chat/completions"]
+
+
 def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):
     waits: list[float] = []
     judge = make_judge(endpoint, tmp_path, waits, requests=3, requests_per_minute=60)
@@ -233,11 +378,50 @@ def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):
     assert waits == [pytest.approx(1, abs=0.2), pytest.approx(2, abs=0.3)]
 
 
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("A", 1.0),
+        ("B", 0.0),
+        ("TIE", 0.5),
+        (" **B**\n", 0.0),
+        ("Response A.", 1.0),
+        ("Answer: 'B'", 0.0),
+        ("**Answer:** Response A", 1.0),
+        ("Tie.", 0.5),
+        ("B. It gives a better answer", 0.0),
+        ("B\n\nResponse A is a list.", 0.0),
+        ("A - the other one is a guess.", 1.0),
+        ("B is slightly better.", 0.0),
+        ("A better answer is given by B", None),
+        ("A and B are alike.", None),
+        ("B is worse.", None),
+        ("a", None),
+        ("Both have a point; B is fine", None),
+        ("Banana", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_the_first_word_of_an_answer(answer, verdict):
+    assert read_verdict(answer) == verdict
+
+
 def test_an_answer_without_a_verdict_is_counted_and_is_neither(endpoint, tmp_path):
     endpoint.answer = "Both have their merits."
     judge = make_judge(endpoint, tmp_path)
     assert judge.prefer("p", "one", "two") == 0.5
-    assert judge.unreadable == 2
+    assert (judge.unreadable, judge.unreadable_example) == (2, "Both have their merits.")
+
+
+def test_the_beginning_of_a_long_answer_is_read_and_kept_without_thoughts_and_key(endpoint, tmp_path):
+    endpoint.answer = f"<think>A. or B? {KEY}</think>\nB. {KEY} {'It is a better answer. ' * 40}A"
+    for _ in range(2):
+        judge = make_judge(endpoint, tmp_path)
+        assert judge._ask("p", "one", "two") == 0.0
+    assert len(endpoint.seen) == 1
+    kept = "".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    assert KEY not in kept
+    assert "B. ... It is" in kept
 
 
 def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model, endpoint):
@@ -262,13 +446,22 @@ def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model
         (["--generate"], "--scorer is missing: name a file.py:function"),
         (["--num_generations", "2"], "--num_generations: has no effect without --generate"),
         (["--generate", "--scorer", "http://x/v1"], "--judge_model is missing: name the model at the endpoint"),
+        (
+            ["--generate", "--scorer", "http://x/v1?key=SECRET", "--judge_model", "m"],
+            "--scorer: its URL has a user, a ?",
+        ),
+        (["--generate", "--scorer", "http://SECRET@x/v1", "--judge_model", "m"], "--scorer: its URL has a user, a ?"),
         (["--generate", "--scorer", "x.py:f", "--judge_model", "m"], "--judge_model: is for an endpoint"),
         (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs and checks none"),
+        (["--generate", "--group_by", "x"], "--generate: reads the prompts alone, so --group_by has no effect"),
+        (["--generate", "--strip_citations"], "--generate: reads the prompts alone, so --strip_citations has no"),
+        (["--generate", "--pairs_per_prompt", "2"], "--generate: reads the prompts alone, so --pairs_per_prompt has"),
         (["--generate", "--num_generations", "1"], "--num_generations is 1: must be 2 or more"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(run_script, flags, fault):
     names = ("--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_file", "o.jsonl")
-    code, _, err = run_script("data", *names, *flags)
+    code, out, err = run_script("data", *names, *flags)
     assert code == 2
+    assert "SECRET" not in out + err
     assert f"error: {fault}" in err

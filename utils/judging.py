@@ -15,9 +15,10 @@ import re
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, groupby
@@ -36,7 +37,17 @@ LONGEST_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = 120
 WORKERS = 4
 PASSING = (408, 409, 429, 500, 502, 503, 504)
-VERDICT = re.compile(r"\b(A|B|TIE)\b")
+# A verdict is the first word, but a sentence may begin with "A better one is B" too: what comes after it tells.
+VERDICT = re.compile(
+    r"""[\s*_`"'(\[]*
+    (?:(?:(?:Final\s)?(?:Answer|Verdict)|Response)(?:\s+is\b)?[\s:*_`"']*(?:Response\s+)?)?
+    (?P<verdict>A|B|TIE|Tie|tie)
+    [*_`"')\]]*
+    (?:\s*$|[ \t]*\n|[.;!]|\s+[\u2013\u2014-]\s|\s+is\s+(?:(?:clearly|slightly|much)\s+)?(?:the\s+)?better\b)""",
+    re.VERBOSE,
+)
+THOUGHTS = re.compile(r".*</think>", re.DOTALL)  # what some models write ahead of their answer
+KEPT_CHARACTERS = 200  # of an answer, from its beginning
 
 QUESTION = """\
 Two responses to the same prompt are given. Which one is better: more helpful, more correct, more honest? Length alone \
@@ -61,6 +72,12 @@ def read_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
 
 
+def read_verdict(answer: str) -> float | None:
+    """1 for A, 0 for B, 0.5 for a tie; None for an answer that does not begin with one of them."""
+    found = VERDICT.match(answer)
+    return {"A": 1.0, "B": 0.0, "TIE": 0.5}[found["verdict"].upper()] if found else None
+
+
 def load_function(wish: str) -> Scorer:
     """The scorer that `file.py:function` names.
 
@@ -68,16 +85,16 @@ def load_function(wish: str) -> Scorer:
         UserError: there is no such file or function, or what it returns is not one finite number per response.
     """
     named = FUNCTION.fullmatch(wish)
-    path = Path(named[1]).expanduser() if named else Path(wish)
+    path = Path(named[1]).expanduser().absolute() if named else Path(wish)
     if named is None or not path.is_file():
         raise UserError(f"--scorer {wish}: no such file; write file.py:function")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # it may import what stands beside it
+    sys.path.insert(0, str(path.parent))  # it may import what stands beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--scorer {wish}: the file cannot be run ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--scorer {wish}: the file cannot be run ({_describe(error, path)})") from None
     finally:
         sys.path.pop(0)
     function = getattr(module, named[2], None)
@@ -85,10 +102,14 @@ def load_function(wish: str) -> Scorer:
         raise UserError(f"--scorer {wish}: the file has no function {named[2]}")
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        scores = function(list(prompts), list(responses))
+        try:
+            scores = function(list(prompts), list(responses))
+            scores = list(scores) if isinstance(scores, Iterator) else scores
+        except (Exception, SystemExit) as error:
+            raise UserError(f"--scorer {wish}: failed ({_describe(error, path)})") from None
         try:
             numbers = [float(score) for score in scores]
-        except (TypeError, ValueError):
+        except Exception:
             raise UserError(f"--scorer {wish}: must return a list of numbers; it returned {scores!r:.80}") from None
         if len(numbers) != len(responses) or not all(map(math.isfinite, numbers)):
             raise UserError(
@@ -98,6 +119,15 @@ def load_function(wish: str) -> Scorer:
         return numbers
 
     return score
+
+
+def _describe(error: BaseException, path: Path) -> str:
+    """The error in one line, with the last line of the scorer's file that it passed."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{': ' * bool(text)}{text}{f' at {path.name} line {lines[-1]}' if lines else ''}"
 
 
 def load_reward_model(wish: str, trust_remote_code: bool = False) -> Scorer:
@@ -159,6 +189,13 @@ class JudgeLimits:
     requests_per_minute: float | None = None
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Lets a redirect fail: following it would hand the key to whatever host it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the answer becomes an HTTPError."""
+
+
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint that says which of two responses is better.
 
@@ -174,6 +211,8 @@ class EndpointJudge:
         self.limits = limits
         self.asked = 0  # requests sent, repeated ones included
         self.unreadable = 0  # answers without a verdict
+        self.unreadable_example = ""
+        self._open = urllib.request.build_opener(NoRedirects).open
         self._sleep = sleep
         self._lock = threading.Lock()
         self._next_time = 0.0
@@ -217,12 +256,13 @@ class EndpointJudge:
                 self._answers[key] = answer
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"question": key, "answer": answer}) + "\n")
-        found = VERDICT.findall(answer.upper())
-        if not found:
+                    file.write(json.dumps({"question": key, "begins": answer}) + "\n")
+        verdict = read_verdict(answer)
+        if verdict is None:
             with self._lock:
                 self.unreadable += 1
-        return {"A": 1.0, "B": 0.0}.get(found[-1] if found else "TIE", 0.5)
+                self.unreadable_example = self.unreadable_example or " ".join(answer.split())
+        return 0.5 if verdict is None else verdict
 
     def _request(self, question: str) -> str:
         """The answer of the endpoint; passing failures are tried again, each time after a longer while."""
@@ -236,13 +276,21 @@ class EndpointJudge:
             self._take_turn()
             wait = min(2.0**attempt, LONGEST_WAIT_SECONDS)
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"] or "")[-200:]
+                with self._open(request, timeout=TIMEOUT_SECONDS) as response:
+                    answer = str(json.load(response)["choices"][0]["message"]["content"] or "")
+                    answer = answer.replace(secret or "\0", "...")
+                    return THOUGHTS.sub("", answer, count=1).strip()[:KEPT_CHARACTERS]
             except urllib.error.HTTPError as error:
                 said = f"{error.code} {error.reason}"
                 if error.code in (401, 403):
                     raise UserError(
                         f"--scorer {self.url}: refused ({said}); set {KEY} to a key that it takes"
+                    ) from None
+                if 300 <= error.code < 400:
+                    place = str(error.headers.get("Location")).partition("?")[0].replace(secret or "\0", "...")
+                    raise UserError(
+                        f"--scorer {self.url}: sends elsewhere ({said}, to {place}), where the key is not sent; give "
+                        "the URL that answers itself"
                     ) from None
                 if error.code not in PASSING:
                     detail = error.read(300).decode("utf-8", "replace").replace(secret or "\0", "...")
@@ -289,7 +337,7 @@ def _read_answers(path: Path) -> dict[str, str]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-                answers[entry["question"]] = entry["answer"]
+                answers[entry["question"]] = entry["begins"]
             except (ValueError, LookupError, TypeError):
                 continue  # a line that was cut off: it is asked again
     return answers

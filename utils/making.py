@@ -7,31 +7,36 @@ interrupted run goes on where it stopped and ends in the same pairs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 
+from utils.data.files import quiet
+from utils.data.mixing import read_wishes
 from utils.data.splitting import prompt_key
 from utils.errors import UserError
 from utils.generation import sample_continuations
 from utils.inspection.cleaning import write_pairs
-from utils.inspection.leaks import read_prompts
+from utils.inspection.prompts import read_prompts
 from utils.judging import FUNCTION, EndpointJudge, JudgeLimits, Prompt, Scorer, load_function, load_reward_model
 from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import find_policy
 from utils.models.templates import set_chat_template
 from utils.runtime import choose_precision, find_device, say
-from utils.saving import replacing
 from utils.settings import Settings
 
 PROMPTS_PER_BATCH = 8
 SAID_EVERY = 10  # batches
+LARGEST_READ_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -61,26 +66,36 @@ def make_pairs(settings: Settings) -> None:
     say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
 
     samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings), prompts)
-    if samples.done:
-        say(f"going on after {len(samples.done):,} prompts that {samples.path.name} holds")
+    if samples.count:
+        say(f"going on after {samples.count:,} prompts that {samples.path.name} holds")
     room = context_length(source, settings.model)
-    for start in range(len(samples.done), len(prompts), PROMPTS_PER_BATCH):
+    for start in range(samples.count, len(prompts), PROMPTS_PER_BATCH):
         batch = prompts[start : start + PROMPTS_PER_BATCH]
         samples.add(_sample(model, tokenizer, scorer, batch, start, room, settings))
         if start // PROMPTS_PER_BATCH % SAID_EVERY == 0:
-            say(f"      {len(samples.done):,} of {len(prompts):,}")
+            say(f"      {samples.count:,} of {len(prompts):,}")
     _write(output, samples, judge)
 
 
 def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
-    name, rows = read_prompts(settings.data.dataset_name, "--dataset_name", settings.data.dataset_split)
+    """What the prompts are read from, and each different one once; says which rows have none."""
+    name = settings.data.dataset_name
+    if len(read_wishes(name)) > 1:
+        raise UserError(f"--dataset_name {name}: --generate reads one source at a time; name one")
+    prompts = read_prompts(settings.data)
+    say(f"prompts: {prompts.source}, read as {prompts.description}")
+    for reason, count in prompts.left_out.items():
+        where = f" (the first: {prompts.first_left_out[reason]})" if reason in prompts.first_left_out else ""
+        say(f"      {count:,} left out: {reason}{where}")
     distinct: dict[str, Prompt] = {}
-    for batch in rows.select_columns(["prompt"]).iter(1000):
+    for batch in prompts.rows.iter(1000):
         for prompt in batch["prompt"]:
             distinct.setdefault(prompt_key(prompt), prompt)
             if len(distinct) == settings.generation.num_prompts:
-                return name, list(distinct.values())
-    return name, list(distinct.values())
+                return prompts.source, list(distinct.values())
+    if len(distinct) < len(prompts.rows):
+        say(f"      {len(prompts.rows) - len(distinct):,} ask what an earlier one asks")
+    return prompts.source, list(distinct.values())
 
 
 def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:
@@ -100,7 +115,31 @@ def _describe_run(settings: Settings) -> dict[str, Any]:
     generation = dataclasses.asdict(settings.generation)
     kept = ("scorer", "judge_model", "num_generations", "max_new_tokens", "temperature")
     model = {name: getattr(settings.model, name) for name in ("model_name_or_path", "model_revision", "chat_template")}
-    return {name: generation[name] for name in kept} | model | {"seed": settings.training.seed}
+    function = FUNCTION.fullmatch(settings.generation.scorer)
+    contents = {
+        "scorer_content": _hash_files(function[1] if function else settings.generation.scorer),
+        "model_content": _hash_files(settings.model.model_name_or_path),
+        "chat_template_content": _hash_files(settings.model.chat_template or ""),
+    }
+    return {name: generation[name] for name in kept} | model | {"seed": settings.training.seed} | contents
+
+
+def _hash_files(name: str) -> str | None:
+    """A hash of the file, or of the files at the top of the folder, of that name; None where there is none here.
+
+    Of a file too large to read each time, such as weights, the size and the time of its last change count.
+    """
+    path = Path(name).expanduser()
+    if not name or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            state = file.stat()
+            read = state.st_size <= LARGEST_READ_BYTES
+            content = file.read_bytes() if read else f"{state.st_size} {state.st_mtime_ns}".encode()
+            digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _sample(
@@ -117,7 +156,7 @@ def _sample(
         model,
         tokenizer,
         asked,
-        seed=settings.training.seed + start,
+        seed=batch_seed(settings.training.seed, start),
         max_new_tokens=wish.max_new_tokens,
         temperature=wish.temperature,
     )
@@ -131,25 +170,55 @@ def _sample(
     return sampled
 
 
+def batch_seed(seed: int, start: int) -> int:
+    """The seed of the batch that begins with prompt `start`, unlike that of any batch of another --seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:7])
+
+
 class Samples:
-    """The finished samples, in the order of the prompts, in memory and in a file that grows by whole batches."""
+    """The finished samples, in the order of the prompts, in a file that grows by whole batches; `count` of them."""
 
     def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]):
         self.path = path
         self.prompts = prompts
-        self.done: list[Sampled] = []
+        self.count = 0
         try:
             if path.is_file():
-                self._read(run)
+                self._go_on(run)
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+                self._begin(run)
         except OSError as error:
             raise UserError(f"--output_file: {path} cannot be written ({error.strerror})") from None
 
-    def _read(self, run: dict[str, Any]) -> None:
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+    def _begin(self, run: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+
+    def _go_on(self, run: dict[str, Any]) -> None:
+        with open(self.path, "rb") as file:
+            first = file.readline()
+            end = file.tell()
+            if not file.read(1) and b'"run"' in first:  # stopped before any sample was there: nothing to go on with
+                return self._begin(run)
+            file.seek(end)
+            self._check(first, run)
+            count, whole = 0, 0
+            for sampled in self._read(file):
+                if sampled.prompt != self.prompts[count]:
+                    raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
+                count += 1
+                if count % PROMPTS_PER_BATCH == 0:
+                    whole, end = count, file.tell()
+        if count == len(self.prompts):
+            self.count = count
+            return
+        self.count = whole
+        os.truncate(self.path, end)  # the batch that was being written
+
+    def _check(self, first: bytes, run: dict[str, Any]) -> None:
         try:
+            if not first.endswith(b"\n"):
+                raise ValueError("cut off")
             former = json.loads(first)["run"]
         except (ValueError, LookupError, TypeError):
             raise UserError(f"{self.path} holds no samples of this script; move it away") from None
@@ -159,27 +228,31 @@ class Samples:
                 f"{self.path} holds samples made with another {', '.join(other)}; remove it to start afresh, or give "
                 "the same flags to go on"
             )
-        whole = []
-        for line in lines:
+
+    def _read(self, file: BinaryIO) -> Iterator[Sampled]:
+        """The samples from there on, no more than there are prompts."""
+        for _ in self.prompts:
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                return  # the end, or the line that was being written
             try:
-                whole.append(Sampled(**json.loads(line)))
+                sampled = Sampled(**json.loads(line))
             except (ValueError, TypeError):
-                break  # the line that was being written
-        whole = whole[: len(self.prompts)]
-        if [sampled.prompt for sampled in whole] != list(self.prompts[: len(whole)]):
-            raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
-        self.done = whole[: len(whole) // PROMPTS_PER_BATCH * PROMPTS_PER_BATCH]
-        with replacing(self.path) as beside:
-            rows = [{"run": former}, *(dataclasses.asdict(sampled) for sampled in self.done)]
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                return
+            yield sampled
+
+    def __iter__(self) -> Iterator[Sampled]:
+        with open(self.path, "rb") as file:
+            file.readline()
+            yield from islice(self._read(file), self.count)
 
     def add(self, batch: list[Sampled]) -> None:
         """Appends a batch and has it on the disk."""
-        self.done += batch
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
             file.flush()
             os.fsync(file.fileno())
+        self.count += len(batch)
 
 
 def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
@@ -202,14 +275,23 @@ def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
 
 
 def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
-    picked = [pick_pair(sampled) for sampled in samples.done]
-    pairs = [pair for pair in picked if isinstance(pair, dict)]
-    dropped = Counter(pair for pair in picked if isinstance(pair, str))
+    dropped = Counter(pair for pair in map(pick_pair, samples) if isinstance(pair, str))
+    pairs = samples.count - dropped.total()
     for reason, count in dropped.items():
         say(f"      {count:,} without a pair: {reason}")
     if judge is not None:
         say(f"      {judge.asked:,} requests to the judge, {judge.unreadable:,} answers without a verdict")
+        if judge.unreadable:
+            say(f"      such as: {judge.unreadable_example[:100]!r}; they count as ties")
     if not pairs:
-        raise UserError(f"--output_file {output}: not written, for not one pair came of {len(picked):,} prompts")
-    write_pairs(output, datasets.Dataset.from_list(pairs))
-    say(f"wrote {len(pairs):,} pairs to {output}; all responses and scores are in {samples.path.name}")
+        raise UserError(f"--output_file {output}: not written, for not one pair came of {samples.count:,} prompts")
+    with tempfile.TemporaryDirectory() as folder, quiet(0):
+        made = datasets.Dataset.from_generator(
+            _make_rows, cache_dir=folder, gen_kwargs={"samples": samples}, fingerprint="made"
+        )
+        write_pairs(output, made)
+    say(f"wrote {pairs:,} pairs to {output}; all responses and scores are in {samples.path.name}")
+
+
+def _make_rows(samples: Samples) -> Iterator[dict[str, Any]]:
+    return (pair for pair in map(pick_pair, samples) if isinstance(pair, dict))

@@ -67,12 +67,27 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
     checking = ("report_file", "json_file", "remove", "compare", "validation_split", "max_length", "max_samples")
     for name in candidate.given(*checking):
         yield f"{label}: makes pairs and checks none, so {candidate.label(name)} has no effect; run data on the result"
+    unused = ("chosen_column", "rejected_column", "group_by", "pairs_per_prompt")
+    unused += ("min_score_gap", "min_score_ratio", "strip_citations")
+    for name in candidate.given(*unused):
+        if candidate[name] is not False:
+            yield f"{label}: reads the prompts alone, so {candidate.label(name)} has no effect; leave it out"
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
+    if endpoint and _holds_more_than_an_address(candidate["scorer"]):
+        yield (
+            "--scorer: its URL has a user, a ? or a #, which may hold a key and would be written with the samples; "
+            "give the plain URL, and the key as OPENAI_API_KEY"
+        )
     if endpoint and candidate["judge_model"] is None:
         yield "--judge_model is missing: name the model at the endpoint"
     if not endpoint and candidate["scorer"] is not None:
         for name in candidate.given("judge_model", "max_judge_requests", "judge_requests_per_minute"):
             yield f"{candidate.label(name)}: is for an endpoint, and --scorer is none; leave it out"
+
+
+def _holds_more_than_an_address(url: str) -> bool:
+    host = url.split("/", 3)[2]
+    return "@" in host or "?" in url or "#" in url
 
 
 DATA_CHECKS: dict[Check, tuple[str, ...]] = {

@@ -7,19 +7,15 @@ import re
 import datasets
 import numpy as np
 
-from utils.data.conversion import convert_rows
-from utils.data.schemas import find_reading
-from utils.data.sources import load_source
 from utils.data.splitting import prompt_key
-from utils.errors import UserError
 from utils.inspection.findings import NOTE, PROBLEM, Finding, find_pairs, with_example
+from utils.inspection.prompts import read_prompts
 from utils.inspection.scanning import Scan, hash_texts
 from utils.inspection.similarity import ALIKE, find_alike, sign_texts
 from utils.inspection.subject import Subject
-from utils.inspection.texts import Value, flatten
+from utils.inspection.texts import flatten
 from utils.settings import DataSettings, Settings
 
-PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query", "problem", "text", "messages")
 WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 BATCH = 1000
 
@@ -72,7 +68,8 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
     """
     named = WITH_SPLIT.fullmatch(settings.inspection.compare)
     other, split = named.groups() if named else (settings.inspection.compare, None)
-    name, prompts = read_prompts(other, "--compare", split)
+    read = read_prompts(DataSettings(dataset_name=other, dataset_split=split), "--compare")
+    name, prompts = read.source, read.rows
     keys, signatures = _sign_prompts(prompts)
     exact = np.isin(scan.prompt_keys, keys)
     alike, likeness = find_alike(scan.prompt_signatures, signatures)
@@ -115,59 +112,3 @@ def _sign_prompts(prompts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
         keys.append(hash_texts([prompt_key(prompt) for prompt in batch["prompt"]]))
         signatures.append(sign_texts([flatten(prompt) for prompt in batch["prompt"]]))
     return np.concatenate(keys), np.concatenate(signatures)
-
-
-def read_prompts(name: str, flag: str, split: str | None = None) -> tuple[str, datasets.Dataset]:
-    """The prompts of any data that `flag` names: of pairs, of demonstrations, or a column of prompts.
-
-    Raises:
-        UserError: there are none.
-    """
-    settings = DataSettings(dataset_name=name, dataset_split=split, validation_split="none", on_bad_rows="skip")
-    try:
-        source = load_source(settings, "train")
-    except UserError as error:
-        raise UserError(*(_rename(fault, flag, name) for fault in error.faults)) from None
-    if len(source.rows) == 0:
-        raise UserError(f"{flag} {name}: has no rows")
-    for verb in ("train", "sft"):
-        try:
-            reading = find_reading(source.rows, settings, verb)
-        except UserError:
-            continue
-        if "prompt" in reading.columns or not reading.is_text:
-            converted = convert_rows(source.rows, reading)
-            prompts = converted.filter(bool, input_columns="prompt")
-            if len(prompts):
-                return source.description, prompts
-    column = next((known for known in PROMPT_NAMES if known in source.rows.column_names), None)
-    if column is None:
-        raise UserError(
-            f"{flag} {name}: no column is known as the prompt; it has: {', '.join(source.rows.column_names)}. "
-            f"Name it one of {', '.join(PROMPT_NAMES)}"
-        )
-    rows = source.rows.select_columns([column])
-    rows = rows.filter(_is_prompt, input_columns=column)
-    if len(rows) == 0:
-        raise UserError(f"{flag} {name}: the column '{column}' holds neither texts nor message lists")
-    return source.description, rows.rename_column(column, "prompt") if column != "prompt" else rows
-
-
-def _is_prompt(value: Value) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in value)
-        and all(isinstance(turn["content"], str) and isinstance(turn["role"], str) for turn in value)
-    )
-
-
-def _rename(fault: str, flag: str, name: str) -> str:
-    """What was said of --dataset_name and --dataset_split, said of --compare."""
-    if flag == "--dataset_name":
-        return fault
-    fault = fault.replace("--dataset_name", flag)
-    fault = fault.replace("--dataset_split is missing:", f"{flag} {name}: write NAME[SPLIT] to name a split:")
-    return fault.replace("--dataset_split", f"{flag} {name}: split")

@@ -1,0 +1,218 @@
+"""The prompts of any data: of pairs, of demonstrations, or in a column of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.fingerprint import Hasher
+
+from utils.data.adapter import read_code, run_adapter
+from utils.data.columns import MESSAGES, kind_of_column, list_columns, list_names, reach
+from utils.data.conversion import MESSAGE_FEATURES, convert_rows
+from utils.data.files import cache_file, quiet
+from utils.data.layouts import ANY_PROMPT, CONVERSATION
+from utils.data.ranking import Choice, add_context, expand_history
+from utils.data.schemas import SAMPLED_ROWS, find_reading
+from utils.data.sources import Source, load_source
+from utils.data.turns import BadRow, prepend_system, read_turns
+from utils.errors import UserError
+from utils.inspection.texts import Value, flatten
+from utils.settings import DataSettings
+
+PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "problem", "text", *CONVERSATION)
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`rows` has the column `prompt`; `left_out` says how many rows have none, by the reason."""
+
+    source: str
+    description: str  # how they are read
+    rows: datasets.Dataset
+    left_out: dict[str, int]
+    first_left_out: dict[str, str]  # reason -> where the first such row stands, for those whose place is known
+
+
+@dataclass(frozen=True)
+class PromptColumns:
+    """Part -> column of rows that hold prompts alone, or of what an adapter makes of them."""
+
+    parts: Mapping[str, str]
+    to_messages: bool
+    adapter: str | None
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        how = ", ".join(f"{part} '{column}'" for part, column in self.parts.items())
+        return how if self.adapter is None else f"adapter {self.adapter}: {how}"
+
+
+def read_prompts(settings: DataSettings, flag: str = "--dataset_name") -> Prompts:
+    """The prompts of the data that `settings` name; `flag` is what the person named them with.
+
+    Raises:
+        UserError: there are none, or they are not as the settings say.
+    """
+    settings = dataclasses.replace(settings, validation_split="none", on_bad_rows="skip")
+    try:
+        source = load_source(settings, "train")
+    except UserError as error:
+        raise UserError(*(_rename(fault, flag, settings.dataset_name) for fault in error.faults)) from None
+    if len(source.rows) == 0:
+        raise UserError(f"{flag} {settings.dataset_name}: has no rows")
+    fault = None
+    for verb in ("train", "sft"):
+        try:
+            reading = find_reading(source.rows, settings, verb)
+        except UserError as error:
+            fault = error
+            continue
+        if settings.prompt_column is not None and reading.is_transcript:
+            continue  # the prompts in the transcripts are others than those of the column that was named
+        if reading.adapter or "prompt" in reading.columns or not reading.is_text:
+            prompts = _keep_prompts(convert_rows(source.rows, reading), source, reading.description)
+            if len(prompts.rows):
+                return prompts
+    return _read_bare_prompts(source, settings, flag, fault)
+
+
+def _read_bare_prompts(source: Source, settings: DataSettings, flag: str, fault: UserError | None) -> Prompts:
+    """The prompts of rows that hold no responses. `fault` is why they cannot be read as rows that do."""
+    sample = source.rows.select(range(min(SAMPLED_ROWS, len(source.rows)))).to_list()
+    if settings.dataset_adapter is not None:
+        sample = [parts for row in sample for parts in _run_adapter(settings.dataset_adapter, row)]
+    columns = list(dict.fromkeys(list_columns(sample)))
+    column = settings.prompt_column or next((known for known in PROMPT_NAMES if known in columns), None)
+    if settings.dataset_adapter is not None:
+        column = "prompt"
+    asked = settings.dataset_format or settings.dataset_adapter or settings.prompt_column
+    if fault is not None and (settings.dataset_format or (asked and column not in columns)):
+        raise fault
+    name = settings.dataset_name
+    if column is None:
+        advice = "with --prompt_column" if flag == "--dataset_name" else f"one of {', '.join(PROMPT_NAMES)}"
+        has = list_names(columns)
+        raise UserError(f"{flag} {name}: no column is known as the prompt; it has: {has}. Name it {advice}")
+    how = _find_prompt_columns(sample, columns, column, settings.dataset_adapter)
+    prompts = _keep_prompts(_convert_prompts(source.rows, how), source, how.description)
+    if len(prompts.rows) == 0:
+        raise UserError(f"{flag} {name}: has no prompts ({'; '.join(prompts.left_out)})")
+    return prompts
+
+
+def _find_prompt_columns(
+    sample: Sequence[Mapping[str, Any]], columns: Sequence[str], prompt: str, adapter: str | None
+) -> PromptColumns:
+    parts = {"prompt": prompt}
+    for part in ("system", "context"):
+        name = next((name for name in ANY_PROMPT[part] if name in columns and name != prompt), None)
+        if name is not None:
+            parts[part] = name
+    if "history" in columns and prompt != "history" and kind_of_column(sample, "history") == "list":
+        parts["history"] = "history"
+    to_messages = bool({"system", "history"} & set(parts)) or kind_of_column(sample, prompt) in MESSAGES
+    return PromptColumns(parts, to_messages, adapter)
+
+
+def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dataset:
+    """`prompt`, `row` and `reason` as in converted rows."""
+    code = Path(__file__).read_bytes(), read_code(how.adapter) if how.adapter else b""
+    fingerprint = Hasher.hash((rows._fingerprint, repr(how), code))
+    features = {"prompt": MESSAGE_FEATURES if how.to_messages else datasets.Value("string")}
+    with quiet(rows.data.nbytes):
+        return rows.map(
+            _convert_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"how": how},
+            remove_columns=rows.column_names,
+            features=datasets.Features(
+                {**features, "row": datasets.Value("int64"), "reason": datasets.Value("string")}
+            ),
+            new_fingerprint=fingerprint,
+            cache_file_name=cache_file(rows, fingerprint),
+            desc="Reading the prompts",
+        )
+
+
+def _convert_batch(batch: Mapping[str, list], indices: list[int], how: PromptColumns) -> dict[str, list]:
+    output: dict[str, list] = {"prompt": [], "row": [], "reason": []}
+    for position, index in enumerate(indices):
+        row = {name: column[position] for name, column in batch.items()}
+        try:
+            made = [row] if how.adapter is None else run_adapter(how.adapter, row)
+            read = [(_read_prompt(parts, how), None) for parts in made]
+        except BadRow as reason:
+            read = [(None, str(reason))]
+        for prompt, reason in read:
+            output["prompt"].append(prompt)
+            output["row"].append(index)
+            output["reason"].append(reason)
+    return output
+
+
+def _read_prompt(row: Mapping[str, Any], how: PromptColumns) -> Value:
+    """The prompt of a row, with its input, earlier rounds and system text as in rows with responses."""
+    parts = {part: reach(row, column) for part, column in how.parts.items()}
+    name, system = how.parts["prompt"], parts.get("system")
+    if not isinstance(system, str | None):
+        raise BadRow(f"'{how.parts['system']}' is not text")
+    if "history" in parts:
+        parts = expand_history(parts, how.parts, Choice())[0]
+    prompt = parts["prompt"]
+    if isinstance(prompt, str):
+        prompt = add_context(prompt, parts.get("context"))
+    if prompt is None or not (prompt.strip() if isinstance(prompt, str) else prompt):
+        raise BadRow(f"'{name}' is empty")
+    if how.to_messages:
+        prompt = prepend_system(system, read_turns(prompt, name, "user"))
+    elif not isinstance(prompt, str):
+        raise BadRow(f"'{name}' is not text")
+    try:
+        flatten(prompt).encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"'{name}' has half a character (a lone surrogate)") from None
+    return prompt
+
+
+def _run_adapter(spec: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return run_adapter(spec, row)
+    except BadRow:
+        return []
+
+
+def _keep_prompts(converted: datasets.Dataset, source: Source, description: str) -> Prompts:
+    """Those of the converted rows that have a prompt, with a count of the others."""
+    left_out, first = dict(source.dropped), {}
+    for batch in converted.select_columns(["prompt", "row", "reason"]).iter(BATCH):
+        for prompt, row, reason in zip(batch["prompt"], batch["row"], batch["reason"], strict=True):
+            if not _is_prompt(prompt):
+                reason = reason or "the prompt is empty"
+                left_out[reason] = left_out.get(reason, 0) + 1
+                first.setdefault(reason, source.place(row))
+    with quiet(converted.data.nbytes):
+        rows = converted.select_columns(["prompt"]).filter(_is_prompt, input_columns="prompt")
+    return Prompts(source.description, description, rows, left_out, first)
+
+
+def _is_prompt(value: Value | None) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) and any(turn["content"].strip() for turn in value)
+
+
+def _rename(fault: str, flag: str, name: str) -> str:
+    """What was said of --dataset_name and --dataset_split, said of --compare."""
+    if flag == "--dataset_name":
+        return fault
+    fault = fault.replace("--dataset_name", flag)
+    fault = fault.replace("--dataset_split is missing:", f"{flag} {name}: write NAME[SPLIT] to name a split:")
+    return fault.replace("--dataset_split", f"{flag} {name}: split")
