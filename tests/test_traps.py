@@ -480,6 +480,36 @@ def test_the_reference_is_the_same_before_and_after(ours, flags, tiny_model):
     assert files == {path.name: path.read_bytes() for path in tiny_model.iterdir()}
 
 
+def test_merging_leaves_the_reference_and_gives_the_log_probs_of_the_run(ours, tiny_model):
+    """By plain PEFT: adapter switched off, on, merged, and switched out again, all from one folder on the disk."""
+    quick = {"validation_split": 0.5, "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2}
+    folder = ours(make_pairs(20), "--use_lora", **quick)
+    tokenizer, pairs = AutoTokenizer.from_pretrained(tiny_model), make_pairs(20)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder).eval()
+
+    def log_prob(prompt: str, completion: str) -> float:
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([[*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            return model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+    def assert_all_are(name: str) -> None:
+        for row in pair_rows(folder):
+            pair = pairs[row["row"]]
+            assert log_prob(pair["prompt"], pair["chosen"]) == pytest.approx(row[name], abs=2e-4)
+
+    with model.disable_adapter():
+        assert_all_are("ref_chosen_logps")
+    assert_all_are("chosen_logps")
+    model.merge_adapter()
+    assert_all_are("chosen_logps")
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert_all_are("ref_chosen_logps")
+    model = model.merge_and_unload()
+    assert_all_are("chosen_logps")
+
+
 @pytest.mark.parametrize("flags", [["--use_lora"], []], ids=["adapter", "full"])
 def test_starting_from_a_checkpoint_is_not_resuming_and_is_said(ours, run_script, flags, tmp_path):
     """11. The reference would silently be the half-trained policy."""
