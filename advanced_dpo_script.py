@@ -179,8 +179,8 @@ def run_training(
     from utils.data.loading import load_pairs
     from utils.models.loading import load_policy, load_tokenizer
     from utils.models.sources import find_policy
+    from utils.output_folder import no_empty_folder_left
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
-    from utils.saving import no_empty_folder_left
     from utils.tracking import prepare_trackers
     from utils.training.config import rows_of_run
     from utils.training.description import describe_data, describe_start

@@ -23,8 +23,9 @@ from utils.evaluation.measures import PairTable, make_buckets, measure
 from utils.evaluation.page import make_edges
 from utils.evaluation.resampling import Bootstrap, flip_signs, make_figure
 from utils.models.sources import ModelSource
+from utils.output_folder import clear_run
 from utils.runs import TrainedModel
-from utils.saving import COMPARISON_FILES, EVALUATION_FILES, clear_run, write_results
+from utils.saving import COMPARISON_FILES, EVALUATION_FILES, write_results
 
 QUICK = ["--max_steps", 6, "--learning_rate", 5e-3, "--dtype", "float32", "--validation_split", 0.3, "--save_steps", 4]
 

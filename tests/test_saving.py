@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from utils import saving
+from utils.checkpoints import find_checkpoints, find_resume_point
 from utils.errors import UserError
+from utils.output_folder import FREE_TO_CHANGE, check_output_folder, clear_run
 from utils.saving import (
     OWN_FILES,
     RunRecord,
     append_metrics,
-    check_output_folder,
-    clear_run,
-    find_checkpoints,
-    find_resume_point,
     keep_metrics_until,
     now,
     read_record,
@@ -285,7 +282,7 @@ def test_same_run_may_be_resumed(tmp_path):
     check(tmp_path, resume=True, output_dir="elsewhere", logging_steps=1, lora_target_modules=("q", "v"))
 
 
-@pytest.mark.parametrize("name", sorted(saving.FREE_TO_CHANGE))
+@pytest.mark.parametrize("name", sorted(FREE_TO_CHANGE))
 def test_setting_that_does_not_change_the_numbers_may_differ(name, tmp_path):
     make_run(tmp_path, settings=SETTINGS | {name: "before"})
     check(tmp_path, resume=True, **{name: "now"})

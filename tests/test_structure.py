@@ -15,6 +15,8 @@ ORDER = [
     "user_code",
     "arguments",
     "saving",
+    "checkpoints",
+    "output_folder",
     "state",
     "processes",
     "tracking",

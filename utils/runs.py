@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoints import find_checkpoints
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
-from utils.saving import CHECKPOINT, RECORD, find_checkpoints, read_record
+from utils.saving import CHECKPOINT, RECORD, read_record
 from utils.settings import STAGES, Settings
 
 

@@ -8,7 +8,8 @@ from utils.ballots import read_ballots
 from utils.comparing.judges import VOTE
 from utils.comparing.sides import Side
 from utils.errors import UserError
-from utils.saving import COMPARISON_FILES, check_writable, is_result
+from utils.output_folder import check_writable
+from utils.saving import COMPARISON_FILES, is_result
 from utils.settings import Settings
 
 RECORD, ROWS, PAGE = COMPARISON_FILES

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.output_folder import check_writable
 from utils.runs import TrainedModel
-from utils.saving import CHECKPOINT, EVALUATION_FILES, check_writable, is_result
+from utils.saving import CHECKPOINT, EVALUATION_FILES, is_result
 
 RECORD = EVALUATION_FILES[0]
 

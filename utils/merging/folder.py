@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.output_folder import check_writable
 from utils.runs import TrainedModel
-from utils.saving import check_writable
 
 MERGE_RECORD = "merge.json"
 

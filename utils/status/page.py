@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments.flag_values import as_text
+from utils.output_folder import FREE_TO_CHANGE
 from utils.report.charts import draw_lines
 from utils.report.html import (
     make_chart,
@@ -21,7 +22,7 @@ from utils.report.html import (
     show,
 )
 from utils.runtime import readable_seconds
-from utils.saving import FREE_TO_CHANGE, SAMPLES, read_json_lines
+from utils.saving import SAMPLES, read_json_lines
 from utils.status.state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
 from utils.status.table import NOTHING, show_number
 

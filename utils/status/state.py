@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoints import find_checkpoints
 from utils.processes import command_to_go_on, is_alive
 from utils.runtime import readable_seconds
-from utils.saving import METRICS, find_checkpoints
+from utils.saving import METRICS
 from utils.status.finding import Foreign, FoundRun, find_runs
 
 DIED = "died"  # the record says that it runs, and its process is gone

@@ -14,8 +14,9 @@ import torch
 from transformers import TrainerCallback
 
 from utils.errors import UserError
+from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
-from utils.saving import METRICS, RunRecord, append_metrics, clear_run, keep_metrics_until, read_json_lines
+from utils.saving import METRICS, RunRecord, append_metrics, keep_metrics_until, read_json_lines
 from utils.training.alarms import Limits, find_alarms
 from utils.training.progress import Stopwatch
 from utils.training.reporting import ReportFile

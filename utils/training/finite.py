@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.checkpoints import find_checkpoints
 from utils.data.places import SHOWN, Place, list_places
 from utils.errors import UserError
-from utils.saving import find_checkpoints
 
 
 def losses_by_row(parts: Sequence[tuple[list[int], Tensor]], world_size: int) -> dict[int, float]:

@@ -28,8 +28,8 @@ from utils.models.loading import (
 )
 from utils.models.sources import ModelSource, find_model, read_end_ids, read_json_file
 from utils.models.templates import choose_template
+from utils.output_folder import check_output_folder
 from utils.runtime import Precision, say
-from utils.saving import check_output_folder
 from utils.settings import Settings
 from utils.tracking import check_trackers
 from utils.training.config import build_config

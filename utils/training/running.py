@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PrinterCallback
 
+from utils.checkpoints import checkpoint_step, find_checkpoints, find_resume_point
 from utils.data.loading import PreferenceData
 from utils.errors import Interrupted, UserError
 from utils.models.head import MARK
@@ -19,18 +20,7 @@ from utils.models.scoring import output_head
 from utils.models.sources import ModelSource
 from utils.processes import command_to_go_on, identify_process
 from utils.runtime import Precision, peak_memory_bytes, read_versions, readable_seconds, say
-from utils.saving import (
-    EXAMPLES,
-    PAIRS,
-    REPORT,
-    RunRecord,
-    checkpoint_step,
-    find_checkpoints,
-    find_resume_point,
-    now,
-    read_record,
-    write_json_lines,
-)
+from utils.saving import EXAMPLES, PAIRS, REPORT, RunRecord, now, read_record, write_json_lines
 from utils.settings import Settings
 from utils.tracking import say_how_to_upload
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics
