@@ -12,6 +12,7 @@ The story of a run, stage by stage; every stage is a room under utils/ and compu
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
-from utils.errors import Interrupted, UserError, gather
+from utils.errors import Interrupted, Stopped, UserError, gather
 from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
 from utils.settings import Settings
 
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         say(str(stop))
         return 130
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") in ("0", "1"):  # one of which is there where one process was lost
+            print(stop, file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         say("interrupted; nothing was lost that had been saved before")
         return 130
@@ -184,8 +189,9 @@ def run_training(
     from utils.tracking import prepare_trackers
     from utils.training.config import rows_of_run
     from utils.training.description import describe_data, describe_start
+    from utils.training.finishing import finish_run
     from utils.training.preparation import check_settings, find_folder, prepare_rows
-    from utils.training.running import finish_run, start_run
+    from utils.training.running import start_run
 
     quiet_loaded_libraries()
     set_seed(settings.training.seed)

@@ -15,6 +15,7 @@ ORDER = [
     "user_code",
     "arguments",
     "saving",
+    "manifests",
     "checkpoints",
     "output_folder",
     "state",

@@ -1,7 +1,8 @@
-"""The one exception that is the reader's to mend.
+"""How a run ends other than well: by what the reader can mend, by being asked to stop, by what it lost.
 
 UserError            every fault found, one line each; printed without a traceback, exit code 2
 Interrupted          Ctrl-C or SIGTERM, after the state was saved; exit code 130
+Stopped              a part of the run was lost (another process of it); the message says how to go on; exit code 1
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state; the message says how to go on."""
+
+
+class Stopped(Exception):
+    """What the run cannot go on without is lost, and nothing in its settings is to be mended."""
 
 
 def gather(*stages: Callable[[], Any]) -> tuple[Any, ...]:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints import find_checkpoints
+from utils.checkpoints import find_checkpoints, remove_checkpoint
 from utils.errors import UserError
-from utils.saving import CHECKPOINT, OWN_FILES, RECORD, RESULT_FOLDER, RESULTS, is_result, read_record
+from utils.saving import (
+    CHECKPOINT,
+    OWN_FILES,
+    RECORD,
+    RESULT_FOLDER,
+    RESULTS,
+    SET_ASIDE,
+    is_result,
+    read_record,
+    remove_leftovers,
+    write_json,
+)
 
 # Settings that may differ between the parts of one run: they change how it is run, not what it computes.
 FREE_TO_CHANGE = frozenset(
@@ -116,17 +126,33 @@ def no_empty_folder_left(output_dir: Path | None) -> Iterator[None]:
         raise
 
 
-def clear_run(output_dir: Path) -> None:
-    """Removes what a former run wrote into the folder, and nothing else."""
+def clear_run(output_dir: Path, damaged: bool = True) -> None:
+    """Removes what a former run wrote into the folder, and nothing else.
+
+    Its record stays until that of the new run takes its place, and says no longer that it is finished: a folder that
+    was cleared half way is neither a finished run nor unknown.
+
+    Args:
+        damaged: whether checkpoints that were set aside as damaged go too.
+    """
     if not output_dir.is_dir():
         return
+    record = read_record(output_dir)
+    if record is not None and record.get("status") == "finished":
+        left = {
+            "status": "failed",
+            "failure": "another run was to replace it, and was stopped while it removed this one",
+        }
+        write_json(output_dir / RECORD, record | left)
+    removed = set(OWN_FILES) - {RECORD}
     for path in list(output_dir.iterdir()):
-        if path.is_dir() and CHECKPOINT.fullmatch(path.name):
-            shutil.rmtree(path)
+        if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or (damaged and SET_ASIDE.fullmatch(path.name))):
+            remove_checkpoint(path)
         elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir():
             _clear_results(path)
-        elif path.name in OWN_FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
+        elif path.name in removed or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
             path.unlink()
+    remove_leftovers(output_dir)
 
 
 def _clear_results(folder: Path) -> None:

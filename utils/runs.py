@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints import find_checkpoints
+from utils.checkpoints import find_checkpoints, find_fault, is_of_model
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
 from utils.saving import CHECKPOINT, RECORD, read_record
@@ -81,6 +81,9 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
         raise UserError(f"{flag} {name}: {run / RECORD} is no record of a run; remove or mend it")
     if run == folder and record.get("status") != "finished":
         raise UserError(f"{flag} {name}: {_unfinished(folder, record)}")
+    fault = find_fault(folder, reads=is_of_model) if run != folder else None
+    if fault is not None:
+        raise UserError(f"{flag} {name}: {_damaged(run, fault)}")
     trained = TrainedModel(find_model(flag, name), run, record)
     _check_record(flag, trained)
     return trained
@@ -91,6 +94,12 @@ def _unfinished(folder: Path, record: Mapping[str, Any]) -> str:
     look = f"name its newest checkpoint, {checkpoints[-1]}, or " if checkpoints else ""
     go_on = f"finish it with --output_dir {folder} --resume_from_checkpoint auto and its other settings"
     return f"a run that did not finish ({record.get('status')}); {look}{go_on}"
+
+
+def _damaged(run: Path, fault: str) -> str:
+    whole = [str(path) for path in find_checkpoints(run) if find_fault(path, reads=is_of_model) is None]
+    instead = f"its newest whole one is {whole[-1]}" if whole else "its run has no whole one"
+    return f"a damaged checkpoint: {fault}; {instead}"
 
 
 def _check_record(flag: str, trained: TrainedModel) -> None:

@@ -6,9 +6,11 @@ Nothing in a run folder is a pickle: tensors are safetensors, everything else is
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +30,10 @@ COMPARISON_FILES = ("comparison.json", "comparison.jsonl", "comparison.html")
 RESULTS = {"evaluate": EVALUATION_FILES, "compare": COMPARISON_FILES}
 TRAINER_STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+SET_ASIDE = re.compile(r"checkpoint-\d+\.damaged(-\d+)?")
+UNFINISHED_MODEL = ".model.partial"
+HALF_MADE = re.compile(rf"\.checkpoint-\d+(\.damaged(-\d+)?)?\.(partial|former)|{re.escape(UNFINISHED_MODEL)}")
+HALF_WRITTEN = re.compile(r"\.(.+)\.\d+\.tmp")
 RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
 
 # What a run of this script puts into its folder, and so what --overwrite_output_dir may remove from it.
@@ -68,6 +74,54 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def find_disk_fault(error: BaseException) -> OSError | None:
+    """A failure to write or read as Python's own exception, also where a library words it in its own way."""
+    if isinstance(error, OSError):
+        return error
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors
+        return OSError(int(match[1]), os.strerror(int(match[1])))
+    if "PytorchStreamWriter failed" in str(error):  # torch.save, which does not say why
+        return OSError(errno.EIO, "a file could not be written whole")
+    return None
+
+
+def flush_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk: what was made, renamed or removed in it outlives a power cut."""
+    if os.name == "nt":  # which has no such call, and needs none
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def move_into_place(made: Path, folder: Path) -> None:
+    """Moves what stands in `made` into `folder`, each file in one step, flushed before; `made` is gone afterwards."""
+    paths = sorted(made.rglob("*"))
+    for path in paths:
+        if path.is_file():
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+    for path in paths:
+        target = folder / path.relative_to(made)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(path, target)
+    flush_folder(folder)
+    shutil.rmtree(made)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed left half done in the folder of a run, by the names that they give."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and HALF_MADE.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif (match := HALF_WRITTEN.fullmatch(path.name)) and match[1] in OWN_FILES:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -153,9 +207,16 @@ class RunRecord:
             self.write()
 
     def write(self) -> None:
-        """Writes the file, where there is a folder for it."""
-        if self.path is not None:
-            write_json(self.path, self.content)
+        """Writes the file, where there is a folder for it.
+
+        Raises:
+            OSError: it cannot be written; FileNotFoundError where the folder is gone, which is not made again.
+        """
+        if self.path is None:
+            return
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder of the run is gone", str(self.path))
+        write_json(self.path, self.content)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -168,9 +229,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
-    """Adds one line to metrics.jsonl."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Adds one line to metrics.jsonl, or nothing of it where it cannot be written whole."""
+    with open(folder / METRICS, "ab", buffering=0) as file:
+        size, content = file.tell(), (json.dumps(line) + "\n").encode()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -184,11 +251,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def keep_metrics_until(folder: Path, step: int) -> None:
-    """Drops the metrics and samples of later steps than `step`: a resumed run writes them again."""
-    for path in (folder / METRICS, folder / SAMPLES):
-        if path.is_file():
-            write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
+def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing."""
+    path = folder / METRICS
+    found = read_json_lines(path)
+    if lines or found:
+        kept = [old if old == new else new for old, new in zip(found, lines, strict=False)]  # keys in their old order
+        write_json_lines(path, kept + lines[len(kept) :])
+
+
+def keep_samples_until(folder: Path, step: int) -> None:
+    """Drops the samples of later steps than `step`: a resumed run writes them again."""
+    path = folder / SAMPLES
+    if path.is_file():
+        write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
 
 
 def now() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.flags import TRAINING
-from utils.saving import CHECKPOINT, RECORD, TRAINER_STATE
+from utils.saving import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
 
 STATES = ("running", "finished", "interrupted", "failed")  # as a record may say; see utils/status/state.py for `died`
 DEPTH = 4  # levels of folders below the one that is named
@@ -62,7 +62,8 @@ def _look_into(folder: Path, levels: int, seen: set[str]) -> Iterator[FoundRun |
     if found is not None:
         yield found
     for name in names:
-        if levels and not (name.startswith(".") or name in NO_RUNS_IN or CHECKPOINT.fullmatch(name)):
+        of_run = CHECKPOINT.fullmatch(name) or SET_ASIDE.fullmatch(name)
+        if levels and not (name.startswith(".") or name in NO_RUNS_IN or of_run):
             yield from _look_into(folder / name, levels - 1, seen)
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from utils.errors import UserError
 from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
-from utils.saving import METRICS, RunRecord, append_metrics, keep_metrics_until, read_json_lines
+from utils.saving import RunRecord, append_metrics, keep_samples_until, remove_leftovers, restore_metrics
 from utils.training.alarms import Limits, find_alarms
 from utils.training.progress import Stopwatch
 from utils.training.reporting import ReportFile
@@ -39,6 +39,18 @@ def readable_metrics(metrics: Mapping[str, Any]) -> str:
     return "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
 
 
+def as_line(logs: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A line of metrics.jsonl from what the trainer logs."""
+    line = {name.replace("eval_", "held_out_"): value for name, value in logs.items() if name != "step"}
+    bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {"step": step, **line} | dict.fromkeys(bad)  # null: JSON has no NaN
+
+
+def is_of_run(logs: Mapping[str, Any]) -> bool:
+    """Whether it is of a step; the trainer logs its own summary at the end of each part of a run."""
+    return "train_runtime" not in logs
+
+
 class RunWatcher(TrainerCallback):
     """Prints and records each log line and evaluation, and stops the run in good order when it is asked to."""
 
@@ -53,12 +65,14 @@ class RunWatcher(TrainerCallback):
         self.record = record
         self.folder = folder
         self.fresh = fresh  # whether the run begins here, in place of one that the folder may hold
+        self.replaces = True  # that one, also what was set aside as damaged, which a start without a checkpoint leaves
         self.stopwatch = Stopwatch()
         self._made = time.perf_counter() - earlier  # seconds that the run took before it was resumed
         self.asked_to_stop = False  # by a signal to this process
         self.interrupted = False  # whether the run stops, in all its processes
         self.begun = False  # whether everything that settings decide is made, so that what fails now is no setting
         self.shows_evaluations = True
+        self._saves_later = False
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
@@ -80,24 +94,38 @@ class RunWatcher(TrainerCallback):
             self._processes = torch.distributed.new_group(backend="gloo")
         if self.folder is not None and state.is_world_process_zero:
             if self.fresh:
-                clear_run(self.folder)
+                clear_run(self.folder, damaged=self.replaces)
             self.folder.mkdir(parents=True, exist_ok=True)
-            keep_metrics_until(self.folder, state.global_step)
-            self.lines = read_json_lines(self.folder / METRICS)
+            remove_leftovers(self.folder)
+            lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
+            restore_metrics(self.folder, lines)
+            keep_samples_until(self.folder, state.global_step)
+            for line in lines:
+                self._sound_alarms(line, state.max_steps, aloud=False)
             self.record.write_to(self.folder)
             self.report.write(now=True)
         self.begun = True
         self.stopwatch.start()
 
     def on_step_end(self, args, state, control, **_):
-        last = state.global_step >= state.max_steps
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # a line before every checkpoint, so that the two tell of the same step
         self.interrupted = self._any_asked_to_stop(args.world_size)
         if self.interrupted:
+            # No line for a checkpoint that the run would not have made: what the next line counts is saved in it.
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
-        # A log line before every checkpoint: what it counts is then never lost between two parts of a run.
-        if control.should_save or last:
-            control.should_log = True
+        self._saves_later = False
+        if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+            # The evaluation at the end of the epoch belongs to this step too.
+            control.should_save, self._saves_later = False, True
+
+    def on_epoch_end(self, args, state, control, **_):
+        if self._saves_later:
+            control.should_save, self._saves_later = True, False
+        elif self.interrupted and not float(state.epoch).is_integer():
+            # The epoch goes on when the run is resumed.
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def _any_asked_to_stop(self, world_size: int) -> bool:
         """Whether a signal reached any process: all have to stop after the same step. Does not wait for a GPU."""
@@ -108,12 +136,11 @@ class RunWatcher(TrainerCallback):
         return bool(asked)
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or not is_of_run(logs):
             return
         held_out = any(name.startswith("eval_") for name in logs)
-        line = {name.replace("eval_", "held_out_"): value for name, value in logs.items()}
-        bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-        line = {"step": state.global_step, **line} | dict.fromkeys(bad)  # null: JSON has no NaN
+        line = as_line(logs, state.global_step)
+        bad = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
         if self.folder is not None:
             append_metrics(self.folder, line)
         if not held_out:
@@ -132,8 +159,8 @@ class RunWatcher(TrainerCallback):
         if self.report is not None:
             self.report.write(now=held_out)
 
-    def _sound_alarms(self, line: dict[str, Any], steps: int) -> None:
-        """Says each alarm that the metrics set off, once in a run."""
+    def _sound_alarms(self, line: dict[str, Any], steps: int, aloud: bool = True) -> None:
+        """Says each alarm that the metrics set off, once in a run; a resumed run knows what was said before."""
         self.lines.append(line)
         if len(self.lines) > MOST_LINES:  # alarms look at evaluations, and at the first and last lines of training
             middle = self.lines[MOST_LINES // 4 : -MOST_LINES // 2]
@@ -142,7 +169,7 @@ class RunWatcher(TrainerCallback):
         for name, text in find_alarms(self.lines, Limits(steps, self._max_kl)):
             if name not in self._alarms:
                 self._alarms.add(name)
-                self.record.warn(text, aloud=True)
+                self.record.warn(text, aloud=aloud)
 
     def _progress(self, state, logs: Mapping[str, Any], left: float) -> str:
         width = len(str(state.max_steps))

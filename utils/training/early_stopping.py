@@ -42,6 +42,11 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int, metric: str, record: RunRecord):
         self.patience, self.metric, self.record = patience, metric, record
 
+    def on_train_begin(self, args, state, control, **_):
+        best = find_best(state.log_history, self.metric)
+        if best is not None:  # a resumed run, which may have been stopped already
+            control.should_training_stop = self._note(best, state)
+
     def on_step_end(self, args, state, control, **_):
         if control.should_evaluate:
             control.should_log = True  # what a checkpoint counted is logged before it
@@ -52,15 +57,19 @@ class EarlyStopping(TrainerCallback):
             return
         if best.step == state.global_step:
             control.should_save = True
-        stops = best.evaluations_since >= self.patience and state.global_step < state.max_steps
-        content = {"metric": self.metric, "patience": self.patience, **asdict(best), "stopped": stops}
-        self.record.update(early_stopping=content)
-        if stops:
+        if self._note(best, state):
             control.should_training_stop = True
             say(
                 f"  stopping early: the held-out {self.metric} has not got better in {best.evaluations_since} "
                 f"evaluation{'s' if best.evaluations_since > 1 else ''}"
             )
+
+    def _note(self, best: Best, state) -> bool:
+        """Records the best evaluation; whether the run stops for it."""
+        stops = best.evaluations_since >= self.patience and state.global_step < state.max_steps
+        content = {"metric": self.metric, "patience": self.patience, **asdict(best), "stopped": stops}
+        self.record.update(early_stopping=content)
+        return stops
 
 
 def describe_best(content: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -25,8 +26,10 @@ class ReportFile:
         if not now and begun < self._next:
             return
         try:
-            write_text(self.folder / REPORT, make_run_page(self.folder))
+            page = make_run_page(self.folder)  # which fails where the folder is gone: it is not made again
+            write_text(self.folder / REPORT, page)
         except Exception as error:
-            self.record.warn(f"{REPORT} could not be written: {type(error).__name__}: {error}", aloud=True)
+            with contextlib.suppress(OSError):  # run.json, which has the same reason
+                self.record.warn(f"{REPORT} could not be written: {type(error).__name__}: {error}", aloud=True)
         ended = time.perf_counter()
         self._next = ended + max(EVERY_SECONDS, (ended - begun) / LARGEST_SHARE)

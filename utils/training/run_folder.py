@@ -24,6 +24,7 @@ from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
 from utils.state import load_state, read_random_state, save_state, set_random_state
 from utils.training.batches import ROWS, TOKENS
+from utils.training.checkpointing import WholeCheckpoints
 from utils.training.finite import describe_step, losses_by_row
 from utils.training.progress import Stopwatch
 
@@ -58,7 +59,7 @@ def set_lora_dropout(model: torch.nn.Module, probability: float) -> None:
         config.lora_dropout = probability  # an adapter that training continues was saved with its former one
 
 
-class RunFolderTrainer(Trainer):
+class RunFolderTrainer(WholeCheckpoints):
     """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give.
 
     Each `counted` item (a pair, or a token to be learnt) weighs the same in the loss of its optimizer step and in the
@@ -78,7 +79,6 @@ class RunFolderTrainer(Trainer):
         self.held_out_rows: list[dict[str, float]] = []
         self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
         self.tokens_seen = 0  # in training, by this process: tokens of the data, padding not counted
-        self._sums: dict[str, Tensor] = {}
         self._last_line = (0, 0.0)  # tokens seen and seconds of training when it was logged
         self._step_losses: list[tuple[list[int], Tensor]] = []  # of the micro-batches of the optimizer step
 
@@ -182,8 +182,10 @@ class RunFolderTrainer(Trainer):
         return metrics
 
     def _run_epoch(self, *arguments, **options) -> None:
+        if options["resume_from_checkpoint"] is not None and options["epoch"] == options["epochs_trained"]:
+            self.load_log_state(options["resume_from_checkpoint"])
         # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
         else:
             self.control.should_training_stop = True
@@ -218,11 +220,6 @@ class RunFolderTrainer(Trainer):
         if not had_readme:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # Past TRL's own version, which writes a model card into every checkpoint.
-        with self.stopwatch.paused("saving"):
-            Trainer._save_checkpoint(self, model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

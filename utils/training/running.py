@@ -1,31 +1,33 @@
-"""A run from its first step to its record: trains, stops in good order, evaluates, saves."""
+"""A run from its first step to its last: trains, is recorded, stops in good order."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
 
-from utils.checkpoints import checkpoint_step, find_checkpoints, find_resume_point
+from utils.checkpoints import ResumePoint, checkpoint_step, find_checkpoints, find_resume_point, set_aside
 from utils.data.loading import PreferenceData
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, Stopped, UserError
 from utils.models.head import MARK
 from utils.models.loading import Reference
 from utils.models.scoring import output_head
 from utils.models.sources import ModelSource
 from utils.processes import command_to_go_on, identify_process
-from utils.runtime import Precision, peak_memory_bytes, read_versions, readable_seconds, say
-from utils.saving import EXAMPLES, PAIRS, REPORT, RunRecord, now, read_record, write_json_lines
+from utils.runtime import Precision, is_main_process, peak_memory_bytes, read_versions, say
+from utils.saving import RunRecord, now, read_record
 from utils.settings import Settings
-from utils.tracking import say_how_to_upload
-from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics
-from utils.training.early_stopping import EarlyStopping, describe_best
-from utils.training.examples import choose_examples
+from utils.training.callbacks import RunWatcher, StopInGoodOrder
+from utils.training.early_stopping import EarlyStopping
+from utils.training.failures import explain_failure
 from utils.training.preparation import Rows
 from utils.training.progress import count_tokens, seconds_left
 from utils.training.refusals import refusals_explained
@@ -33,8 +35,6 @@ from utils.training.run_folder import RunFolderTrainer
 from utils.training.samples import SampleWriter, choose_prompts
 from utils.training.trackers import attach_trackers, close_trackers
 from utils.training.trainer import PreferenceTrainer
-
-METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
 
 
 @dataclass
@@ -56,30 +56,66 @@ class Run:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state was saved.
+            UserError, Stopped: it ended before; the message says what is safe.
         """
-        try:
-            with StopInGoodOrder(self.watcher), refusals_explained(self.settings, lambda: self.watcher.begun):
-                self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
-        except KeyboardInterrupt:
-            self.end("interrupted")
-            raise
-        except BaseException as error:
-            self._record_failure(error)
-            raise
+        with (
+            self.failing_in_good_order(),
+            StopInGoodOrder(self.watcher),
+            refusals_explained(self.settings, lambda: self.watcher.begun),
+        ):
+            self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
         if self.watcher.interrupted:
             self.end("interrupted")
             raise Interrupted(self._how_to_go_on())
 
+    @contextlib.contextmanager
+    def failing_in_good_order(self) -> Iterator[None]:
+        """Records what ends the run before its time, and says it with what is safe and the command that goes on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._record_end("interrupted")
+            if not self.watcher.begun:
+                raise
+            raise Interrupted(self._how_to_go_on()) from None
+        except BaseException as error:
+            explained = self._explain(error)
+            self._record_failure(explained or error)
+            if explained is not None:
+                raise explained from error
+            raise
+
+    def _explain(self, error: BaseException) -> UserError | Stopped | None:
+        step, processes = self.trainer.state.global_step, self.trainer.args.world_size
+        return explain_failure(error, self.folder, step, self._what_is_safe(), self._command(), processes)
+
+    def _what_is_safe(self) -> str:
+        checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
+        if not checkpoints:
+            there = self.folder is not None and self.folder.is_dir()
+            return "No checkpoint was saved yet." if there else "What it held is not there now."
+        return f"{checkpoints[-1].name} is safe, and everything up to its step."
+
+    def _command(self) -> str:
+        return command_to_go_on(self.record.content["arguments"], self.trainer.args.world_size)
+
     def _record_failure(self, error: BaseException) -> None:
         texts = error.faults if isinstance(error, UserError) else [f"{type(error).__name__}: {error}"]
-        for text in texts if self.watcher.begun else ():
-            self.record.warn(text)
-        self.end("failed", failure=texts[0].partition("\n")[0])
+        if isinstance(error, Stopped):
+            texts = [str(error).removeprefix("error: ")]
+        if self.watcher.begun:
+            self.record.content["warnings"] += [text for text in texts if text not in self.record.content["warnings"]]
+        self._record_end("failed", failure=texts[0].partition("\n")[0])
+
+    def _record_end(self, status: str, **values: Any) -> None:
+        """The same as `end`, where the disk may be what failed."""
+        with contextlib.suppress(OSError):
+            self.end(status, **values)
 
     def end(self, status: str, **values: Any) -> None:
         """The last record of the run, and its report."""
         if self.watcher.begun:
-            values |= {"seconds_left": None, "resources": self.resources()}
+            values |= {"seconds_left": None, "resources": self.resources(), "step": self.trainer.state.global_step}
         self.record.update(status=status, **values)
         close_trackers(self.trainer, self.record)
         if self.watcher.report is not None and self.trainer.args.should_save and self.watcher.begun:
@@ -87,10 +123,12 @@ class Run:
 
     def _how_to_go_on(self) -> str:
         step = self.trainer.state.global_step
-        if self.folder is None or not find_checkpoints(self.folder):
+        checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
+        if not checkpoints:
             return f"interrupted at step {step}; no checkpoint was saved"
-        command = command_to_go_on(self.record.content["arguments"], self.trainer.args.world_size)
-        return f"interrupted at step {step}, its state is saved; to go on:\n  {command}"
+        saved = checkpoint_step(checkpoints[-1])
+        what = "its state is saved" if saved == step else f"its state as of step {saved} is saved"
+        return f"interrupted at step {step}, {what}; to go on:\n  {self._command()}"
 
     def resources(self) -> dict[str, Any]:
         """What the run used so far, its parts before a resume included: seconds, GPU hours and cost. Of this part
@@ -163,8 +201,9 @@ def start_run(
 ) -> Run:
     """Attaches to the trainer what watches and records it; nothing is written before its first step can be taken."""
     wish = settings.run.resume_from_checkpoint
-    resume_from = find_resume_point(folder, wish) if folder is not None else None
-    former = read_record(folder) if resume_from is not None else None
+    resume_from = _choose_checkpoint(folder, wish) if folder is not None else None
+    before = read_record(folder) if folder is not None and wish is not None else None
+    former = before if resume_from is not None else None
     if wish is not None:
         say(
             f"resuming from {resume_from}"
@@ -179,6 +218,7 @@ def start_run(
         trainer.args.eval_on_start = False
     earlier = ((former or {}).get("resources") or {}).get("seconds") or 0.0
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
+    watcher.replaces = wish is None
     trainer.stopwatch, trainer.place = watcher.stopwatch, data.place
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
@@ -188,10 +228,25 @@ def start_run(
     if settings.run.sample_during_eval:
         trainer.add_callback(SampleWriter(trainer, choose_prompts(data, rows, trainer, settings), settings, folder))
     step = checkpoint_step(resume_from) if resume_from is not None else 0
-    record.content["wandb_run_id"] = attach_trackers(trainer, settings.run, former, step)
+    record.content["wandb_run_id"] = attach_trackers(trainer, settings.run, before, step, record)
     run = Run(trainer, record, watcher, settings, precision, rows, data, folder, resume_from)
     watcher.resources, watcher.seconds_left = run.resources, run.seconds_left
     return run
+
+
+def _choose_checkpoint(folder: Path, wish: str | None) -> Path | None:
+    """The checkpoint to go on from, the same in all processes; damaged ones on the way to it are set aside."""
+    outcome: list[ResumePoint | UserError | None] = [None]
+    if is_main_process():
+        try:
+            outcome = [find_resume_point(folder, wish)]
+            set_aside(outcome[0])
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0].checkpoint
 
 
 def _first_record(
@@ -249,67 +304,3 @@ def _origins(source: ModelSource, reference: Reference | None, precision: Precis
         "reference_model": measured_against,
         "precision": precision.name,
     }
-
-
-def finish_run(run: Run) -> None:
-    """Evaluates, saves the model or adapter at the folder's root, completes the record and says how it went."""
-    trainer = run.trainer
-    metrics = {"train": training_metrics(trainer.state.log_history)}
-    if trainer.eval_dataset is not None:
-        metrics["held_out"] = evaluate_last(run)
-    if run.folder is None:
-        say("dry run: every stage works; nothing was saved")
-        return
-    trainer.save_model(str(run.folder))
-    if trainer.args.should_save and trainer.eval_dataset is not None:
-        names = [
-            {"id": name, "row": row, "place": run.data.held_out_place(row)}
-            for name, row in zip(run.rows.held_out["id"], run.rows.held_out["row"], strict=True)
-        ]
-        pairs = [{**name, **values} for name, values in zip(names, trainer.held_out_rows, strict=True)]
-        write_json_lines(run.folder / PAIRS, pairs)
-        write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
-    run.end("finished", metrics=metrics, engine=run.engine())
-    _say_result(run)
-
-
-def evaluate_last(run: Run) -> dict[str, float]:
-    """Held-out metrics of the model as it is saved; an evaluation that was just made is not made twice."""
-    trainer, step = run.trainer, run.trainer.state.global_step
-    best = run.record.content.get("early_stopping")
-    if best is not None and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        return trainer.measure()  # not logged: its step has been
-    done = [line for line in trainer.state.log_history if "eval_loss" in line and line["step"] == step]
-    if done and trainer.held_out_rows and not trainer.args.load_best_model_at_end:
-        return {name.removeprefix("eval_"): value for name, value in done[-1].items() if name.startswith("eval_")}
-    run.watcher.shows_evaluations = False  # the result is shown beside the one before training
-    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-
-
-def training_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the whole training, from its log lines, each weighted by the rows it stands for."""
-    lines = [line for line in history if "loss" in line and "learning_rate" in line]
-    weights = [line["pairs"] if "pairs" in line else line["tokens"] for line in lines]
-    names = [name for name in METRIC_NAMES if lines and all(name in line for line in lines)]
-    total = sum(weights)
-    return {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}
-
-
-def _say_result(run: Run) -> None:
-    content = run.record.content
-    before, after = content["metrics"].get("held_out_before"), content["metrics"].get("held_out")
-    if before and after:
-        say(f"held out: before {readable_metrics(before)}")
-        say(f"          after  {readable_metrics(after)}")
-    if content.get("early_stopping"):
-        say(describe_best(content["early_stopping"]))
-    resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
-    say(
-        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} {kind}/s in training, "
-        f"peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
-    )
-    what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"
-    say(f"{what}, tokenizer and record (run.json): {run.folder}")
-    if (run.folder / REPORT).is_file():
-        say(f"report: {run.folder / REPORT}")
-    say_how_to_upload(run.settings, run.folder, content["wandb_run_id"])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from utils.runtime import say
 from utils.saving import RunRecord
 from utils.settings import RunSettings
 
+TRACKERS = frozenset(INTEGRATION_TO_CALLBACK.values())
 SAMPLE_COLUMNS = ("step", "prompt", "response", "ended")
 
 
@@ -51,13 +54,15 @@ class StepwiseWandb(WandbCallback):
 
 
 def attach_trackers(
-    trainer: Trainer, settings: RunSettings, former: Mapping[str, Any] | None, resumed_step: int
+    trainer: Trainer, settings: RunSettings, former: Mapping[str, Any] | None, resumed_step: int, record: RunRecord
 ) -> str | None:
     """Puts trackers that go on with a resumed run in the place of the trainer's own. Returns the id of the W&B run.
 
+    What fails in a tracker is a warning, and the run goes on without that tracker.
+
     Args:
         former: the record of the run that is resumed.
-        resumed_step: the step of its checkpoint.
+        resumed_step: the step of its checkpoint; 0 where it begins again.
     """
     run_id = None
     if _removed(trainer, WandbCallback):
@@ -69,7 +74,47 @@ def attach_trackers(
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(Path(trainer.args.output_dir) / "tensorboard")
         # What an earlier part logged after the checkpoint is struck out: it is trained again.
         trainer.add_callback(TensorBoardCallback(SummaryWriter(folder, purge_step=resumed_step + 1)))
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback) in TRACKERS or isinstance(callback, StepwiseWandb):
+            _let_fail(callback, record)
     return run_id
+
+
+def _let_fail(callback: TrainerCallback, record: RunRecord) -> None:
+    """From its first failure on a tracker is called no more."""
+    name = _name_of(callback)
+    failed = False
+
+    def forgiving(call: Callable) -> Callable:
+        def called(*arguments, **options):
+            nonlocal failed
+            if failed:
+                return None
+            try:
+                return call(*arguments, **options)
+            except Exception as error:
+                failed = True
+                _warn_of(name, error, record)
+                return None
+
+        return called
+
+    # A failure before the first step is one of settings, and is refused.
+    for event in (name for name in dir(TrainerCallback) if name.startswith("on_") and name != "on_train_begin"):
+        setattr(callback, event, forgiving(getattr(callback, event)))
+
+
+def _name_of(callback: TrainerCallback) -> str:
+    return next((name for name, kind in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, kind)), "tracker")
+
+
+def _warn_of(name: str, error: Exception, record: RunRecord) -> None:
+    what = str(error).strip().partition("\n")[0]
+    record.warn(
+        f"{name} failed and gets nothing more; the run goes on, and metrics.jsonl has everything "
+        f"({type(error).__name__}: {what[:200]})",
+        aloud=True,
+    )
 
 
 def _removed(trainer: Trainer, kind: type) -> bool:
@@ -86,21 +131,32 @@ def log_samples(trainer: Trainer, rows: Sequence[Mapping[str, Any]], step: int) 
     """
     cells = [[_as_text(row.get(name)) for name in SAMPLE_COLUMNS] for row in rows]
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
-            table = callback._wandb.Table(columns=list(SAMPLE_COLUMNS), data=cells)
-            callback._wandb.log({"samples": table}, step=step)
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            texts = [f"prompt:\n{prompt}\n\nresponse:\n{response}" for _, prompt, response, _ in cells]
-            fenced = [text.replace("\n", "\n    ") for text in texts]  # indented: Markdown then shows it as it is
-            callback.tb_writer.add_text("samples", "\n\n---\n\n".join(f"    {text}" for text in fenced), step)
-            callback.tb_writer.flush()
+        try:
+            _log_cells(callback, cells, step)
+        except Exception as error:
+            name, kind = _name_of(callback), type(error).__name__
+            say(f"warning: {name} did not take the samples of step {step} ({kind}: {error})")
+
+
+def _log_cells(callback: TrainerCallback, cells: list[list[str]], step: int) -> None:
+    if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
+        table = callback._wandb.Table(columns=list(SAMPLE_COLUMNS), data=cells)
+        callback._wandb.log({"samples": table}, step=step)
+    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        texts = [f"prompt:\n{prompt}\n\nresponse:\n{response}" for _, prompt, response, _ in cells]
+        fenced = [text.replace("\n", "\n    ") for text in texts]  # indented: Markdown then shows it as it is
+        callback.tb_writer.add_text("samples", "\n\n---\n\n".join(f"    {text}" for text in fenced), step)
+        callback.tb_writer.flush()
 
 
 def close_trackers(trainer: Trainer, record: RunRecord) -> None:
     """Ends the W&B run, as failed where the run failed, so that all of it is written before the script goes on."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, StepwiseWandb) and callback._wandb.run is not None:
-            callback._wandb.finish(exit_code=int(record.content["status"] == "failed"))
+            try:
+                callback._wandb.finish(exit_code=int(record.content["status"] == "failed"))
+            except Exception as error:
+                _warn_of(_name_of(callback), error, record)
 
 
 def _as_text(value: Any) -> str:

@@ -1,0 +1,95 @@
+"""The manifest of a folder: every file with its size and SHA-256, written when all of them are on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from utils.saving import flush_folder, write_json
+
+MANIFEST = "manifest.json"
+BLOCK = 2**22  # bytes that are read at a time
+THREADS = 4  # hashing leaves Python alone, so that several files are read at once
+SHOWN = 3  # files that a message names
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Flushes every file of the folder to the disk, then writes down what they are.
+
+    Raises:
+        OSError: something could not be flushed or written; there is no manifest then.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(THREADS) as pool:
+        described = list(pool.map(_flush_and_describe, paths))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    for inner in {path.parent for path in paths} | {folder}:
+        flush_folder(inner)
+    write_json(folder / MANIFEST, {"step": step, "files": dict(zip(names, described, strict=True))})
+    flush_folder(folder)
+
+
+def find_damage(folder: Path, step: int, reads: Callable[[str], bool] = lambda name: True) -> str | None:
+    """What is wrong with a folder by its manifest: files that are missing, of another size or of other content.
+
+    Args:
+        step: what the manifest is to say.
+        reads: which files, by name, are read and hashed; of the others the size alone is looked at.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        known = manifest["step"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} cannot be read"
+    if known != step:
+        return f"{MANIFEST} is of step {known!r}"
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = list(pool.map(lambda name: _find_fault(folder / name, name, *files[name], reads(name)), files))
+    faults = [fault for fault in faults if fault is not None]
+    more = f", and {len(faults) - SHOWN} more files" if len(faults) > SHOWN else ""
+    return ", ".join(faults[:SHOWN]) + more if faults else None
+
+
+def _find_fault(path: Path, name: str, size: int, sha256: str, reads: bool) -> str | None:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+        if reads and _hash_file(path) != sha256:
+            return f"{name} has other content than was saved (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _flush_and_describe(path: Path) -> dict[str, int | str]:
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+
+
+def forget_cached(folder: Path) -> None:
+    """Lets the system drop what it holds of the folder's files in memory, so that reading them reads the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""How a trainer saves: each checkpoint, and the model at the end, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from utils.checkpoints import begin_checkpoint, finish_checkpoint, prune_checkpoints, unfinished_checkpoint
+from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
+from utils.state import load_state, save_state
+
+LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
+
+
+class WholeCheckpoints(Trainer):
+    """Saves in `folder`s that get their name when everything is in them, on the disk and read back.
+
+    Beside the trainer's own state a checkpoint holds what the next log line is to count, so that a stop between two
+    lines leaves no trace in the log.
+    """
+
+    def __init__(self, **parts: Any):
+        super().__init__(**parts)
+        # Pruned here; the trainer's own way looks at names alone, also at those of folders that are no checkpoints.
+        self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, folder = self.state.global_step, Path(self.args.output_dir)
+        partial = unfinished_checkpoint(folder, step)
+        with self.stopwatch.paused("saving"):
+            self.store_flos()
+            if self.state.best_global_step:
+                self._note_best(folder)
+            with self._together(partial):
+                if self.args.should_save:
+                    begin_checkpoint(folder, step)
+            with self._together(partial):
+                self._write_checkpoint(partial)
+            with self._together(partial):
+                if self.args.should_save:
+                    checkpoint, best = finish_checkpoint(folder, step), self.state.best_model_checkpoint
+                    prune_checkpoints(checkpoint, self.most_checkpoints, Path(best) if best else None)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder / f"checkpoint-{step}"))
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self._save_log_state(folder)
+        if self.args.should_save:
+            self._save_trainer_state(folder)
+
+    def save_at_root(self, folder: Path) -> None:
+        """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step."""
+        made = folder / UNFINISHED_MODEL
+        with self._together(made):
+            if self.args.should_save:
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+        with self._together(made):
+            self.save_model(str(made), _internal_call=True)
+        with self._together(made):
+            if self.args.should_save:
+                move_into_place(made, folder)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @contextlib.contextmanager
+    def _together(self, made: Path) -> Iterator[None]:
+        """All processes go on when all are done. What one cannot write is an OSError in each, and what was made so far
+        is removed, which gives its space back.
+
+        Sharded models exchange their weights while they are saved: there the process that fails ends, and the others
+        with it.
+        """
+        fault = None
+        try:
+            yield
+        except Exception as error:
+            fault = find_disk_fault(error)
+            if fault is None or self.args.world_size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                shutil.rmtree(made, ignore_errors=True)
+                raise fault or error from None
+        if self.args.world_size > 1:
+            faults: list[OSError | None] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(faults, fault)
+            first = next((one for one in faults if one is not None), None)
+            if first is not None:
+                if self.args.should_save:
+                    shutil.rmtree(made, ignore_errors=True)
+                raise first
+
+    def _note_best(self, folder: Path) -> None:
+        """Which checkpoint the best model is in, this one or one that was saved before."""
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step == self.state.global_step or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _save_trainer_state(self, folder: Path) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                former = self.state.stateful_callbacks[name]
+                self.state.stateful_callbacks[name] = [*former, state] if isinstance(former, list) else state
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        state = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is not None and self.state.best_global_step:
+            self._note_best(Path(self.args.output_dir))  # where the folder is now
+        return state
+
+    def _save_log_state(self, folder: Path) -> None:
+        counted = self.state.global_step - self._globalstep_last_logged
+        if counted:
+            state = {"steps": counted, "loss": self._tr_loss, "sums": self._sums}
+            save_state(folder, f"{LOG_STATE}_{self.args.process_index}", state)
+
+    def load_log_state(self, checkpoint: str) -> None:
+        """Goes on counting for the next log line where the checkpoint's run stopped."""
+        name = f"{LOG_STATE}_{self.args.process_index}"
+        if (Path(checkpoint) / f"{name}.json").is_file():
+            state = load_state(Path(checkpoint), name)
+            self._globalstep_last_logged -= state["steps"]
+            self._tr_loss += state["loss"].to(self.args.device)
+            self._sums = {key: value.to(self.args.device) for key, value in state["sums"].items()}

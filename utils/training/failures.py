@@ -1,0 +1,82 @@
+"""What ends a run from outside: a full disk, a folder that is gone, no memory, a lost process; and what is safe."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import torch
+
+from utils.errors import Stopped, UserError
+from utils.saving import find_disk_fault
+
+# What the system says -> what it means for the folder, and what to do.
+MEANINGS = {
+    errno.ENOSPC: ("the disk is full", "Make room there"),
+    errno.EDQUOT: ("the disk quota is used up", "Make room there"),
+    errno.EROFS: ("the disk can only be read now", "Make it writable"),
+    errno.EACCES: ("writing is no longer allowed", "Allow it"),
+    errno.EPERM: ("writing is no longer allowed", "Allow it"),
+    errno.EIO: ("the disk fails", "Look at the disk"),
+}
+GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA out of memory",
+)
+LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "process group", "tcpstore", "socket")
+
+
+def explain_failure(
+    error: BaseException, folder: Path | None, step: int, safe: str, to_go_on: str, processes: int
+) -> UserError | Stopped | None:
+    """A failure that comes from outside the script as one message; None for any other.
+
+    Args:
+        folder: of the run; None in a dry run.
+        step: the last one that was taken.
+        safe: what is saved, as a sentence.
+        to_go_on: the command.
+    """
+    fault = find_disk_fault(error)
+    if fault is not None and folder is not None and _is_of(fault, folder):
+        what, remedy = GONE if not folder.is_dir() else MEANINGS.get(fault.errno, (_reason(fault), "Mend that"))
+        if fault.errno == errno.EIO and fault.strerror:
+            what = f"{what}: {fault.strerror}"
+        return UserError(
+            f"--output_dir {folder}: {what}; the run stopped after step {step}. {safe} {remedy}, then go on with:\n"
+            f"  {to_go_on}"
+        )
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in NO_MEMORY):
+        return UserError(
+            f"out of memory after step {step} ({_first_line(error)}). {safe} The same command goes on where other "
+            f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with half the "
+            "--per_device_train_batch_size and twice the --gradient_accumulation_steps (the same result), "
+            "--gradient_checkpointing, --use_lora --use_4bit, or a shorter --max_length"
+        )
+    if processes > 1 and isinstance(error, RuntimeError) and any(word in text.lower() for word in LOST):
+        return Stopped(
+            f"error: another of the {processes} processes is gone, and the run cannot go on without it; it stopped "
+            f"after step {step} ({_first_line(error)}). {safe} To go on:\n  {to_go_on}"
+        )
+    return None
+
+
+def _is_of(fault: OSError, folder: Path) -> bool:
+    """Whether a file in the folder could not be written; a library may not say which file it was."""
+    if fault.filename is None:
+        return fault.errno in MEANINGS
+    path = Path(str(fault.filename)).absolute()
+    return folder == path or folder in path.parents
+
+
+def _reason(fault: OSError) -> str:
+    name = f" {Path(str(fault.filename)).name}" if fault.filename else ""
+    return f"{(fault.strerror or str(fault)).lower()}{name}"
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:200]}..."

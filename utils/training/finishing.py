@@ -1,0 +1,91 @@
+"""The end of a run: the last evaluation, the model at the folder's root, the record, what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from utils.runtime import readable_seconds, say
+from utils.saving import EXAMPLES, PAIRS, REPORT, write_json_lines
+from utils.tracking import say_how_to_upload
+from utils.training.callbacks import readable_metrics
+from utils.training.early_stopping import describe_best
+from utils.training.examples import choose_examples
+from utils.training.running import Run
+
+METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
+
+
+def finish_run(run: Run) -> None:
+    """Evaluates, saves the model or adapter at the folder's root, completes the record and says how it went.
+
+    Raises:
+        Interrupted, UserError, Stopped: as in training; the run is finished when its record says so, which is last.
+    """
+    with run.failing_in_good_order():
+        _finish(run)
+    if run.folder is not None:
+        _say_result(run)
+
+
+def _finish(run: Run) -> None:
+    trainer = run.trainer
+    metrics = {"train": training_metrics(trainer.state.log_history)}
+    if trainer.eval_dataset is not None:
+        metrics["held_out"] = evaluate_last(run)
+    if run.folder is None:
+        say("dry run: every stage works; nothing was saved")
+        return
+    trainer.save_at_root(run.folder)
+    if trainer.args.should_save and trainer.eval_dataset is not None:
+        names = [
+            {"id": name, "row": row, "place": run.data.held_out_place(row)}
+            for name, row in zip(run.rows.held_out["id"], run.rows.held_out["row"], strict=True)
+        ]
+        pairs = [{**name, **values} for name, values in zip(names, trainer.held_out_rows, strict=True)]
+        write_json_lines(run.folder / PAIRS, pairs)
+        write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
+    run.end("finished", metrics=metrics, engine=run.engine())
+
+
+def evaluate_last(run: Run) -> dict[str, float]:
+    """Held-out metrics of the model as it is saved; an evaluation that was just made is not made twice."""
+    trainer, step = run.trainer, run.trainer.state.global_step
+    best = run.record.content.get("early_stopping")
+    if best is not None and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        return trainer.measure()  # not logged: its step has been
+    done = [line for line in trainer.state.log_history if "eval_loss" in line and line["step"] == step]
+    if done and trainer.held_out_rows and not trainer.args.load_best_model_at_end:
+        return {name.removeprefix("eval_"): value for name, value in done[-1].items() if name.startswith("eval_")}
+    if done:
+        return trainer.measure()  # by a part of the run before this one, or of another model
+    run.watcher.shows_evaluations = False  # the result is shown beside the one before training
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+
+
+def training_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the whole training, from its log lines, each weighted by the rows it stands for."""
+    lines = [line for line in history if "loss" in line and "learning_rate" in line]
+    weights = [line["pairs"] if "pairs" in line else line["tokens"] for line in lines]
+    names = [name for name in METRIC_NAMES if lines and all(name in line for line in lines)]
+    total = sum(weights)
+    return {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}
+
+
+def _say_result(run: Run) -> None:
+    content = run.record.content
+    before, after = content["metrics"].get("held_out_before"), content["metrics"].get("held_out")
+    if before and after:
+        say(f"held out: before {readable_metrics(before)}")
+        say(f"          after  {readable_metrics(after)}")
+    if content.get("early_stopping"):
+        say(describe_best(content["early_stopping"]))
+    resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
+    say(
+        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} {kind}/s in training, "
+        f"peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
+    )
+    what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"
+    say(f"{what}, tokenizer and record (run.json): {run.folder}")
+    if (run.folder / REPORT).is_file():
+        say(f"report: {run.folder / REPORT}")
+    say_how_to_upload(run.settings, run.folder, content["wandb_run_id"])
