@@ -12,12 +12,14 @@ from utils.checkpoints import find_checkpoints, find_resume_point
 from utils.errors import UserError
 from utils.output_folder import FREE_TO_CHANGE, check_output_folder, clear_run
 from utils.saving import (
+    LOCK,
     OWN_FILES,
     RunRecord,
     append_metrics,
-    keep_metrics_until,
+    keep_rows_until,
     now,
     read_record,
+    restore_metrics,
     write_json,
     write_json_lines,
     write_text,
@@ -151,27 +153,35 @@ def test_record_that_cannot_be_read_is_none(content, tmp_path):
     assert read_record(tmp_path) is None
 
 
-def test_metrics_are_kept_up_to_a_step(tmp_path):
+def test_metrics_are_those_that_a_checkpoint_knows_of(tmp_path):
     events = [{"step": 0, "held_out_loss": 0.7}, {"step": 5, "loss": 0.6, "note": "é\u2028"}, {"step": 10, "loss": 0.5}]
     for event in events:
         append_metrics(tmp_path, event)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 10, "held_o')  # the run died while it wrote
 
-    def kept(step: int) -> list[dict]:
-        keep_metrics_until(tmp_path, step)
+    def restored(lines: list[dict]) -> list[dict]:
+        restore_metrics(tmp_path, lines)
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").split("\n") if line]
 
-    assert kept(10) == events
-    assert kept(9) == events[:2]
-    assert kept(9) == events[:2]
-    append_metrics(tmp_path, {"step": 10, "loss": 0.4})
-    assert kept(10) == [*events[:2], {"step": 10, "loss": 0.4}]
-    assert kept(-1) == []
+    assert restored(events) == events
+    assert restored(events[:2]) == events[:2]
+    assert restored(events) == events  # also those that the file had lost
+    assert restored([]) == []
+
+
+def test_samples_and_bad_rows_are_kept_up_to_a_step(tmp_path):
+    rows = [{"step": 5, "id": "a"}, {"step": 10, "id": "b"}]
+    for name in ("samples.jsonl", "bad_pairs.jsonl"):
+        write_json_lines(tmp_path / name, rows)
+    keep_rows_until(tmp_path, 9)
+    for name in ("samples.jsonl", "bad_pairs.jsonl"):
+        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == rows[:1]
 
 
 def test_no_metrics_to_keep_is_no_fault(tmp_path):
-    keep_metrics_until(tmp_path, 5)
+    restore_metrics(tmp_path, [])
+    keep_rows_until(tmp_path, 5)
     assert names(tmp_path) == set()
 
 
@@ -361,7 +371,8 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
         (tmp_path / name / "run.json").write_text("mine")
     (tmp_path / "checkpoint-7").write_text("a file")
     clear_run(tmp_path)
-    assert names(tmp_path) == {*foreign, "data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7"}
+    kept = {"data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7", LOCK}  # the lock is of the run that clears
+    assert names(tmp_path) == {*foreign, *kept}
     assert all((tmp_path / name / "run.json").read_text() == "mine" for name in ("data", "checkpoint-best"))
 
 

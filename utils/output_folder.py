@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from utils.checkpoints import find_checkpoints, remove_checkpoint
 from utils.errors import UserError
 from utils.saving import (
     CHECKPOINT,
+    LOCK,
     OWN_FILES,
     RECORD,
     RESULT_FOLDER,
@@ -40,6 +41,7 @@ FREE_TO_CHANGE = frozenset(
         "wandb_tags",
         "cost_per_hour",
         "max_kl",
+        "skip_bad_batches",
         "logging_steps",
         "save_steps",
         "eval_steps",
@@ -65,7 +67,7 @@ def check_output_folder(
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: a file of that name exists")
     check_writable(output_dir)
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or not _content(output_dir):
         return
     record = read_record(output_dir)
     if record is None:
@@ -86,6 +88,11 @@ def check_output_folder(
             f"folder, {go_on}or pass --overwrite_output_dir to replace it"
         )
     _check_same_run(output_dir, record, verb, settings)
+
+
+def _content(folder: Path) -> list[Path]:
+    """What lies in a folder, the lock of a run left out: of a run that is beginning, or was killed as it began."""
+    return [path for path in folder.iterdir() if not re.fullmatch(rf"{LOCK}|\.{LOCK}\.\d+\.tmp", path.name)]
 
 
 def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, settings: Mapping[str, Any]) -> None:
@@ -113,21 +120,8 @@ def check_writable(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder") from None
 
 
-@contextlib.contextmanager
-def no_empty_folder_left(output_dir: Path | None) -> Iterator[None]:
-    """Removes a folder that was made within the context when that fails before anything is in it."""
-    existed = output_dir is None or output_dir.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):
-                output_dir.rmdir()
-        raise
-
-
 def clear_run(output_dir: Path, damaged: bool = True) -> None:
-    """Removes what a former run wrote into the folder, and nothing else.
+    """Removes what a former run wrote into the folder, and nothing else. The lock is that of the run which clears.
 
     Its record stays until that of the new run takes its place, and says no longer that it is finished: a folder that
     was cleared half way is neither a finished run nor unknown.
@@ -144,7 +138,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
             "failure": "another run was to replace it, and was stopped while it removed this one",
         }
         write_json(output_dir / RECORD, record | left)
-    removed = set(OWN_FILES) - {RECORD}
+    removed = set(OWN_FILES) - {RECORD, LOCK}
     for path in list(output_dir.iterdir()):
         if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or (damaged and SET_ASIDE.fullmatch(path.name))):
             remove_checkpoint(path)

@@ -5,6 +5,7 @@ Nothing in a run folder is a pickle: tensors are safetensors, everything else is
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import errno
 import json
@@ -20,10 +21,12 @@ from utils.errors import UserError
 from utils.runtime import say
 
 RECORD = "run.json"
+LOCK = "run.lock"
 METRICS = "metrics.jsonl"
 PAIRS = "held_out_pairs.jsonl"
 EXAMPLES = "held_out_examples.jsonl"
 SAMPLES = "samples.jsonl"
+BAD_PAIRS = "bad_pairs.jsonl"
 REPORT = "report.html"
 EVALUATION_FILES = ("evaluation.json", "evaluation_pairs.jsonl", "evaluation.html")  # record, rows, page
 COMPARISON_FILES = ("comparison.json", "comparison.jsonl", "comparison.html")
@@ -34,15 +37,18 @@ SET_ASIDE = re.compile(r"checkpoint-\d+\.damaged(-\d+)?")
 UNFINISHED_MODEL = ".model.partial"
 HALF_MADE = re.compile(rf"\.checkpoint-\d+(\.damaged(-\d+)?)?\.(partial|former)|{re.escape(UNFINISHED_MODEL)}")
 HALF_WRITTEN = re.compile(r"\.(.+)\.\d+\.tmp")
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
 
 # What a run of this script puts into its folder, and so what --overwrite_output_dir may remove from it.
 OWN_FILES = (
     RECORD,
+    LOCK,
     METRICS,
     PAIRS,
     EXAMPLES,
     SAMPLES,
+    BAD_PAIRS,
     REPORT,
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -260,13 +266,21 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
         write_json_lines(path, kept + lines[len(kept) :])
 
 
-def keep_samples_until(folder: Path, step: int) -> None:
-    """Drops the samples of later steps than `step`: a resumed run writes them again."""
-    path = folder / SAMPLES
-    if path.is_file():
-        write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
+def keep_rows_until(folder: Path, step: int) -> None:
+    """Drops the samples and bad rows of later steps than `step`: a resumed run writes them again."""
+    for path in (folder / SAMPLES, folder / BAD_PAIRS):
+        if path.is_file():
+            write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
 
 
 def now() -> str:
     """The time as run.json holds it (UTC, ISO 8601)."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME, time.gmtime())
+
+
+def seconds_at(text: str | None) -> float | None:
+    """Seconds since 1970 of a time as run.json holds it."""
+    try:
+        return float(calendar.timegm(time.strptime(text or "", TIME)))
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from utils.errors import UserError
 from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
-from utils.saving import RunRecord, append_metrics, keep_samples_until, remove_leftovers, restore_metrics
+from utils.saving import RunRecord, append_metrics, keep_rows_until, remove_leftovers, restore_metrics
 from utils.training.alarms import Limits, find_alarms
+from utils.training.bad_batches import BadBatches
 from utils.training.progress import Stopwatch
 from utils.training.reporting import ReportFile
 
@@ -78,6 +79,7 @@ class RunWatcher(TrainerCallback):
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
         self._alarms: set[str] = set()
         self._max_kl = max_kl
+        self.bad_batches: BadBatches | None = None  # of the run, which is made after its watcher
         self.report = ReportFile(folder, record) if folder is not None else None
         # Of the run, which is made after its watcher: what it used so far, and the seconds that are left.
         self.resources: Callable[[], dict[str, Any]] = dict
@@ -99,9 +101,13 @@ class RunWatcher(TrainerCallback):
             remove_leftovers(self.folder)
             lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
             restore_metrics(self.folder, lines)
-            keep_samples_until(self.folder, state.global_step)
+            keep_rows_until(self.folder, state.global_step)
             for line in lines:
                 self._sound_alarms(line, state.max_steps, aloud=False)
+        if self.bad_batches is not None:
+            self.bad_batches.restore(state)
+            self.bad_batches.note()
+        if self.folder is not None and state.is_world_process_zero:
             self.record.write_to(self.folder)
             self.report.write(now=True)
         self.begun = True

@@ -16,6 +16,7 @@ from utils.data.loading import PreferenceData
 from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
 from utils.errors import UserError, gather
+from utils.folder_lock import FolderLock, check_not_held
 from utils.models.loading import (
     Reference,
     check_4bit,
@@ -52,11 +53,11 @@ class Rows:
     end_ids: frozenset[int]
 
 
-def find_folder(settings: Settings) -> Path | None:
-    """The output folder, checked but not made; None in a dry run.
+def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
+    """The output folder, checked and locked for this run; None in a dry run.
 
     Raises:
-        UserError: it holds something that this run would spoil.
+        UserError: it holds something that this run would spoil, or another run writes there.
     """
     if settings.run.dry_run:
         return None
@@ -70,7 +71,11 @@ def find_folder(settings: Settings) -> Path | None:
                 f"--resume_from_checkpoint {checkpoint}: not a checkpoint of the run in --output_dir {folder}; "
                 "to start a new run from its weights, name it with --model_name_or_path"
             )
-    check_output_folder(folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    check_not_held(folder)
+    about = (folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    check_output_folder(*about)
+    lock.take(folder)
+    check_output_folder(*about)  # once more: from here on nobody else changes it
     return folder
 
 
@@ -99,7 +104,7 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
     checks = [lambda: check_trackers(settings), check_one_device, lambda: _check_offloading(settings)]
-    checks.append(lambda: _check_sampling(settings))
+    checks += [lambda: _check_sampling(settings), lambda: _check_skipping(settings)]
     if settings.model.use_4bit:
         checks.append(check_4bit)
     if settings.model.ref_model_name_or_path is not None:
@@ -120,6 +125,14 @@ def _check_sampling(settings: Settings) -> None:
         raise UserError(
             f"--sample_during_eval: with {sharded[0]} the weights lie in parts in several processes, and none of them "
             "can write; leave it out, and look at what the model writes when it is trained"
+        )
+
+
+def _check_skipping(settings: Settings) -> None:
+    deepspeed = settings.trainer_fields.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"
+    if settings.training.skip_bad_batches and deepspeed:
+        raise UserError(
+            "--skip_bad_batches: DeepSpeed takes the optimizer step by itself, before it can be looked at; leave it out"
         )
 
 

@@ -25,6 +25,7 @@ from utils.processes import command_to_go_on, identify_process
 from utils.runtime import Precision, is_main_process, peak_memory_bytes, read_versions, say
 from utils.saving import RunRecord, now, read_record
 from utils.settings import Settings
+from utils.training.bad_batches import BadBatches
 from utils.training.callbacks import RunWatcher, StopInGoodOrder
 from utils.training.early_stopping import EarlyStopping
 from utils.training.failures import explain_failure
@@ -219,7 +220,9 @@ def start_run(
     earlier = ((former or {}).get("resources") or {}).get("seconds") or 0.0
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
     watcher.replaces = wish is None
-    trainer.stopwatch, trainer.place = watcher.stopwatch, data.place
+    trainer.stopwatch = watcher.stopwatch
+    allowed, processes = settings.training.skip_bad_batches, trainer.args.world_size
+    trainer.bad_batches = watcher.bad_batches = BadBatches(allowed, data, record, folder, processes)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
     patience = settings.training.early_stopping_patience
