@@ -100,6 +100,8 @@ class RunWatcher(TrainerCallback):
             lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
             restore_metrics(self.folder, lines)
             keep_samples_until(self.folder, state.global_step)
+            if lines:  # a run that is resumed after its last step logs no more
+                self.record.content |= {"step": state.global_step, "steps": state.max_steps}
             for line in lines:
                 self._sound_alarms(line, state.max_steps, aloud=False)
             self.record.write_to(self.folder)
