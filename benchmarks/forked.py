@@ -30,7 +30,6 @@ def import_everything() -> None:
     import datasets  # noqa: F401
     import torch
 
-    import advanced_dpo_script
     import utils.making
     import utils.training.finishing
     import utils.training.preparation

@@ -230,7 +230,9 @@ def describe(torture: Torture, seconds: float) -> str:
     for doing in sorted({doing for doing, _ in counts}, key=lambda name: -counts[(name, 1)] - counts[(name, 2)]):
         lines.append(f"| {doing} | {counts[(doing, 1)]} | {counts[(doing, 2)]} |")
     by_signal = Counter((stop["signal"], stop["processes"]) for stop in torture.stops)
-    lines += [f"| *{name}, in all* | {by_signal[(name, 1)]} | {by_signal[(name, 2)]} |" for name in ("SIGKILL", "SIGTERM")]
+    lines += [
+        f"| *{name}, in all* | {by_signal[(name, 1)]} | {by_signal[(name, 2)]} |" for name in ("SIGKILL", "SIGTERM")
+    ]
     if torture.faults:
         lines += ["", "| fault | tried | exit code | found, and gone on from |", "| --- | --- | --- | --- |"]
         for kind in dict.fromkeys(fault["kind"] for fault in torture.faults):
@@ -246,7 +248,9 @@ def main() -> int:
     """Runs all of it; 1 where anything was not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="stops at random moments in one process")
-    parser.add_argument("--kills_of_two", type=int, default=None, help="the same in two processes; a quarter of --kills")
+    parser.add_argument(
+        "--kills_of_two", type=int, default=None, help="the same in two processes; a quarter of --kills"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="one process, forked, and one fault of each kind")
     parser.add_argument("--no_faults", action="store_true", help="kills alone")
