@@ -5,7 +5,7 @@
 
 A small random model is trained on a few pairs once without disturbance, and then again and again: killed (SIGKILL) or
 told to stop (SIGTERM) at random moments, also while it resumes, saves, removes an old checkpoint, evaluates, replaces
-another run and finishes; in one process and in two (gloo), of which one or both are killed. After at most six stops the
+another run and finishes; in one process and in two (gloo), of which one or both are killed. After at most nine stops the
 run may go to its end, and is compared with the undisturbed one: weights, optimizer, random numbers, metrics, samples,
 held-out pairs, warnings, the list of files. Then faults are injected (benchmarks/faults.py). Prints a table and writes
 it, with every moment, to runs/bench/.
@@ -36,7 +36,7 @@ from forked import ROOT, Started, import_everything, start, start_plain, wait_fo
 BUNDLED = ROOT / "examples" / "demo" / "bundled"
 TIMING = {"tokens_per_second", "peak_memory_bytes"}
 STEPS = 18
-MOST_STOPS = 6  # of one run
+MOST_STOPS = 9  # of one run
 COMMON = ["--per_device_train_batch_size", 2, "--max_steps", STEPS, "--dtype", "float32",
           "--save_total_limit", 2, "--max_length", 64]  # fmt: skip
 # Names of ways to train -> flags. Between them: every file that a checkpoint may hold, dropout, an early stop.
@@ -269,7 +269,7 @@ def main() -> int:
         for processes, kills in ((1, options.kills), (2, 0 if options.short else of_two)):
             done, ways = 0, list(WAYS)
             while done < kills:
-                stops = min(torture.draw.randint(2, MOST_STOPS), kills - done)
+                stops = min(torture.draw.randint(3, MOST_STOPS), kills - done)
                 way = ways[torture.runs % len(ways)]
                 torment(torture, way, processes, stops, plain=not options.short and torture.draw.random() < 0.1)
                 done += stops

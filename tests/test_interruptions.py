@@ -372,7 +372,8 @@ def test_a_lost_process_ends_the_other_with_a_message(tiny_model, pairs_file, tm
     import psutil
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "advanced_dpo_script.py", *flags(tiny_model, pairs_file, tmp_path / "run"), "--num_train_epochs", 900]  # fmt: skip
+               "advanced_dpo_script.py", *flags(tiny_model, pairs_file, tmp_path / "run"),
+               "--num_train_epochs", 900]  # fmt: skip
     command = [str(word) for word in command if word not in ("--max_steps", 12)]
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
