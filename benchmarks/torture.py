@@ -5,10 +5,10 @@
 
 A small random model is trained on a few pairs once without disturbance, and then again and again: killed (SIGKILL) or
 told to stop (SIGTERM) at random moments, also while it resumes, saves, removes an old checkpoint, evaluates, replaces
-another run and finishes; in one process and in two (gloo), of which one or both are killed. After at most nine stops the
-run may go to its end, and is compared with the undisturbed one: weights, optimizer, random numbers, metrics, samples,
-held-out pairs, warnings, the list of files. Then faults are injected (benchmarks/faults.py). Prints a table and writes
-it, with every moment, to runs/bench/.
+another run and finishes; in one process and in two (gloo), of which one or both are killed. After at most nine stops
+the run may go to its end, and is compared with the undisturbed one: weights, optimizer, random numbers, metrics,
+samples, held-out pairs, warnings, the list of files. Then faults are injected (benchmarks/faults.py). Prints a table
+and writes it, with every moment, to runs/bench/.
 
 Most runs are forked from one process that has imported everything (benchmarks/forked.py); some are started anew, by
 `python` and by `torchrun`.

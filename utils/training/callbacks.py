@@ -193,6 +193,8 @@ class RunWatcher(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         self.stopwatch.stop()
+        if not self.interrupted and args.save_strategy != "no":  # asked after the last step, which is saved
+            self.interrupted = self._any_asked_to_stop(args.world_size)
 
 
 class StopInGoodOrder:
