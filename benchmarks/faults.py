@@ -37,8 +37,8 @@ def in_a_child(act: Callable[[], None]) -> None:
 def inject_faults(torture: Torture, short: bool) -> None:
     """Each kind of fault; with `short` once."""
     damage_files(torture, short)
-    fail_calls(torture, (7,) if short else (1, 4, 9, 20, 33, 47))
-    fill_the_disk(torture, (0.7,) if short else (0.02, 0.1, 0.3, 0.6, 0.9, 1.1, 1.3))
+    fail_calls(torture, (7,) if short else (1, 5, 12, 30))
+    fill_the_disk(torture, (0.7,) if short else (0.02, 0.1, 0.5, 0.9, 1.2))
     if not short:
         lose_the_folder(torture)
         make_read_only(torture)
@@ -68,7 +68,7 @@ def damage_files(torture: Torture, short: bool) -> None:
     baseline = torture.baseline(way, 1)
     newest = max(baseline.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     names = sorted(path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file())
-    resumed = torture.draw.sample(range(4 * len(names)), 1 if short else 12)
+    resumed = torture.draw.sample(range(4 * len(names)), 1 if short else 8)
     for number, (name, (what, act)) in enumerate((name, way) for name in names for way in DAMAGES.items()):
         folder = torture.fresh("damaged")
         shutil.copytree(newest, folder / newest.name)

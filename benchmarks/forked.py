@@ -1,11 +1,12 @@
 """Runs of the script in processes that are forked from one that has imported everything: what takes seconds once.
 
-Each run is `advanced_dpo_script.main` with its own arguments, in a process of its own, so that a SIGKILL is one. No
-thread is started before a fork, and nothing is computed in the process that forks.
+Each run is `advanced_dpo_script.main` with its own arguments, in a process of its own, so that a SIGKILL is one.
+Nothing is computed in the process that forks.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -36,6 +37,8 @@ def import_everything() -> None:
     import utils.training.running  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # else the collector of each process would copy all of these pages
 
 
 @dataclass
