@@ -26,6 +26,11 @@ FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate
 GO_ON = ("--resume_from_checkpoint", "auto")
 
 
+def slow(*values):
+    """A case that need not be looked at every day."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_model, pairs_file, tmp_path_factory) -> Path:
     """The run that nothing disturbed."""
@@ -84,7 +89,7 @@ def stop_at(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(RunWatcher, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("step", [4, 5, 7])
+@pytest.mark.parametrize("step", [slow(4), 5, slow(7)])
 def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step, lambda watcher: setattr(watcher, "asked_to_stop", True))
@@ -100,6 +105,7 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monk
     assert_same_run(whole, tmp_path / "part")
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_epoch_that_is_evaluated_at_its_end(run, tmp_path, monkeypatch):
     more = ["--eval_strategy", "epoch", "--logging_strategy", "epoch"]
     short = ["--num_train_epochs", 2]  # of 14 steps: the second is cut off by --max_steps 12
@@ -113,36 +119,52 @@ def test_a_stop_in_an_epoch_that_is_evaluated_at_its_end(run, tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
-def test_an_early_stop_is_not_trained_past(run, tmp_path):
-    more = ["--early_stopping_patience", 1, "--eval_steps", 2, "--save_steps", 2, "--learning_rate", 3.0]
-    changed = [word for pair in zip(FLAGS[::2], FLAGS[1::2], strict=True) if pair[0] not in more for word in pair]
+EARLY = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate", 0.02, "--save_steps", 2,
+         "--eval_steps", 2, "--logging_steps", 3, "--dtype", "float32", "--early_stopping_patience", 1,
+         "--early_stopping_metric", "accuracy"]  # fmt: skip
+
+
+@pytest.fixture
+def early(run_script, tiny_model, pairs_file, tmp_path):
+    """A run that stopped early, left as if it had been killed before its end; what it was; and how to go on with it."""
     folder = tmp_path / "early"
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", folder, *EARLY]
+    code, _, err = run_script(*command)
+    assert code == 0, err
+    record, lines = read_record(folder), read_metrics(folder)
+    assert record["early_stopping"]["stopped"]
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
 
-    def go(*words):
-        return run.__closure__ and run(*words, folder=folder)
-
-    original = list(FLAGS)
-    try:
-        FLAGS[:] = changed
-        assert go(*more)[0] == 0
-        record, lines = read_record(folder), read_metrics(folder)
-        assert record["early_stopping"]["stopped"]
-        stopped_at = lines[-1]["step"]
-        assert (folder / f"checkpoint-{stopped_at}").is_dir(), "saved at the very step at which it stopped"
-        weights = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").unlink()
-        (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
-        code, _, err = go(*more, *GO_ON)
+    def go_on() -> str:
+        code, out, err = run_script(*command, *GO_ON)
         assert code == 0, err
-    finally:
-        FLAGS[:] = original
-    assert (folder / "model.safetensors").read_bytes() == weights
-    assert read_metrics(folder) == lines
-    after = read_record(folder)
-    assert (after["early_stopping"], after["metrics"]) == (record["early_stopping"], record["metrics"])
+        assert (folder / "model.safetensors").read_bytes() == weights
+        assert read_metrics(folder) == lines
+        after = read_record(folder)
+        assert (after["early_stopping"], after["metrics"]) == (record["early_stopping"], record["metrics"])
+        return out
+
+    return folder, record["early_stopping"]["step"], lines[-1]["step"], go_on
 
 
-@pytest.mark.parametrize("damage", ["cut off", "flipped"])
+def test_an_early_stop_is_not_trained_past(early):
+    folder, _, stopped_at, go_on = early
+    assert (folder / f"checkpoint-{stopped_at}").is_dir(), "saved at the very step at which it stopped"
+    assert f"step {stopped_at + 1}" not in go_on()
+
+
+@pytest.mark.slow
+def test_a_best_model_that_was_damaged_is_made_again(early):
+    folder, best, stopped_at, go_on = early
+    assert 2 < best < stopped_at, "and one before it has its own"
+    os.truncate(folder / f"checkpoint-{best}" / "model.safetensors", 100)
+    out = go_on()
+    assert f"checkpoint-{best} is damaged: model.safetensors has 100 bytes instead of" in out
+
+
+@pytest.mark.parametrize("damage", [slow("cut off"), "flipped"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gone_on_from(run, whole, tmp_path, damage):
     part = tmp_path / "part"
     shutil.copytree(whole, part)
@@ -205,11 +227,11 @@ def full_from(call: int):
     ("place", "call"),
     [
         ("utils.training.callbacks.append_metrics", 3),
-        ("utils.saving.write_json", 4),  # run.json
-        ("utils.training.run_folder.save_state", 3),  # the second checkpoint
+        slow("utils.saving.write_json", 4),  # run.json
+        slow("utils.training.run_folder.save_state", 3),  # the second checkpoint
         ("utils.checkpoints.write_manifest", 2),
         ("utils.training.checkpointing.move_into_place", 1),  # the model at the end
-        ("utils.training.finishing.write_json_lines", 1),
+        slow("utils.training.finishing.write_json_lines", 1),
     ],
 )
 def test_a_full_disk_is_one_message_and_nothing_is_lost(run, run_script, whole, tmp_path, monkeypatch, place, call):
@@ -288,7 +310,7 @@ def test_a_folder_that_is_taken_away_is_not_made_again(run, whole, tmp_path, mon
     assert_same_run(whole, part)
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, slow(MemoryError)])
 def test_out_of_memory_says_what_is_safe_and_what_needs_less(run, tmp_path, monkeypatch, kind):
     def run_out(watcher):
         raise kind("CUDA out of memory. Tried to allocate 20 GiB\nmore")
