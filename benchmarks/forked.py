@@ -75,9 +75,22 @@ class Started:
             os.waitpid(pid, 0)
         return [self.codes.get(pid) for pid in self.pids]
 
+    def end_others(self, seconds: float = 30.0) -> bool:
+        """What a launcher does when a process is gone: ends those that do not end by themselves. Whether it had to."""
+        late = False
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None and self.look():
+                self.send(number, self.pids)
+                late = True
+            ends = time.monotonic() + seconds
+            while self.look() and time.monotonic() < ends:
+                time.sleep(0.005)
+        return late
+
     def said(self) -> str:
         """All that the processes wrote, stdout and stderr."""
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in self.outputs)
+        there = [path for path in self.outputs if path.exists()]  # not yet, where it was killed at once
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in there)
 
 
 def start(arguments: Sequence[object], output: Path, processes: int = 1, before: Callable | None = None) -> Started:

@@ -139,6 +139,7 @@ def _stop(torture: Torture, started: Started, folder: Path, moment: str, of: tup
     ran = started.look()
     which = draw.choice([started.pids, started.pids[:1], started.pids[-1:]])
     started.send(number_of_signal, which)
+    late = number_of_signal == signal.SIGKILL and not plain and started.end_others(60.0)
     codes = started.wait()
     said = started.said()
     doing = describe_moment(folder, said, number)
@@ -146,7 +147,8 @@ def _stop(torture: Torture, started: Started, folder: Path, moment: str, of: tup
         {"way": way, "processes": processes, "started": "python" if plain else "fork", "signal": number_of_signal.name,
          "killed": len(which), "moment": moment, "doing": doing if ran else "it had ended", "codes": codes}
     )  # fmt: skip
-    if None in codes:
+    if None in codes or (late and ("  step" in said or "held out before" in said)):
+        # Before the processes have found each other, the launcher alone can tell that one is gone.
         torture.fail(f"{folder.name}: a process did not end when another one was killed ({doing})", said)
     allowed = {0, -signal.SIGKILL, 130, -signal.SIGTERM, -signal.SIGINT} | ({1} if processes > 1 else set())
     if not set(codes) <= allowed | {None}:
@@ -271,7 +273,7 @@ def main() -> int:
             while done < kills:
                 stops = min(torture.draw.randint(3, MOST_STOPS), kills - done)
                 way = ways[torture.runs % len(ways)]
-                torment(torture, way, processes, stops, plain=not options.short and torture.draw.random() < 0.1)
+                torment(torture, way, processes, stops, plain=not options.short and torture.draw.random() < 0.04)
                 done += stops
                 print(f"{processes} process{'es' * (processes > 1)}: {done} of {kills} stops, "
                       f"{len(torture.failures)} failures", flush=True)  # fmt: skip
