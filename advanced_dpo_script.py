@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         say(str(stop))
         return 130
     except Stopped as stop:
-        if os.environ.get("RANK", "0") in ("0", "1"):  # one of which is there where one process was lost
+        if str(stop) and os.environ.get("RANK", "0") in ("0", "1"):  # one of which is there where one process was lost
             print(stop, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from utils.checkpoints import find_checkpoints, find_resume_point
 from utils.errors import UserError
@@ -19,6 +22,7 @@ from utils.saving import (
     keep_rows_until,
     now,
     read_record,
+    remove_leftovers,
     restore_metrics,
     write_json,
     write_json_lines,
@@ -35,7 +39,7 @@ def names(folder: Path) -> set[str]:
 def make_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_text("")
+    save_file({"weight": torch.arange(4.0)}, checkpoint / "model.safetensors")
     if complete:
         (checkpoint / "optimizer.json").write_text("{}")
         (checkpoint / "trainer_state.json").write_text("{}")
@@ -153,8 +157,12 @@ def test_record_that_cannot_be_read_is_none(content, tmp_path):
     assert read_record(tmp_path) is None
 
 
-def test_metrics_are_those_that_a_checkpoint_knows_of(tmp_path):
-    events = [{"step": 0, "held_out_loss": 0.7}, {"step": 5, "loss": 0.6, "note": "é\u2028"}, {"step": 10, "loss": 0.5}]
+def test_metrics_are_what_the_checkpoint_knows_of(tmp_path):
+    events = [
+        {"step": 0, "held_out_loss": 0.7},
+        {"step": 5, "loss": 0.6, "note": "é\u2028"},
+        {"step": 10, "loss": None},
+    ]
     for event in events:
         append_metrics(tmp_path, event)
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -165,9 +173,48 @@ def test_metrics_are_those_that_a_checkpoint_knows_of(tmp_path):
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").split("\n") if line]
 
     assert restored(events) == events
+    append_metrics(tmp_path, {"step": 10, "held_out_loss": 0.4})
+    assert restored(events) == events, "a line of the same step, which came after the checkpoint"
     assert restored(events[:2]) == events[:2]
-    assert restored(events) == events  # also those that the file had lost
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nhalf')
+    assert restored(events) == events, "lines that were lost or changed"
+    (tmp_path / "metrics.jsonl").unlink()
+    assert restored(events) == events
     assert restored([]) == []
+
+
+def test_a_line_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    import builtins
+
+    append_metrics(tmp_path, {"step": 1})
+
+    class Full:
+        """A file on a disk that has room for three more bytes."""
+
+        def __init__(self, *arguments, **options):
+            self.file, self.room = open(*arguments, **options), 3
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, content):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            self.room -= self.file.write(content[: self.room])
+            return 3
+
+    open = builtins.open
+    with monkeypatch.context() as broken:
+        broken.setattr(builtins, "open", Full)
+        with pytest.raises(OSError, match="No space"):
+            append_metrics(tmp_path, {"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_samples_and_bad_rows_are_kept_up_to_a_step(tmp_path):
@@ -179,10 +226,21 @@ def test_samples_and_bad_rows_are_kept_up_to_a_step(tmp_path):
         assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == rows[:1]
 
 
-def test_no_metrics_to_keep_is_no_fault(tmp_path):
-    restore_metrics(tmp_path, [])
+def test_nothing_to_keep_is_no_fault(tmp_path):
     keep_rows_until(tmp_path, 5)
+    restore_metrics(tmp_path, [])
     assert names(tmp_path) == set()
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
+    record = RunRecord({"status": "running"})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record.write_to(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError):
+        record.update(step=3)
+    assert not folder.exists()
 
 
 def test_time_is_utc_to_the_second():
@@ -206,33 +264,36 @@ def test_checkpoints_are_the_complete_ones_oldest_first(tmp_path):
 
 
 def test_resuming_starts_from_the_newest_complete_checkpoint(tmp_path):
-    assert find_resume_point(tmp_path, None) is None
-    assert find_resume_point(tmp_path, "auto") is None
+    assert find_resume_point(tmp_path, None).checkpoint is None
+    assert find_resume_point(tmp_path, "auto").checkpoint is None
     make_checkpoint(tmp_path, 9)
     make_checkpoint(tmp_path, 10)
     make_checkpoint(tmp_path, 11, complete=False)
-    assert find_resume_point(tmp_path, None) is None
-    assert find_resume_point(tmp_path, "auto") == tmp_path / "checkpoint-10"
-    assert find_resume_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    assert find_resume_point(tmp_path, None).checkpoint is None
+    assert find_resume_point(tmp_path, "auto").checkpoint == tmp_path / "checkpoint-10"
+    assert find_resume_point(tmp_path, str(tmp_path / "checkpoint-9")).checkpoint == tmp_path / "checkpoint-9"
 
 
 def test_resume_path_may_be_relative(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "run", 9)
     monkeypatch.chdir(tmp_path)
-    assert find_resume_point(Path("run"), "run/checkpoint-9") == tmp_path / "run" / "checkpoint-9"
+    assert find_resume_point(Path("run"), "run/checkpoint-9").checkpoint == tmp_path / "run" / "checkpoint-9"
 
 
 def test_resuming_from_an_incomplete_checkpoint_is_refused(tmp_path):
     make_checkpoint(tmp_path, 11, complete=False)
-    for wish in (str(tmp_path / "checkpoint-11"), str(tmp_path / "checkpoint-3")):
+    for name, fault in (
+        ("checkpoint-11", "it has no manifest.json and no trainer_state.json"),
+        ("checkpoint-3", "there is no such folder"),
+    ):
+        wish = str(tmp_path / name)
         with pytest.raises(UserError) as caught:
             find_resume_point(tmp_path, wish)
         assert str(caught.value) == (
-            f"--resume_from_checkpoint {wish}: not a complete checkpoint (no trainer_state.json); "
-            "pass auto to start without one"
+            f"--resume_from_checkpoint {wish}: cannot be gone on from: {fault}; pass auto to start without one"
         )
     make_checkpoint(tmp_path, 9)
-    with pytest.raises(UserError, match=f"the newest in {tmp_path} is checkpoint-9$"):
+    with pytest.raises(UserError, match=f"the newest good one in {tmp_path} is checkpoint-9$"):
         find_resume_point(tmp_path, str(tmp_path / "checkpoint-11"))
 
 
@@ -352,7 +413,11 @@ def test_relative_folder_is_checked_where_it_would_lie(tmp_path, monkeypatch):
 
 def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     make_run(tmp_path, "finished")
-    for name in (*OWN_FILES, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+    for name in (
+        *(set(OWN_FILES) - {"run.json"}),
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ):
         (tmp_path / name).write_text("")
     make_checkpoint(tmp_path, 5)
     make_checkpoint(tmp_path, 10, complete=False)
@@ -370,10 +435,39 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text("mine")
     (tmp_path / "checkpoint-7").write_text("a file")
+    (make_checkpoint(tmp_path, 6)).rename(tmp_path / "checkpoint-6.damaged")
+    (make_checkpoint(tmp_path, 8)).rename(tmp_path / ".checkpoint-8.partial")
+    (tmp_path / ".model.safetensors.17.tmp").write_text("half")
     clear_run(tmp_path)
-    kept = {"data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7", LOCK}  # the lock is of the run that clears
+    kept = {"run.json", "data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7", LOCK}  # the lock is its own
     assert names(tmp_path) == {*foreign, *kept}
+    assert read_record(tmp_path)["status"] == "failed", "its record stays, for the next one to replace"
+    assert "another run was to replace it" in read_record(tmp_path)["failure"]
     assert all((tmp_path / name / "run.json").read_text() == "mine" for name in ("data", "checkpoint-best"))
+
+
+def test_a_start_without_a_checkpoint_leaves_damaged_ones(tmp_path):
+    make_checkpoint(tmp_path, 6).rename(tmp_path / "checkpoint-6.damaged")
+    clear_run(tmp_path, damaged=False)
+    assert names(tmp_path) == {"checkpoint-6.damaged"}
+
+
+def test_only_our_own_leftovers_are_removed(tmp_path):
+    for name in (
+        ".run.json.12.tmp",
+        ".model-00001-of-00002.safetensors.9.tmp",
+        ".thesis.tex.12.tmp",
+        "run.json.12.tmp",
+    ):
+        (tmp_path / name).write_text("half")
+    for name in (".checkpoint-3.partial", ".checkpoint-3.former", ".model.partial", ".git", ".checkpoint-x.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == {
+        ".model-00001-of-00002.safetensors.9.tmp", ".thesis.tex.12.tmp", "run.json.12.tmp", ".git",
+        ".checkpoint-x.partial",
+    }  # fmt: skip
 
 
 def test_clearing_nothing_is_no_fault(tmp_path):

@@ -135,7 +135,9 @@ def _find_newest(folder: Path) -> ResumePoint:
             return ResumePoint(path, tuple(damaged), (*notes, *skipped, *_note_manifest(path)))
         without_best.append(path)
     if without_best:
-        lost = f"the best model that {without_best[0].name} relies on is lost: the best from here on will be kept"
+        lost = (
+            f"the best model that {without_best[0].name} relies on is lost, and no older one is left to make it again"
+        )
         return ResumePoint(without_best[0], tuple(damaged), (*notes, lost))
     return ResumePoint(None, tuple(damaged), tuple(notes))
 

@@ -189,6 +189,7 @@ class RunRecord:
     def write_to(self, folder: Path) -> None:
         """Writes the file in `folder`, now and at every update."""
         self.path = folder / RECORD
+        folder.mkdir(parents=True, exist_ok=True)
         self.write()
 
     def update(self, **values: Any) -> None:

@@ -215,7 +215,11 @@ class TrainingSettings:
         "loss", "what better means: the held-out loss, margin or accuracy", choices=("loss", "margin", "accuracy")
     )
     save_steps: float = flag(500, "steps between two checkpoints", bound=STEPS_OR_SHARE)
-    save_total_limit: int | None = flag(None, "keep only the newest N checkpoints", bound=AT_LEAST_ONE)
+    save_total_limit: int | None = flag(
+        None,
+        "keep only the newest N checkpoints (and the best); older ones go once a new one is read back from the disk",
+        bound=AT_LEAST_ONE,
+    )
     seed: int = flag(
         42,
         "fixes the split, the order of the data, the adapter's start, and what is sampled or drawn",
@@ -238,7 +242,7 @@ class RunSettings:
         False, "replace the run that the output folder holds (merge: the merged model)", verbs=(*TRAINING, *MERGE)
     )
     resume_from_checkpoint: str | None = flag(
-        None, "auto (the newest checkpoint in the output folder), or the path of one"
+        None, "auto (the newest whole checkpoint in the output folder), or the path of one"
     )
     sample_during_eval: bool = flag(
         False, "at each evaluation show and keep (samples.jsonl) what the model writes to the same held-out prompts"

@@ -102,6 +102,8 @@ class RunWatcher(TrainerCallback):
             lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
             restore_metrics(self.folder, lines)
             keep_rows_until(self.folder, state.global_step)
+            if lines:  # a run that is resumed after its last step logs no more
+                self.record.content |= {"step": state.global_step, "steps": state.max_steps}
             for line in lines:
                 self._sound_alarms(line, state.max_steps, aloud=False)
         if self.bad_batches is not None:
@@ -197,6 +199,8 @@ class RunWatcher(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         self.stopwatch.stop()
+        if not self.interrupted and args.save_strategy != "no":  # asked after the last step, which is saved
+            self.interrupted = self._any_asked_to_stop(args.world_size)
 
 
 class StopInGoodOrder:

@@ -12,7 +12,15 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from utils.checkpoints import begin_checkpoint, finish_checkpoint, prune_checkpoints, unfinished_checkpoint
+from utils.checkpoints import (
+    begin_checkpoint,
+    find_fault,
+    finish_checkpoint,
+    is_of_model,
+    prune_checkpoints,
+    unfinished_checkpoint,
+)
+from utils.errors import UserError
 from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
 from utils.state import load_state, save_state
 
@@ -120,6 +128,16 @@ class WholeCheckpoints(Trainer):
         if checkpoint is not None and self.state.best_global_step:
             self._note_best(Path(self.args.output_dir))  # where the folder is now
         return state
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        fault = find_fault(best, reads=is_of_model)
+        if fault is not None:
+            raise UserError(
+                f"the best model so far, {best.name}, was damaged since it was saved: {fault}. The same command with "
+                "--resume_from_checkpoint auto goes on from an older checkpoint, and makes it again"
+            )
+        super()._load_best_model()
 
     def _save_log_state(self, folder: Path) -> None:
         counted = self.state.global_step - self._globalstep_last_logged

@@ -77,7 +77,7 @@ def _say_result(run: Run) -> None:
     if before and after:
         say(f"held out: before {readable_metrics(before)}")
         say(f"          after  {readable_metrics(after)}")
-    if content.get("early_stopping"):
+    if content.get("early_stopping") and run.trainer.state.best_model_checkpoint is not None:
         say(describe_best(content["early_stopping"]))
     resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
     say(

@@ -81,6 +81,8 @@ class Run:
             raise Interrupted(self._how_to_go_on()) from None
         except BaseException as error:
             explained = self._explain(error)
+            if isinstance(explained, Stopped) and not is_main_process() and self._main_process_failed():
+                raise Stopped("") from None  # because the main process failed, which has said why
             self._record_failure(explained or error)
             if explained is not None:
                 raise explained from error
@@ -89,6 +91,9 @@ class Run:
     def _explain(self, error: BaseException) -> UserError | Stopped | None:
         step, processes = self.trainer.state.global_step, self.trainer.args.world_size
         return explain_failure(error, self.folder, step, self._what_is_safe(), self._command(), processes)
+
+    def _main_process_failed(self) -> bool:
+        return self.folder is not None and (read_record(self.folder) or {}).get("status") == "failed"
 
     def _what_is_safe(self) -> str:
         checkpoints = find_checkpoints(self.folder) if self.folder is not None else []

@@ -1,0 +1,413 @@
+"""What ends a run before its time: one message with what is safe, and a run that goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, read_record
+from safetensors.torch import load_file
+
+from utils.errors import Stopped
+from utils.training.callbacks import RunWatcher
+from utils.training.failures import explain_failure
+
+FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate", 5e-3, "--save_steps", 4,
+         "--eval_steps", 5, "--logging_steps", 3, "--dtype", "float32"]  # fmt: skip
+GO_ON = ("--resume_from_checkpoint", "auto")
+
+
+def slow(*values):
+    """A case that need not be looked at every day."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, pairs_file, tmp_path_factory) -> Path:
+    """The run that nothing disturbed."""
+    import advanced_dpo_script
+
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert advanced_dpo_script.main([str(word) for word in flags(tiny_model, pairs_file, folder)]) == 0
+    return folder
+
+
+def flags(model: Path, data: Path, folder: Path) -> list:
+    return ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", folder, *FLAGS]
+
+
+@pytest.fixture
+def run(run_script, tiny_model, pairs_file, tmp_path):
+    """Runs in a folder of its own: (*more flags) -> exit code, what was said, what was complained of."""
+
+    def go(*more, folder=tmp_path / "part"):
+        return run_script(*flags(tiny_model, pairs_file, folder), *more)
+
+    return go
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a), "bit for bit"
+    newest = one / "checkpoint-12"
+    for path in newest.iterdir():
+        if path.name not in ("trainer_state.json", "manifest.json"):  # which hold times
+            assert path.read_bytes() == (other / "checkpoint-12" / path.name).read_bytes(), path.name
+    assert read_metrics(one) == read_metrics(other)
+    records = [read_record(folder) for folder in (one, other)]
+    for key in ("status", "metrics", "step", "steps", "early_stopping"):
+        assert records[0].get(key) == records[1].get(key), key
+    assert (one / "held_out_pairs.jsonl").read_bytes() == (other / "held_out_pairs.jsonl").read_bytes()
+    assert not [path for path in other.iterdir() if path.name.startswith(".")], "nothing half made is left"
+
+
+def assert_one_message(err: str, *words: str) -> None:
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1, err
+    for word in (*words, "--resume_from_checkpoint auto"):
+        assert word in err
+
+
+def stop_at(monkeypatch, step: int, act) -> None:
+    """Does something after the step was taken."""
+    taken = RunWatcher.on_step_end
+
+    def on_step_end(self, args, state, control, **options):
+        if state.global_step == step:
+            act(self)
+        return taken(self, args, state, control, **options)
+
+    monkeypatch.setattr(RunWatcher, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize("step", [slow(4), 5, slow(7)])
+def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, lambda watcher: setattr(watcher, "asked_to_stop", True))
+        code, out, _ = run()
+    assert code == 130
+    assert f"interrupted at step {step}, its state is saved; to go on:" in out
+    assert read_record(tmp_path / "part")["step"] == step
+    assert (tmp_path / "part" / f"checkpoint-{step}").is_dir()
+    code, out, err = run(*GO_ON)
+    assert code == 0, err
+    if step not in (4, 8, 12):
+        shutil.rmtree(tmp_path / "part" / f"checkpoint-{step}")
+    assert_same_run(whole, tmp_path / "part")
+
+
+@pytest.mark.slow
+def test_a_stop_in_an_epoch_that_is_evaluated_at_its_end(run, tmp_path, monkeypatch):
+    more = ["--eval_strategy", "epoch", "--logging_strategy", "epoch"]
+    short = ["--num_train_epochs", 2]  # of 14 steps: the second is cut off by --max_steps 12
+    assert run(*more, *short, folder=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, lambda watcher: setattr(watcher, "asked_to_stop", True))
+        assert run(*more, *short)[0] == 130
+    assert [line["step"] for line in read_metrics(tmp_path / "part") if "held_out_loss" in line] == [0]
+    code, _, err = run(*more, *short, *GO_ON)
+    assert code == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+EARLY = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate", 0.02, "--save_steps", 1,
+         "--eval_steps", 2, "--logging_steps", 3, "--dtype", "float32", "--early_stopping_patience", 1,
+         "--early_stopping_metric", "accuracy"]  # fmt: skip
+
+
+@pytest.fixture
+def early(run_script, tiny_model, pairs_file, tmp_path):
+    """A run that stopped early, left as if it had been killed before its end; what it was; and how to go on with it."""
+    folder = tmp_path / "early"
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", folder, *EARLY]
+    code, _, err = run_script(*command)
+    assert code == 0, err
+    record, lines = read_record(folder), read_metrics(folder)
+    assert record["early_stopping"]["stopped"]
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+
+    def go_on() -> str:
+        code, out, err = run_script(*command, *GO_ON)
+        assert code == 0, err
+        assert (folder / "model.safetensors").read_bytes() == weights
+        assert read_metrics(folder) == lines
+        after = read_record(folder)
+        assert (after["early_stopping"], after["metrics"]) == (record["early_stopping"], record["metrics"])
+        return out
+
+    return folder, record["early_stopping"]["step"], lines[-1]["step"], go_on
+
+
+def test_an_early_stop_is_not_trained_past(early):
+    folder, _, stopped_at, go_on = early
+    assert (folder / f"checkpoint-{stopped_at}").is_dir(), "saved at the very step at which it stopped"
+    assert f"step {stopped_at + 1}" not in go_on()
+
+
+@pytest.mark.slow
+def test_a_best_model_that_was_damaged_is_made_again(early):
+    folder, best, stopped_at, go_on = early
+    assert 1 < best < stopped_at, "and the one before it needs none"
+    os.truncate(folder / f"checkpoint-{best}" / "model.safetensors", 100)
+    out = go_on()
+    assert f"checkpoint-{best} is damaged: model.safetensors has 100 bytes instead of" in out
+
+
+@pytest.mark.parametrize("damage", [slow("cut off"), "flipped"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gone_on_from(run, whole, tmp_path, damage):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    path = part / "checkpoint-12" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 16
+    path.write_bytes(content if damage == "flipped" else content[:-9])
+    code, _, err = run("--resume_from_checkpoint", part / "checkpoint-12")
+    assert code == 2
+    assert "optimizer.safetensors has" in err
+    assert "checkpoint-8" in err
+    code, out, err = run(*GO_ON)
+    assert code == 0, err
+    assert "checkpoint-12 is damaged: optimizer.safetensors has" in out
+    assert "checkpoint-8" in next(line for line in out.splitlines() if line.startswith("resuming from"))
+    shutil.rmtree(part / "checkpoint-12.damaged")
+    assert_same_run(whole, part)
+
+
+def test_a_damaged_model_is_not_evaluated(run_script, whole, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    path = part / "checkpoint-8" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 16
+    path.write_bytes(content)
+    code, _, err = run_script("evaluate", "--model_name_or_path", part / "checkpoint-8")
+    assert code == 2
+    assert "a damaged checkpoint: model.safetensors has other content than was saved" in err
+    assert f"its newest whole one is {part / 'checkpoint-12'}" in err
+
+
+def fail_with(number: int):
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def full_from(call: int):
+    """A function's place, full from its so-manieth call on."""
+
+    def wrap(real):
+        count = 0
+
+        def called(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count >= call:
+                fail_with(errno.ENOSPC)()
+            return real(*arguments, **options)
+
+        return called
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("utils.training.callbacks.append_metrics", 3),
+        slow("utils.saving.write_json", 4),  # run.json
+        slow("utils.training.run_folder.save_state", 3),  # the second checkpoint
+        ("utils.checkpoints.write_manifest", 2),
+        ("utils.training.checkpointing.move_into_place", 1),  # the model at the end
+        slow("utils.training.finishing.write_json_lines", 1),
+    ],
+)
+def test_a_full_disk_is_one_message_and_nothing_is_lost(run, run_script, whole, tmp_path, monkeypatch, place, call):
+    from pydoc import locate
+
+    with monkeypatch.context() as full:
+        full.setattr(place, full_from(call)(locate(place)))
+        code, _, err = run()
+    assert code == 2, err
+    assert_one_message(err, "the disk is full", "Make room there")
+    part = tmp_path / "part"
+    assert not list(part.glob(".checkpoint*")), "a half-made checkpoint gives its room back"
+    assert read_record(part)["status"] in ("failed", "running")
+    code, _, err = run_script("evaluate", "--model_name_or_path", part)
+    assert code == 2
+    assert "did not finish" in err
+    code, _, err = run(*GO_ON)
+    assert code == 0, err
+    assert_same_run(whole, part)
+
+
+def test_a_library_that_words_a_full_disk_in_its_own_way(run, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def save(*arguments, **options):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    code, _, err = run()
+    assert code == 2
+    assert_one_message(err, "the disk is full", "No checkpoint was saved yet")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk takes Linux and root")
+def test_a_disk_that_is_full_indeed(run, whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in (whole / "checkpoint-12").iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "full", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        code, _, err = run(folder=disk / "run")
+        assert code == 2, err
+        assert_one_message(err, "the disk is full", "is safe, and everything up to its step")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        code, _, err = run(*GO_ON, folder=disk / "run")
+        assert code == 0, err
+        assert_same_run(whole, disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        code, _, err = run(*GO_ON, folder=disk / "run")
+        assert code == 2
+        assert "cannot be written to" in err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.training.reporting.write_text", fail_with(errno.ENOSPC))
+    code, out, err = run()
+    assert code == 0, err
+    assert out.count("warning: report.html could not be written: OSError") == 1
+
+
+def test_a_folder_that_is_taken_away_is_not_made_again(run, whole, tmp_path, monkeypatch):
+    part, away = tmp_path / "part", tmp_path / "away"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, lambda watcher: part.rename(away))
+        code, _, err = run()
+    assert code == 2
+    assert_one_message(err, f"--output_dir {part}: the folder is gone", "Bring it back")
+    assert not part.exists()
+    away.rename(part)
+    code, _, err = run(*GO_ON)
+    assert code == 0, err
+    assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, slow(MemoryError)])
+def test_out_of_memory_says_what_is_safe_and_what_needs_less(run, tmp_path, monkeypatch, kind):
+    def run_out(watcher):
+        raise kind("CUDA out of memory. Tried to allocate 20 GiB\nmore")
+
+    stop_at(monkeypatch, 6, run_out)
+    code, _, err = run()
+    assert code == 2
+    assert_one_message(err, "out of memory after step 6", "checkpoint-4 is safe", "--gradient_accumulation_steps")
+
+
+def test_a_lost_tracker_is_a_warning(run, tmp_path, monkeypatch):
+    from transformers.integrations import TensorBoardCallback
+
+    calls = []
+
+    def lose(self, *arguments, **options):
+        calls.append(self)
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", lose)
+    code, out, err = run("--report_to", "tensorboard")
+    assert code == 0, err
+    said = "tensorboard failed and gets nothing more; the run goes on, and metrics.jsonl has everything"
+    assert out.count(f"warning: {said}") == 1
+    assert len(calls) == 1
+    assert any(said in text for text in read_record(tmp_path / "part")["warnings"])
+    assert len(read_metrics(tmp_path / "part")) == 10
+
+
+def test_a_run_that_is_replaced_half_way_is_neither_finished_nor_unknown(run, run_script, whole, tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    (part / "notes.txt").write_text("mine")
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.output_folder.remove_checkpoint", die)
+        assert run("--overwrite_output_dir", "--seed", 3)[0] == 130
+    code, _, err = run_script("evaluate", "--model_name_or_path", part)
+    assert code == 2
+    code, _, err = run(*GO_ON, "--seed", 3)
+    assert code == 2, "what is left there is of the run before"
+    assert "--seed" in err
+    code, _, err = run("--overwrite_output_dir", "--seed", 3)
+    assert code == 0, err
+    assert read_record(part)["settings"]["seed"] == 3
+
+
+def test_alarms_of_before_are_known_and_said_once(run, whole, tmp_path, monkeypatch):
+    def alarms(lines, limits):
+        return [("late", f"an alarm of step {lines[-1]['step']}")] if lines[-1]["step"] >= 3 else []
+
+    monkeypatch.setattr("utils.training.callbacks.find_alarms", alarms)
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-12")
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    code, out, err = run(*GO_ON)
+    assert code == 0, err
+    assert "an alarm" not in out
+    assert read_record(part)["warnings"] == ["an alarm of step 3"]
+
+
+def test_a_lost_process_is_no_fault_of_settings(tmp_path):
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:1234")
+    stop = explain_failure(error, tmp_path, 7, "checkpoint-4 is safe.", "python x", 2)
+    assert isinstance(stop, Stopped)
+    assert "another of the 2 processes is gone" in str(stop)
+    assert str(stop).endswith("checkpoint-4 is safe. To go on:\n  python x")
+    assert explain_failure(error, tmp_path, 7, "", "", 1) is None
+    foreign = OSError(errno.EIO, "Input/output error", "/data/pairs.arrow")
+    assert explain_failure(foreign, tmp_path, 7, "", "", 1) is None, "the data set's disk is not the folder's"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL to send")
+@pytest.mark.parametrize("lost", ["0", "1"])
+def test_a_lost_process_ends_the_other_with_a_message(tiny_model, pairs_file, tmp_path, lost):
+    import psutil
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "advanced_dpo_script.py", *flags(tiny_model, pairs_file, tmp_path / "run"),
+               "--num_train_epochs", 900]  # fmt: skip
+    command = [str(word) for word in command if word not in ("--max_steps", 12)]
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in launcher.stdout:
+            if line.strip().startswith("step 6/"):
+                break
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        next(child for child in children if child.environ().get("RANK") == lost).send_signal(signal.SIGKILL)
+        begun = time.monotonic()
+        _, err = launcher.communicate(timeout=200)
+    finally:
+        launcher.kill()
+    assert time.monotonic() - begun < 150
+    assert "another of the 2 processes is gone" in err
+    assert "--resume_from_checkpoint auto" in err

@@ -1,0 +1,31 @@
+"""The torture of benchmarks/, in short: runs killed at random moments, and a fault of each kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+def test_runs_that_are_killed_end_as_undisturbed_ones(tmp_path):
+    command = [sys.executable, "benchmarks/torture.py", "--kills", "3", "--seed", "3", "--short", "--no_faults",
+               "--output_dir", tmp_path]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "torture.json").read_text())
+    assert len(result["stops"]) == 3
+    assert result["failures"] == []
+    assert "every run ended as the undisturbed one did" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+def test_each_fault_is_found_and_gone_on_from(tmp_path):
+    command = [sys.executable, "benchmarks/torture.py", "--kills", "0", "--short", "--output_dir", tmp_path]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
