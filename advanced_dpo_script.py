@@ -27,6 +27,7 @@ from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, s
 from utils.settings import Settings
 
 if TYPE_CHECKING:
+    from utils.folder_lock import FolderLock
     from utils.training.running import Run
 
 
@@ -175,11 +176,24 @@ def init(settings: Settings) -> None:
 def run_training(
     settings: Settings, columns: dict[str, str], build_reference: Callable | None, make_trainer: Callable
 ) -> Run:
-    """The stages that both kinds of training share, in order; returns the run that was finished."""
+    """The stages of training, in a folder that no other run writes into; returns the run that was finished."""
+    from utils.folder_lock import FolderLock
+
+    with FolderLock() as lock:
+        return run_stages(settings, columns, build_reference, make_trainer, lock)
+
+
+def run_stages(
+    settings: Settings,
+    columns: dict[str, str],
+    build_reference: Callable | None,
+    make_trainer: Callable,
+    lock: FolderLock,
+) -> Run:
+    """The stages that both kinds of training share, in order."""
     from utils.data.loading import load_pairs
     from utils.models.loading import load_policy, load_tokenizer
     from utils.models.sources import find_policy
-    from utils.output_folder import no_empty_folder_left
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
     from utils.tracking import prepare_trackers
     from utils.training.config import rows_of_run
@@ -193,7 +207,7 @@ def run_training(
 
     processes = settings.trainer_fields.get("dataset_num_proc")
     folder, source, data, _ = gather(
-        lambda: find_folder(settings),
+        lambda: find_folder(settings, lock),
         lambda: find_policy(settings.model),
         lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes, rows_of_run(settings)),
         lambda: check_settings(settings),
@@ -207,7 +221,7 @@ def run_training(
     reference = build_reference(source, settings, precision) if build_reference else None
     if folder is not None:
         prepare_trackers(settings, folder)
-    with tempfile.TemporaryDirectory() as nowhere, no_empty_folder_left(folder):
+    with tempfile.TemporaryDirectory() as nowhere:
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.in_words(trainer.scored_ahead)

@@ -5,8 +5,8 @@
     python benchmarks/soak.py -- --report_to tensorboard --skip_bad_batches 3     more flags of the run
 
 A random model of two layers learns from pairs of a few tokens: a line of metrics every 10 steps, a checkpoint every 500
-of which two are kept, an evaluation every 1,000. The run is looked at from outside while it goes on. Prints a table and,
-after it, by how many bytes a step the memory grew once the run was warm; writes all samples to runs/soak/.
+of which two are kept, an evaluation every 1,000. The run is looked at from outside while it goes on. Prints a table and
+by how many bytes a step the memory grew once the run was warm; writes all samples to runs/soak/.
 """
 
 from __future__ import annotations

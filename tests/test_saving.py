@@ -12,6 +12,7 @@ from utils.checkpoints import find_checkpoints, find_resume_point
 from utils.errors import UserError
 from utils.output_folder import FREE_TO_CHANGE, check_output_folder, clear_run
 from utils.saving import (
+    LOCK,
     OWN_FILES,
     RunRecord,
     append_metrics,
@@ -361,7 +362,8 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
         (tmp_path / name / "run.json").write_text("mine")
     (tmp_path / "checkpoint-7").write_text("a file")
     clear_run(tmp_path)
-    assert names(tmp_path) == {*foreign, "data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7"}
+    kept = {"data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7", LOCK}  # the lock is of the run that clears
+    assert names(tmp_path) == {*foreign, *kept}
     assert all((tmp_path / name / "run.json").read_text() == "mine" for name in ("data", "checkpoint-best"))
 
 

@@ -19,6 +19,7 @@ ORDER = [
     "output_folder",
     "state",
     "processes",
+    "folder_lock",
     "tracking",
     "report",
     "status",

@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import find_checkpoints
 from utils.errors import UserError
-from utils.saving import CHECKPOINT, OWN_FILES, RECORD, RESULT_FOLDER, RESULTS, is_result, read_record
+from utils.saving import CHECKPOINT, LOCK, OWN_FILES, RECORD, RESULT_FOLDER, RESULTS, is_result, read_record
 
 # Settings that may differ between the parts of one run: they change how it is run, not what it computes.
 FREE_TO_CHANGE = frozenset(
@@ -55,7 +55,7 @@ def check_output_folder(
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: a file of that name exists")
     check_writable(output_dir)
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or not _content(output_dir):
         return
     record = read_record(output_dir)
     if record is None:
@@ -76,6 +76,11 @@ def check_output_folder(
             f"folder, {go_on}or pass --overwrite_output_dir to replace it"
         )
     _check_same_run(output_dir, record, verb, settings)
+
+
+def _content(folder: Path) -> list[Path]:
+    """What lies in a folder, the lock of a run left out: of a run that is beginning, or was killed as it began."""
+    return [path for path in folder.iterdir() if not re.fullmatch(rf"{LOCK}|\.{LOCK}\.\d+\.tmp", path.name)]
 
 
 def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, settings: Mapping[str, Any]) -> None:
@@ -103,21 +108,8 @@ def check_writable(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder") from None
 
 
-@contextlib.contextmanager
-def no_empty_folder_left(output_dir: Path | None) -> Iterator[None]:
-    """Removes a folder that was made within the context when that fails before anything is in it."""
-    existed = output_dir is None or output_dir.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):
-                output_dir.rmdir()
-        raise
-
-
 def clear_run(output_dir: Path) -> None:
-    """Removes what a former run wrote into the folder, and nothing else."""
+    """Removes what a former run wrote into the folder, and nothing else. The lock is that of the run which clears."""
     if not output_dir.is_dir():
         return
     for path in list(output_dir.iterdir()):
@@ -125,7 +117,7 @@ def clear_run(output_dir: Path) -> None:
             shutil.rmtree(path)
         elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir():
             _clear_results(path)
-        elif path.name in OWN_FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
+        elif path.name in {*OWN_FILES} - {LOCK} or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
             path.unlink()
 
 

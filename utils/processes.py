@@ -11,6 +11,9 @@ from typing import Any
 
 # Options of the first start that do not belong to its continuation, and how many words each takes.
 DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
+PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
+PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is silent
+TIMES_ITS_OWN = 5  # a run is given up after so many times its own longest silence
 
 
 def identify_process() -> dict[str, Any]:
@@ -49,6 +52,11 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
         return None
 
 
+def patience_seconds(longest_silence: float | None) -> float:
+    """After how many seconds without a word a run is given up, where its process cannot be seen."""
+    return PATIENCE_AT_FIRST if longest_silence is None else max(PATIENCE, TIMES_ITS_OWN * longest_silence)
+
+
 def _identify_machine() -> list[str | None]:
     parts: list[str | None] = [socket.gethostname(), None, None]
     try:
@@ -59,20 +67,25 @@ def _identify_machine() -> list[str | None]:
     return parts
 
 
-def command_to_go_on(arguments: Sequence[str], processes: int = 1, resume: bool = True) -> str:
+def command_to_go_on(
+    arguments: Sequence[str], processes: int = 1, resume: bool = True, other: Sequence[str] = ()
+) -> str:
     """The command line that goes on with a run, from the arguments it was started with.
 
-    With `resume` false there is no checkpoint to go on from: the command starts it again.
+    With `resume` false there is no checkpoint to go on from: the command starts it again. `other` is a flag with its
+    value, which takes the place of the former one.
     """
+    dropped = DROPPED | ({other[0]: len(other)} if other else {})
     words, skipped = [], 0
     for word in arguments:
         name = word.partition("=")[0]
         if skipped:
             skipped -= 1
-        elif name in DROPPED:
-            skipped = DROPPED[name] - 1 if name == word else 0
+        elif name in dropped:
+            skipped = dropped[name] - 1 if name == word else 0
         else:
             words.append(word)
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
+    words += other
     start = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
     return shlex.join([*start, "advanced_dpo_script.py", *words])

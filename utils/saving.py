@@ -5,6 +5,7 @@ Nothing in a run folder is a pickle: tensors are safetensors, everything else is
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import json
 import os
@@ -18,25 +19,30 @@ from utils.errors import UserError
 from utils.runtime import say
 
 RECORD = "run.json"
+LOCK = "run.lock"
 METRICS = "metrics.jsonl"
 PAIRS = "held_out_pairs.jsonl"
 EXAMPLES = "held_out_examples.jsonl"
 SAMPLES = "samples.jsonl"
+BAD_PAIRS = "bad_pairs.jsonl"
 REPORT = "report.html"
 EVALUATION_FILES = ("evaluation.json", "evaluation_pairs.jsonl", "evaluation.html")  # record, rows, page
 COMPARISON_FILES = ("comparison.json", "comparison.jsonl", "comparison.html")
 RESULTS = {"evaluate": EVALUATION_FILES, "compare": COMPARISON_FILES}
 TRAINER_STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
 
 # What a run of this script puts into its folder, and so what --overwrite_output_dir may remove from it.
 OWN_FILES = (
     RECORD,
+    LOCK,
     METRICS,
     PAIRS,
     EXAMPLES,
     SAMPLES,
+    BAD_PAIRS,
     REPORT,
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -185,12 +191,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_metrics_until(folder: Path, step: int) -> None:
-    """Drops the metrics and samples of later steps than `step`: a resumed run writes them again."""
-    for path in (folder / METRICS, folder / SAMPLES):
+    """Drops the metrics, samples and bad rows of later steps than `step`: a resumed run writes them again."""
+    for path in (folder / METRICS, folder / SAMPLES, folder / BAD_PAIRS):
         if path.is_file():
             write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
 
 
 def now() -> str:
     """The time as run.json holds it (UTC, ISO 8601)."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME, time.gmtime())
+
+
+def seconds_at(text: str | None) -> float | None:
+    """Seconds since 1970 of a time as run.json holds it."""
+    try:
+        return float(calendar.timegm(time.strptime(text or "", TIME)))
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -8,6 +8,7 @@ from utils.ballots import read_ballots
 from utils.comparing.judges import VOTE
 from utils.comparing.sides import Side
 from utils.errors import UserError
+from utils.folder_lock import check_not_held
 from utils.output_folder import check_writable
 from utils.saving import COMPARISON_FILES, is_result
 from utils.settings import Settings
@@ -34,6 +35,7 @@ def find_folder(settings: Settings, model: Side) -> Path:
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file of that name exists")
+    check_not_held(folder)
     check_writable(folder)
     present = [name for name in (RECORD, ROWS, PAGE) if (folder / name).exists()]
     if present and not is_result(folder / RECORD, "compare"):

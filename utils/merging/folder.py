@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.folder_lock import check_not_held
 from utils.output_folder import check_writable
 from utils.runs import TrainedModel
 
@@ -39,6 +40,7 @@ def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -
     for place in places:
         if place is not None and place.is_dir() and (place == folder or place in folder.parents):
             raise UserError(f"--output_dir {folder}: lies in {place}, which is read; choose a folder of its own")
+    check_not_held(folder)
     check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder

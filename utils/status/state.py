@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import calendar
 import json
 import os
 import shlex
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import find_checkpoints
-from utils.processes import command_to_go_on, is_alive
+from utils.folder_lock import read_owner
+from utils.processes import command_to_go_on, is_alive, patience_seconds
 from utils.runtime import readable_seconds
-from utils.saving import METRICS
+from utils.saving import METRICS, seconds_at
 from utils.status.finding import Foreign, FoundRun, find_runs
 
 DIED = "died"  # the record says that it runs, and its process is gone
-PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
-PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is silent
-TIMES_ITS_OWN = 5  # a run is given up after so many times its own longest silence
 HELD_OUT = "held_out_"
 
 
@@ -84,6 +81,9 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
     """The state of a run at a time (seconds since 1970)."""
     record, folder = run.record, run.folder
     state, note = _find_state(record, at)
+    owner = read_owner(folder) if state != "running" else None
+    if owner is not None and is_alive(owner):
+        state, note = "running", f"process {owner['pid']} has the folder, and has not begun to train yet"
     updated = text_of(record, "updated") or text_of(record, "started")
     checkpoints = find_checkpoints(folder)
     left = number_of(record, "seconds_left")
@@ -125,11 +125,10 @@ def _find_state(record: Mapping[str, Any], at: float) -> tuple[str, str | None]:
         return DIED, f"its process ({process['pid']} on {host}) is gone"
     silence = _seconds_since(text_of(record, "updated") or text_of(record, "started"), at)
     usual = number_of(record, "longest_silence")
-    patience = PATIENCE_AT_FIRST if usual is None else max(PATIENCE, TIMES_ITS_OWN * usual)
     if silence is None:
         return DIED, f"its record does not say when {host} was heard of last"
     ago = readable_seconds(silence)
-    if silence <= patience:
+    if silence <= patience_seconds(usual):
         return "running", f"on {host}; last heard of {ago} ago"
     before = f", and never for longer than {readable_seconds(usual)} before" if usual is not None else ""
     return DIED, f"silent for {ago}{before}; its process is on {host} and cannot be seen from here"
@@ -188,14 +187,6 @@ def read_last_evaluation(folder: Path) -> dict[str, float]:
     lines = [line for line in read_events(folder) if f"{HELD_OUT}loss" in line and line["step"] > 0]
     last = lines[-1] if lines else {}
     return _numbers({name.removeprefix(HELD_OUT): last[name] for name in last if name.startswith(HELD_OUT)})
-
-
-def seconds_at(text: str | None) -> float | None:
-    """Seconds since 1970 of a time as run.json holds it."""
-    try:
-        return float(calendar.timegm(time.strptime(text or "", "%Y-%m-%dT%H:%M:%SZ")))
-    except (ValueError, OverflowError):
-        return None
 
 
 def _seconds_since(text: str | None, at: float) -> float | None:

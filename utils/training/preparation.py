@@ -16,6 +16,7 @@ from utils.data.loading import PreferenceData
 from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
 from utils.errors import UserError, gather
+from utils.folder_lock import FolderLock, check_not_held
 from utils.models.loading import (
     Reference,
     check_4bit,
@@ -52,11 +53,11 @@ class Rows:
     end_ids: frozenset[int]
 
 
-def find_folder(settings: Settings) -> Path | None:
-    """The output folder, checked but not made; None in a dry run.
+def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
+    """The output folder, checked and locked for this run; None in a dry run.
 
     Raises:
-        UserError: it holds something that this run would spoil.
+        UserError: it holds something that this run would spoil, or another run writes there.
     """
     if settings.run.dry_run:
         return None
@@ -70,7 +71,11 @@ def find_folder(settings: Settings) -> Path | None:
                 f"--resume_from_checkpoint {checkpoint}: not a checkpoint of the run in --output_dir {folder}; "
                 "to start a new run from its weights, name it with --model_name_or_path"
             )
-    check_output_folder(folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    check_not_held(folder)
+    about = (folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    check_output_folder(*about)
+    lock.take(folder)
+    check_output_folder(*about)  # once more: from here on nobody else changes it
     return folder
 
 
