@@ -30,6 +30,7 @@ FREE_TO_CHANGE = frozenset(
         "wandb_tags",
         "cost_per_hour",
         "max_kl",
+        "skip_bad_batches",
         "logging_steps",
         "save_steps",
         "eval_steps",

@@ -192,6 +192,12 @@ class TrainingSettings:
     warmup_steps: float = flag(
         0.1, "steps of learning-rate warm-up; below 1: a share of all steps", bound=AT_LEAST_ZERO
     )
+    skip_bad_batches: int = flag(
+        0,
+        "leave out up to N optimizer steps whose loss or gradient is not finite, and go on (their rows: "
+        "bad_pairs.jsonl; default: stop at the first)",
+        bound=AT_LEAST_ZERO,
+    )
     lr_scheduler_type: str = flag("linear", "shape of the learning rate over the run: linear, cosine, constant, ...")
     logging_steps: float = flag(10, "steps between two lines of training metrics", bound=STEPS_OR_SHARE)
     eval_steps: float | None = flag(

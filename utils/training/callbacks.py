@@ -18,6 +18,7 @@ from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
 from utils.saving import METRICS, RunRecord, append_metrics, keep_metrics_until, read_json_lines
 from utils.training.alarms import Limits, find_alarms
+from utils.training.bad_batches import BadBatches
 from utils.training.progress import Stopwatch
 from utils.training.reporting import ReportFile
 
@@ -64,6 +65,7 @@ class RunWatcher(TrainerCallback):
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
         self._alarms: set[str] = set()
         self._max_kl = max_kl
+        self.bad_batches: BadBatches | None = None  # of the run, which is made after its watcher
         self.report = ReportFile(folder, record) if folder is not None else None
         # Of the run, which is made after its watcher: what it used so far, and the seconds that are left.
         self.resources: Callable[[], dict[str, Any]] = dict
@@ -84,6 +86,10 @@ class RunWatcher(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_metrics_until(self.folder, state.global_step)
             self.lines = read_json_lines(self.folder / METRICS)
+        if self.bad_batches is not None:
+            self.bad_batches.restore(state)
+            self.bad_batches.note()
+        if self.folder is not None and state.is_world_process_zero:
             self.record.write_to(self.folder)
             self.report.write(now=True)
         self.begun = True

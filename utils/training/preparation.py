@@ -104,7 +104,7 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
     checks = [lambda: check_trackers(settings), check_one_device, lambda: _check_offloading(settings)]
-    checks.append(lambda: _check_sampling(settings))
+    checks += [lambda: _check_sampling(settings), lambda: _check_skipping(settings)]
     if settings.model.use_4bit:
         checks.append(check_4bit)
     if settings.model.ref_model_name_or_path is not None:
@@ -125,6 +125,14 @@ def _check_sampling(settings: Settings) -> None:
         raise UserError(
             f"--sample_during_eval: with {sharded[0]} the weights lie in parts in several processes, and none of them "
             "can write; leave it out, and look at what the model writes when it is trained"
+        )
+
+
+def _check_skipping(settings: Settings) -> None:
+    deepspeed = settings.trainer_fields.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"
+    if settings.training.skip_bad_batches and deepspeed:
+        raise UserError(
+            "--skip_bad_batches: DeepSpeed takes the optimizer step by itself, before it can be looked at; leave it out"
         )
 
 

@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from utils.data.places import Place, row_places
 from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
 from utils.state import load_state, read_random_state, save_state, set_random_state
+from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
-from utils.training.finite import describe_step, losses_by_row
 from utils.training.progress import Stopwatch
 
 
@@ -68,7 +67,7 @@ class RunFolderTrainer(Trainer):
     counted = "items"  # what the loss is a mean over, by its name in the log
     loss_is_scaled_for_ga = True  # by the items of the whole optimizer step, in `compute_loss`
     stopwatch = Stopwatch()  # replaced by the run's own
-    place: Place = staticmethod(row_places("row"))  # of a row that is trained on, by its `row`; the run's own
+    bad_batches: BadBatches  # of the run
 
     def __init__(self, *, model: torch.nn.Module, args: Any, lora_dropout: float, **parts: Any):
         with float32_kept(model):
@@ -81,6 +80,7 @@ class RunFolderTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._last_line = (0, 0.0)  # tokens seen and seconds of training when it was logged
         self._step_losses: list[tuple[list[int], Tensor]] = []  # of the micro-batches of the optimizer step
+        self._before_step: tuple[Tensor, dict[str, Tensor]] | None = None  # what is logged, without that step
 
     def models(self) -> list[torch.nn.Module]:
         """Everything that is computed with."""
@@ -119,22 +119,45 @@ class RunFolderTrainer(Trainer):
     def note_rows(self, batch: Mapping[str, Any], losses: Tensor) -> None:
         """Remembers, until the optimizer step, which rows a micro-batch held; `losses` has shape (rows,)."""
         self.tokens_seen += batch.get(TOKENS, 0)
+        if not self._step_losses:
+            self._before_step = self._tr_loss.clone(), dict(self._sums)
         self._step_losses.append((batch.get(ROWS, []), losses.detach()))
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient norm, which the trainer asks for just before the optimizer step.
+        """The gradient norm, which the trainer asks for just before the optimizer step; None for a step left out.
 
         Raises:
-            UserError: it is not finite; the step is not taken. (Under float16 the scaler leaves such steps out.)
+            UserError: loss or gradient is not finite, and no more such steps may be left out; the step is not taken.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         parts, self._step_losses = self._step_losses, []
-        # One look per optimizer step waits for a GPU no more than the copies of the batch to it do.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+        loss_is_bad, gradient_is_bad = self._find_faults(parts, norm)
+        cause, scaler = None, self.accelerator.scaler
+        if gradient_is_bad and not loss_is_bad and scaler is not None:
+            if scaler.get_scale() > 1:
+                return norm  # float16: the scaler leaves the step out and tries a smaller scale
+            cause = "a smaller scale of float16 does not mend it"
+        if loss_is_bad or gradient_is_bad:
             losses = losses_by_row(parts, self.args.world_size)
-            folder = Path(self.args.output_dir)
-            raise describe_step(self.state.global_step + 1, losses, self.place, folder)
+            self.bad_batches.leave_out(self.state.global_step + 1, losses, self.state, cause)
+            self._leave_out(model)
+            return None
         return norm
+
+    def _find_faults(self, parts: list[tuple[list[int], Tensor]], norm: Any) -> tuple[bool, bool]:
+        """Whether any row's loss, and whether the gradient, is not finite; the same in all processes."""
+        bad = torch.stack([~torch.isfinite(losses).all() for _, losses in parts]).any().float()
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad, "sum")
+        # One look per optimizer step waits for a GPU no more than the copies of the batch to it do.
+        return bool(bad), norm is not None and not math.isfinite(norm)
+
+    def _leave_out(self, model: torch.nn.Module) -> None:
+        """Takes back what a step did so far: an optimizer passes over parameters without a gradient."""
+        model.zero_grad(set_to_none=True)
+        loss, self._sums = self._before_step
+        self._tr_loss.copy_(loss)
+        self._globalstep_last_logged += 1  # the logged loss is a mean over the steps that were taken
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over the items since the last line to a line of training metrics."""
@@ -151,6 +174,8 @@ class RunFolderTrainer(Trainer):
             logs |= {name: total / count for name, total in totals.items()} | {self.counted: count}
             logs["tokens_per_second"] = tokens / seconds if seconds > 0 else 0.0
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
+            if self.bad_batches.left_out:
+                logs["skipped_steps"] = len(self.bad_batches.left_out)
             self._sums, self._last_line = {}, (self.tokens_seen, self.stopwatch.seconds)
         Trainer.log(self, logs, start_time)
 

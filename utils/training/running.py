@@ -23,6 +23,7 @@ from utils.runtime import Precision, peak_memory_bytes, read_versions, readable_
 from utils.saving import EXAMPLES, PAIRS, REPORT, RunRecord, now, read_record, write_json_lines
 from utils.settings import Settings
 from utils.tracking import say_how_to_upload
+from utils.training.bad_batches import BadBatches
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics
 from utils.training.early_stopping import EarlyStopping, describe_best
 from utils.training.examples import choose_examples
@@ -179,7 +180,9 @@ def start_run(
         trainer.args.eval_on_start = False
     earlier = ((former or {}).get("resources") or {}).get("seconds") or 0.0
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
-    trainer.stopwatch, trainer.place = watcher.stopwatch, data.place
+    trainer.stopwatch = watcher.stopwatch
+    allowed, processes = settings.training.skip_bad_batches, trainer.args.world_size
+    trainer.bad_batches = watcher.bad_batches = BadBatches(allowed, data, record, folder, processes)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
     patience = settings.training.early_stopping_patience

@@ -1,0 +1,157 @@
+"""Optimizer steps whose loss or gradient is not finite: seen before the step, said with their rows, left out or not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.checkpoints import find_checkpoints
+from utils.data.identity import pair_id
+from utils.data.loading import PreferenceData
+from utils.data.places import SHOWN, Place, list_places
+from utils.errors import UserError
+from utils.processes import command_to_go_on
+from utils.runtime import is_main_process, say
+from utils.saving import BAD_PAIRS, RunRecord, append_metrics
+from utils.training.kept import keep_in_checkpoints, kept_in_checkpoint
+
+KEY = "left_out"  # in what a checkpoint keeps: the steps
+SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches
+
+
+def losses_by_row(parts: Sequence[tuple[list[int], Tensor]], world_size: int) -> dict[int, float]:
+    """`row` -> its loss, of all micro-batches of an optimizer step, in all processes."""
+    found = {row: loss for rows, losses in parts for row, loss in zip(rows, losses.tolist(), strict=True)}
+    if world_size > 1:
+        gathered: list[dict[int, float]] = [{}] * world_size
+        torch.distributed.all_gather_object(gathered, found)
+        found = {row: loss for part in gathered for row, loss in part.items()}
+    return found
+
+
+@dataclass
+class BadBatches:
+    """What becomes of such steps in a run: the first `allowed` are left out, the next one stops it.
+
+    A step that is left out counts as a step: its rows were seen, and the schedule of the learning rate goes on. The
+    weights and the optimizer's moments stay as they were.
+    """
+
+    allowed: int
+    data: PreferenceData
+    record: RunRecord
+    folder: Path | None  # None in a dry run
+    processes: int
+    left_out: list[int] = field(default_factory=list)  # steps
+
+    def restore(self, state: Any) -> None:
+        """Goes on from the count of the checkpoint that the trainer's state was read from."""
+        self.left_out = list(kept_in_checkpoint(state, KEY) or [])
+
+    def leave_out(self, step: int, losses: Mapping[int, float], state: Any, cause: str | None = None) -> None:
+        """Records that a step is left out.
+
+        Args:
+            losses: `row` -> loss, of the step.
+            state: the trainer's, which checkpoints hold.
+            cause: what else is known of it.
+
+        Raises:
+            UserError: as many as are allowed were left out before.
+        """
+        what = describe_step(step, losses, self.data.place) + (f"; {cause}" if cause else "")
+        self._write_rows(step, losses)
+        if len(self.left_out) >= self.allowed:
+            raise UserError(f"training came apart in {what}. {self._advise(step, losses)}")
+        self.left_out.append(step)
+        keep_in_checkpoints(state, KEY, self.left_out)
+        say(f"  left out {what} ({len(self.left_out)} of at most {self.allowed} such steps)")
+        count = sum(not math.isfinite(loss) for loss in losses.values())
+        if self.folder is not None and is_main_process():
+            append_metrics(self.folder, {"step": step, "skipped_steps": len(self.left_out), "bad_rows": count})
+        self.note()
+
+    def note(self) -> None:
+        """Puts the steps that were left out so far into the record, and a warning that counts them."""
+        if not self.left_out:
+            return
+        numbers = ", ".join(map(str, self.left_out[:SHOWN])) + (", ..." if len(self.left_out) > SHOWN else "")
+        text = f"not finite, left out (at most {self.allowed}): {len(self.left_out)} optimizer steps ({numbers})"
+        others = [old for old in self.record.content.get("warnings", []) if not old.startswith("not finite, left out")]
+        self.record.content["warnings"] = others
+        self.record.content["skipped_steps"] = list(self.left_out)
+        self.record.warn(f"{text}; their rows are in {BAD_PAIRS}")
+
+    def _write_rows(self, step: int, losses: Mapping[int, float]) -> None:
+        """Adds the rows that are to blame to the file that holds them with their texts."""
+        if self.folder is None or not is_main_process():
+            return
+        lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in self._find_rows(step, losses)]
+        try:
+            with open(self.folder / BAD_PAIRS, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            self.record.warn(f"{BAD_PAIRS} could not be written ({error.strerror})", aloud=True)
+
+    def _find_rows(self, step: int, losses: Mapping[int, float]) -> list[dict[str, Any]]:
+        bad = _rows_to_blame(losses)
+        places = {row: index for index, row in enumerate(self.data.train["row"][:])}
+        found = []
+        for row in bad:
+            texts = self.data.train[places[row]]
+            said = {name: texts[name] for name in ("prompt", "chosen", "rejected", "completion") if name in texts}
+            loss = losses[row]
+            why = {"loss": loss if math.isfinite(loss) else str(loss), "of": len(losses)}
+            found.append({"step": step, "id": pair_id(texts), "row": row, "place": self.data.place(row), **why, **said})
+        return found
+
+    def _advise(self, step: int, losses: Mapping[int, float]) -> str:
+        """What is safe, and what to try."""
+        checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
+        safe = (
+            f"; the newest checkpoint, {checkpoints[-1]}, is sound" if checkpoints else "; no checkpoint was saved yet"
+        )
+        taken = f"That step was not taken: the weights stayed as after step {step - 1}{safe}."
+        if self.left_out:
+            taken += f" {len(self.left_out)} such steps were left out before (--skip_bad_batches {self.allowed})."
+        count = sum(not math.isfinite(loss) for loss in losses.values())
+        where = f" in {self.folder / BAD_PAIRS}" if self.folder is not None else ""
+        if 0 < count < len(losses):
+            advice = f"Look at these rows{where}: mend or remove them. If they are good,"
+        elif count:
+            advice = (
+                f"The weights had gone too far (the rows are{where}):" if where else "The weights had gone too far:"
+            )
+        else:
+            advice = f"If these rows{where} are good," if not where else f"Look at the rows{where}. If they are good,"
+        text = f"{taken} {advice} try a smaller --learning_rate, a smaller --max_grad_norm, or --dtype float32"
+        return text + (f". {self._how_to_go_on(bool(checkpoints))}" if self.folder is not None else "")
+
+    def _how_to_go_on(self, resume: bool) -> str:
+        more = ["--skip_bad_batches", str(max(SUGGESTED, 2 * self.allowed))]
+        command = command_to_go_on(self.record.content["arguments"], self.processes, resume, more)
+        changes = " (changed settings need --allow_changes learning_rate, changed rows --allow_changes data)"
+        return f"To go on and leave such steps out: {command}{changes if resume else ''}"
+
+
+def _rows_to_blame(losses: Mapping[int, float]) -> list[int]:
+    """Those whose loss is not finite; where all are finite, every row of the step."""
+    return [row for row, loss in losses.items() if not math.isfinite(loss)] or list(losses)
+
+
+def describe_step(step: int, losses: Mapping[int, float], place: Place) -> str:
+    """What is not finite in a step, and where its rows are."""
+    bad = [row for row, loss in losses.items() if not math.isfinite(loss)]
+    named = bad or list(losses)
+    where = list_places([place(row) for row in named[:SHOWN]], len(named))
+    if not bad:
+        return f"step {step}: the losses of its {len(losses)} rows are finite, their gradient is not ({where})"
+    which = f"{len(bad)} of its {len(losses)} rows" if len(bad) < len(losses) else f"all its {len(bad)} rows"
+    return f"step {step}: the loss of {which} is not finite ({where})"
