@@ -123,7 +123,7 @@ def test_one_more_than_allowed_stops_the_run_and_says_how_to_go_on(train):
     assert code == 2
     (fault,) = [line for line in out.splitlines() if line.startswith("error: ")]
     assert "1 such steps were left out before (--skip_bad_batches 1)" in fault
-    assert f"Look at these rows in {folder / 'bad_pairs.jsonl'}" in fault
+    assert f"Look at the rows in {folder / 'bad_pairs.jsonl'}" in fault
     assert len(bad_rows(folder)) == 2
     assert "--resume_from_checkpoint auto --skip_bad_batches 10" in fault
     assert "--allow_changes learning_rate" in fault
@@ -171,7 +171,7 @@ def test_a_gradient_that_is_not_finite_though_the_losses_are(limit, run_script, 
 
     monkeypatch.setattr(PreferenceTrainer, "compute_loss", spoil)
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(24))
-    code, out, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir",
+    code, _, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir",
                                 tmp_path / "run", "--max_steps", 5, "--per_device_train_batch_size", 4,
                                 "--skip_bad_batches", limit, "--logging_steps", 1)  # fmt: skip
     rows = bad_rows(tmp_path / "run")
