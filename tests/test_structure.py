@@ -13,8 +13,10 @@ FLOOR = ["errors", "flags", "data_settings", "use_settings", "settings", "runtim
 ORDER = [
     *FLOOR,
     "user_code",
+    "allowed_changes",
     "arguments",
     "saving",
+    "kept",
     "checkpoints",
     "output_folder",
     "state",

@@ -17,10 +17,10 @@ from utils.data.identity import pair_id
 from utils.data.loading import PreferenceData
 from utils.data.places import SHOWN, Place, list_places
 from utils.errors import UserError
+from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.processes import command_to_go_on
 from utils.runtime import is_main_process, say
 from utils.saving import BAD_PAIRS, RunRecord, append_metrics
-from utils.training.kept import keep_in_checkpoints, kept_in_checkpoint
 
 KEY = "left_out"  # in what a checkpoint keeps: the steps
 SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches
