@@ -24,6 +24,7 @@ from utils.runtime import peak_memory_bytes
 from utils.state import load_state, read_random_state, save_state, set_random_state
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
+from utils.training.history import fold_history
 from utils.training.progress import Stopwatch
 
 
@@ -178,6 +179,7 @@ class RunFolderTrainer(Trainer):
                 logs["skipped_steps"] = len(self.bad_batches.left_out)
             self._sums, self._last_line = {}, (self.tokens_seen, self.stopwatch.seconds)
         Trainer.log(self, logs, start_time)
+        fold_history(self.state.log_history, self.counted)
 
     def measure_held_out(self) -> dict[str, float]:
         """Metrics of the held-out rows, exact over rows, by name."""
