@@ -38,6 +38,7 @@ def test_the_log_of_checkpoints_is_bounded_and_its_means_stay(counted):
     assert training_metrics(log) == pytest.approx(training_metrics(lines))
     assert [line for line in log if "eval_loss" in line] == [line for line in lines if "eval_loss" in line]
     assert log[-2:] == lines[-2:]
+    assert sum(line.get("lines", 1) for line in log if "loss" in line) == 4000
     assert [line["step"] for line in log] == sorted(line["step"] for line in log)
 
 

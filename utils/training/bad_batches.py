@@ -74,8 +74,10 @@ class BadBatches:
         keep_in_checkpoints(state, KEY, self.left_out)
         say(f"  left out {what} ({len(self.left_out)} of at most {self.allowed} such steps)")
         count = sum(not math.isfinite(loss) for loss in losses.values())
+        line = {"step": step, "skipped_steps": len(self.left_out), "bad_rows": count}
+        state.log_history.append(line)
         if self.folder is not None and is_main_process():
-            append_metrics(self.folder, {"step": step, "skipped_steps": len(self.left_out), "bad_rows": count})
+            append_metrics(self.folder, line)
         self.note()
 
     def note(self) -> None:

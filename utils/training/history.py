@@ -6,6 +6,7 @@ from typing import Any
 
 MOST_LINES = 1000  # of training
 FOLDED = 500
+STANDS_FOR = "lines"  # the key of a line in the place of others: how many they were
 
 
 def fold_history(history: list[dict[str, Any]], counted: str) -> None:
@@ -23,6 +24,7 @@ def fold_history(history: list[dict[str, Any]], counted: str) -> None:
     names = [name for name in last if name != "step" and all(isinstance(line.get(name), float) for line in lines)]
     means = {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}
     kept = {name: last[name] for name in ("learning_rate", "epoch", "skipped_steps") if name in last}
-    history[places[FOLDED - 1]] = {**last, **means, **kept, counted: total}
+    count = sum(line.get(STANDS_FOR, 1) for line in lines)
+    history[places[FOLDED - 1]] = {**last, **means, **kept, counted: total, STANDS_FOR: count}
     folded = set(places[: FOLDED - 1])
     history[:] = [line for place, line in enumerate(history) if place not in folded]
