@@ -48,6 +48,9 @@ def test_every_other_setting_is_named_with_both_values():
         "seed": "--seed was 1, is 2",
         "beta": "--beta was 0.1, is 0.2",
     }
+    assert changed(settings={"loss_weights": [1.0, 2.0]}) == {
+        "loss_weights": "--loss_weights was not given, is 1.0 2.0"
+    }
     assert "beta" in changed(settings={"beta": None})
     assert "label_smoothing" in changed(settings={"label_smoothing": 0.1})
     assert changed(settings={"a_flag_of_a_later_version": None}) == {}
@@ -296,6 +299,7 @@ def test_a_checkpoint_that_holds_nothing_of_this_is_compared_with_the_record(beg
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
     state["stateful_callbacks"].pop("dpo_run")
     (folder / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "checkpoint-4" / "manifest.json").unlink(missing_ok=True)  # such a checkpoint has none
     code, _, err, _ = go_on(beta=0.3)
     assert code == 2
     assert names_refused(err) == {"beta"}

@@ -162,7 +162,14 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     for name in sorted({*old, *new} - free):
         # A flag that a former version of the script did not have was at its default.
         if old.get(name) != new.get(name) and (name in old or new.get(name)):
-            yield name, f"--{name} was {old.get(name)!r}, is {new.get(name)!r}"
+            yield name, f"--{name} was {_written(old.get(name))}, is {_written(new.get(name))}"
+
+
+def _written(value: Any) -> str:
+    """A setting as it is written on the command line."""
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _changed_rows(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
