@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 
 import pytest
-from conftest import make_pairs, read_record, write_lines
+from conftest import make_pairs, read_metrics, read_record, write_lines
 
 from utils.report.run_files import read_thinned
 from utils.training import history
@@ -99,3 +100,21 @@ def test_a_report_holds_no_more_lines_than_it_can_show(tmp_path):
     assert [line for line in found if "held_out_loss" in line] == [line for line in lines if "held_out_loss" in line]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:1500]))
     assert read_thinned(path) == lines[:1500]
+
+
+def test_a_resumed_run_whose_log_was_folded_is_the_uninterrupted_one(run_script, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "MOST_LINES", 6)
+    monkeypatch.setattr(history, "FOLDED", 4)
+    data = write_lines(tmp_path / "pairs.jsonl", make_pairs(40))
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--max_steps", 16, "--logging_steps", 1]
+    flags += ["--eval_steps", 3, "--save_steps", 10, "--per_device_train_batch_size", 2]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert run_script(*flags, "--output_dir", whole)[0] == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-16")
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    code, _, err = run_script(*flags, "--output_dir", part, "--resume_from_checkpoint", "auto")
+    assert code == 0, err
+    assert read_metrics(part) == read_metrics(whole)
+    assert len([line for line in read_metrics(part) if "loss" in line]) == 16
+    assert read_record(part)["metrics"] == read_record(whole)["metrics"]
