@@ -201,7 +201,9 @@ def run_stages(
     from utils.models.sources import find_policy
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
     from utils.tracking import prepare_trackers
+    from utils.training.carrying_on import attach_continuation
     from utils.training.config import rows_of_run
+    from utils.training.continuation import check_continuation
     from utils.training.description import describe_data, describe_start
     from utils.training.finishing import finish_run
     from utils.training.preparation import check_settings, find_folder, prepare_rows
@@ -222,6 +224,7 @@ def run_stages(
     tokenizer = load_tokenizer(source, settings.model)
     rows = prepare_rows(data, tokenizer, source, settings, columns)
     describe_data(data, rows)
+    continuation = check_continuation(folder, data, rows, source, settings, precision)
 
     policy = load_policy(source, settings, precision)
     reference = build_reference(source, settings, precision) if build_reference else None
@@ -232,6 +235,7 @@ def run_stages(
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.in_words(trainer.scored_ahead)
         warnings = describe_start(trainer, reference, source, settings, precision)
+        warnings += attach_continuation(trainer, continuation)
         arguments = command_line(settings)
         run = start_run(trainer, reference, source, data, rows, settings, precision, folder, arguments, warnings)
         run.train()

@@ -1,7 +1,7 @@
 """A long run at a tiny size: whether its memory, open files, threads and files stay as they are.
 
     python benchmarks/soak.py                        20,000 optimizer steps (some minutes on two cores)
-    python benchmarks/soak.py --steps 2000           fewer
+    python benchmarks/soak.py --minutes 30           as many as there is time for
     python benchmarks/soak.py -- --report_to tensorboard --skip_bad_batches 3     more flags of the run
 
 A random model of two layers learns from pairs of a few tokens: a line of metrics every 10 steps, a checkpoint every 500
@@ -43,6 +43,7 @@ COLUMNS = {
     "ms_per_step": "ms/step",
 }
 WARM = 0.25  # of the steps, after which memory is expected to stay
+STOPPED = 130  # the exit code of a run that was asked to stop
 FLAT = 64.0  # bytes per step: 1.2 MiB over 20,000 steps
 
 
@@ -50,6 +51,7 @@ def main() -> int:
     """Runs, samples, and prints the table. Returns 1 where the memory grew, or the run failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps")
+    parser.add_argument("--minutes", type=float, help="stop the run in good order after so long (default: no limit)")
     parser.add_argument("--rows", type=int, default=20, help="of the table")
     parser.add_argument("--verb", choices=("train", "sft"), default="train")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/soak"), help="where the samples go")
@@ -57,7 +59,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         code, samples = run(Path(folder), options)
-    if code:
+    if code not in (0, STOPPED):
         print(f"the run ended with exit code {code}", file=sys.stderr)
         return 1
     table = make_table(samples, options.rows)
@@ -86,18 +88,22 @@ def run(work: Path, options: argparse.Namespace) -> tuple[int, list[dict[str, An
     ]  # fmt: skip
     with open(work / "console", "w+", encoding="utf-8") as console:
         process = subprocess.Popen(list(map(str, command)), stdout=console, stderr=subprocess.STDOUT)
-        samples = watch(process, folder, options.steps)
-        if process.returncode:
+        samples = watch(process, folder, options.steps, options.minutes)
+        if process.returncode not in (0, STOPPED):
             console.seek(0)
             sys.stderr.write(console.read()[-3000:])
     return process.returncode, samples
 
 
-def watch(process: subprocess.Popen, folder: Path, steps: int) -> list[dict[str, Any]]:
-    """Samples of a running process, until it ends."""
+def watch(process: subprocess.Popen, folder: Path, steps: int, minutes: float | None) -> list[dict[str, Any]]:
+    """Samples of a running process, until it ends, or is asked to after so many minutes."""
+    until = time.time() + minutes * 60 if minutes is not None else None
     seen, samples, due, before = psutil.Process(process.pid), [], 0, (0, time.time())
     while process.poll() is None:
         time.sleep(0.2)
+        if until is not None and time.time() > until:
+            process.terminate()
+            until = None
         step = read_step(folder)
         if step is None or step < due:
             continue

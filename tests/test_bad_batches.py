@@ -123,7 +123,7 @@ def test_one_more_than_allowed_stops_the_run_and_says_how_to_go_on(train):
     assert code == 2
     (fault,) = [line for line in out.splitlines() if line.startswith("error: ")]
     assert "1 such steps were left out before (--skip_bad_batches 1)" in fault
-    assert f"Look at these rows in {folder / 'bad_pairs.jsonl'}" in fault
+    assert f"Look at the rows in {folder / 'bad_pairs.jsonl'}" in fault
     assert len(bad_rows(folder)) == 2
     assert "--resume_from_checkpoint auto --skip_bad_batches 10" in fault
     assert "--allow_changes learning_rate" in fault
@@ -219,3 +219,70 @@ def test_two_processes_leave_out_the_same_step(script, holed, tmp_path):
     assert [row["row"] for row in bad_rows(folder)] == [BAD] * len(record["skipped_steps"])
     weights = sound(load_file(folder / "model.safetensors"), token)
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.fixture
+def float16_scaler(monkeypatch):
+    """The scaler that float16 has on a GPU, where on a CPU the libraries make none; and what makes gradients overflow
+    in the first so many steps."""
+    from transformers import Trainer
+
+    from utils.training.trainer import PreferenceTrainer
+
+    made, compute_loss, create = [], PreferenceTrainer.compute_loss, Trainer.create_accelerator_and_postprocess
+
+    def make(self):
+        create(self)
+        made.append(torch.amp.GradScaler("cpu", init_scale=2.0**24))
+        self.accelerator.scaler, self.accelerator.native_amp = made[-1], True
+
+    def overflow(steps):
+        def spoil(self, *arguments, **options):
+            loss = compute_loss(self, *arguments, **options)
+            if self.state.global_step < steps:
+                loss.register_hook(lambda gradient: gradient * torch.inf)
+            return loss
+
+        monkeypatch.setattr(PreferenceTrainer, "compute_loss", spoil)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", make)
+    return made, overflow
+
+
+@pytest.fixture
+def train_sound(run_script, tiny_model, tmp_path):
+    """Trains on good pairs, forty steps in float16."""
+    data = write_lines(tmp_path / "pairs.jsonl", make_pairs(24))
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", tmp_path / "run"]
+    flags += ["--dtype", "float16", "--max_steps", 40, "--validation_split", "none"]
+    return lambda: run_script(*flags, "--per_device_train_batch_size", 4)
+
+
+def test_what_float16s_scaler_leaves_out_is_no_bad_batch(float16_scaler, train_sound, tmp_path):
+    made, overflow = float16_scaler
+    overflow(3)
+    code, out, err = train_sound()
+    assert code == 0, out + err
+    assert 1 < made[-1].get_scale() <= 2.0**21
+    assert "skipped_steps" not in read_record(tmp_path / "run")
+    assert not (tmp_path / "run" / "bad_pairs.jsonl").exists()
+
+
+def test_a_gradient_that_no_scale_of_float16_mends_is_a_bad_batch(float16_scaler, train_sound):
+    float16_scaler[1](100)
+    code, _, err = train_sound()
+    assert code == 2
+    assert "came apart in step 25: the losses of its 4 rows are finite, their gradient is not" in err
+    assert "a smaller scale of float16 does not mend it" in err
+
+
+@pytest.mark.usefixtures("float16_scaler")
+def test_under_float16_a_loss_that_is_not_finite_is_a_bad_batch(train, holed):
+    code, out, folder = train("--dtype", "float16", "--skip_bad_batches", 2)
+    assert code == 0, out
+    steps = read_record(folder)["skipped_steps"]
+    assert len(steps) == 2
+    assert [row["row"] for row in bad_rows(folder)] == [BAD, BAD]
+    before, after = (sound(load_file(folder / f"checkpoint-{n}" / "model.safetensors"), holed[2])
+                     for n in (steps[1] - 1, steps[1]))  # fmt: skip
+    assert all(torch.equal(before[name], after[name]) for name in before)

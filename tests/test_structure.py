@@ -13,9 +13,11 @@ FLOOR = ["errors", "flags", "data_settings", "use_settings", "settings", "runtim
 ORDER = [
     *FLOOR,
     "user_code",
+    "allowed_changes",
     "arguments",
     "saving",
     "manifests",
+    "kept",
     "checkpoints",
     "output_folder",
     "state",

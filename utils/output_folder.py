@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from utils.checkpoints import find_checkpoints, remove_checkpoint
 from utils.errors import UserError
@@ -30,6 +27,7 @@ from utils.saving import (
 FREE_TO_CHANGE = frozenset(
     {
         "resume_from_checkpoint",
+        "allow_changes",
         "overwrite_output_dir",
         "output_dir",
         "dry_run",
@@ -56,9 +54,7 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
-def check_output_folder(
-    output_dir: Path, verb: str, settings: Mapping[str, Any], resume: bool, overwrite: bool
-) -> None:
+def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bool) -> None:
     """Refuses a folder whose content this run would spoil.
 
     Raises:
@@ -87,27 +83,13 @@ def check_output_folder(
             f"--output_dir {output_dir}: holds a run ({record.get('verb')}, {record.get('status')}). Choose another "
             f"folder, {go_on}or pass --overwrite_output_dir to replace it"
         )
-    _check_same_run(output_dir, record, verb, settings)
+    if record.get("verb") != verb:
+        raise UserError(f"--resume_from_checkpoint: {output_dir} holds a run of {record.get('verb')}, not of {verb}")
 
 
 def _content(folder: Path) -> list[Path]:
     """What lies in a folder, the lock of a run left out: of a run that is beginning, or was killed as it began."""
     return [path for path in folder.iterdir() if not re.fullmatch(rf"{LOCK}|\.{LOCK}\.\d+\.tmp", path.name)]
-
-
-def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, settings: Mapping[str, Any]) -> None:
-    if record.get("verb") != verb:
-        raise UserError(f"--resume_from_checkpoint: {output_dir} holds a run of {record.get('verb')}, not of {verb}")
-    before = record.get("settings") or {}
-    now = json.loads(json.dumps(dict(settings), default=str))
-    faults = [
-        f"--{name} is {now.get(name)!r}, but the run in {output_dir} began with {before.get(name)!r}: "
-        "resume with the same value, or choose another --output_dir"
-        for name in sorted(set(before) | set(now))
-        if name not in FREE_TO_CHANGE and before.get(name) != now.get(name)
-    ]
-    if faults:
-        raise UserError(*faults)
 
 
 def check_writable(output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import socket
@@ -76,6 +77,9 @@ def command_to_go_on(
     value, which takes the place of the former one.
     """
     dropped = DROPPED | ({other[0]: len(other)} if other else {})
+    if not resume and "--allow_changes" in arguments:  # there is nothing to allow in a new start
+        names = list(itertools.takewhile(_is_value, arguments[list(arguments).index("--allow_changes") + 1 :]))
+        dropped |= {"--allow_changes": 1 + len(names)}
     words, skipped = [], 0
     for word in arguments:
         name = word.partition("=")[0]
@@ -89,3 +93,7 @@ def command_to_go_on(
     words += other
     start = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
     return shlex.join([*start, "advanced_dpo_script.py", *words])
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("--")

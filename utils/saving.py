@@ -37,6 +37,7 @@ SET_ASIDE = re.compile(r"checkpoint-\d+\.damaged(-\d+)?")
 UNFINISHED_MODEL = ".model.partial"
 HALF_MADE = re.compile(rf"\.checkpoint-\d+(\.damaged(-\d+)?)?\.(partial|former)|{re.escape(UNFINISHED_MODEL)}")
 HALF_WRITTEN = re.compile(r"\.(.+)\.\d+\.tmp")
+STANDS_FOR = "lines"  # the key of a line of metrics in the place of others: how many they were
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
 
@@ -258,13 +259,27 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing."""
+def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing.
+
+    Where the first of them stands for many older lines, those are as the file has them.
+
+    Returns:
+        The lines of the file.
+    """
     path = folder / METRICS
-    found = read_json_lines(path)
-    if lines or found:
-        kept = [old if old == new else new for old, new in zip(found, lines, strict=False)]  # keys in their old order
-        write_json_lines(path, kept + lines[len(kept) :])
+    found, older = read_json_lines(path), []
+    places = [place for place, line in enumerate(lines) if STANDS_FOR in line]
+    if places:
+        last = places[-1]
+        same = [place for place, row in enumerate(found) if row.get("step") == lines[last]["step"] and "loss" in row]
+        if same:
+            older, found, lines = found[: same[0] + 1], found[same[0] + 1 :], lines[last + 1 :]
+    kept = [old if old == new else new for old, new in zip(found, lines, strict=False)]  # keys in their old order
+    restored = older + kept + lines[len(kept) :]
+    if restored or found:
+        write_json_lines(path, restored)
+    return restored
 
 
 def keep_rows_until(folder: Path, step: int) -> None:

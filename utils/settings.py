@@ -244,6 +244,12 @@ class RunSettings:
     resume_from_checkpoint: str | None = flag(
         None, "auto (the newest whole checkpoint in the output folder), or the path of one"
     )
+    allow_changes: tuple[str, ...] = flag(
+        (),
+        "let a resumed run have these otherwise than it began, though it means another run then: data, tokenizer, "
+        "model, reference, precision, world (rows per optimizer step), settings, or the names of flags",
+        many=True,
+    )
     sample_during_eval: bool = flag(
         False, "at each evaluation show and keep (samples.jsonl) what the model writes to the same held-out prompts"
     )

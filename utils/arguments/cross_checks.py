@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
+from utils.allowed_changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS
 from utils.arguments.candidate import Candidate, Check
 from utils.arguments.comparison_checks import COMPARISON_CHECKS
 from utils.arguments.data_checks import DATA_CHECKS
@@ -130,6 +131,19 @@ def resuming(candidate: Candidate) -> Iterator[str]:
         yield f"{label}: --overwrite_output_dir would remove what is to be resumed; leave out one of the two"
     if candidate["dry_run"]:
         yield f"{label}: --dry_run starts afresh and saves nothing; leave out one of the two"
+
+
+def allowed_changes(candidate: Candidate) -> Iterator[str]:
+    label, known = candidate.label("allow_changes"), {*GROUPS, ALL_SETTINGS, *candidate.values}
+    for name in candidate["allow_changes"]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            yield f"{label} is {name!r}: {hint}must be of {', '.join((*GROUPS, ALL_SETTINGS))}, or the name of a flag"
+        elif name in CANNOT_CHANGE:
+            yield f"{label} {name}: a checkpoint would not fit with another value; leave it out, and start a new run"
+    if candidate["allow_changes"] and candidate["resume_from_checkpoint"] is None:
+        yield f"{label}: has no effect without --resume_from_checkpoint; add it or leave this out"
 
 
 def losses(candidate: Candidate) -> Iterator[str]:
@@ -303,6 +317,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     trackers: ("report_to",),
     weights_and_biases: ("report_to", "use_wandb"),
     resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
+    allowed_changes: ("allow_changes", "resume_from_checkpoint"),
     samples: ("sample_during_eval", "validation_split"),
     splits: ("validation_split", "dataset_split", "eval_strategy"),
     columns: (),

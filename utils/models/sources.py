@@ -97,18 +97,24 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
 
 def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
     """The JSON object in `file` of a model folder or hub repository; None when it has no such file."""
-    path: str | None = str(Path(name) / file)
-    if not Path(name).is_dir():
-        path = _hub_file(name, file, revision)
-    if path is None or not Path(path).is_file():
+    path = find_file(name, file, revision)
+    if path is None:
         return None
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
     return content
+
+
+def find_file(name: str, file: str, revision: str | None) -> Path | None:
+    """Where `file` of a model folder or hub repository is on the disk; None when it has no such file."""
+    path: str | None = str(Path(name) / file)
+    if not Path(name).is_dir():
+        path = _hub_file(name, file, revision)
+    return Path(path) if path is not None and Path(path).is_file() else None
 
 
 def read_end_ids(base: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -17,10 +17,10 @@ from utils.data.identity import pair_id
 from utils.data.loading import PreferenceData
 from utils.data.places import SHOWN, Place, list_places
 from utils.errors import UserError
+from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.processes import command_to_go_on
 from utils.runtime import is_main_process, say
 from utils.saving import BAD_PAIRS, RunRecord, append_metrics
-from utils.training.kept import keep_in_checkpoints, kept_in_checkpoint
 
 KEY = "left_out"  # in what a checkpoint keeps: the steps
 SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches
@@ -117,23 +117,16 @@ class BadBatches:
     def _advise(self, step: int, losses: Mapping[int, float]) -> str:
         """What is safe, and what to try."""
         checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
-        safe = (
-            f"; the newest checkpoint, {checkpoints[-1]}, is sound" if checkpoints else "; no checkpoint was saved yet"
-        )
-        taken = f"That step was not taken: the weights stayed as after step {step - 1}{safe}."
+        safe = f"the newest checkpoint, {checkpoints[-1]}, is sound" if checkpoints else "no checkpoint was saved yet"
+        taken = f"That step was not taken: the weights stayed as after step {step - 1}; {safe}."
         if self.left_out:
             taken += f" {len(self.left_out)} such steps were left out before (--skip_bad_batches {self.allowed})."
         count = sum(not math.isfinite(loss) for loss in losses.values())
-        where = f" in {self.folder / BAD_PAIRS}" if self.folder is not None else ""
-        if 0 < count < len(losses):
-            advice = f"Look at these rows{where}: mend or remove them. If they are good,"
-        elif count:
-            advice = (
-                f"The weights had gone too far (the rows are{where}):" if where else "The weights had gone too far:"
-            )
-        else:
-            advice = f"If these rows{where} are good," if not where else f"Look at the rows{where}. If they are good,"
-        text = f"{taken} {advice} try a smaller --learning_rate, a smaller --max_grad_norm, or --dtype float32"
+        look = f" Look at the rows in {self.folder / BAD_PAIRS}:" if self.folder is not None else " Look at the rows:"
+        advice = (
+            f"{look} mend or remove them. If they are good," if count < len(losses) else " The weights went too far:"
+        )
+        text = f"{taken}{advice} try a smaller --learning_rate, a smaller --max_grad_norm, or --dtype float32"
         return text + (f". {self._how_to_go_on(bool(checkpoints))}" if self.folder is not None else "")
 
     def _how_to_go_on(self, resume: bool) -> str:

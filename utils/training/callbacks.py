@@ -32,7 +32,7 @@ SHOWN = {
     "token_accuracy": "token accuracy {:.0%}",
 }
 
-MOST_LINES = 2000  # of metrics that are kept at hand for the alarms
+MOST_LINES = 600  # of metrics that are kept at hand for the alarms
 
 
 def readable_metrics(metrics: Mapping[str, Any]) -> str:
@@ -100,7 +100,7 @@ class RunWatcher(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
             lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
-            restore_metrics(self.folder, lines)
+            lines = restore_metrics(self.folder, lines)
             keep_rows_until(self.folder, state.global_step)
             if lines:  # a run that is resumed after its last step logs no more
                 self.record.content |= {"step": state.global_step, "steps": state.max_steps}

@@ -72,7 +72,7 @@ def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
                 "to start a new run from its weights, name it with --model_name_or_path"
             )
     check_not_held(folder)
-    about = (folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    about = (folder, settings.verb, resume, settings.run.overwrite_output_dir)
     check_output_folder(*about)
     lock.take(folder)
     check_output_folder(*about)  # once more: from here on nobody else changes it

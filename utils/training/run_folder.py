@@ -25,6 +25,7 @@ from utils.state import load_state, read_random_state, save_state, set_random_st
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
 from utils.training.checkpointing import WholeCheckpoints
+from utils.training.history import fold_history
 from utils.training.progress import Stopwatch
 
 
@@ -103,7 +104,8 @@ class RunFolderTrainer(WholeCheckpoints):
         raise TypeError("a trainer of this project says what it counts")
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """The items of this optimizer step, over all its micro-batches and processes."""
+        """The items of this optimizer step, over all its micro-batches and processes; asked for as it begins."""
+        self._before_step = self._tr_loss.clone(), dict(self._sums)
         count = torch.as_tensor(sum(map(self.count_items, batch_samples)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -119,8 +121,6 @@ class RunFolderTrainer(WholeCheckpoints):
     def note_rows(self, batch: Mapping[str, Any], losses: Tensor) -> None:
         """Remembers, until the optimizer step, which rows a micro-batch held; `losses` has shape (rows,)."""
         self.tokens_seen += batch.get(TOKENS, 0)
-        if not self._step_losses:
-            self._before_step = self._tr_loss.clone(), dict(self._sums)
         self._step_losses.append((batch.get(ROWS, []), losses.detach()))
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -146,7 +146,9 @@ class RunFolderTrainer(WholeCheckpoints):
 
     def _find_faults(self, parts: list[tuple[list[int], Tensor]], norm: Any) -> tuple[bool, bool]:
         """Whether any row's loss, and whether the gradient, is not finite; the same in all processes."""
-        bad = torch.stack([~torch.isfinite(losses).all() for _, losses in parts]).any().float()
+        finite = [torch.isfinite(losses).all() for _, losses in parts]
+        finite.append(torch.tensor(True, device=self.args.device))  # a process may have had no rows of its own
+        bad = (~torch.stack(finite)).any().float()
         if self.args.world_size > 1:
             bad = self.accelerator.reduce(bad, "sum")
         # One look per optimizer step waits for a GPU no more than the copies of the batch to it do.
@@ -178,6 +180,7 @@ class RunFolderTrainer(WholeCheckpoints):
                 logs["skipped_steps"] = len(self.bad_batches.left_out)
             self._sums, self._last_line = {}, (self.tokens_seen, self.stopwatch.seconds)
         Trainer.log(self, logs, start_time)
+        fold_history(self.state.log_history, self.counted)
 
     def measure_held_out(self) -> dict[str, float]:
         """Metrics of the held-out rows, exact over rows, by name."""
