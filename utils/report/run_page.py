@@ -41,6 +41,14 @@ MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
     "perplexity": ("perplexity", "{:.2f}"),
     "token_accuracy": ("tokens guessed right", "{:.1%}"),
 }
+READING = {  # whether it is a preference run -> how its metrics are read
+    True: "Held out: not trained on. A reward is --beta times how much likelier the model makes a response than the "
+    "reference does. The margin is the chosen response's reward minus the rejected one's; a pair is ranked right where "
+    "it is above 0, and it should grow. Before training model and reference are the same: all rewards are 0, and half "
+    "of the pairs count as right. KL is how far the model has moved from the reference: less is closer.",
+    False: "Held out: not trained on. The loss is how unlikely the model finds a token of the responses, on average; "
+    "perplexity says the same as a number of equally likely tokens to choose from. Both should fall.",
+}
 BARS = 24  # of the histogram of margins
 SHOWN_PROMPTS = 6  # of the samples
 LONGEST_TEXT = 3000  # characters of a text
@@ -62,7 +70,7 @@ def make_run_page(folder: Path) -> str:
         make_paragraph(_when(record), "soft"),
         "</header>",
         make_section("Warnings", *(_show_warning(text) for text in record.get("warnings") or [])),
-        make_section("Before and after", _show_change(record)),
+        make_section("Before and after", *_show_change(record)),
         make_section("Curves", show_curves(run)),
         make_section("Samples", _show_samples(run.samples)),
         make_section("Held-out pairs" if run.is_preference else "Held-out rows", *_show_held_out(run)),
@@ -87,10 +95,10 @@ def _show_warning(text: str) -> str:
     return f'<article class="finding"><span class="tag">warning</span>{make_paragraph(text)}</article>'
 
 
-def _show_change(record: Mapping[str, Any]) -> str:
+def _show_change(record: Mapping[str, Any]) -> Iterator[str]:
     before, after = held_out_of(record)
     if not before or not after:
-        return ""
+        return
     rows = [
         (name, *(_write(form, part[key]) for part in (before, after)), _write(_signed(form), after[key] - before[key]))
         for key, (name, form) in MEANINGS.items()
@@ -99,7 +107,8 @@ def _show_change(record: Mapping[str, Any]) -> str:
     count = after.get("pairs") or after.get("rows") or 0
     kind = "pairs" if "pairs" in after else "rows"
     when = "after" if record.get("status") == "finished" else f"at step {after.get('step', 0):,}"
-    return make_table(f"means over {count:,} held-out {kind}", ("", "before", when, "change"), rows)
+    yield make_table(f"means over {count:,} held-out {kind}", ("metric", "before", when, "change"), rows)
+    yield make_paragraph(READING["accuracy" in after], "soft")
 
 
 def _signed(form: str) -> str:
@@ -205,6 +214,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
         ("shortened to fit", f"{data.get('truncated', 0):,}"),
         ("chat template", data.get("chat_template") or "none: texts are taken as they are"),
         ("fingerprint", data.get("fingerprint")),
+        *([] if data.get("dropped") else [("dropped", "nothing")]),
     ]
     if data.get("shared_prompts"):
         facts.append(("prompts on both sides", f"{data['shared_prompts']:,}: held-out numbers are too good"))
@@ -214,7 +224,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
         yield make_table("dropped", ("reason", "rows"), [(name, f"{count:,}") for name, count in dropped.items()])
     sources = data.get("sources") or []
     if len(sources) > 1:
-        heads = ("", "good rows", "drawn", "to train on", "held out")
+        heads = ("source", "good rows", "drawn", "to train on", "held out")
         keys = ("good", "drawn", "train", "held_out")
         rows = [(source["name"], *(f"{source.get(key) or 0:,}" for key in keys)) for source in sources]
         yield make_table("by source", heads, rows)
@@ -233,13 +243,16 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
     if model:
         trained = f"{model['trainable_parameters']:,} of {model['parameters']:,} parameters"
         facts.append(("trained", f"{trained} ({model.get('architecture', '?')})"))
+    if record.get("device"):
+        processes = (record.get("process") or {}).get("processes") or 1
+        facts.insert(0, ("device", record["device"] if processes == 1 else f"{processes} x {record['device']}"))
     if used.get("seconds"):
         kind = "pairs" if record.get("verb") == "train" else "rows"
         facts += [
             ("time", f"{readable_seconds(used['seconds'])}, of it {readable_seconds(used['train_seconds'])} training"),
             ("speed", f"{used['pairs_per_second']:.1f} {kind} and {used['tokens_per_second']:,.0f} tokens a second"),
             ("peak memory", f"{used['peak_memory_bytes'] / 2**30:.2f} GiB"),
-            ("GPU hours", f"{used.get('gpu_hours') or 0:.3f}"),
+            ("GPU hours", f"{used['gpu_hours']:.3f}" if used.get("gpu_hours") else "none"),
             ("cost", f"{used['cost']:,.2f}" if used.get("cost") is not None else "unknown: pass --cost_per_hour"),
         ]
     yield make_facts(facts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.arguments.flag_values import as_text
 from utils.output_folder import FREE_TO_CHANGE
-from utils.report.charts import draw_lines
+from utils.report.charts import draw_lines, percent
 from utils.report.html import (
     make_chart,
     make_details,
@@ -32,12 +32,12 @@ SHOWN_PROMPTS, SHOWN_CHARACTERS = 3, 600
 # name in metrics.jsonl, heading, verb of the runs (the losses of two verbs do not compare), the line that is drawn
 # across, how values are written
 CURVES = (
-    ("held_out_accuracy", "Held-out accuracy", "train", 0.5, "{:.0%}".format),
+    ("held_out_accuracy", "Held-out accuracy", "train", 0.5, percent),
     ("held_out_margin", "Held-out margin", "train", 0.0, None),
     ("held_out_loss", "Held-out loss", "train", None, None),
     ("held_out_chosen_kl", "Held-out KL from the reference, nats", "train", 0.0, None),
     ("loss", "Training loss", "train", None, None),
-    ("held_out_perplexity", "Held-out perplexity", "sft", None, "{:.4g}".format),
+    ("held_out_perplexity", "Held-out perplexity", "sft", None, None),
     ("loss", "Training loss of sft", "sft", None, None),
 )
 UNCOMPARED = FREE_TO_CHANGE  # where a run is and how it is watched, not what it computes

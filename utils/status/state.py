@@ -136,10 +136,11 @@ def _find_state(record: Mapping[str, Any], at: float) -> tuple[str, str | None]:
 
 
 def _seconds_taken(record: Mapping[str, Any], at: float | None) -> float | None:
-    """Of this part of the run, its setup left out where the record knows it; `at` is now, for a run that goes on."""
+    """Of all its parts, setup left out where the record knows it; `at` is now, for a run that goes on."""
     measured = number_of(record, "resources", "seconds")
-    if measured is not None and at is None:
-        return measured
+    if measured is not None:
+        since = _seconds_since(text_of(record, "updated"), at) if at is not None else None
+        return measured + (since or 0.0)
     began = number_of(record, "process", "started")
     began = began if began is not None else seconds_at(text_of(record, "started"))
     end = at if at is not None else seconds_at(text_of(record, "updated"))

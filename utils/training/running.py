@@ -19,7 +19,7 @@ from utils.models.loading import Reference
 from utils.models.scoring import output_head
 from utils.models.sources import ModelSource
 from utils.processes import command_to_go_on, identify_process
-from utils.runtime import Precision, peak_memory_bytes, read_versions, readable_seconds, say
+from utils.runtime import Precision, device_name, peak_memory_bytes, read_versions, readable_seconds, say
 from utils.saving import EXAMPLES, PAIRS, REPORT, RunRecord, now, read_record, write_json_lines
 from utils.settings import Settings
 from utils.tracking import say_how_to_upload
@@ -248,6 +248,7 @@ def _origins(source: ModelSource, reference: Reference | None, precision: Precis
         "start": dataclasses.asdict(source),
         "reference_model": measured_against,
         "precision": precision.name,
+        "device": device_name(precision.device),
     }
 
 
@@ -304,9 +305,10 @@ def _say_result(run: Run) -> None:
     if content.get("early_stopping"):
         say(describe_best(content["early_stopping"]))
     resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
+    cost = f", cost {resources['cost']:,.2f}" if resources["cost"] is not None else ""
     say(
-        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} {kind}/s in training, "
-        f"peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
+        f"done in {readable_seconds(resources['seconds'])}{cost} ({resources['pairs_per_second']:.1f} {kind}/s in "
+        f"training, peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
     what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"
     say(f"{what}, tokenizer and record (run.json): {run.folder}")
