@@ -38,7 +38,7 @@ MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
     "chosen_kl": ("KL from the reference along chosen responses, nats", "{:.2f}"),
     "rejected_kl": ("KL along rejected responses, nats", "{:.2f}"),
     "chosen_end_prob": ("probability of ending where the response ends", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
     "token_accuracy": ("tokens guessed right", "{:.1%}"),
 }
 READING = {  # whether it is a preference run -> how its metrics are read
@@ -83,7 +83,7 @@ def make_run_page(folder: Path) -> str:
 def _when(record: Mapping[str, Any]) -> str:
     started, updated = (_clock(record.get(name)) for name in ("started", "updated"))
     if record.get("status") == "running":
-        return f"Started {started}. This page is of {updated}; it is rewritten while the run goes on."
+        return f"Started {started}. This page is of {updated}; it is rewritten while the run goes on (status says if it does)."
     return f"Started {started}, ended {updated}."
 
 
@@ -210,7 +210,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
     facts += [(name.replace("held_out_", "held-out ").replace("train_", "training "), f"{value:,}")
               for name, value in counts.items()]  # fmt: skip
     facts += [
-        ("longest row", f"{data.get('max_length', 0):,} tokens (--max_length)"),
+        ("length limit", f"{data.get('max_length', 0):,} tokens (--max_length)"),
         ("shortened to fit", f"{data.get('truncated', 0):,}"),
         ("chat template", data.get("chat_template") or "none: texts are taken as they are"),
         ("fingerprint", data.get("fingerprint")),

@@ -46,7 +46,7 @@ def describe_numbers(before: Mapping[str, float], after: Mapping[str, float]) ->
     if "accuracy" not in after:
         return (
             f"the loss per held-out token went from {before['loss']:.3f} to {after['loss']:.3f} (perplexity "
-            f"{before['perplexity']:.1f} to {after['perplexity']:.1f})."
+            f"{before['perplexity']:.2f} to {after['perplexity']:.2f})."
         )
     kl = f"; KL {after['chosen_kl']:.1f} nats from the reference" if "chosen_kl" in after else ""
     return (
