@@ -83,7 +83,10 @@ def make_run_page(folder: Path) -> str:
 def _when(record: Mapping[str, Any]) -> str:
     started, updated = (_clock(record.get(name)) for name in ("started", "updated"))
     if record.get("status") == "running":
-        return f"Started {started}. This page is of {updated}; it is rewritten while the run goes on (status says if it does)."
+        return (
+            f"Started {started}. This page is of {updated}; it is rewritten while the run goes on (whether it does, "
+            "the verb status says)."
+        )
     return f"Started {started}, ended {updated}."
 
 

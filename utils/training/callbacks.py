@@ -62,7 +62,6 @@ class RunWatcher(TrainerCallback):
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
-        self._alarms: set[str] = set()
         self._max_kl = max_kl
         self.report = ReportFile(folder, record) if folder is not None else None
         # Of the run, which is made after its watcher: what it used so far, and the seconds that are left.
@@ -140,8 +139,9 @@ class RunWatcher(TrainerCallback):
             kept = [line for line in middle if "learning_rate" not in line]
             self.lines[MOST_LINES // 4 : -MOST_LINES // 2] = kept
         for name, text in find_alarms(self.lines, Limits(steps, self._max_kl)):
-            if name not in self._alarms:
-                self._alarms.add(name)
+            sounded = self.record.content.setdefault("alarms", [])  # by an earlier part of the run too
+            if name not in sounded:
+                sounded.append(name)
                 self.record.warn(text, aloud=True)
 
     def _progress(self, state, logs: Mapping[str, Any], left: float) -> str:

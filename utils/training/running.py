@@ -176,6 +176,9 @@ def start_run(
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
+        told = [text for text in former.get("warnings") or [] if not text.startswith(former.get("failure") or "\0")]
+        record.content["warnings"] = list(dict.fromkeys([*told, *warnings]))
+        record.content["alarms"] = former.get("alarms") or []
         trainer.args.eval_on_start = False
     earlier = ((former or {}).get("resources") or {}).get("seconds") or 0.0
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
