@@ -21,6 +21,10 @@ from utils.training import reporting
 from utils.training.reporting import ReportFile
 
 HOSTILE = "<script>document.title='run'</script><img src=\"http://example.org/x\" onerror=\"document.title='run'\">"
+CUT_OFF = """[...document.querySelectorAll('svg text')].filter(text => {
+    const box = text.getBBox();
+    return box.x < 0 || box.x + box.width > text.ownerSVGElement.viewBox.baseVal.width;
+}).map(text => text.textContent)"""
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3]
 SAMPLES = [
     {"step": step, "prompt": prompt, "response": f"response {step} {HOSTILE}", "ended": step != 3}
@@ -128,6 +132,7 @@ def test_nothing_in_a_page_runs_or_is_fetched(copy, tmp_path):
                 browser.open(path.as_uri())
                 assert browser.run("document.documentElement.scrollWidth") <= width
                 assert browser.run("document.title").startswith("DPO run: <script>")
+                assert browser.run(CUT_OFF) == []
                 assert browser.run("document.querySelectorAll('svg[role=img][aria-label] > title').length") >= 11
         text = browser.text()
         assert "--beta is small<script>" in text
@@ -212,7 +217,8 @@ def a_record(before: dict, after: dict, **more):
     }  # fmt: skip
 
 
-START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0}
+START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0, "chosen_logps": -30.0, "chosen_tokens": 40.0,
+         "chosen_end_prob": 0.6}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -222,11 +228,18 @@ START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0}
         ({"accuracy": 0.55, "loss": 0.68}, "It learnt a little, less than 100 held-out pairs can prove", "note"),
         ({"accuracy": 0.5, "loss": 0.693}, "It did not learn", "problem"),
         ({"accuracy": 0.4, "loss": 0.9}, "It got worse", "problem"),
+        (
+            {"accuracy": 0.99, "loss": 0.1, "chosen_logps": -90.0, "chosen_end_prob": 0.2},
+            "It came apart: it lost 1.5 nats on each token of the chosen responses and it ends where responses end "
+            "with probability 0.20 (before 0.60). As for ranking, it ranks 99%",
+            "problem",
+        ),
+        ({"accuracy": 0.99, "loss": 0.1, "chosen_logps": -64.0, "chosen_end_prob": 0.4}, "It learnt: it ranks", "good"),
         ({"accuracy": 0.8, "loss": 0.9}, "It learnt to rank, and is too sure of its mistakes", "note"),
     ],
 )
 def test_the_verdict_is_honest(after, words, kind):
-    sentence, found = describe_run(a_record(START, {"pairs": 100, "chosen_kl": 1.0} | after))
+    sentence, found = describe_run(a_record(START, {"pairs": 100, "chosen_kl": 1.0, "chosen_tokens": 40.0} | after))
     assert sentence.startswith(words)
     assert found == kind
 

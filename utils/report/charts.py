@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 640, 250
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 12, 46
 
 Line = Sequence[tuple[float, float]]  # (x, y) points, in the order of x
 
@@ -48,9 +48,9 @@ def draw_histogram(
             parts.append(f'<text x="{x + shift:.1f}" y="{TOP + 12}" text-anchor="{anchor}">{escape(mark[1])}</text>')
     every = max(1, round(len(edges) / 7))
     for place in range(0, len(edges), every):
-        parts.append(
-            f'<text x="{LEFT + place * step:.1f}" y="{HEIGHT - 26}" text-anchor="middle">{_short(edges[place])}</text>'
-        )
+        anchor = "end" if place == len(edges) - 1 else "middle"  # the last one has no room on its right
+        x = LEFT + place * step
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 26}" text-anchor="{anchor}">{_short(edges[place])}</text>')
     parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(unit)}</text>')
     return _svg(title, "".join(parts), HEIGHT) + draw_legend(list(series))
 
