@@ -260,6 +260,15 @@ def test_a_process_is_known_again_and_another_of_its_id_is_not():
     assert is_alive(own | {"pid": child.pid}) is False
 
 
+def test_the_printed_command_finds_the_script_from_any_folder(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert identify_process()["script"] == "advanced_dpo_script.py"
+    monkeypatch.chdir(tmp_path)
+    record = read_record(finished / "dpo") | {"status": "interrupted", "process": identify_process()}
+    command = read_status(FoundRun(finished / "dpo", record), "dpo", time.time()).to_go_on
+    assert Path(shlex.split(command)[1]).is_file()
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(finished, tmp_path):
     moved = shutil.copytree(finished / "dpo", tmp_path / "moved")
     record = read_record(moved) | {"status": "interrupted"}

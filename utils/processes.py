@@ -11,6 +11,8 @@ from typing import Any
 
 # Options of the first start that do not belong to its continuation, and how many words each takes.
 DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "advanced_dpo_script.py"
 
 
 def identify_process() -> dict[str, Any]:
@@ -26,6 +28,7 @@ def identify_process() -> dict[str, Any]:
         "machine": _identify_machine(),
         "started": psutil.Process().create_time(),
         "working_folder": os.getcwd(),
+        "script": SCRIPT if Path.cwd() == ROOT else str(ROOT / SCRIPT),  # as it is reached from there
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
@@ -59,7 +62,9 @@ def _identify_machine() -> list[str | None]:
     return parts
 
 
-def command_to_go_on(arguments: Sequence[str], processes: int = 1, resume: bool = True) -> str:
+def command_to_go_on(
+    arguments: Sequence[str], processes: int = 1, resume: bool = True, script: str | None = None
+) -> str:
     """The command line that goes on with a run, from the arguments it was started with.
 
     With `resume` false there is no checkpoint to go on from: the command starts it again.
@@ -75,4 +80,4 @@ def command_to_go_on(arguments: Sequence[str], processes: int = 1, resume: bool 
             words.append(word)
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     start = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
-    return shlex.join([*start, "advanced_dpo_script.py", *words])
+    return shlex.join([*start, script or SCRIPT, *words])

@@ -235,7 +235,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
     if record.get("arguments"):
-        yield make_command(break_command(record["arguments"]))
+        yield make_command(break_command(record["arguments"], (record.get("process") or {}).get("script")))
         if record.get("status") in ("interrupted", "failed"):
             yield make_paragraph(
                 "With --resume_from_checkpoint auto (and without --overwrite_output_dir) it goes on from its newest "
@@ -275,9 +275,9 @@ def _setting(value: Any) -> str:
     return "default" if value is None else str(value)
 
 
-def break_command(arguments: list[str]) -> str:
+def break_command(arguments: list[str], script: str | None = None) -> str:
     """The command of a run with one flag per line, as a shell takes it."""
-    lines = ["python advanced_dpo_script.py"]
+    lines = [f"python {shlex.quote(script or 'advanced_dpo_script.py')}"]
     for word in arguments:
         quoted = shlex.quote(word)
         if word.startswith("--"):

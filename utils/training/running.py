@@ -89,7 +89,10 @@ class Run:
         step = self.trainer.state.global_step
         if self.folder is None or not find_checkpoints(self.folder):
             return f"interrupted at step {step}; no checkpoint was saved"
-        command = command_to_go_on(self.record.content["arguments"], self.trainer.args.world_size)
+        content = self.record.content
+        command = command_to_go_on(
+            content["arguments"], self.trainer.args.world_size, script=content["process"]["script"]
+        )
         return f"interrupted at step {step}, its state is saved; to go on:\n  {command}"
 
     def resources(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def _first_record(
 ) -> dict[str, Any]:
     kind = "pairs" if settings.verb == "train" else "rows"
     model = trainer.model
-    dropped = dict(data.dropped)
+    dropped, process = dict(data.dropped), identify_process()
     too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
     if too_long:
         dropped[f"longer than {rows.max_length} tokens"] = too_long
@@ -215,10 +218,10 @@ def _first_record(
         "status": "running",
         "verb": settings.verb,
         "started": now(),
-        "process": identify_process(),
+        "process": process,
         "settings": settings.flat(),
         "arguments": arguments,
-        "command": shlex.join(["python", "advanced_dpo_script.py", *arguments]),
+        "command": shlex.join(["python", process["script"], *arguments]),
         "versions": read_versions(),
         "model": {
             "parameters": sum(p.numel() for p in model.parameters()),
