@@ -44,8 +44,9 @@ MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
 READING = {  # whether it is a preference run -> how its metrics are read
     True: "Held out: not trained on. A reward is --beta times how much likelier the model makes a response than the "
     "reference does. The margin is the chosen response's reward minus the rejected one's; a pair is ranked right where "
-    "it is above 0, and it should grow. Before training model and reference are the same: all rewards are 0, and half "
-    "of the pairs count as right. KL is how far the model has moved from the reference: less is closer.",
+    "it is above 0, and it should grow. Where the reference is the model as it started, all rewards are 0 before "
+    "training, and half of the pairs count as right. KL is how far the model has moved from the reference: less is "
+    "closer.",
     False: "Held out: not trained on. The loss is how unlikely the model finds a token of the responses, on average; "
     "perplexity says the same as a number of equally likely tokens to choose from. Both should fall.",
 }
