@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, Stopped, UserError, gather
+from utils.flags import acts_as
 from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
 from utils.settings import Settings
 
@@ -68,19 +69,12 @@ def report_faults(error: UserError) -> None:
 
 def train(settings: Settings) -> None:
     """Direct preference optimization: policy and reference -> adapter or full model."""
-    from utils.data.tokenizing import PAIR_COLUMNS
-    from utils.models.loading import build_reference
-    from utils.training.preparation import make_preference_trainer
-
-    run_training(settings, PAIR_COLUMNS, build_reference, make_preference_trainer)
+    run_training(settings)
 
 
 def sft(settings: Settings) -> None:
     """Supervised fine-tuning, stage one: a model that imitates completions -> adapter or full model."""
-    from utils.data.tokenizing import SFT_COLUMNS
-    from utils.training.preparation import make_imitation_trainer
-
-    run_training(settings, SFT_COLUMNS, None, make_imitation_trainer)
+    run_training(settings)
 
 
 def data(settings: Settings) -> int:
@@ -116,21 +110,14 @@ def compare(settings: Settings) -> None:
 
 def plan(settings: Settings) -> None:
     """What a run of these settings would need, what fits, how long it takes -> summary, JSON, a ready command."""
-    from utils.data.tokenizing import PAIR_COLUMNS
-    from utils.models.loading import build_reference
     from utils.planning.measuring import as_measured, read_measurement
     from utils.planning.planning import make_plan
     from utils.planning.publishing import publish
     from utils.runtime import quiet_loaded_libraries
-    from utils.training.preparation import make_preference_trainer
 
     quiet_loaded_libraries()
-    run = dataclasses.replace(settings, verb="train")
-    measured = None
-    if settings.plan.measure:
-        measured = read_measurement(
-            run_training(as_measured(run), PAIR_COLUMNS, build_reference, make_preference_trainer)
-        )
+    run = dataclasses.replace(settings, verb=acts_as(settings.verb))
+    measured = read_measurement(run_training(as_measured(run))) if settings.plan.measure else None
     made = make_plan(run, measured)
     words = command_line(made.settings) if made.settings is not None else None
     publish(made, settings, words)
@@ -178,26 +165,19 @@ def init(settings: Settings) -> None:
     write_config(settings)
 
 
-def run_training(
-    settings: Settings, columns: dict[str, str], build_reference: Callable | None, make_trainer: Callable
-) -> Run:
+def run_training(settings: Settings) -> Run:
     """The stages of training, in a folder that no other run writes into; returns the run that was finished."""
     from utils.folder_lock import FolderLock
 
     with FolderLock() as lock:
-        return run_stages(settings, columns, build_reference, make_trainer, lock)
+        return run_stages(settings, lock)
 
 
-def run_stages(
-    settings: Settings,
-    columns: dict[str, str],
-    build_reference: Callable | None,
-    make_trainer: Callable,
-    lock: FolderLock,
-) -> Run:
+def run_stages(settings: Settings, lock: FolderLock) -> Run:
     """The stages that both kinds of training share, in order."""
     from utils.data.loading import load_pairs
-    from utils.models.loading import load_policy, load_tokenizer
+    from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
+    from utils.models.loading import build_reference, load_policy, load_tokenizer
     from utils.models.sources import find_policy
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
     from utils.tracking import prepare_trackers
@@ -206,9 +186,16 @@ def run_stages(
     from utils.training.continuation import check_continuation
     from utils.training.description import describe_data, describe_start
     from utils.training.finishing import finish_run
-    from utils.training.preparation import check_settings, find_folder, prepare_rows
+    from utils.training.preparation import (
+        check_settings,
+        find_folder,
+        make_imitation_trainer,
+        make_preference_trainer,
+        prepare_rows,
+    )
     from utils.training.running import start_run
 
+    learns_pairs = settings.verb == "train"
     quiet_loaded_libraries()
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
@@ -222,15 +209,16 @@ def run_stages(
     )
     check_adapter_flags(settings, source.adapter is not None)
     tokenizer = load_tokenizer(source, settings.model)
-    rows = prepare_rows(data, tokenizer, source, settings, columns)
+    rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS if learns_pairs else SFT_COLUMNS)
     describe_data(data, rows)
     continuation = check_continuation(folder, data, rows, source, settings, precision)
 
     policy = load_policy(source, settings, precision)
-    reference = build_reference(source, settings, precision) if build_reference else None
+    reference = build_reference(source, settings, precision) if learns_pairs else None
     if folder is not None:
         prepare_trackers(settings, folder)
     with tempfile.TemporaryDirectory() as nowhere:
+        make_trainer = make_preference_trainer if learns_pairs else make_imitation_trainer
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.in_words(trainer.scored_ahead)
@@ -248,6 +236,7 @@ VERBS: dict[str, Callable[[Settings], int | None]] = {
     "sft": sft,
     "data": data,
     "plan": plan,
+    "plan sft": plan,
     "evaluate": evaluate,
     "compare": compare,
     "merge": merge,

@@ -24,7 +24,8 @@ def train(run_script, tiny_model, tmp_path):
         data = write_lines(tmp_path / "pairs.jsonl", rows)
         found, out, err = run_script(
             verb, "--model_name_or_path", model, "--dataset_name", data, "--output_dir", tmp_path / "run",
-            "--overwrite_output_dir", "--per_device_train_batch_size", batch, *flags,
+            *([] if "--overwrite_output_dir" in flags else ["--overwrite_output_dir"]),
+            "--per_device_train_batch_size", batch, *flags,
         )  # fmt: skip
         assert found == code, out + err
         return out + err, tmp_path / "run"
@@ -78,6 +79,18 @@ def test_everything_right_early(train):
     out, folder = train(make_pairs(300), "--learning_rate", 1e-2, "--max_steps", 15, "--eval_steps", 3,
                         "--logging_steps", 1, "--validation_split", 0.3)  # fmt: skip
     assert_said_once(out, folder, "all 95 held-out pairs are ranked right at step 3 of 15")
+
+
+def test_a_resumed_run_keeps_what_it_was_warned_of_and_says_it_once(train):
+    flags = ("--learning_rate", 1e-2, "--max_steps", 15, "--eval_steps", 3, "--logging_steps", 1, "--save_steps", 5,
+             "--validation_split", 0.3)  # fmt: skip
+    _, folder = train(make_pairs(300), *flags)
+    (warning,) = read_record(folder)["warnings"]
+    again = ("--resume_from_checkpoint", folder / "checkpoint-5", "--overwrite_output_dir", "false")
+    out, folder = train(make_pairs(300), *flags, *again)
+    assert read_record(folder)["warnings"] == [warning]
+    assert warning not in out
+    assert "1 warning below" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_pairs_learnt_by_heart(train):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from browser import open_browser
 from conftest import make_pairs, read_record, write_lines
 
+from utils.report.charts import draw_lines, percent
 from utils.report.run_page import break_command, make_run_page
 from utils.report.run_verdict import describe_run, headline
 from utils.saving import RunRecord, write_json, write_json_lines
@@ -18,6 +21,10 @@ from utils.training import reporting
 from utils.training.reporting import ReportFile
 
 HOSTILE = "<script>document.title='run'</script><img src=\"http://example.org/x\" onerror=\"document.title='run'\">"
+CUT_OFF = """[...document.querySelectorAll('svg text')].filter(text => {
+    const box = text.getBBox();
+    return box.x < 0 || box.x + box.width > text.ownerSVGElement.viewBox.baseVal.width;
+}).map(text => text.textContent)"""
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3]
 SAMPLES = [
     {"step": step, "prompt": prompt, "response": f"response {step} {HOSTILE}", "ended": step != 3}
@@ -83,6 +90,22 @@ def test_every_part_of_a_run_is_on_its_page(finished):
     assert "pairs &amp; more.jsonl" in page
     assert "&lt;script&gt;" in page
     assert "<h2>Samples</h2>" in make_run_page(finished)
+    for name, value in (("device", record["device"]), ("dropped", "nothing"), ("GPU hours", "none")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "A reward is <code>--beta</code> times" in page
+    assert '<th scope="col"></th>' not in page  # read out, a column without a name is a riddle
+
+
+@pytest.mark.parametrize("as_text", [None, percent])
+def test_no_two_values_on_an_axis_are_written_alike(as_text):
+    draw = random.Random(0)
+    for _ in range(200):
+        low = draw.choice((0.0, 0.64, 204.5, 12_345.0, 1e-5)) * (draw.random() + 0.5)
+        high = min(low + draw.choice((1e-3, 0.02, 1.5, 40.0)), 1.0 if as_text else 1e9)
+        chart = draw_lines("values", {"a": [(0, low), (9, high)]}, "step", as_text=as_text)
+        labels = re.findall(r'text-anchor="end">([^<]+)</text>', chart.partition("<polyline")[0])
+        assert len(labels) >= 2
+        assert len(set(labels)) == len(labels), (low, high, labels)
 
 
 def test_nothing_in_a_page_runs_or_is_fetched(copy, tmp_path):
@@ -109,6 +132,7 @@ def test_nothing_in_a_page_runs_or_is_fetched(copy, tmp_path):
                 browser.open(path.as_uri())
                 assert browser.run("document.documentElement.scrollWidth") <= width
                 assert browser.run("document.title").startswith("DPO run: <script>")
+                assert browser.run(CUT_OFF) == []
                 assert browser.run("document.querySelectorAll('svg[role=img][aria-label] > title').length") >= 11
         text = browser.text()
         assert "--beta is small<script>" in text
@@ -147,6 +171,7 @@ def test_the_page_is_rewritten_while_the_run_goes_on(run_script, tiny_model, pai
                                     "--max_steps", 4, "--eval_steps", 2, "--output_dir", tmp_path / verb)  # fmt: skip
         assert code == 0, err
         assert str(tmp_path / verb / "report.html") in out
+        assert ", cost" not in out
         running = [text for text in seen if "Still running" in text]
         assert len(running) == len(seen) - 1 >= 6
         assert "at step 3 of 4" in "".join(running)
@@ -192,7 +217,8 @@ def a_record(before: dict, after: dict, **more):
     }  # fmt: skip
 
 
-START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0}
+START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0, "chosen_logps": -30.0, "chosen_tokens": 40.0,
+         "chosen_end_prob": 0.6}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -202,11 +228,18 @@ START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0}
         ({"accuracy": 0.55, "loss": 0.68}, "It learnt a little, less than 100 held-out pairs can prove", "note"),
         ({"accuracy": 0.5, "loss": 0.693}, "It did not learn", "problem"),
         ({"accuracy": 0.4, "loss": 0.9}, "It got worse", "problem"),
+        (
+            {"accuracy": 0.99, "loss": 0.1, "chosen_logps": -90.0, "chosen_end_prob": 0.2},
+            "It came apart: it lost 1.5 nats on each token of the chosen responses and it ends where responses end "
+            "with probability 0.20 (before 0.60). As for ranking, it ranks 99%",
+            "problem",
+        ),
+        ({"accuracy": 0.99, "loss": 0.1, "chosen_logps": -64.0, "chosen_end_prob": 0.4}, "It learnt: it ranks", "good"),
         ({"accuracy": 0.8, "loss": 0.9}, "It learnt to rank, and is too sure of its mistakes", "note"),
     ],
 )
 def test_the_verdict_is_honest(after, words, kind):
-    sentence, found = describe_run(a_record(START, {"pairs": 100, "chosen_kl": 1.0} | after))
+    sentence, found = describe_run(a_record(START, {"pairs": 100, "chosen_kl": 1.0, "chosen_tokens": 40.0} | after))
     assert sentence.startswith(words)
     assert found == kind
 

@@ -21,6 +21,7 @@ from utils.saving import (
     append_metrics,
     keep_rows_until,
     now,
+    read_json_lines,
     read_record,
     remove_leftovers,
     restore_metrics,
@@ -189,10 +190,12 @@ def test_metrics_that_a_checkpoint_holds_as_means_stay_as_they_are_in_the_file(t
     for line in [*lines, {"step": 7, "loss": 0.7}]:
         append_metrics(tmp_path, line)
     known = [{"step": 4, "loss": 0.25, "learning_rate": 0.1, "lines": 4}, *lines[4:]]
-    assert restore_metrics(tmp_path, known) == lines
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
-    (tmp_path / "metrics.jsonl").unlink()
-    assert restore_metrics(tmp_path, known) == known, "where they are lost, their mean is what is left"
+    path = tmp_path / "metrics.jsonl"
+    restore_metrics(tmp_path, known)
+    assert read_json_lines(path) == lines
+    path.unlink()
+    restore_metrics(tmp_path, known)
+    assert read_json_lines(path) == known, "where they are lost, their mean is what is left"
 
 
 def test_a_line_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):

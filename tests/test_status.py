@@ -240,6 +240,14 @@ def test_on_another_machine_a_run_is_judged_by_its_own_silence(finished, silence
     assert (status.seconds_left is None) == (state == "died")
 
 
+def test_the_time_of_a_run_that_goes_on_is_that_of_all_its_parts(finished):
+    at = time.time()
+    updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at - 30))
+    record = read_record(finished / "dpo") | {"status": "running", "updated": updated, "resources": {"seconds": 5000.0}}
+    record["process"] = identify_process()  # began a moment ago: the run was resumed
+    assert read_status(FoundRun(finished / "dpo", record), "dpo", at).seconds == pytest.approx(5030, abs=2)
+
+
 def test_a_process_is_known_again_and_another_of_its_id_is_not():
     own = identify_process()
     assert is_alive(own)
@@ -250,6 +258,15 @@ def test_a_process_is_known_again_and_another_of_its_id_is_not():
     assert is_alive(own | {"pid": child.pid, "started": time.time()}) is False
     child.wait()
     assert is_alive(own | {"pid": child.pid}) is False
+
+
+def test_the_printed_command_finds_the_script_from_any_folder(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert identify_process()["script"] == "advanced_dpo_script.py"
+    monkeypatch.chdir(tmp_path)
+    record = read_record(finished / "dpo") | {"status": "interrupted", "process": identify_process()}
+    command = read_status(FoundRun(finished / "dpo", record), "dpo", time.time()).to_go_on
+    assert Path(shlex.split(command)[1]).is_file()
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(finished, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -88,12 +89,24 @@ def test_the_page_holds_the_runs_own_numbers(compared, page):
         assert by_run[name]["margin"] == f"{held_out['margin']:+.3f}"
         assert by_run[name]["KL"] == f"{held_out['chosen_kl']:.2f}"
     assert by_run["sft/imitation"]["accuracy"] == "-"
-    margins = {row[0]: row[1:] for row in tables["Held-out margin"]}
-    lines = [line for line in read_metrics(compared / "train/low") if "held_out_margin" in line]
-    column = margins["step"].index("train/low")
-    assert {step: cells[column] for step, cells in margins.items() if step != "step"} == {
-        str(line["step"]): f"{line['held_out_margin']:.4g}" for line in lines
-    }
+    for heading, name in (("Held-out margin", "held_out_margin"), ("Training loss", "loss")):
+        shown = {row[0]: row[1:] for row in tables[heading]}
+        lines = [line for line in read_metrics(compared / "train/low") if name in line]
+        column = shown["step"].index("train/low")
+        assert {step: cells[column] for step, cells in shown.items() if step != "step"} == {
+            str(line["step"]): f"{line[name]:.4g}" for line in lines
+        }
+
+
+def test_what_does_not_compare_is_said(compared, page, tmp_path):
+    assert "Margins and losses are in units of <code>--beta</code>" in page.read_text(encoding="utf-8")
+    shutil.copytree(compared / "train" / "low", tmp_path / "a")
+    shutil.copytree(compared / "train" / "low", tmp_path / "b")
+    assert "in units of" not in make_page(read_runs(tmp_path))
+    record = read_record(tmp_path / "b")
+    record["settings"]["loss_type"] = ["ipo"]
+    (tmp_path / "b" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "The losses differ in kind (<code>--loss_type</code>)" in make_page(read_runs(tmp_path))
 
 
 def test_only_settings_that_differ_are_shown(page):

@@ -32,7 +32,7 @@ PORT = Bound("between 1 and 65535", lambda value: 1 <= value <= 65535)
 SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
 
-ALL_VERBS = ("train", "sft", "data", "plan", "evaluate", "compare", "merge", "chat", "status", "init")
+ALL_VERBS = ("train", "sft", "data", "plan", "plan sft", "evaluate", "compare", "merge", "chat", "status", "init")
 USES_MODEL = ("train", "sft", "data", "evaluate", "compare", "merge", "chat")
 TRAINING = ("train", "sft")
 TRAIN = ("train",)
@@ -59,14 +59,17 @@ POSITIONAL = {"status": "folder"}  # verb -> the flag whose name may be left out
 PLAN = ("plan",)
 
 
+PLANNED = {"plan": "train", "plan train": "train", "plan sft": "sft"}  # what is planned by each way of saying it
+
+
 def acts_as(verb: str) -> str:
-    """The verb whose flags and checks a verb shares: a plan is one of `train`, from the same flags."""
-    return "train" if verb == "plan" else verb
+    """The verb whose flags and checks a verb shares: a plan takes the flags of what it plans."""
+    return PLANNED.get(verb, verb)
 
 
 def takes(verb: str, verbs: tuple[str, ...]) -> bool:
     """Whether a verb knows a flag of these verbs."""
-    return verb in verbs or acts_as(verb) in verbs
+    return verb in verbs or acts_as(verb) in verbs or (verb in PLANNED and "plan" in verbs)
 
 
 def flag(

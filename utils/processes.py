@@ -15,6 +15,8 @@ DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
 PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
 PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is silent
 TIMES_ITS_OWN = 5  # a run is given up after so many times its own longest silence
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "advanced_dpo_script.py"
 
 
 def identify_process() -> dict[str, Any]:
@@ -30,6 +32,7 @@ def identify_process() -> dict[str, Any]:
         "machine": _identify_machine(),
         "started": psutil.Process().create_time(),
         "working_folder": os.getcwd(),
+        "script": SCRIPT if Path.cwd() == ROOT else str(ROOT / SCRIPT),  # as it is reached from there
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
@@ -69,7 +72,11 @@ def _identify_machine() -> list[str | None]:
 
 
 def command_to_go_on(
-    arguments: Sequence[str], processes: int = 1, resume: bool = True, other: Sequence[str] = ()
+    arguments: Sequence[str],
+    processes: int = 1,
+    resume: bool = True,
+    other: Sequence[str] = (),
+    script: str | None = None,
 ) -> str:
     """The command line that goes on with a run, from the arguments it was started with.
 
@@ -92,7 +99,7 @@ def command_to_go_on(
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     words += other
     start = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
-    return shlex.join([*start, "advanced_dpo_script.py", *words])
+    return shlex.join([*start, script or SCRIPT, *words])
 
 
 def _is_value(word: str) -> bool:

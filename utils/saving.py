@@ -259,13 +259,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing.
 
     Where the first of them stands for many older lines, those are as the file has them.
-
-    Returns:
-        The lines of the file.
     """
     path = folder / METRICS
     found, older = read_json_lines(path), []
@@ -279,7 +276,6 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str,
     restored = older + kept + lines[len(kept) :]
     if restored or found:
         write_json_lines(path, restored)
-    return restored
 
 
 def keep_rows_until(folder: Path, step: int) -> None:

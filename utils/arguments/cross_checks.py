@@ -91,7 +91,7 @@ def lora_without_adapter(candidate: Candidate) -> Iterator[str]:
 def four_bits(candidate: Candidate) -> Iterator[str]:
     if (
         candidate["use_4bit"]
-        and candidate.settings.verb == "sft"
+        and acts_as(candidate.settings.verb) == "sft"
         and not (candidate["use_lora"] or candidate.may_have_adapter)
     ):
         yield f"{candidate.label('use_4bit')}: 4-bit weights cannot be trained; add --use_lora"
@@ -301,7 +301,7 @@ def early_stopping(candidate: Candidate) -> Iterator[str]:
         if candidate.given(name):
             yield f"{candidate.label(name)}: {label} keeps the best model by --early_stopping_metric; leave this out"
     metric = candidate["early_stopping_metric"]
-    if candidate.settings.verb == "sft" and metric != "loss":
+    if acts_as(candidate.settings.verb) == "sft" and metric != "loss":
         yield f"{candidate.label('early_stopping_metric')} is {metric}: sft has no pairs, so it must be loss"
 
 
@@ -337,12 +337,14 @@ PLAN_CHECKS: dict[Check, tuple[str, ...]] = {
     planned_device: ("gpu", "gpu_memory", "gpu_tflops"),
     planned_sharding: ("sharding", "num_devices"),
 }
+PLANNED_CHECKS = {check: names for check, names in CHECKS.items() if check is not required}
 VERB_CHECKS = {
     "train": CHECKS | TRAIN_CHECKS,
     "sft": CHECKS,
     "data": DATA_CHECKS | {splits: CHECKS[splits]},
     "compare": COMPARISON_CHECKS,
-    "plan": {check: names for check, names in (CHECKS | TRAIN_CHECKS).items() if check is not required} | PLAN_CHECKS,
+    "plan": PLANNED_CHECKS | TRAIN_CHECKS | PLAN_CHECKS,
+    "plan sft": PLANNED_CHECKS | PLAN_CHECKS,
     "merge": MERGE_CHECKS | {splits: CHECKS[splits], columns: CHECKS[columns]},
     "chat": CHAT_CHECKS,
     "evaluate": EVALUATION_CHECKS | {columns: CHECKS[columns]},

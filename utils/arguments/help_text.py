@@ -18,6 +18,7 @@ VERB_HELP = {
     "data": "say what is in preference data and what is wrong with it; write the clean pairs",
     "compare": "let two models answer the same prompts, judge the answers: win rates, lengths, a page",
     "plan": "say what a run would need, what fits, how long it would take; takes the flags of train",
+    "plan sft": "the same of an sft run; takes the flags of sft",
     "merge": "add an adapter to its model: a model that stands alone, compared with the two",
     "chat": "talk to a model in the terminal, or pipe one message through it",
     "evaluate": "measure a tuned model against its reference on held-out pairs, with intervals; a page",
@@ -51,6 +52,10 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
   python advanced_dpo_script.py plan --model_name_or_path meta-llama/Llama-3.1-8B --use_lora --use_4bit \\
       --dataset_name trl-lib/ultrafeedback_binarized --gpu "RTX 4090" --cost_per_hour 0.4
   python advanced_dpo_script.py plan --config run.yaml --measure""",
+    "plan sft": """\
+  python advanced_dpo_script.py plan sft --model_name_or_path meta-llama/Llama-3.1-8B --use_lora --use_4bit \\
+      --dataset_name trl-lib/ultrafeedback_binarized --gpu "RTX 4090" --cost_per_hour 0.4
+  python advanced_dpo_script.py plan --config examples/configs/zephyr_7b_sft.yaml --gpu "H100 80GB" --num_devices 8""",
     "merge": """\
   python advanced_dpo_script.py merge --model_name_or_path ./llama2-7b-dpo-lora --output_dir ./llama2-7b-dpo""",
     "chat": """\

@@ -20,7 +20,7 @@ from utils.arguments.flag_values import YES_NO, ValueType, annotated_type, as_te
 from utils.arguments.help_text import help_text
 from utils.arguments.trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
 from utils.errors import UserError
-from utils.flags import ALL_VERBS, POSITIONAL, Bound, acts_as, takes
+from utils.flags import ALL_VERBS, PLANNED, POSITIONAL, Bound, acts_as, takes
 from utils.settings import STAGES, Settings
 
 DEFAULT_VERB = "train"
@@ -67,7 +67,7 @@ def parse_arguments(argv: list[str]) -> Settings:
     entries, complete = _with_config(entries, faults)
     config_verb = entries.pop("verb", None)
     label = "" if verb_word or not config_verb else f"{config_verb.label} is "
-    verb = choose_verb(verb_word or (config_verb and " ".join(config_verb.texts)), label, faults)
+    verb = choose_verb(_verb_of(verb_word, " ".join(config_verb.texts) if config_verb else None), label, faults)
     if not complete:  # of flags that are not this verb's, nothing can be said: the file may have named another
         entries = {name: entry for name, entry in entries.items() if name in known_flags(verb)}
     values, broken = _read_entries(verb, entries.values(), faults)
@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 def command_line(settings: Settings) -> list[str]:
     """The argv that gives these settings again: the verb and what the person set, from flags and config alike."""
-    argv = [settings.verb]
+    argv = settings.verb.split()
     for name, value in settings.flat().items():
         if name not in settings.given:
             continue
@@ -100,6 +100,8 @@ def command_line(settings: Settings) -> list[str]:
 def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str, Entry]]:
     """The verb's word, if there is one, and an entry per flag with the texts up to the next flag."""
     verb_word = argv[0] if argv and not argv[0].startswith("-") else None
+    if " ".join(argv[:2]) in PLANNED:  # in two words
+        verb_word, argv = " ".join(argv[:2]), argv[1:]
     entries: dict[str, Entry] = {}
     current = None  # the flag that takes the next text; "" when its texts are not to be read
     positional = POSITIONAL.get(verb_word)
@@ -137,6 +139,11 @@ def _takes(verb: str, entry: Entry | None, token: str) -> bool:
     )
 
 
+def _verb_of(word: str | None, in_config: str | None) -> str | None:
+    """The verb that is meant: what the command line says, and of a plan alone what the config says that it is of."""
+    return "plan sft" if word == "plan" and in_config == "sft" else word or in_config
+
+
 def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
     """The verb that the word names, DEFAULT_VERB without a word, the nearest one (and a fault) for a misspelling.
 
@@ -146,6 +153,8 @@ def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
         return DEFAULT_VERB
     if word in ALL_VERBS:
         return word
+    if word in PLANNED:
+        return "plan"
     near = difflib.get_close_matches(word, ALL_VERBS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     faults.append(f"{label}{word!r}: no such verb; {hint}the verbs are {', '.join(ALL_VERBS)}")
@@ -277,7 +286,8 @@ def _unknown(verb: str, name: str) -> str:
     if others:
         *most, last = others
         named = f"{', '.join(most)} and {last}" if most else last
-        return f"is a flag of the verb {named}, not of {verb}"
+        hint = "; plan sft takes it" if verb == "plan" and "sft" in others else ""
+        return f"is a flag of the verb {named}, not of {verb}{hint}"
     flags = known_flags(verb)
     near = [KNOWN_AS[name]] if KNOWN_AS.get(name) in flags else difflib.get_close_matches(name, flags, 1)
     if near:

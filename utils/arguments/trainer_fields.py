@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.arguments.flag_values import ValueType, annotated_type
 from utils.flags import acts_as
 
-CONFIG_CLASSES = {"train": "DPOConfig", "sft": "SFTConfig", "plan": "DPOConfig"}
+CONFIG_CLASSES = {"train": "DPOConfig", "sft": "SFTConfig", "plan": "DPOConfig", "plan sft": "SFTConfig"}
 
 SOURCES = {
     "trl": ("trainer/base_config.py", "trainer/dpo_config.py", "trainer/sft_config.py"),

@@ -4,7 +4,8 @@ The model's own forward does everything, so that each architecture's scaling or 
 front of the output head leaves out the hidden states of prompts and padding, whose logits nobody reads.
 
 A batch is either padded (`input_ids`, `attention_mask`, `completion_mask`: one row per completion) or packed
-(`input_ids`, `layout`: all pairs in one row, see `utils/models/shared_prefix.py`).
+(`input_ids`, `layout`: all pairs in one row, see `utils/models/shared_prefix.py`). A padded one may say by `PLACES`
+where its completion tokens are, for tensors that have no values.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils.models.head import MARK, HeadScores, KeptLogits, LogitShape, score_by_head
 from utils.models.shared_prefix import PairLayout
 
 Batch = Mapping[str, Any]
+PLACES = "completion_places"  # rows and columns of the completion tokens that something stands before, two tensors
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,15 @@ def _read_padded(batch: Batch) -> Read:
     """Inputs of the model, mask, labels and last ids, and what of the hidden states the head shall see."""
     ids, attended = batch["input_ids"], batch["attention_mask"]
     mask = batch["completion_mask"][:, 1:].bool()
+    rows, before = batch[PLACES] if PLACES in batch else mask.nonzero(as_tuple=True)
 
     def select(hidden: Tensor) -> Tensor:
         # The state before each token predicts it. Virtual tokens of prompt-learning adapters stand in front.
-        return hidden[F.pad(mask, (hidden.size(1) - mask.size(1) - 1, 1)).to(hidden.device)]
+        in_front = hidden.size(1) - ids.size(1)
+        return hidden[rows.to(hidden.device), before.to(hidden.device) + in_front]
 
     last_ids = ids.gather(1, attended.sum(dim=1, keepdim=True) - 1).squeeze(1)
-    return {"input_ids": ids, "attention_mask": attended}, mask, ids[:, 1:][mask], last_ids, select
+    return {"input_ids": ids, "attention_mask": attended}, mask, ids[rows, before + 1], last_ids, select
 
 
 def _read_packed(batch: Batch) -> Read:

@@ -13,6 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.models.shared_prefix import Lengths
 from utils.planning.hardware import Device
+from utils.planning.padded import RowLengths
+from utils.planning.padded import attention_flops as padded_attention_flops
 from utils.planning.paper_model import Way, make_policy
 from utils.planning.walk import (
     ACTIVATIONS,
@@ -47,7 +49,7 @@ class Estimate:
     """Bytes on each device at the moment when most is held, by part, and operations of one micro-batch."""
 
     way: Way
-    batch: int  # pairs of a micro-batch
+    batch: int  # pairs of a micro-batch; of sft, rows
     micro_batches: int  # of an optimizer step, on each device
     parts: Mapping[str, int]
     base: int  # what is held beside: the process, or the device's context
@@ -79,9 +81,14 @@ class Estimate:
 
 
 def estimate(
-    way: Way, pairs: Sequence[Lengths], micro_batches: int, base: int, sharding: str = "none", devices: int = 1
+    way: Way,
+    pairs: Sequence[Lengths] | Sequence[RowLengths],
+    micro_batches: int,
+    base: int,
+    sharding: str = "none",
+    devices: int = 1,
 ) -> Estimate:
-    """What a step takes whose micro-batches are all like these pairs.
+    """What a step takes whose micro-batches are all like these pairs; of sft, like these rows.
 
     Raises:
         UserError: the model cannot be made from its config, or not be walked through.
@@ -93,11 +100,11 @@ def estimate(
     if WEIGHTS in SHARDED[sharding] and devices > 1:
         width = torch.finfo(way.dtype).bits // 8
         parts["gathered layers"] = 2 * walk.largest_layer * width  # the one at work and the one that comes next
-    flops = walk.flops + attention_flops(way.config, pairs)
+    flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
     return Estimate(way, len(pairs), micro_batches, parts, base, flops, walk.tokens, walk.parameters, walk.trainable)
 
 
-def walk_all_layers(way: Way, pairs: Sequence[Lengths], micro_batches: int) -> Walk:
+def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int) -> Walk:
     """A step with all layers: where they are alike, by walking through few of them twice."""
     layers = way.config.get_text_config().num_hidden_layers
     if layers <= FEW[1] or not layers_alike(way):

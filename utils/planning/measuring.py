@@ -22,7 +22,7 @@ class Measured:
 def as_measured(settings: Settings) -> Settings:
     """The settings of a dry run that computes what the run would compute in each step."""
     training = settings.training
-    if training.precompute_ref_log_probs is None and scores_ahead_by_default(settings):
+    if settings.verb == "train" and training.precompute_ref_log_probs is None and scores_ahead_by_default(settings):
         training = dataclasses.replace(training, precompute_ref_log_probs=True)
     run = dataclasses.replace(settings.run, dry_run=True, resume_from_checkpoint=None, report_to=(), use_wandb=False)
     return dataclasses.replace(settings, training=training, run=run)

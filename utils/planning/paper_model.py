@@ -16,7 +16,7 @@ from utils.models.head import MARK, LogitShape
 from utils.models.loading import check_target_modules
 from utils.models.scoring import output_head
 from utils.settings import LoraSettings
-from utils.training.trainer import keep_last_layer
+from utils.training.run_folder import keep_last_layer
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 # Bytes per trained parameter that an optimizer keeps, where it is not walked through itself.
@@ -28,7 +28,8 @@ STATE_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "
 class Way:
     """A way of training: what of the settings decides memory and operations.
 
-    `reference`: "policy" (its adapter switched off), "model" (one of its own), or "ahead" (scored before training).
+    `reference`: "policy" (its adapter switched off), "model" (one of its own), "ahead" (scored before training), or
+    "none", as in sft.
     """
 
     config: PretrainedConfig
@@ -40,6 +41,11 @@ class Way:
     reference: str
     optim: str = "adamw_torch_fused"
     on_gpu: bool = False
+
+    @property
+    def imitates(self) -> bool:
+        """Whether it is sft, of padded rows of a prompt and a completion."""
+        return self.reference == "none"
 
 
 def make_policy(way: Way) -> torch.nn.Module:

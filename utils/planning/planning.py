@@ -73,7 +73,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, measured: Measured | None = None) -> Plan:
-    """The plan of the run that `settings`, of the verb train, would start.
+    """The plan of the run that `settings`, of the verb train or sft, would start.
 
     Args:
         measured: what its steps on the longest pairs took here; corrects memory and time of all ways.
@@ -155,6 +155,8 @@ def _asked_way(
 
 def _reference(settings: Settings, adapts: bool, work: Work) -> str:
     """How the reference is computed, as training decides it."""
+    if settings.verb == "sft":
+        return "none"
     training = settings.training
     own_model = not adapts or settings.model.ref_model_name_or_path is not None
     wish = training.precompute_ref_log_probs
@@ -189,7 +191,8 @@ class _Planner:
         needs = estimate(way, pairs, micro_batches, self.base)
         beside = self.device.reserved if self.device.is_gpu else 0  # a GPU's context is not among its tensors
         self.base = max(0, measured.peak + beside - (needs.peak - needs.base))
-        flops = needs.flops / needs.tokens * sum(map(sum, self.work.longest(self.pairs_per_step)))
+        step = dataclasses.replace(self.work, lengths=self.work.longest(self.pairs_per_step))
+        flops = needs.flops / needs.tokens * step.mean_computed(needs.batch) * self.pairs_per_step
         self.efficiency = flops / measured.step_seconds / self.device.rate
 
     def choose(self, way: Way, batch: int, asked: bool = False) -> Choice:
@@ -253,7 +256,7 @@ class _Planner:
 
     def _at_batch(self, choice: Choice, batch: int) -> float:
         """About the peak with micro-batches of fewer pairs."""
-        return choice.needs.at_tokens(sum(map(sum, self._micro_batch(batch)[0])))
+        return choice.needs.at_tokens(self.work.computed(self._micro_batch(batch)[0]))
 
     def _seconds(self, needs: Estimate) -> float | None:
         """Of the whole run: steps, the reference ahead, and evaluations, at the stated share of the devices' rate."""
@@ -261,12 +264,12 @@ class _Planner:
             return None
         training, devices = self.settings.training, self.settings.plan.num_devices
         pairs = self.steps * self.pairs_per_step * devices
-        tokens = self.work.tokens / len(self.work.lengths) * pairs
+        tokens = self.work.mean_computed(needs.batch) * pairs
         flops = needs.flops / needs.tokens * tokens
         forward = FORWARD_FLOPS * needs.parameters
         if needs.way.reference == "ahead":
             flops += forward * (self.work.tokens + self.work.held_out_tokens)
-        models = 1 if needs.way.reference == "ahead" else 2
+        models = 2 if needs.way.reference in ("model", "policy") else 1
         every = training.eval_steps or self.steps
         every = every * self.steps if every < 1 else every
         flops += forward * models * self.work.held_out_tokens * (1 + max(1, self.steps // every))
@@ -301,7 +304,7 @@ def _settings_of(settings: Settings, best: Choice, asked: Choice) -> Settings:
     changed = {stage: dataclasses.replace(getattr(settings, stage), **values) for stage, values in new.items()}
     names = {name for values in new.values() for name in values}
     beside = {field.name for field in dataclasses.fields(settings.plan)} | {"json_file"}
-    return dataclasses.replace(settings, verb="train", given=(settings.given | names) - beside, **changed)
+    return dataclasses.replace(settings, given=(settings.given | names) - beside, **changed)
 
 
 def _launcher(settings: Settings, best: Choice) -> list[str]:

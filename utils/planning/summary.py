@@ -21,7 +21,8 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
         f"{str(plan.dtype).removeprefix('torch.')}, of which training reaches {plan.efficiency:.0%} "
         f"({'measured' if plan.measured else 'assumed; --efficiency'})",
         "",
-        f"  {'':34}{'pairs x micro-batches':>22}{'GiB':>9}{'fits':>6}{'time':>13}" + (f"{'cost':>10}" if price else ""),
+        f"  {'':34}{f'{work.kind} x micro-batches':>22}{'GiB':>9}{'fits':>6}{'time':>13}"
+        + (f"{'cost':>10}" if price else ""),
         _line("as asked: " + asked.name, asked, plan, price, devices),
         *(_line(choice.name, choice, plan, price, devices) for choice in plan.others),
         "",
@@ -29,7 +30,8 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
     ]
     if not work.known:
         lines.append(
-            f"without --dataset_name every pair is taken to be as long as --max_length ({sum(work.lengths[0][:2]):,})"
+            f"without --dataset_name every {work.kind[:-1]} is taken to be as long as --max_length "
+            f"({sum(work.lengths[0][:2]):,})"
         )
     return lines
 
@@ -38,10 +40,10 @@ def _describe_work(plan: Plan) -> str:
     work = plan.work
     if not work.known:
         return "none named"
-    pairs = len(work.lengths)
+    count = len(work.lengths)
     return (
-        f"{pairs:,} pairs to train on, {work.tokens / pairs:,.0f} tokens each (the longest {sum(work.lengths[0]):,}); "
-        f"{plan.steps:,} steps"
+        f"{count:,} {work.kind} to train on, {work.tokens / count:,.0f} tokens each (the longest "
+        f"{sum(work.lengths[0]):,}); {plan.steps:,} steps"
     )
 
 
@@ -87,9 +89,9 @@ def as_record(plan: Plan, price: float | None, devices: int, command: str | None
         "efficiency": plan.efficiency,
         "measured": plan.measured,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "train_pairs": len(plan.work.lengths) if plan.work.known else None,
+        f"train_{plan.work.kind}": len(plan.work.lengths) if plan.work.known else None,
         "tokens": plan.work.tokens if plan.work.known else None,
-        "longest_pair": sum(plan.work.lengths[0]),
+        f"longest_{plan.work.kind[:-1]}": sum(plan.work.lengths[0]),
         "steps": plan.steps,
         "choices": [_choice_record(choice, plan, price, devices) for choice in (plan.asked, *plan.others)],
         "command": command,
@@ -103,7 +105,7 @@ def _choice_record(choice: Choice, plan: Plan, price: float | None, devices: int
         "asked": choice.asked,
         "best": choice is plan.best,
         "sharding": choice.sharding,
-        "pairs": needs.batch,
+        plan.work.kind: needs.batch,
         "micro_batches": needs.micro_batches,
         "bytes": needs.peak,
         "parts": dict(_parts(choice)),

@@ -28,6 +28,7 @@ from utils.errors import UserError
 from utils.models.head import chunks_as_on
 from utils.models.scoring import score_tokens
 from utils.models.shared_prefix import NAME, Lengths, PairLayout, shared_prefix_active
+from utils.planning.padded import RowLengths, padded_tokens, take_rows
 from utils.planning.paper_model import (
     STATE_BYTES,
     Way,
@@ -114,17 +115,17 @@ def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return formula(*args, **kwargs, out_val=out) if formula is not None else 0
 
 
-def walk_step(way: Way, pairs: Sequence[Lengths], micro_batches: int = 1) -> Walk:
+def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int = 1) -> Walk:
     """Walks through one optimizer step of so many micro-batches of these pairs.
 
     Args:
-        pairs: tokens of prompt, chosen and rejected of the pairs of one micro-batch.
+        pairs: tokens of prompt, chosen and rejected of the pairs of one micro-batch; of sft, of prompt and completion.
         micro_batches: those of an optimizer step.
 
     Raises:
         UserError: the model cannot be made from its config, or its code cannot be walked through.
     """
-    layout = PairLayout(tuple(pairs))
+    batch = tuple(pairs) if way.imitates else PairLayout(tuple(pairs))
     policy, reference = make_policy(way), make_reference(way) if way.reference == "model" else None
     parameters, trained_names = count_parameters(policy), [n for n, p in policy.named_parameters() if p.requires_grad]
     layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -133,7 +134,7 @@ def walk_step(way: Way, pairs: Sequence[Lengths], micro_batches: int = 1) -> Wal
         warnings.simplefilter("ignore")
         _hold_models(meter, policy, reference)
         trained = [p for name, p in policy.named_parameters() if name in set(trained_names)]
-        flops = _walk(meter, way, policy, reference, trained, layout, micro_batches)
+        flops = _walk(meter, way, policy, reference, trained, batch, micro_batches)
         held = {part: meter.held[part] for part in PARTS}
     size = way.config.get_text_config()
     largest = max([sum(p.numel() for p in layer.parameters()) for layer in layers] or [0])
@@ -141,7 +142,7 @@ def walk_step(way: Way, pairs: Sequence[Lengths], micro_batches: int = 1) -> Wal
         parts={part: meter.at_peak[part] for part in PARTS},
         held=held,
         flops=flops,
-        tokens=layout.tokens,
+        tokens=padded_tokens(pairs) if way.imitates else batch.tokens,
         parameters=parameters,
         trainable=sum(p.numel() for p in trained),
         largest_layer=max(largest, size.vocab_size * size.hidden_size),
@@ -162,7 +163,7 @@ def _walk(
     policy: torch.nn.Module,
     reference: torch.nn.Module | None,
     trained: list[torch.nn.Parameter],
-    layout: PairLayout,
+    batch: PairLayout | tuple[RowLengths, ...],
     micro_batches: int,
 ) -> int:
     for parameter in trained:
@@ -175,7 +176,10 @@ def _walk(
         meter.mark(states, OPTIMIZER)
         for _ in range(min(micro_batches, 2)):
             before = meter.flops
-            take_micro_batch(way, policy, reference, layout)
+            if way.imitates:
+                take_rows(way, policy, batch)
+            else:
+                take_micro_batch(way, policy, reference, batch)
             flops = meter.flops - before
         optimizer.step()
         del states
@@ -183,7 +187,7 @@ def _walk(
         first = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise UserError(
             f"--model_name_or_path: a step of {way.config.model_type} cannot be planned on paper ({first:.200}); "
-            "train --dry_run takes a real one"
+            f"{'sft' if way.imitates else 'train'} --dry_run takes a real one"
         ) from None
     return flops
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from utils.data.loading import load_pairs
-from utils.data.tokenizing import PAIR_COLUMNS
+from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
 from utils.models.loading import choose_max_length, load_tokenizer, longest_context, translating
 from utils.models.shared_prefix import Lengths
 from utils.models.sources import ADAPTER_CONFIG, ModelSource, find_policy, read_json_file
+from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
 from utils.settings import Settings
 from utils.training.config import rows_of_run
 from utils.training.preparation import prepare_rows
@@ -20,19 +22,38 @@ from utils.training.preparation import prepare_rows
 
 @dataclass(frozen=True)
 class Work:
-    """The pairs of a run: lengths of those that are trained on, the longest first. `known`: read from data."""
+    """The pairs of a run, or rows of sft: lengths of those that are trained on, the longest first.
 
-    lengths: list[Lengths]
+    `known`: read from data. `padded`: rows, which micro-batches pad.
+    """
+
+    lengths: list[Lengths] | list[RowLengths]
     held_out_tokens: int
     known: bool
+    padded: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What there are several of."""
+        return "rows" if self.padded else "pairs"
 
     @property
     def tokens(self) -> int:
         """Of one pass."""
         return sum(map(sum, self.lengths))
 
-    def longest(self, count: int) -> list[Lengths]:
-        """A micro-batch of the longest pairs."""
+    def computed(self, pairs: list) -> int:
+        """Tokens that a micro-batch of these puts through the model."""
+        return padded_tokens(pairs) if self.padded else sum(map(sum, pairs))
+
+    def mean_computed(self, batch: int) -> float:
+        """The same for each of a micro-batch of so many, on average over a shuffled pass."""
+        return (
+            mean_padded_length(list(map(sum, self.lengths)), batch) if self.padded else self.tokens / len(self.lengths)
+        )
+
+    def longest(self, count: int) -> list:
+        """A micro-batch of the longest."""
         return [self.lengths[index % len(self.lengths)] for index in range(count)]
 
 
@@ -56,17 +77,20 @@ def find_config(settings: Settings) -> tuple[ModelSource, PretrainedConfig]:
 
 
 def read_work(settings: Settings, source: ModelSource, config: PretrainedConfig) -> Work:
-    """The pairs that --dataset_name names, read and tokenized as a run does; without it one as long as can be."""
+    """What --dataset_name names, read and tokenized as a run does; without it one row as long as can be."""
+    padded = settings.verb == "sft"
     if settings.data.dataset_name is None:
         longest = choose_max_length(settings.data.max_length, longest_context(config.get_text_config()))
-        return Work([(longest - longest // 2, longest // 2, longest // 2)], 0, known=False)
-    data = load_pairs(settings.data, "train", settings.training.seed, None, rows_of_run(settings))
+        completions = [longest // 2] * (1 if padded else 2)
+        return Work([(longest - longest // 2, *completions)], 0, known=False, padded=padded)
+    data = load_pairs(settings.data, settings.verb, settings.training.seed, None, rows_of_run(settings))
     tokenizer = load_tokenizer(source, settings.model)
-    rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS)
-    lengths, held_out = (_lengths(part) if part is not None else [] for part in (rows.train, rows.held_out))
-    return Work(sorted(lengths, key=sum, reverse=True), sum(map(sum, held_out)), known=True)
+    columns = SFT_COLUMNS if padded else PAIR_COLUMNS
+    rows = prepare_rows(data, tokenizer, source, settings, columns)
+    lengths, held_out = (_lengths(part, columns) if part is not None else [] for part in (rows.train, rows.held_out))
+    return Work(sorted(lengths, key=sum, reverse=True), sum(map(sum, held_out)), True, padded)
 
 
-def _lengths(rows: Any) -> list[Lengths]:
-    columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+def _lengths(rows: Any, completions: Iterable[str]) -> list[tuple[int, ...]]:
+    columns = (rows[name] for name in ("prompt_ids", *completions))
     return [tuple(map(len, ids)) for ids in zip(*columns, strict=True)]

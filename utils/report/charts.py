@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 640, 250
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 12, 46
 
 Line = Sequence[tuple[float, float]]  # (x, y) points, in the order of x
 
@@ -48,9 +48,9 @@ def draw_histogram(
             parts.append(f'<text x="{x + shift:.1f}" y="{TOP + 12}" text-anchor="{anchor}">{escape(mark[1])}</text>')
     every = max(1, round(len(edges) / 7))
     for place in range(0, len(edges), every):
-        parts.append(
-            f'<text x="{LEFT + place * step:.1f}" y="{HEIGHT - 26}" text-anchor="middle">{_short(edges[place])}</text>'
-        )
+        anchor = "end" if place == len(edges) - 1 else "middle"  # the last one has no room on its right
+        x = LEFT + place * step
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 26}" text-anchor="{anchor}">{_short(edges[place])}</text>')
     parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(unit)}</text>')
     return _svg(title, "".join(parts), HEIGHT) + draw_legend(list(series))
 
@@ -102,13 +102,14 @@ def draw_lines(
     values = [y for _, y in everything] + ([mark] if mark is not None else [])
     ticks = _round_ticks(min(values), max(values))
     low_y, high_y = ticks[0], ticks[-1]
+    texts = _texts_apart(ticks) if as_text is None else [as_text(value) for value in ticks]
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = (x - low_x) / (high_x - low_x) if high_x > low_x else 0.5
         return LEFT + right * width, TOP + (1 - (y - low_y) / (high_y - low_y)) * height
 
-    parts = [_ticks([(place(low_x, value)[1], write(value)) for value in ticks])]
+    parts = [_ticks([(place(low_x, value)[1], text) for value, text in zip(ticks, texts, strict=True)])]
     if mark is not None:
         y = place(low_x, mark)[1]
         parts.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -210,7 +211,7 @@ def _ticks(ticks: Sequence[tuple[float, str]]) -> str:
     """Lines across, each with its value in front."""
     return "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+        f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
         for y, text in ticks
     )
 
@@ -239,9 +240,23 @@ def _place_between(value: float, edges: Sequence[float]) -> float | None:
     return None
 
 
-def _short(value: float) -> str:
+def _texts_apart(values: Sequence[float]) -> list[str]:
+    """The values in so many digits that no two that differ are written alike."""
+    for digits in range(3, 12):
+        texts = [_short(value, digits) for value in values]
+        if len(set(texts)) == len(set(values)):
+            break
+    return texts
+
+
+def _short(value: float, digits: int = 3) -> str:
     """A number in a few characters: 950, 1.5k, 2M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
+
+
+def percent(value: float) -> str:
+    """A share as 50%, 63.5% or 99.95%."""
+    return f"{round(100 * value, 9):.4g}%"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from utils.report.charts import Line, draw_lines
+from utils.report.charts import Line, draw_lines, percent
 from utils.report.html import make_chart, make_table
 from utils.report.run_files import RunFiles
 
@@ -24,10 +24,6 @@ class Curve:
     as_text: Callable[[float], str] | None = None
 
 
-def _percent(value: float) -> str:
-    return f"{value:.0%}"
-
-
 def _small(value: float) -> str:
     """1.5e-4 in place of 0.00015."""
     digits, _, power = f"{value:.2g}".partition("e") if 0 < abs(value) < 1e-4 else f"{value:.1e}".partition("e")
@@ -44,14 +40,14 @@ PREFERENCE = (
     Curve("Loss", **_same("loss")),
     Curve("Rewards", **_same("chosen_reward", "rejected_reward"), mark=0.0),
     Curve("Margin: chosen minus rejected reward", **_same("margin"), mark=0.0),
-    Curve("Accuracy: pairs ranked right", **_same("accuracy"), mark=0.5, as_text=_percent),
+    Curve("Accuracy: pairs ranked right", **_same("accuracy"), mark=0.5, as_text=percent),
     Curve("KL from the reference, nats a response", {}, {"chosen_kl": "chosen", "rejected_kl": "rejected"}, mark=0.0),
     Curve("Log-probs of the responses, nats", **_same("chosen_logps", "rejected_logps")),
-    Curve("Probability of ending where the chosen response ends", {}, {"chosen_end_prob": "ends"}, as_text=_percent),
+    Curve("Probability of ending where the chosen response ends", {}, {"chosen_end_prob": "ends"}, as_text=percent),
 )
 IMITATION = (
     Curve("Loss per token", **_same("loss")),
-    Curve("Tokens guessed right", **_same("token_accuracy"), as_text=_percent),
+    Curve("Tokens guessed right", **_same("token_accuracy"), as_text=percent),
 )
 BOTH = (
     Curve("Gradient norm", {"grad_norm": "norm"}, {}),

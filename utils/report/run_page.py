@@ -38,8 +38,17 @@ MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
     "chosen_kl": ("KL from the reference along chosen responses, nats", "{:.2f}"),
     "rejected_kl": ("KL along rejected responses, nats", "{:.2f}"),
     "chosen_end_prob": ("probability of ending where the response ends", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
     "token_accuracy": ("tokens guessed right", "{:.1%}"),
+}
+READING = {  # whether it is a preference run -> how its metrics are read
+    True: "Held out: not trained on. A reward is --beta times how much likelier the model makes a response than the "
+    "reference does. The margin is the chosen response's reward minus the rejected one's; a pair is ranked right where "
+    "it is above 0, and it should grow. Where the reference is the model as it started, all rewards are 0 before "
+    "training, and half of the pairs count as right. KL is how far the model has moved from the reference: less is "
+    "closer.",
+    False: "Held out: not trained on. The loss is how unlikely the model finds a token of the responses, on average; "
+    "perplexity says the same as a number of equally likely tokens to choose from. Both should fall.",
 }
 BARS = 24  # of the histogram of margins
 SHOWN_PROMPTS = 6  # of the samples
@@ -62,7 +71,7 @@ def make_run_page(folder: Path) -> str:
         make_paragraph(_when(record), "soft"),
         "</header>",
         make_section("Warnings", *(_show_warning(text) for text in record.get("warnings") or [])),
-        make_section("Before and after", _show_change(record)),
+        make_section("Before and after", *_show_change(record)),
         make_section("Curves", show_curves(run)),
         make_section("Samples", _show_samples(run.samples)),
         make_section("Held-out pairs" if run.is_preference else "Held-out rows", *_show_held_out(run)),
@@ -75,7 +84,10 @@ def make_run_page(folder: Path) -> str:
 def _when(record: Mapping[str, Any]) -> str:
     started, updated = (_clock(record.get(name)) for name in ("started", "updated"))
     if record.get("status") == "running":
-        return f"Started {started}. This page is of {updated}; it is rewritten while the run goes on."
+        return (
+            f"Started {started}. This page is of {updated}; it is rewritten while the run goes on (whether it does, "
+            "the verb status says)."
+        )
     return f"Started {started}, ended {updated}."
 
 
@@ -87,10 +99,10 @@ def _show_warning(text: str) -> str:
     return f'<article class="finding"><span class="tag">warning</span>{make_paragraph(text)}</article>'
 
 
-def _show_change(record: Mapping[str, Any]) -> str:
+def _show_change(record: Mapping[str, Any]) -> Iterator[str]:
     before, after = held_out_of(record)
     if not before or not after:
-        return ""
+        return
     rows = [
         (name, *(_write(form, part[key]) for part in (before, after)), _write(_signed(form), after[key] - before[key]))
         for key, (name, form) in MEANINGS.items()
@@ -99,7 +111,8 @@ def _show_change(record: Mapping[str, Any]) -> str:
     count = after.get("pairs") or after.get("rows") or 0
     kind = "pairs" if "pairs" in after else "rows"
     when = "after" if record.get("status") == "finished" else f"at step {after.get('step', 0):,}"
-    return make_table(f"means over {count:,} held-out {kind}", ("", "before", when, "change"), rows)
+    yield make_table(f"means over {count:,} held-out {kind}", ("metric", "before", when, "change"), rows)
+    yield make_paragraph(READING["accuracy" in after], "soft")
 
 
 def _signed(form: str) -> str:
@@ -201,10 +214,11 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
     facts += [(name.replace("held_out_", "held-out ").replace("train_", "training "), f"{value:,}")
               for name, value in counts.items()]  # fmt: skip
     facts += [
-        ("longest row", f"{data.get('max_length', 0):,} tokens (--max_length)"),
+        ("length limit", f"{data.get('max_length', 0):,} tokens (--max_length)"),
         ("shortened to fit", f"{data.get('truncated', 0):,}"),
         ("chat template", data.get("chat_template") or "none: texts are taken as they are"),
         ("fingerprint", data.get("fingerprint")),
+        *([] if data.get("dropped") else [("dropped", "nothing")]),
     ]
     if data.get("shared_prompts"):
         facts.append(("prompts on both sides", f"{data['shared_prompts']:,}: held-out numbers are too good"))
@@ -214,7 +228,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
         yield make_table("dropped", ("reason", "rows"), [(name, f"{count:,}") for name, count in dropped.items()])
     sources = data.get("sources") or []
     if len(sources) > 1:
-        heads = ("", "good rows", "drawn", "to train on", "held out")
+        heads = ("source", "good rows", "drawn", "to train on", "held out")
         keys = ("good", "drawn", "train", "held_out")
         rows = [(source["name"], *(f"{source.get(key) or 0:,}" for key in keys)) for source in sources]
         yield make_table("by source", heads, rows)
@@ -222,7 +236,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
     if record.get("arguments"):
-        yield make_command(break_command(record["arguments"]))
+        yield make_command(break_command(record["arguments"], (record.get("process") or {}).get("script")))
         if record.get("status") in ("interrupted", "failed"):
             yield make_paragraph(
                 "With --resume_from_checkpoint auto (and without --overwrite_output_dir) it goes on from its newest "
@@ -233,13 +247,16 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
     if model:
         trained = f"{model['trainable_parameters']:,} of {model['parameters']:,} parameters"
         facts.append(("trained", f"{trained} ({model.get('architecture', '?')})"))
+    if record.get("device"):
+        processes = (record.get("process") or {}).get("processes") or 1
+        facts.insert(0, ("device", record["device"] if processes == 1 else f"{processes} x {record['device']}"))
     if used.get("seconds"):
         kind = "pairs" if record.get("verb") == "train" else "rows"
         facts += [
             ("time", f"{readable_seconds(used['seconds'])}, of it {readable_seconds(used['train_seconds'])} training"),
             ("speed", f"{used['pairs_per_second']:.1f} {kind} and {used['tokens_per_second']:,.0f} tokens a second"),
             ("peak memory", f"{used['peak_memory_bytes'] / 2**30:.2f} GiB"),
-            ("GPU hours", f"{used.get('gpu_hours') or 0:.3f}"),
+            ("GPU hours", f"{used['gpu_hours']:.3f}" if used.get("gpu_hours") else "none"),
             ("cost", f"{used['cost']:,.2f}" if used.get("cost") is not None else "unknown: pass --cost_per_hour"),
         ]
     yield make_facts(facts)
@@ -259,9 +276,9 @@ def _setting(value: Any) -> str:
     return "default" if value is None else str(value)
 
 
-def break_command(arguments: list[str]) -> str:
+def break_command(arguments: list[str], script: str | None = None) -> str:
     """The command of a run with one flag per line, as a shell takes it."""
-    lines = ["python advanced_dpo_script.py"]
+    lines = [f"python {shlex.quote(script or 'advanced_dpo_script.py')}"]
     for word in arguments:
         quoted = shlex.quote(word)
         if word.startswith("--"):

@@ -9,6 +9,9 @@ from typing import Any
 from utils.runtime import readable_seconds
 
 SAME_LOSS = 0.002  # nats: a change of the mean loss that is none
+COLLAPSE = 1.0  # nats that a token of the chosen responses may lose
+ENDS_KEPT = 0.5  # share of the probability of ending that has to be left ...
+ENDS_AT_FIRST = 0.02  # ... where there was any
 
 
 def describe_run(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -46,7 +49,7 @@ def describe_numbers(before: Mapping[str, float], after: Mapping[str, float]) ->
     if "accuracy" not in after:
         return (
             f"the loss per held-out token went from {before['loss']:.3f} to {after['loss']:.3f} (perplexity "
-            f"{before['perplexity']:.1f} to {after['perplexity']:.1f})."
+            f"{before['perplexity']:.2f} to {after['perplexity']:.2f})."
         )
     kl = f"; KL {after['chosen_kl']:.1f} nats from the reference" if "chosen_kl" in after else ""
     return (
@@ -66,6 +69,9 @@ def _judge(record: Mapping[str, Any], before: Any, after: Any) -> tuple[str, str
     if "accuracy" in after:
         gain, share = after["accuracy"] - before["accuracy"], before["accuracy"]
         noise = 2 * math.sqrt(max(share * (1 - share), 0.01) / after["pairs"])
+    lost = _lost(before, after)
+    if lost:
+        return f"It came apart: {' and '.join(lost)}. As for ranking, {numbers}", "problem"
     if fell > SAME_LOSS and gain > noise:
         return f"It learnt: {numbers}", "good"
     if fell > SAME_LOSS and gain >= 0:
@@ -75,6 +81,19 @@ def _judge(record: Mapping[str, Any], before: Any, after: Any) -> tuple[str, str
     if fell < -SAME_LOSS or gain < -noise:
         return f"It got worse: {numbers} {losses if 'accuracy' in after else ''}".strip(), "problem"
     return f"It did not learn: {numbers} More steps or a larger --learning_rate may help.", "problem"
+
+
+def _lost(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """What a model could do before that it no longer can, whatever it ranks."""
+    lost = []
+    if all("chosen_logps" in part and part.get("chosen_tokens") for part in (before, after)):
+        fall = before["chosen_logps"] / before["chosen_tokens"] - after["chosen_logps"] / after["chosen_tokens"]
+        if fall >= COLLAPSE:
+            lost.append(f"it lost {fall:.1f} nats on each token of the chosen responses")
+    first, last = (part.get("chosen_end_prob") for part in (before, after))
+    if first is not None and last is not None and first >= ENDS_AT_FIRST and last <= first * ENDS_KEPT:
+        lost.append(f"it ends where responses end with probability {last:.2f} (before {first:.2f})")
+    return lost
 
 
 def _early(record: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.arguments.flag_values import as_text
 from utils.output_folder import FREE_TO_CHANGE
-from utils.report.charts import draw_lines
+from utils.report.charts import draw_lines, percent
 from utils.report.html import (
     make_chart,
     make_details,
@@ -32,12 +32,12 @@ SHOWN_PROMPTS, SHOWN_CHARACTERS = 3, 600
 # name in metrics.jsonl, heading, verb of the runs (the losses of two verbs do not compare), the line that is drawn
 # across, how values are written
 CURVES = (
-    ("held_out_accuracy", "Held-out accuracy", "train", 0.5, "{:.0%}".format),
+    ("held_out_accuracy", "Held-out accuracy", "train", 0.5, percent),
     ("held_out_margin", "Held-out margin", "train", 0.0, None),
     ("held_out_loss", "Held-out loss", "train", None, None),
     ("held_out_chosen_kl", "Held-out KL from the reference, nats", "train", 0.0, None),
     ("loss", "Training loss", "train", None, None),
-    ("held_out_perplexity", "Held-out perplexity", "sft", None, "{:.4g}".format),
+    ("held_out_perplexity", "Held-out perplexity", "sft", None, None),
     ("loss", "Training loss of sft", "sft", None, None),
 )
 UNCOMPARED = FREE_TO_CHANGE  # where a run is and how it is watched, not what it computes
@@ -121,10 +121,15 @@ def _results(runs: Sequence[RunStatus]) -> str:
     heads = ("run", "verb", "state", "step", "accuracy", "margin", "KL", "perplexity", "loss", "time", "memory", "cost")
     columns = [column for column in zip(heads, *map(_result, runs), strict=True) if _tells(column)]
     head, *body = zip(*columns, strict=True)
+    trained = [run for run in runs if run.verb == "train"]
     note = (
         "Held out, at the newest evaluation. ± is the standard error over the pairs. Margin: how much higher the "
         "reward of the chosen response is. KL: how far the policy is from its reference, in nats."
     )
+    if len({_facts(run).get("loss_type") for run in trained}) > 1:
+        note += " The losses differ in kind (--loss_type): they are no measure of which run is better."
+    elif len({_facts(run).get("beta") for run in trained}) > 1:
+        note += " Margins and losses are in units of --beta, which differs: compare accuracy and KL."
     return make_table("by run", head, body) + make_paragraph(note, "soft")
 
 
@@ -172,8 +177,9 @@ def _curves(runs: Sequence[RunStatus], total: int) -> str:
 
 
 def _line_of(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    points = {number_of(event, "step"): number_of(event, name) for event in events}
-    return sorted((step, value) for step, value in points.items() if step is not None and value is not None)
+    found = ((number_of(event, "step"), number_of(event, name)) for event in events)
+    points = {step: value for step, value in found if step is not None and value is not None}  # of a step the last
+    return sorted(points.items())
 
 
 def _numbers(heading: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:

@@ -135,10 +135,11 @@ def _find_state(record: Mapping[str, Any], at: float) -> tuple[str, str | None]:
 
 
 def _seconds_taken(record: Mapping[str, Any], at: float | None) -> float | None:
-    """Of this part of the run, its setup left out where the record knows it; `at` is now, for a run that goes on."""
+    """Of all its parts, setup left out where the record knows it; `at` is now, for a run that goes on."""
     measured = number_of(record, "resources", "seconds")
-    if measured is not None and at is None:
-        return measured
+    if measured is not None:
+        since = _seconds_since(text_of(record, "updated"), at) if at is not None else None
+        return measured + (since or 0.0)
     began = number_of(record, "process", "started")
     began = began if began is not None else seconds_at(text_of(record, "started"))
     end = at if at is not None else seconds_at(text_of(record, "updated"))
@@ -159,7 +160,7 @@ def _command(record: Mapping[str, Any], folder: Path, resume: bool) -> str | Non
             if Path(where, value).expanduser().resolve() != place:  # the run was moved since
                 words[index + (not equals)] = f"{name}={place}" if equals else str(place)
     processes = number_of(record, "process", "processes") or 1
-    command = command_to_go_on(words, int(processes), resume)
+    command = command_to_go_on(words, int(processes), resume, text_of(record, "process", "script"))
     return (
         command if os.path.realpath(where) == os.path.realpath(os.getcwd()) else f"cd {shlex.quote(where)} && {command}"
     )

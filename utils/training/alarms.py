@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.report.run_verdict import COLLAPSE, ENDS_AT_FIRST, ENDS_KEPT
+
 Line = Mapping[str, Any]  # of metrics.jsonl: training names as they are, held-out names with held_out_ in front
 
 WINDOW_PAIRS = 64  # a mean over fewer pairs says little
@@ -17,7 +19,6 @@ WINDOW_LINES = 3
 FALLEN_REWARD = -1.0  # below it the chosen responses are that much less likely, in the units of the loss
 EARLY = 0.2  # share of the steps
 EARLY_PAIRS = 200  # training pairs in a row, all ranked right
-COLLAPSE = 1.0  # nats per token
 LARGEST_MARGIN = 20.0  # the sigmoid loss and its gradient are then 2e-9
 OVERFIT = 1.1  # times the best held-out loss
 
@@ -100,7 +101,7 @@ def log_probs_collapsing(lines: Sequence[Line], limits: Limits) -> str | None:
 def responses_not_ending(lines: Sequence[Line], limits: Limits) -> str | None:
     """The policy no longer ends where chosen responses end."""
     values = [line["held_out_chosen_end_prob"] for line in _held_out(lines, "chosen_end_prob")]
-    if len(values) < 2 or values[0] < 0.02 or values[-1] > values[0] / 2:
+    if len(values) < 2 or values[0] < ENDS_AT_FIRST or values[-1] > values[0] * ENDS_KEPT:
         return None
     return (
         f"responses stop ending: where a chosen response ends, the model ends with probability {values[-1]:.2f}, and "

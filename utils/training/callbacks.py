@@ -77,7 +77,6 @@ class RunWatcher(TrainerCallback):
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
-        self._alarms: set[str] = set()
         self._max_kl = max_kl
         self.bad_batches: BadBatches | None = None  # of the run, which is made after its watcher
         self.report = ReportFile(folder, record) if folder is not None else None
@@ -100,7 +99,7 @@ class RunWatcher(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
             lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
-            lines = restore_metrics(self.folder, lines)
+            restore_metrics(self.folder, lines)
             keep_rows_until(self.folder, state.global_step)
             if lines:  # a run that is resumed after its last step logs no more
                 self.record.content |= {"step": state.global_step, "steps": state.max_steps}
@@ -175,8 +174,9 @@ class RunWatcher(TrainerCallback):
             kept = [line for line in middle if "learning_rate" not in line]
             self.lines[MOST_LINES // 4 : -MOST_LINES // 2] = kept
         for name, text in find_alarms(self.lines, Limits(steps, self._max_kl)):
-            if name not in self._alarms:
-                self._alarms.add(name)
+            sounded = self.record.content.setdefault("alarms", [])  # by an earlier part of the run too
+            if name not in sounded:
+                sounded.append(name)
                 self.record.warn(text, aloud=aloud)
 
     def _progress(self, state, logs: Mapping[str, Any], left: float) -> str:

@@ -80,9 +80,10 @@ def _say_result(run: Run) -> None:
     if content.get("early_stopping") and run.trainer.state.best_model_checkpoint is not None:
         say(describe_best(content["early_stopping"]))
     resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
+    cost = f", cost {resources['cost']:,.2f}" if resources["cost"] is not None else ""
     say(
-        f"done in {readable_seconds(resources['seconds'])} ({resources['pairs_per_second']:.1f} {kind}/s in training, "
-        f"peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
+        f"done in {readable_seconds(resources['seconds'])}{cost} ({resources['pairs_per_second']:.1f} {kind}/s in "
+        f"training, peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
     what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"
     say(f"{what}, tokenizer and record (run.json): {run.folder}")

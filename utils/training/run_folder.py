@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.models.utils import disable_gradient_checkpointing
 
 from utils.models.adapters import speed_up_lora
@@ -57,6 +58,14 @@ def set_lora_dropout(model: torch.nn.Module, probability: float) -> None:
     config = getattr(model, "peft_config", {}).get(TRAINED_ADAPTER)
     if hasattr(config, "lora_dropout"):
         config.lora_dropout = probability  # an adapter that training continues was saved with its former one
+
+
+def keep_last_layer(model: torch.nn.Module) -> None:
+    """Leaves the last layer out of gradient checkpointing: the backward pass begins with it, and needs at once what
+    would be thrown away."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if layers:
+        layers[-1].gradient_checkpointing = False
 
 
 class RunFolderTrainer(WholeCheckpoints):

@@ -22,7 +22,7 @@ from utils.models.loading import Reference
 from utils.models.scoring import output_head
 from utils.models.sources import ModelSource
 from utils.processes import command_to_go_on, identify_process
-from utils.runtime import Precision, is_main_process, peak_memory_bytes, read_versions, say
+from utils.runtime import Precision, device_name, is_main_process, peak_memory_bytes, read_versions, say
 from utils.saving import RunRecord, now, read_record
 from utils.settings import Settings
 from utils.training.bad_batches import BadBatches
@@ -221,6 +221,9 @@ def start_run(
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
+        told = [text for text in former.get("warnings") or [] if not text.startswith(former.get("failure") or "\0")]
+        record.content["warnings"] = list(dict.fromkeys([*told, *warnings]))
+        record.content["alarms"] = former.get("alarms") or []
         trainer.args.eval_on_start = False
     earlier = ((former or {}).get("resources") or {}).get("seconds") or 0.0
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
@@ -267,7 +270,7 @@ def _first_record(
 ) -> dict[str, Any]:
     kind = "pairs" if settings.verb == "train" else "rows"
     model = trainer.model
-    dropped = dict(data.dropped)
+    dropped, process = dict(data.dropped), identify_process()
     too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
     if too_long:
         dropped[f"longer than {rows.max_length} tokens"] = too_long
@@ -275,10 +278,10 @@ def _first_record(
         "status": "running",
         "verb": settings.verb,
         "started": now(),
-        "process": identify_process(),
+        "process": process,
         "settings": settings.flat(),
         "arguments": arguments,
-        "command": shlex.join(["python", "advanced_dpo_script.py", *arguments]),
+        "command": shlex.join(["python", process["script"], *arguments]),
         "versions": read_versions(),
         "model": {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -311,4 +314,5 @@ def _origins(source: ModelSource, reference: Reference | None, precision: Precis
         "start": dataclasses.asdict(source),
         "reference_model": measured_against,
         "precision": precision.name,
+        "device": device_name(precision.device),
     }

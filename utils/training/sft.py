@@ -15,7 +15,7 @@ from trl.trainer.utils import pad
 from utils.data.tokenizing import LENGTH
 from utils.models.scoring import score_tokens
 from utils.training.batches import ROWS, TOKENS
-from utils.training.run_folder import RunFolderTrainer
+from utils.training.run_folder import RunFolderTrainer, keep_last_layer
 
 
 class CompletionCollator:
@@ -68,6 +68,8 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         """
         self.tokens_computed += inputs["input_ids"].numel()
         self.tokens_padded = self.tokens_computed
+        if self.args.gradient_checkpointing:
+            keep_last_layer(self.model)
         mask = completion_mask(inputs)
         scores = score_tokens(
             model, {**inputs, "completion_mask": mask}, with_right=True, with_auxiliary=self.aux_loss_enabled

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
 
 from utils.data.tokenizing import LENGTH
@@ -28,18 +27,10 @@ from utils.training.losses import Divergence, LossParameters, Objective, PairLog
 from utils.training.metrics import pair_metrics
 from utils.training.pair_scoring import REFERENCE_ADAPTER
 from utils.training.reference import ReferenceAhead
-from utils.training.run_folder import RunFolderTrainer
+from utils.training.run_folder import RunFolderTrainer, keep_last_layer
 
 UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
-
-
-def keep_last_layer(model: torch.nn.Module) -> None:
-    """Leaves the last layer out of gradient checkpointing: the backward pass begins with it, and needs at once what
-    would be thrown away."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if layers:
-        layers[-1].gradient_checkpointing = False
 
 
 class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
