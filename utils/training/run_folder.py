@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -26,6 +28,7 @@ from utils.state import load_state, read_random_state, save_state, set_random_st
 from utils.training.batches import ROWS, TOKENS
 from utils.training.finite import describe_step, losses_by_row
 from utils.training.progress import Stopwatch
+from utils.training.shares import StepShares
 
 
 @contextlib.contextmanager
@@ -68,6 +71,8 @@ class RunFolderTrainer(Trainer):
     counted = "items"  # what the loss is a mean over, by its name in the log
     loss_is_scaled_for_ga = True  # by the items of the whole optimizer step, in `compute_loss`
     stopwatch = Stopwatch()  # replaced by the run's own
+    max_tokens: int | None = None  # of a micro-batch, where there is a limit
+    _shares: StepShares | None = None  # with several processes
     place: Place = staticmethod(row_places("row"))  # of a row that is trained on, by its `row`; the run's own
 
     def __init__(self, *, model: torch.nn.Module, args: Any, lora_dropout: float, **parts: Any):
@@ -97,6 +102,31 @@ class RunFolderTrainer(Trainer):
         """How models are tried before they train."""
         step = 2.0**-8 if self.args.bf16 else 2.0**-11 if self.args.fp16 else None
         return Trial(self.accelerator.autocast, step)
+
+    def tokens_of_rows(self) -> list[int]:
+        """What each row that is trained on puts through the model."""
+        raise TypeError("a trainer of this project says what its rows take")
+
+    def _get_train_sampler(self, train_dataset=None):
+        """The rows in the order of training; with several processes the micro-batches of this one."""
+        rows, args = super()._get_train_sampler(train_dataset), self.args
+        if type(rows) not in (RandomSampler, SequentialSampler) or args.world_size == 1:
+            return rows
+        if isinstance(rows, RandomSampler):  # as accelerate does in one process
+            rows = SeedableRandomSampler(self.train_dataset, data_seed=args.data_seed)
+        sizes = self.tokens_of_rows()
+        self.data_collator.filler = [self.train_dataset[min(range(len(sizes)), key=sizes.__getitem__)]]
+        self._shares = StepShares(
+            rows,
+            sizes,
+            args.world_size,
+            args.process_index,
+            args.gradient_accumulation_steps,
+            args.per_device_train_batch_size,
+            by_tokens=self.max_tokens is not None,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self._shares
 
     def count_items(self, batch: Any) -> int | Tensor:
         """The `counted` items of a micro-batch."""
@@ -181,10 +211,12 @@ class RunFolderTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _run_epoch(self, *arguments, **options) -> None:
+    def _run_epoch(self, *arguments, epoch: int, **options) -> None:
+        if self._shares is not None:  # which the trainer does not reach through what it wraps around it on a resume
+            self._shares.set_epoch(epoch)
         # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*arguments, **options)
+            super()._run_epoch(*arguments, epoch=epoch, **options)
         else:
             self.control.should_training_stop = True
 
