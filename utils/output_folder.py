@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -42,6 +43,9 @@ FREE_TO_CHANGE = frozenset(
         "dataloader_num_workers",
     }
 )
+
+# How the pairs of a step are split over processes and micro-batches: free to change where their product stays the same.
+SPLIT_OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def check_output_folder(
@@ -83,14 +87,39 @@ def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, sett
         raise UserError(f"--resume_from_checkpoint: {output_dir} holds a run of {record.get('verb')}, not of {verb}")
     before = record.get("settings") or {}
     now = json.loads(json.dumps(dict(settings), default=str))
-    faults = [
+    pairs = pairs_per_step(before, (record.get("process") or {}).get("processes", 1))
+    pairs_now = pairs_per_step(now, count_processes())
+    faults = []
+    if pairs != pairs_now:
+        faults.append(
+            f"--per_device_train_batch_size x --gradient_accumulation_steps x processes: {describe_step(now)}, but the run "
+            f"in {output_dir} began with {pairs} pairs per optimizer step: choose them so that their product is {pairs}"
+        )
+    faults += [
         f"--{name} is {now.get(name)!r}, but the run in {output_dir} began with {before.get(name)!r}: "
         "resume with the same value, or choose another --output_dir"
         for name in sorted(set(before) | set(now))
-        if name not in FREE_TO_CHANGE and before.get(name) != now.get(name)
+        if name not in FREE_TO_CHANGE and name not in SPLIT_OF_STEP and before.get(name) != now.get(name)
     ]
     if faults:
         raise UserError(*faults)
+
+
+def pairs_per_step(settings: Mapping[str, Any], processes: int) -> int | None:
+    """The pairs of an optimizer step; None where the settings do not say."""
+    sizes = [settings.get(name) for name in SPLIT_OF_STEP]
+    return processes * sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
+
+
+def count_processes() -> int:
+    """The processes of this run, as launchers say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def describe_step(settings: Mapping[str, Any]) -> str:
+    """The pairs of an optimizer step as a product."""
+    sizes = [settings.get(name) for name in SPLIT_OF_STEP]
+    return f"{sizes[0]} x {sizes[1]} x {count_processes()} = {pairs_per_step(settings, count_processes())}"
 
 
 def check_writable(output_dir: Path) -> None:

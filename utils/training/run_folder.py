@@ -28,6 +28,7 @@ from utils.state import load_state, read_random_state, save_state, set_random_st
 from utils.training.batches import ROWS, TOKENS
 from utils.training.finite import describe_step, losses_by_row
 from utils.training.progress import Stopwatch
+from utils.training.shards import load_weights, shard_optimizer_state, whole_state, whole_weights
 from utils.training.shares import StepShares
 
 
@@ -256,19 +257,40 @@ class RunFolderTrainer(Trainer):
         with self.stopwatch.paused("saving"):
             Trainer._save_checkpoint(self, model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves whole weights, as plain transformers and PEFT load them, however they lie in memory."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=whole_weights(self.accelerator.unwrap_model(self.model)))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif model is not None:  # before it is sharded the trainer asks too
+            load_weights(self.accelerator.unwrap_model(model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
+        else:
+            super()._load_best_model()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            return
+        optimizer = whole_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            state = {"optimizer": optimizer, "scheduler": self.lr_scheduler.state_dict()}
             save_state(Path(output_dir), "optimizer", state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = load_state(Path(checkpoint), "optimizer")
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _save_scaler(self, output_dir: str) -> None:
