@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
-from utils.errors import Interrupted, UserError, gather
+from utils.errors import Interrupted, ProcessLost, UserError, gather
 from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
 from utils.settings import Settings
 
@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         say(str(stop))
         return 130
+    except ProcessLost as lost:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends what ends by itself
+        if not lost.spoken:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         say("interrupted; nothing was lost that had been saved before")
         return 130
@@ -184,23 +189,26 @@ def run_training(
     from utils.tracking import prepare_trackers
     from utils.training.config import rows_of_run
     from utils.training.description import describe_data, describe_start
+    from utils.training.launch import join_processes, one_first
     from utils.training.preparation import check_settings, find_folder, prepare_rows
     from utils.training.running import finish_run, start_run
 
     quiet_loaded_libraries()
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
+    join_processes(settings, precision)
 
     processes = settings.trainer_fields.get("dataset_num_proc")
-    folder, source, data, _ = gather(
-        lambda: find_folder(settings),
-        lambda: find_policy(settings.model),
-        lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes, rows_of_run(settings)),
-        lambda: check_settings(settings),
-    )
-    check_adapter_flags(settings, source.adapter is not None)
-    tokenizer = load_tokenizer(source, settings.model)
-    rows = prepare_rows(data, tokenizer, source, settings, columns)
+    with one_first():  # reads and tokenizes; the others find it in the cache
+        folder, source, data, _ = gather(
+            lambda: find_folder(settings),
+            lambda: find_policy(settings.model),
+            lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes, rows_of_run(settings)),
+            lambda: check_settings(settings),
+        )
+        check_adapter_flags(settings, source.adapter is not None)
+        tokenizer = load_tokenizer(source, settings.model)
+        rows = prepare_rows(data, tokenizer, source, settings, columns)
     describe_data(data, rows)
 
     policy = load_policy(source, settings, precision)

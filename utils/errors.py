@@ -2,6 +2,7 @@
 
 UserError            every fault found, one line each; printed without a traceback, exit code 2
 Interrupted          Ctrl-C or SIGTERM, after the state was saved; exit code 130
+ProcessLost          another process of the run is gone; the message says what is safe; exit code 1
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state; the message says how to go on."""
+
+
+class ProcessLost(Exception):
+    """Another process of the run ended or fell silent; the message says what is safe and how to go on.
+
+    `spoken`: another process says so.
+    """
+
+    spoken = False
 
 
 def gather(*stages: Callable[[], Any]) -> tuple[Any, ...]:

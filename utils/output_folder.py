@@ -92,8 +92,8 @@ def _check_same_run(output_dir: Path, record: Mapping[str, Any], verb: str, sett
     faults = []
     if pairs != pairs_now:
         faults.append(
-            f"--per_device_train_batch_size x --gradient_accumulation_steps x processes: {describe_step(now)}, but the run "
-            f"in {output_dir} began with {pairs} pairs per optimizer step: choose them so that their product is {pairs}"
+            f"--per_device_train_batch_size x --gradient_accumulation_steps x processes: {describe_step(now)}, but the "
+            f"run in {output_dir} began with {pairs} pairs per optimizer step: their product must be {pairs}"
         )
     faults += [
         f"--{name} is {now.get(name)!r}, but the run in {output_dir} began with {before.get(name)!r}: "

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 # Options of the first start that do not belong to its continuation, and how many words each takes.
+SCRIPT = "advanced_dpo_script.py"
+LAUNCHERS = ("accelerate", "torchrun")
 DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
 
 
@@ -27,7 +29,26 @@ def identify_process() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "working_folder": os.getcwd(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "launcher": _read_launcher(),
     }
+
+
+def _read_launcher() -> list[str]:
+    """The words with which `accelerate launch` or torchrun was started, up to the script; none where they cannot be
+    seen."""
+    import psutil
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return []
+    end = next((number for number, word in enumerate(words) if Path(word).name == SCRIPT), None)
+    if end is None:
+        return []
+    begin = next((number for number, word in enumerate(words[:end]) if Path(word).name in LAUNCHERS), None)
+    return [Path(words[begin]).name, *words[begin + 1 : end]] if begin is not None else ["python", *words[1:end]]
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
@@ -59,8 +80,10 @@ def _identify_machine() -> list[str | None]:
     return parts
 
 
-def command_to_go_on(arguments: Sequence[str], processes: int = 1, resume: bool = True) -> str:
-    """The command line that goes on with a run, from the arguments it was started with.
+def command_to_go_on(
+    arguments: Sequence[str], processes: int = 1, resume: bool = True, launcher: Sequence[str] = ()
+) -> str:
+    """The command line that goes on with a run, from the arguments it was started with, and its launcher's.
 
     With `resume` false there is no checkpoint to go on from: the command starts it again.
     """
@@ -75,4 +98,4 @@ def command_to_go_on(arguments: Sequence[str], processes: int = 1, resume: bool 
             words.append(word)
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     start = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
-    return shlex.join([*start, "advanced_dpo_script.py", *words])
+    return shlex.join([*(launcher or start), SCRIPT, *words])

@@ -160,7 +160,9 @@ def _command(record: Mapping[str, Any], folder: Path, resume: bool) -> str | Non
             if Path(where, value).expanduser().resolve() != place:  # the run was moved since
                 words[index + (not equals)] = f"{name}={place}" if equals else str(place)
     processes = number_of(record, "process", "processes") or 1
-    command = command_to_go_on(words, int(processes), resume)
+    launcher = (record.get("process") or {}).get("launcher") if processes > 1 else None
+    known = isinstance(launcher, list) and all(isinstance(word, str) for word in launcher)
+    command = command_to_go_on(words, int(processes), resume, launcher if known else ())
     return (
         command if os.path.realpath(where) == os.path.realpath(os.getcwd()) else f"cd {shlex.quote(where)} && {command}"
     )

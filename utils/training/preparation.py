@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from utils.runtime import Precision, say
 from utils.settings import Settings
 from utils.tracking import check_trackers
 from utils.training.config import build_config
+from utils.training.launch import check_launch, uses
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
@@ -98,7 +98,7 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
-    checks = [lambda: check_trackers(settings), check_one_device, lambda: _check_offloading(settings)]
+    checks = [lambda: check_trackers(settings), lambda: check_launch(settings), lambda: _check_offloading(settings)]
     checks.append(lambda: _check_sampling(settings))
     if settings.model.use_4bit:
         checks.append(check_4bit)
@@ -114,22 +114,12 @@ def _check_offloading(settings: Settings) -> None:
 
 def _check_sampling(settings: Settings) -> None:
     """A model whose weights lie in parts in several processes cannot write in one of them."""
-    sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"]
+    sharded = [engine for engine in ("FSDP", "DEEPSPEED") if uses(engine)]
     sharded += [f"--{name}" for name in ("fsdp", "deepspeed") if settings.trainer_fields.get(name)]
     if settings.run.sample_during_eval and sharded:
         raise UserError(
             f"--sample_during_eval: with {sharded[0]} the weights lie in parts in several processes, and none of them "
             "can write; leave it out, and look at what the model writes when it is trained"
-        )
-
-
-def check_one_device() -> None:
-    """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
-    count = torch.cuda.device_count()
-    if count > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"this machine has {count} GPUs; to use them all, start with `accelerate launch --num_processes {count} "
-            "advanced_dpo_script.py ...`; to use one, set CUDA_VISIBLE_DEVICES=0"
         )
 
 

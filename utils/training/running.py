@@ -13,7 +13,7 @@ from transformers import PrinterCallback
 
 from utils.checkpoints import checkpoint_step, find_checkpoints, find_resume_point
 from utils.data.loading import PreferenceData
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, ProcessLost, UserError
 from utils.models.head import MARK
 from utils.models.loading import Reference
 from utils.models.scoring import output_head
@@ -26,6 +26,7 @@ from utils.tracking import say_how_to_upload
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics
 from utils.training.early_stopping import EarlyStopping, describe_best
 from utils.training.examples import choose_examples
+from utils.training.launch import loss_explained, speaks
 from utils.training.preparation import Rows
 from utils.training.progress import count_tokens, seconds_left
 from utils.training.refusals import refusals_explained
@@ -58,7 +59,11 @@ class Run:
             Interrupted: Ctrl-C or SIGTERM; the state was saved.
         """
         try:
-            with StopInGoodOrder(self.watcher), refusals_explained(self.settings, lambda: self.watcher.begun):
+            with (
+                StopInGoodOrder(self.watcher),
+                refusals_explained(self.settings, lambda: self.watcher.begun),
+                loss_explained(self.record.content, self.folder, lambda: self.trainer.state.global_step),
+            ):
                 self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
         except KeyboardInterrupt:
             self.end("interrupted")
@@ -71,7 +76,10 @@ class Run:
             raise Interrupted(self._how_to_go_on())
 
     def _record_failure(self, error: BaseException) -> None:
-        texts = error.faults if isinstance(error, UserError) else [f"{type(error).__name__}: {error}"]
+        if isinstance(error, ProcessLost):
+            error.spoken = not speaks(self.folder)
+        named = isinstance(error, UserError | ProcessLost)
+        texts = getattr(error, "faults", [str(error)]) if named else [f"{type(error).__name__}: {error}"]
         for text in texts if self.watcher.begun else ():
             self.record.warn(text)
         self.end("failed", failure=texts[0].partition("\n")[0])
@@ -89,7 +97,10 @@ class Run:
         step = self.trainer.state.global_step
         if self.folder is None or not find_checkpoints(self.folder):
             return f"interrupted at step {step}; no checkpoint was saved"
-        command = command_to_go_on(self.record.content["arguments"], self.trainer.args.world_size)
+        content = self.record.content
+        command = command_to_go_on(
+            content["arguments"], self.trainer.args.world_size, launcher=content["process"]["launcher"]
+        )
         return f"interrupted at step {step}, its state is saved; to go on:\n  {command}"
 
     def resources(self) -> dict[str, Any]:
