@@ -90,7 +90,8 @@ def _check_deepspeed(settings: Settings) -> None:
 
 
 def join_processes(settings: Settings, precision: Precision) -> None:
-    """Meets the other processes of the run, where there are any."""
+    """Meets the other processes of the run, where there are any. Precision is --dtype's, not the launcher's."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(precision.name, "no")
     if count_processes() == 1:
         return
     seconds = settings.trainer_fields.get("ddp_timeout", PATIENCE)
@@ -153,10 +154,11 @@ def _describe_loss(record: Mapping[str, Any], folder: Path | None, step: int) ->
 
 
 def speaks(folder: Path | None) -> bool:
-    """Whether this process says that another one is lost: the main one; where that is gone or on another machine, the
-    first that is left on this one."""
+    """Whether this process says that another one is lost: on each machine the first, or where that was the main one and
+    is gone, the second."""
     if is_main_process():
         return True
+    if os.environ.get("GROUP_RANK", "0") != "0":  # of the machine
+        return os.environ.get("LOCAL_RANK") == "0"
     record = read_record(folder) if folder is not None else None  # of the main process
-    main_lives = is_alive((record or {}).get("process") or {})
-    return os.environ.get("LOCAL_RANK") == ("1" if main_lives is False else "0")
+    return os.environ.get("LOCAL_RANK") == "1" and not is_alive((record or {}).get("process") or {})
