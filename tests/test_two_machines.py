@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,11 +48,20 @@ def machines():
             ip("-n", name, "link", "set", device, "up")
     yield list(zip(names, ends, strict=True))
     for name in names:
+        kill_all(name)
         subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
+def kill_all(name: str) -> None:
+    """Kills what runs on a machine at once, the launcher with its processes."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
+    for pid in map(int, found.split()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def launch(machines, launcher: str, *flags) -> list[subprocess.Popen]:
-    """The same command on both machines, as docs/scaling.md has it; each in a process group of its own."""
+    """The same command on both machines, as docs/scaling.md has it."""
     started = []
     for number, (name, end) in enumerate(machines):
         words = {
@@ -68,7 +79,6 @@ def launch(machines, launcher: str, *flags) -> list[subprocess.Popen]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,
             )
         )
     return started
@@ -102,10 +112,8 @@ def test_two_machines_are_the_run_of_one_process(machines, launcher, run_script,
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("how", ["killed", "cable"])
-def test_a_lost_machine_ends_the_run_and_one_goes_on(
-    machines, lost, how, run_script, tiny_model, pairs_file, tmp_path
-):
-    more = ("--max_steps", 600, "--save_steps", 5, "--save_total_limit", 2, "--lr_scheduler_type", "constant")
+def test_a_lost_machine_ends_the_run_and_one_goes_on(machines, lost, how, run_script, tiny_model, pairs_file, tmp_path):
+    more = ("--max_steps", 150, "--save_steps", 5, "--save_total_limit", 2, "--lr_scheduler_type", "constant")
     flags = flags_for(tiny_model, pairs_file, tmp_path / "run", *more)
     size = ("--per_device_train_batch_size", 2, "--ddp_timeout", 20)
     started = launch(machines, "torchrun", *flags, *size)
@@ -116,12 +124,12 @@ def test_a_lost_machine_ends_the_run_and_one_goes_on(
         time.sleep(0.1)
     name, end = machines[lost]
     if how == "killed":
-        os.killpg(started[lost].pid, 9)
+        kill_all(name)
         left = finish([started[1 - lost]], 100)[0]
     else:
         subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
         left = finish([started[1 - lost]], 100)[0]
-        os.killpg(started[lost].pid, 9)
+        kill_all(name)
         subprocess.run(["ip", "-n", name, "link", "set", end, "up"], check=True)
     finish([started[lost]])
     code, _, err = left
@@ -130,10 +138,8 @@ def test_a_lost_machine_ends_the_run_and_one_goes_on(
     assert "is safe. To go on" in err
     assert "--resume_from_checkpoint auto" in err
     # On one machine, with the pairs per step that it had.
-    step = read_record(tmp_path / "run")["step"]
     again = [*flags, "--per_device_train_batch_size", 4, "--ddp_timeout", 20, "--resume_from_checkpoint", "auto"]
-    again[again.index("--max_steps") + 1] = 600
     code, out, err = run_script(*again)
     assert code == 0, err
     assert "resuming from" in out
-    assert read_record(tmp_path / "run")["step"] == 600 >= step
+    assert read_record(tmp_path / "run")["step"] == 150

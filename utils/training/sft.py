@@ -86,6 +86,7 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         if self.args.loss_type == "dft":
             losses = losses * scores.log_probs.detach().exp()
         if fills_up:
+            self.add_to_log({"token_accuracy": torch.zeros(())}, 0)
             return 0.0 * losses.sum()
         self.note_rows(inputs, losses.sum(dim=1))
         count = self.count_items(inputs)

@@ -105,6 +105,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         pairs = self._pair(policy, self.score_reference(inputs))
         losses = self._losses(policy, pairs)
         if fills_up:  # policy and reference were computed in step with the other processes, for nothing else
+            self.add_to_log({name: torch.zeros(()) for name in pair_metrics(pairs, losses, self.args.beta)}, 0)
             return 0.0 * losses.sum()
         self.note_rows(inputs, losses)
         self._count(pairs, losses)
