@@ -11,7 +11,7 @@ from trl import DPOConfig, SFTConfig
 from utils.runtime import Precision
 from utils.settings import Settings
 from utils.training.early_stopping import SMALLER_IS_BETTER
-from utils.training.launch import uses
+from utils.training.launch import PATIENCE, uses
 from utils.training.losses import canonical_loss
 from utils.training.refusals import refusals_explained
 
@@ -76,6 +76,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": precision.device.type == "cuda",
         "remove_unused_columns": True,
+        "ddp_timeout": PATIENCE,
     }
     if evaluates:
         values["eval_on_start"] = True

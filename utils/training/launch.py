@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -28,6 +29,7 @@ PATIENCE = 600
 LONG = timedelta(days=1)
 # What the libraries say when a process that they wait for is gone.
 SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/", "NCCL", "imed out")
+KEPT_BY_DEEPSPEED = "optimizer.json"  # in a checkpoint: says so, where DeepSpeed keeps the optimizer
 FSDP_CONFIG = "examples/accelerate/fsdp2.yaml"
 
 
@@ -86,6 +88,25 @@ def _check_deepspeed(settings: Settings) -> None:
     if wanted and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"DeepSpeed is asked for and not installed: run `pip install deepspeed`, or launch with {FSDP_CONFIG}"
+        )
+
+
+def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
+    """Refuses a checkpoint that DeepSpeed wrote, in files of its own, where this launch cannot read it, and others under
+    DeepSpeed.
+
+    Raises:
+        UserError: it was written by the other engine, or DeepSpeed's by another number of processes.
+    """
+    written = json.loads((checkpoint / KEPT_BY_DEEPSPEED).read_text(encoding="utf-8"))
+    processes = written.get("processes") if written.get("deepspeed") else None
+    if (processes is not None) != deepspeed:
+        writer, reader = ("DeepSpeed", "with DeepSpeed") if processes else ("another engine", "without DeepSpeed")
+        raise UserError(f"{checkpoint} was written by {writer}, and can only be resumed from {reader}")
+    if processes not in (None, count_processes()):
+        raise UserError(
+            f"{checkpoint} was written by DeepSpeed in {processes} processes, and can only be resumed from in as many; "
+            f"here are {count_processes()}. {FSDP_CONFIG} resumes in any number"
         )
 
 

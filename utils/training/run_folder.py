@@ -24,9 +24,11 @@ from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
+from utils.saving import write_json
 from utils.state import load_state, read_random_state, save_state, set_random_state
 from utils.training.batches import ROWS, TOKENS
 from utils.training.finite import describe_step, losses_by_row
+from utils.training.launch import KEPT_BY_DEEPSPEED
 from utils.training.progress import Stopwatch
 from utils.training.shards import load_weights, shard_optimizer_state, whole_state, whole_weights
 from utils.training.shares import StepShares
@@ -279,6 +281,8 @@ class RunFolderTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
+            if self.args.should_save:
+                write_json(Path(output_dir) / KEPT_BY_DEEPSPEED, {"deepspeed": True, "processes": self.args.world_size})
             return
         optimizer = whole_state(self.optimizer.state_dict())
         if self.args.should_save:

@@ -26,7 +26,7 @@ from utils.tracking import say_how_to_upload
 from utils.training.callbacks import RunWatcher, StopInGoodOrder, readable_metrics
 from utils.training.early_stopping import EarlyStopping, describe_best
 from utils.training.examples import choose_examples
-from utils.training.launch import loss_explained, speaks
+from utils.training.launch import check_resumable, loss_explained, speaks
 from utils.training.preparation import Rows
 from utils.training.progress import count_tokens, seconds_left
 from utils.training.refusals import refusals_explained
@@ -176,6 +176,8 @@ def start_run(
     wish = settings.run.resume_from_checkpoint
     resume_from = find_resume_point(folder, wish) if folder is not None else None
     former = read_record(folder) if resume_from is not None else None
+    if resume_from is not None:
+        check_resumable(resume_from, trainer.is_deepspeed_enabled)
     if wish is not None:
         say(
             f"resuming from {resume_from}"
