@@ -92,8 +92,8 @@ def _check_deepspeed(settings: Settings) -> None:
 
 
 def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
-    """Refuses a checkpoint that DeepSpeed wrote, in files of its own, where this launch cannot read it, and others under
-    DeepSpeed.
+    """Refuses a checkpoint that DeepSpeed wrote, in files of its own, where this launch cannot read it; and under
+    DeepSpeed all others.
 
     Raises:
         UserError: it was written by the other engine, or DeepSpeed's by another number of processes.
