@@ -12,7 +12,6 @@ The story of a run, stage by stage; every stage is a room under utils/ and compu
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
-from utils.errors import Interrupted, Stopped, UserError, gather
+from utils.errors import Interrupted, ProcessLost, UserError, gather
 from utils.flags import acts_as
 from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
 from utils.settings import Settings
@@ -46,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         say(str(stop))
         return 130
-    except Stopped as stop:
-        if str(stop) and os.environ.get("RANK", "0") in ("0", "1"):  # one of which is there where one process was lost
-            print(stop, file=sys.stderr, flush=True)
+    except ProcessLost as lost:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends what ends by itself
+        if not lost.spoken:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         say("interrupted; nothing was lost that had been saved before")
@@ -183,9 +183,10 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     from utils.tracking import prepare_trackers
     from utils.training.carrying_on import attach_continuation
     from utils.training.config import rows_of_run
-    from utils.training.continuation import check_continuation
+    from utils.training.continuation import check_continuation, choose_checkpoint
     from utils.training.description import describe_data, describe_start
     from utils.training.finishing import finish_run
+    from utils.training.launch import join_processes, one_first
     from utils.training.preparation import (
         check_settings,
         find_folder,
@@ -199,19 +200,22 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     quiet_loaded_libraries()
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
+    join_processes(settings, precision)
 
     processes = settings.trainer_fields.get("dataset_num_proc")
-    folder, source, data, _ = gather(
-        lambda: find_folder(settings, lock),
-        lambda: find_policy(settings.model),
-        lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes, rows_of_run(settings)),
-        lambda: check_settings(settings),
-    )
-    check_adapter_flags(settings, source.adapter is not None)
-    tokenizer = load_tokenizer(source, settings.model)
-    rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS if learns_pairs else SFT_COLUMNS)
+    with one_first():  # reads and tokenizes; the others find it in the cache
+        folder, source, data, _ = gather(
+            lambda: find_folder(settings, lock),
+            lambda: find_policy(settings.model),
+            lambda: load_pairs(settings.data, settings.verb, settings.training.seed, processes, rows_of_run(settings)),
+            lambda: check_settings(settings),
+        )
+        check_adapter_flags(settings, source.adapter is not None)
+        tokenizer = load_tokenizer(source, settings.model)
+        rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS if learns_pairs else SFT_COLUMNS)
     describe_data(data, rows)
-    continuation = check_continuation(folder, data, rows, source, settings, precision)
+    resume_from = choose_checkpoint(folder, settings.run.resume_from_checkpoint)
+    continuation = check_continuation(folder, resume_from, data, rows, source, settings, precision)
 
     policy = load_policy(source, settings, precision)
     reference = build_reference(source, settings, precision) if learns_pairs else None
@@ -224,8 +228,19 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         reference = reference and reference.in_words(trainer.scored_ahead)
         warnings = describe_start(trainer, reference, source, settings, precision)
         warnings += attach_continuation(trainer, continuation)
-        arguments = command_line(settings)
-        run = start_run(trainer, reference, source, data, rows, settings, precision, folder, arguments, warnings)
+        run = start_run(
+            trainer,
+            reference,
+            source,
+            data,
+            rows,
+            settings,
+            precision,
+            folder,
+            resume_from,
+            command_line(settings),
+            warnings,
+        )
         run.train()
         finish_run(run)
     return run

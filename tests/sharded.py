@@ -1,25 +1,16 @@
 """The script under FSDP2 on CPUs: accelerate offers sharding to accelerators alone, torch shards anywhere.
 
-    torchrun --nproc_per_node 2 tests/sharded.py [flags of advanced_dpo_script.py]
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 tests/sharded.py [flags]
 
 Only accelerate's choice of the kind of distribution is overruled; wrapping, saving and clipping are its own.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ |= {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType

@@ -288,7 +288,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(finished, tmp_path):
     ],
 )
 def test_the_command_that_goes_on_keeps_all_other_settings(given, expected):
-    words = shlex.split(command_to_go_on(given, processes=2))
+    words = shlex.split(command_to_go_on(given, {"processes": 2}))
     assert words[:5] == ["accelerate", "launch", "--num_processes", "2", "advanced_dpo_script.py"]
     assert words[5:] == [*expected, "--resume_from_checkpoint", "auto"]
 

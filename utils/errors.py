@@ -2,7 +2,7 @@
 
 UserError            every fault found, one line each; printed without a traceback, exit code 2
 Interrupted          Ctrl-C or SIGTERM, after the state was saved; exit code 130
-Stopped              a part of the run was lost (another process of it); the message says how to go on; exit code 1
+ProcessLost          another process of the run is gone; the message says what is safe; exit code 1
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state; the message says how to go on."""
 
 
-class Stopped(Exception):
-    """What the run cannot go on without is lost, and nothing in its settings is to be mended."""
+class ProcessLost(Exception):
+    """Another process of the run ended or fell silent; the message says what is safe and how to go on.
+
+    `spoken`: another process says so.
+    """
+
+    spoken = False
 
 
 def gather(*stages: Callable[[], Any]) -> tuple[Any, ...]:

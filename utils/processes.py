@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Options of the first start that do not belong to its continuation, and how many words each takes.
+LAUNCHERS = ("accelerate", "torchrun")
 DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
 PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
 PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is silent
@@ -33,8 +34,27 @@ def identify_process() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "working_folder": os.getcwd(),
         "script": SCRIPT if Path.cwd() == ROOT else str(ROOT / SCRIPT),  # as it is reached from there
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": count_processes(),
+        "launcher": _read_launcher(),
     }
+
+
+def _read_launcher() -> list[str]:
+    """The words with which `accelerate launch` or torchrun was started, up to the script; none where they cannot be
+    seen."""
+    import psutil
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return []
+    end = next((number for number, word in enumerate(words) if Path(word).name == SCRIPT), None)
+    if end is None:
+        return []
+    begin = next((number for number, word in enumerate(words[:end]) if Path(word).name in LAUNCHERS), None)
+    return [Path(words[begin]).name, *words[begin + 1 : end]] if begin is not None else ["python", *words[1:end]]
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
@@ -73,12 +93,12 @@ def _identify_machine() -> list[str | None]:
 
 def command_to_go_on(
     arguments: Sequence[str],
-    processes: int = 1,
+    process: Mapping[str, Any],
     resume: bool = True,
     other: Sequence[str] = (),
-    script: str | None = None,
 ) -> str:
-    """The command line that goes on with a run, from the arguments it was started with.
+    """The command line that goes on with a run, from the arguments it was started with and, as run.json holds it, the
+    process it was: how many, from which launcher, by which name the script is reached.
 
     With `resume` false there is no checkpoint to go on from: the command starts it again. `other` is a flag with its
     value, which takes the place of the former one.
@@ -98,8 +118,16 @@ def command_to_go_on(
             words.append(word)
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     words += other
-    start = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
-    return shlex.join([*start, script or SCRIPT, *words])
+    count, launcher = process.get("processes") or 1, process.get("launcher")
+    if count == 1 or not isinstance(launcher, list) or not all(isinstance(word, str) for word in launcher):
+        launcher = ["accelerate", "launch", "--num_processes", str(int(count))] if count != 1 else ["python"]
+    script = process.get("script")
+    return shlex.join([*launcher, script if isinstance(script, str) else SCRIPT, *words])
+
+
+def count_processes() -> int:
+    """The processes of this run, as launchers say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_value(word: str) -> bool:

@@ -23,6 +23,11 @@ SOURCES = {
     "transformers": ("training_args.py", "trainer_utils.py"),
 }
 
+NO_TENSOR_PARALLELISM = (
+    "tensor parallelism is not supported, as each process computes whole sequences of pairs of its own; where a model "
+    "does not fit one GPU, launch with examples/accelerate/fsdp2.yaml"
+)
+
 # Fields that cannot be passed through, and why.
 OWNED = {
     "run_name": "use --wandb_run_name",
@@ -40,7 +45,9 @@ OWNED = {
     "do_eval": "use --validation_split and --eval_steps",
     "do_predict": "the verb decides what is done",
     "local_rank": "the launcher (accelerate launch, torchrun) sets it",
-    "parallelism_config": "it cannot be written as text; use a config of accelerate launch",
+    "parallelism_config": NO_TENSOR_PARALLELISM,
+    "tp_plan": NO_TENSOR_PARALLELISM,
+    "tp_size": NO_TENSOR_PARALLELISM,
     "hub_token": "flags are recorded in the run folder; run `hf auth login` or set HF_TOKEN instead",
     "save_safetensors": "only safetensors are written",
     "pad_to_multiple_of": "batches are packed, or padded to their longest row",

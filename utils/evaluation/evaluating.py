@@ -47,8 +47,9 @@ from utils.runtime import (
 from utils.saving import EVALUATION_FILES, now, write_results
 from utils.settings import Settings
 from utils.training.description import describe_layout
+from utils.training.launch import check_one_device
 from utils.training.metrics import summarise
-from utils.training.preparation import Rows, check_one_device, prepare_rows
+from utils.training.preparation import Rows, prepare_rows
 from utils.training.trainer import PreferenceTrainer
 
 EXAMPLES = 10  # pairs shown with their texts: those ranked most wrongly

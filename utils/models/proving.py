@@ -139,7 +139,7 @@ def let_head_score_in_chunks(model: torch.nn.Module, batch: Batch, trial: Trial)
     except Exception:
         proven = False  # whatever the model's own code makes of it, its own logits remain
     finally:
-        model.zero_grad(set_to_none=True)
+        _forget_gradients(model)
         if hasattr(head, MARK) and not proven:
             delattr(head, MARK)
     return proven
@@ -160,7 +160,7 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     except Exception as error:
         return f"its backward pass does not take the layout ({type(error).__name__})"
     finally:
-        model.zero_grad(set_to_none=True)
+        _forget_gradients(model)
     share = _apart(plain, shared)
     if not share <= allowed:
         return f"its gradient differs by {share:.2g} of its norm from that of plain rows"
@@ -180,7 +180,7 @@ def _gradient(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     A sample, since several whole gradients would take more memory than training does.
     """
-    model.zero_grad(set_to_none=True)
+    _forget_gradients(model)
     log_probs = _log_probs(model, batch)
     weights = torch.arange(len(log_probs), device=log_probs.device).cos()
     (log_probs * weights).sum().backward()
@@ -196,3 +196,8 @@ def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     # A parameter that the other has no gradient for counts as zero there.
     difference = torch.stack([(other.get(name, 0) - value).norm() for name, value in one.items()]).norm()
     return (difference / torch.stack([value.norm() for value in one.values()]).norm()).item()
+
+
+def _forget_gradients(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():  # a DeepSpeed engine has a zero_grad of its own, which does something else
+        parameter.grad = None

@@ -160,7 +160,8 @@ def _command(record: Mapping[str, Any], folder: Path, resume: bool) -> str | Non
             if Path(where, value).expanduser().resolve() != place:  # the run was moved since
                 words[index + (not equals)] = f"{name}={place}" if equals else str(place)
     processes = number_of(record, "process", "processes") or 1
-    command = command_to_go_on(words, int(processes), resume, text_of(record, "process", "script"))
+    process = record.get("process") if isinstance(record.get("process"), Mapping) else {}
+    command = command_to_go_on(words, {**process, "processes": processes}, resume)
     return (
         command if os.path.realpath(where) == os.path.realpath(os.getcwd()) else f"cd {shlex.quote(where)} && {command}"
     )

@@ -48,7 +48,6 @@ class BadBatches:
     data: PreferenceData
     record: RunRecord
     folder: Path | None  # None in a dry run
-    processes: int
     left_out: list[int] = field(default_factory=list)  # steps
 
     def restore(self, state: Any) -> None:
@@ -131,7 +130,7 @@ class BadBatches:
 
     def _how_to_go_on(self, resume: bool) -> str:
         more = ["--skip_bad_batches", str(max(SUGGESTED, 2 * self.allowed))]
-        command = command_to_go_on(self.record.content["arguments"], self.processes, resume, more)
+        command = command_to_go_on(self.record.content["arguments"], self.record.content["process"], resume, more)
         changes = " (changed settings need --allow_changes learning_rate, changed rows --allow_changes data)"
         return f"To go on and leave such steps out: {command}{changes if resume else ''}"
 

@@ -15,6 +15,7 @@ from utils.models.shared_prefix import pack_pairs
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 PARTS = "micro_batches"  # the key of a batch that is a list of smaller ones
+UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed in step with other processes, for nothing else
 ROWS, TOKENS = "rows", "tokens"  # the keys of a batch's rows, by their `row`, and of its tokens, padding not counted
 
 
@@ -27,9 +28,12 @@ class PairCollator(DataCollatorForPreference):
     packs = False
     flex = False  # whether packed rows are attended to with FlexAttention
     max_tokens: int | None = None
+    filler: Sequence[dict[str, Any]] = ()  # a pair for a process that has none left in a step
     multiple = 1  # packed rows are filled up to a multiple of so many tokens, within `max_tokens`
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if not examples:
+            return uncounted(self.whole(self.filler))
         if self.max_tokens is None:
             return self.whole(examples)
         sizes = [self.tokens_of_pair(*(len(example[name]) for name in PAIR_IDS)) for example in examples]
@@ -105,13 +109,20 @@ def consecutive_batches(sizes: Sequence[int], limit: int, most: int, padded: boo
     return batches
 
 
+def uncounted(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch, to be computed in step with the other processes and to count for nothing."""
+    return {**batch, ROWS: [], TOKENS: 0, UNCOUNTED: True}
+
+
 def parts_of(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The micro-batches of a batch: several under a limit of tokens, else itself."""
     return batch.get(PARTS, [batch])
 
 
 def count_pairs(batch: Mapping[str, Any]) -> int:
-    """The pairs of a batch, in either layout."""
+    """The pairs of a batch that count, in either layout."""
+    if UNCOUNTED in batch:
+        return 0
     if PARTS in batch:
         return sum(map(count_pairs, batch[PARTS]))
     return len(batch["layout"].lengths) if "layout" in batch else len(batch["input_ids"]) // 2

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class RunWatcher(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         self.resumed_step = state.global_step
         if args.world_size > 1:
-            self._processes = torch.distributed.new_group(backend="gloo")
+            patience = timedelta(seconds=args.ddp_timeout)
+            self._processes = torch.distributed.new_group(backend="gloo", timeout=patience)
         if self.folder is not None and state.is_world_process_zero:
             if self.fresh:
                 clear_run(self.folder, damaged=self.replaces)

@@ -146,10 +146,14 @@ class WholeCheckpoints(Trainer):
             save_state(folder, f"{LOG_STATE}_{self.args.process_index}", state)
 
     def load_log_state(self, checkpoint: str) -> None:
-        """Goes on counting for the next log line where the checkpoint's run stopped."""
-        name = f"{LOG_STATE}_{self.args.process_index}"
-        if (Path(checkpoint) / f"{name}.json").is_file():
-            state = load_state(Path(checkpoint), name)
-            self._globalstep_last_logged -= state["steps"]
-            self._tr_loss += state["loss"].to(self.args.device)
-            self._sums = {key: value.to(self.args.device) for key, value in state["sums"].items()}
+        """Goes on counting for the next log line where the checkpoint's run stopped, in any number of processes."""
+        names = sorted(path.stem for path in Path(checkpoint).glob(f"{LOG_STATE}_*.json"))
+        if not names:
+            return
+        states = [load_state(Path(checkpoint), name) for name in names]
+        self._globalstep_last_logged -= states[0]["steps"]
+        # A line's loss is the mean over processes, everything else in it comes from sums over them.
+        self._tr_loss += sum(state["loss"].to(self.args.device) for state in states) / len(states)
+        if self.args.process_index == 0:
+            sums = [state["sums"] for state in states]
+            self._sums = {name: sum(part[name].to(self.args.device) for part in sums) for name in sums[0]}

@@ -11,6 +11,7 @@ from trl import DPOConfig, SFTConfig
 from utils.runtime import Precision
 from utils.settings import Settings
 from utils.training.early_stopping import SMALLER_IS_BETTER
+from utils.training.launch import PATIENCE, uses
 from utils.training.losses import canonical_loss
 from utils.training.refusals import refusals_explained
 
@@ -65,7 +66,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "seed": training.seed,
         "bf16": precision.name == "bfloat16",
         "fp16": precision.name == "float16",
-        "use_cpu": precision.device.type == "cpu",
+        "use_cpu": precision.device.type == "cpu" and not uses("DEEPSPEED"),  # which chooses its device itself
         "report_to": list(settings.run.report_to) or "none",
         "run_name": settings.run.wandb_run_name or Path(settings.run.output_dir or "dry-run").name,
         "max_length": None,  # rows are cut to length when they are tokenized
@@ -75,6 +76,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": precision.device.type == "cuda",
         "remove_unused_columns": True,
+        "ddp_timeout": PATIENCE,
     }
     if evaluates:
         values["eval_on_start"] = True

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from utils.allowed_changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS, WORLD
-from utils.checkpoints import find_resume_point
+from utils.checkpoints import ResumePoint, find_resume_point, set_aside
 from utils.data.loading import PreferenceData
 from utils.data_settings import DataSettings
 from utils.errors import UserError
@@ -25,7 +25,8 @@ from utils.kept import read_kept
 from utils.models.identity import identify_model
 from utils.models.sources import ModelSource, find_model
 from utils.output_folder import FREE_TO_CHANGE
-from utils.runtime import Precision, read_versions, say
+from utils.processes import count_processes
+from utils.runtime import Precision, is_main_process, read_versions, say
 from utils.saving import read_record
 from utils.settings import Settings
 from utils.training.preparation import Rows
@@ -56,8 +57,31 @@ class Continuation:
     warnings: tuple[str, ...] = ()
 
 
+def choose_checkpoint(folder: Path | None, wish: str | None) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means, the same in all processes; damaged ones on the way to it are
+    set aside. None for a start from the beginning, and in a dry run.
+
+    Raises:
+        UserError: a checkpoint was named that a run cannot go on from.
+    """
+    if folder is None or wish is None:
+        return None
+    outcome: list[ResumePoint | UserError | None] = [None]
+    if is_main_process():
+        try:
+            outcome = [find_resume_point(folder, wish)]
+            set_aside(outcome[0])
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0].checkpoint
+
+
 def check_continuation(
     folder: Path | None,
+    checkpoint: Path | None,
     data: PreferenceData,
     rows: Rows,
     source: ModelSource,
@@ -72,7 +96,6 @@ def check_continuation(
     if folder is None:
         return None
     now = identify_run(data, rows, source, settings, precision)
-    checkpoint = find_resume_point(folder, settings.run.resume_from_checkpoint)
     allowed = settings.run.allow_changes
     if checkpoint is None:
         return Continuation(now, warnings=_say_unused(allowed, frozenset()))
@@ -111,7 +134,7 @@ def identify_run(
         "reference": identify_model(find_model("--ref_model_name_or_path", reference)) if reference else None,
         "precision": precision.name,
         "device": precision.device.type,
-        "batch": [training.per_device_train_batch_size, training.gradient_accumulation_steps, _count_processes()],
+        "batch": [training.per_device_train_batch_size, training.gradient_accumulation_steps, count_processes()],
         "versions": read_versions(),
     }
     return json.loads(json.dumps(identity, default=str))
@@ -132,10 +155,6 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) 
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(end_ids)]
     said = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, special, tokenizer(PROBE)["input_ids"]]
     return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:32]
-
-
-def _count_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

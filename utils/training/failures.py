@@ -1,4 +1,4 @@
-"""What ends a run from outside: a full disk, a folder that is gone, no memory, a lost process; and what is safe."""
+"""What ends a run from outside: a full disk, a folder that is gone, no memory; and what is safe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import Stopped, UserError
+from utils.errors import UserError
 from utils.saving import find_disk_fault
 
 # What the system says -> what it means for the folder, and what to do.
@@ -25,12 +25,9 @@ NO_MEMORY = (
     "DefaultCPUAllocator: not enough memory",
     "CUDA out of memory",
 )
-LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "process group", "tcpstore", "socket")
 
 
-def explain_failure(
-    error: BaseException, folder: Path | None, step: int, safe: str, to_go_on: str, processes: int
-) -> UserError | Stopped | None:
+def explain_failure(error: BaseException, folder: Path | None, step: int, safe: str, to_go_on: str) -> UserError | None:
     """A failure that comes from outside the script as one message; None for any other.
 
     Args:
@@ -55,11 +52,6 @@ def explain_failure(
             f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with half the "
             "--per_device_train_batch_size and twice the --gradient_accumulation_steps (the same result), "
             "--gradient_checkpointing, --use_lora --use_4bit, or a shorter --max_length"
-        )
-    if processes > 1 and isinstance(error, RuntimeError) and any(word in text.lower() for word in LOST):
-        return Stopped(
-            f"error: another of the {processes} processes is gone, and the run cannot go on without it; it stopped "
-            f"after step {step} ({_first_line(error)}). {safe} To go on:\n  {to_go_on}"
         )
     return None
 

@@ -19,7 +19,7 @@ def finish_run(run: Run) -> None:
     """Evaluates, saves the model or adapter at the folder's root, completes the record and says how it went.
 
     Raises:
-        Interrupted, UserError, Stopped: as in training; the run is finished when its record says so, which is last.
+        Interrupted, UserError, ProcessLost: as in training; the run is finished when its record says so, which is last.
     """
     with run.failing_in_good_order():
         _finish(run)

@@ -69,7 +69,8 @@ class PairScoring(RunFolderTrainer):
 
     def models(self) -> list[torch.nn.Module]:
         """The policy, and a reference that is a model of its own."""
-        return [model for model in (self.model, self.ref_model) if model is not None]
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        return list(map(self.accelerator.unwrap_model, models)) if self.is_deepspeed_enabled else models
 
     def _attending(self):
         """The context in which models compute the layout of the batches."""

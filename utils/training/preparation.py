@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from utils.runtime import Precision, say
 from utils.settings import Settings
 from utils.tracking import check_trackers
 from utils.training.config import build_config
+from utils.training.launch import check_launch, uses
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
@@ -103,7 +103,7 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
-    checks = [lambda: check_trackers(settings), check_one_device, lambda: _check_offloading(settings)]
+    checks = [lambda: check_trackers(settings), lambda: check_launch(settings), lambda: _check_offloading(settings)]
     checks += [lambda: _check_sampling(settings), lambda: _check_skipping(settings)]
     if settings.model.use_4bit:
         checks.append(check_4bit)
@@ -119,7 +119,7 @@ def _check_offloading(settings: Settings) -> None:
 
 def _check_sampling(settings: Settings) -> None:
     """A model whose weights lie in parts in several processes cannot write in one of them."""
-    sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"]
+    sharded = [engine for engine in ("FSDP", "DEEPSPEED") if uses(engine)]
     sharded += [f"--{name}" for name in ("fsdp", "deepspeed") if settings.trainer_fields.get(name)]
     if settings.run.sample_during_eval and sharded:
         raise UserError(
@@ -129,20 +129,10 @@ def _check_sampling(settings: Settings) -> None:
 
 
 def _check_skipping(settings: Settings) -> None:
-    deepspeed = settings.trainer_fields.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"
+    deepspeed = settings.trainer_fields.get("deepspeed") or uses("DEEPSPEED")
     if settings.training.skip_bad_batches and deepspeed:
         raise UserError(
             "--skip_bad_batches: DeepSpeed takes the optimizer step by itself, before it can be looked at; leave it out"
-        )
-
-
-def check_one_device() -> None:
-    """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
-    count = torch.cuda.device_count()
-    if count > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"this machine has {count} GPUs; to use them all, start with `accelerate launch --num_processes {count} "
-            "advanced_dpo_script.py ...`; to use one, set CUDA_VISIBLE_DEVICES=0"
         )
 
 

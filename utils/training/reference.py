@@ -39,7 +39,7 @@ class ReferenceAhead(PairScoring):
             Whether everything was found on the disk.
         """
         key = None
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there no process holds all weights
+        if is_main_process() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there none has all weights
             # A policy that also serves as reference does so with what of it is frozen.
             weights = [
                 (name.removeprefix("base_model.model.").replace(".base_layer.", "."), value)
@@ -66,7 +66,7 @@ class ReferenceAhead(PairScoring):
         batches of held-out pairs, or of as many, evenly drawn, as KEPT_BYTES hold. They wait on the host."""
         if not self.same_vocabulary():
             return
-        model = self.ref_model or self.model
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
         tokens = [
             sum(map(len, self.eval_dataset["chosen_ids"][:])),
             sum(map(len, self.eval_dataset["rejected_ids"][:])),

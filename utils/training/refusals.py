@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, ProcessLost, UserError
 from utils.settings import Settings
 
 OURS = ("utils", "advanced_dpo_script", "__main__")
@@ -29,7 +29,7 @@ def refusals_explained(settings: Settings, begun: Callable[[], bool] = lambda: F
     """
     try:
         yield
-    except (UserError, Interrupted, torch.OutOfMemoryError):
+    except (UserError, Interrupted, ProcessLost, torch.OutOfMemoryError):
         raise
     except Exception as error:
         library = _raised_by(error.__traceback__)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.models.utils import disable_gradient_checkpointing
@@ -22,12 +24,16 @@ from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
+from utils.saving import write_json
 from utils.state import load_state, read_random_state, save_state, set_random_state
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
 from utils.training.checkpointing import WholeCheckpoints
 from utils.training.history import fold_history
+from utils.training.launch import KEPT_BY_DEEPSPEED
 from utils.training.progress import Stopwatch
+from utils.training.shards import load_weights, shard_optimizer_state, whole_state, whole_weights
+from utils.training.shares import StepShares
 
 
 @contextlib.contextmanager
@@ -79,6 +85,8 @@ class RunFolderTrainer(WholeCheckpoints):
     loss_is_scaled_for_ga = True  # by the items of the whole optimizer step, in `compute_loss`
     stopwatch = Stopwatch()  # replaced by the run's own
     bad_batches: BadBatches  # of the run
+    max_tokens: int | None = None  # of a micro-batch, where there is a limit
+    _shares: StepShares | None = None  # with several processes
 
     def __init__(self, *, model: torch.nn.Module, args: Any, lora_dropout: float, **parts: Any):
         with float32_kept(model):
@@ -107,6 +115,31 @@ class RunFolderTrainer(WholeCheckpoints):
         """How models are tried before they train."""
         step = 2.0**-8 if self.args.bf16 else 2.0**-11 if self.args.fp16 else None
         return Trial(self.accelerator.autocast, step)
+
+    def tokens_of_rows(self) -> list[int]:
+        """What each row that is trained on puts through the model."""
+        raise TypeError("a trainer of this project says what its rows take")
+
+    def _get_train_sampler(self, train_dataset=None):
+        """The rows in the order of training; with several processes the micro-batches of this one."""
+        rows, args = super()._get_train_sampler(train_dataset), self.args
+        if type(rows) not in (RandomSampler, SequentialSampler) or args.world_size == 1:
+            return rows
+        if isinstance(rows, RandomSampler):  # as accelerate does in one process
+            rows = SeedableRandomSampler(self.train_dataset, data_seed=args.data_seed)
+        sizes = self.tokens_of_rows()
+        self.data_collator.filler = [self.train_dataset[min(range(len(sizes)), key=sizes.__getitem__)]]
+        self._shares = StepShares(
+            rows,
+            sizes,
+            args.world_size,
+            args.process_index,
+            args.gradient_accumulation_steps,
+            args.per_device_train_batch_size,
+            by_tokens=self.max_tokens is not None,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self._shares
 
     def count_items(self, batch: Any) -> int | Tensor:
         """The `counted` items of a micro-batch."""
@@ -218,12 +251,14 @@ class RunFolderTrainer(WholeCheckpoints):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _run_epoch(self, *arguments, **options) -> None:
-        if options["resume_from_checkpoint"] is not None and options["epoch"] == options["epochs_trained"]:
+    def _run_epoch(self, *arguments, epoch: int, **options) -> None:
+        if self._shares is not None:  # which the trainer does not reach through what it wraps around it on a resume
+            self._shares.set_epoch(epoch)
+        if options["resume_from_checkpoint"] is not None and epoch == options["epochs_trained"]:
             self.load_log_state(options["resume_from_checkpoint"])
         # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(*arguments, **options)
+            super()._run_epoch(*arguments, epoch=epoch, **options)
         else:
             self.control.should_training_stop = True
 
@@ -258,19 +293,42 @@ class RunFolderTrainer(WholeCheckpoints):
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves whole weights, as plain transformers and PEFT load them, however they lie in memory."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=whole_weights(self.accelerator.unwrap_model(self.model)))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif model is not None:  # before it is sharded the trainer asks too
+            load_weights(self.accelerator.unwrap_model(model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
+        else:
+            super()._load_best_model()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            if self.args.should_save:
+                write_json(Path(output_dir) / KEPT_BY_DEEPSPEED, {"deepspeed": True, "processes": self.args.world_size})
+            return
+        optimizer = whole_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            state = {"optimizer": optimizer, "scheduler": self.lr_scheduler.state_dict()}
             save_state(Path(output_dir), "optimizer", state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = load_state(Path(checkpoint), "optimizer")
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _save_scaler(self, output_dir: str) -> None:

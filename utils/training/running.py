@@ -11,12 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
 
-from utils.checkpoints import ResumePoint, checkpoint_step, find_checkpoints, find_resume_point, set_aside
+from utils.checkpoints import checkpoint_step, find_checkpoints
 from utils.data.loading import PreferenceData
-from utils.errors import Interrupted, Stopped, UserError
+from utils.errors import Interrupted, ProcessLost, UserError
 from utils.models.head import MARK
 from utils.models.loading import Reference
 from utils.models.scoring import output_head
@@ -29,6 +28,7 @@ from utils.training.bad_batches import BadBatches
 from utils.training.callbacks import RunWatcher, StopInGoodOrder
 from utils.training.early_stopping import EarlyStopping
 from utils.training.failures import explain_failure
+from utils.training.launch import check_resumable, explain_loss, speaks
 from utils.training.preparation import Rows
 from utils.training.progress import count_tokens, seconds_left
 from utils.training.refusals import refusals_explained
@@ -57,7 +57,7 @@ class Run:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state was saved.
-            UserError, Stopped: it ended before; the message says what is safe.
+            UserError, ProcessLost: it ended before; the message says what is safe.
         """
         with (
             self.failing_in_good_order(),
@@ -81,16 +81,18 @@ class Run:
             raise Interrupted(self._how_to_go_on()) from None
         except BaseException as error:
             explained = self._explain(error)
-            if isinstance(explained, Stopped) and not is_main_process() and self._main_process_failed():
-                raise Stopped("") from None  # because the main process failed, which has said why
+            if isinstance(explained, ProcessLost):
+                explained.spoken = not speaks(self.folder) or (not is_main_process() and self._main_process_failed())
             self._record_failure(explained or error)
             if explained is not None:
                 raise explained from error
             raise
 
-    def _explain(self, error: BaseException) -> UserError | Stopped | None:
-        step, processes = self.trainer.state.global_step, self.trainer.args.world_size
-        return explain_failure(error, self.folder, step, self._what_is_safe(), self._command(), processes)
+    def _explain(self, error: BaseException) -> UserError | ProcessLost | None:
+        step = self.trainer.state.global_step
+        return explain_failure(error, self.folder, step, self._what_is_safe(), self._command()) or explain_loss(
+            error, self.record.content, self.folder, step
+        )
 
     def _main_process_failed(self) -> bool:
         return self.folder is not None and (read_record(self.folder) or {}).get("status") == "failed"
@@ -103,12 +105,11 @@ class Run:
         return f"{checkpoints[-1].name} is safe, and everything up to its step."
 
     def _command(self) -> str:
-        return command_to_go_on(self.record.content["arguments"], self.trainer.args.world_size)
+        return command_to_go_on(self.record.content["arguments"], self.record.content["process"])
 
     def _record_failure(self, error: BaseException) -> None:
-        texts = error.faults if isinstance(error, UserError) else [f"{type(error).__name__}: {error}"]
-        if isinstance(error, Stopped):
-            texts = [str(error).removeprefix("error: ")]
+        named = isinstance(error, UserError | ProcessLost)
+        texts = getattr(error, "faults", [str(error)]) if named else [f"{type(error).__name__}: {error}"]
         if self.watcher.begun:
             self.record.content["warnings"] += [text for text in texts if text not in self.record.content["warnings"]]
         self._record_end("failed", failure=texts[0].partition("\n")[0])
@@ -202,12 +203,14 @@ def start_run(
     settings: Settings,
     precision: Precision,
     folder: Path | None,
+    resume_from: Path | None,
     arguments: list[str],
     warnings: list[str],
 ) -> Run:
     """Attaches to the trainer what watches and records it; nothing is written before its first step can be taken."""
     wish = settings.run.resume_from_checkpoint
-    resume_from = _choose_checkpoint(folder, wish) if folder is not None else None
+    if resume_from is not None:
+        check_resumable(resume_from, trainer.is_deepspeed_enabled)
     before = read_record(folder) if folder is not None and wish is not None else None
     former = before if resume_from is not None else None
     if wish is not None:
@@ -229,8 +232,8 @@ def start_run(
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
     watcher.replaces = wish is None
     trainer.stopwatch = watcher.stopwatch
-    allowed, processes = settings.training.skip_bad_batches, trainer.args.world_size
-    trainer.bad_batches = watcher.bad_batches = BadBatches(allowed, data, record, folder, processes)
+    bad_batches = BadBatches(settings.training.skip_bad_batches, data, record, folder)
+    trainer.bad_batches = watcher.bad_batches = bad_batches
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
     patience = settings.training.early_stopping_patience
@@ -243,21 +246,6 @@ def start_run(
     run = Run(trainer, record, watcher, settings, precision, rows, data, folder, resume_from)
     watcher.resources, watcher.seconds_left = run.resources, run.seconds_left
     return run
-
-
-def _choose_checkpoint(folder: Path, wish: str | None) -> Path | None:
-    """The checkpoint to go on from, the same in all processes; damaged ones on the way to it are set aside."""
-    outcome: list[ResumePoint | UserError | None] = [None]
-    if is_main_process():
-        try:
-            outcome = [find_resume_point(folder, wish)]
-            set_aside(outcome[0])
-        except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0].checkpoint
 
 
 def _first_record(

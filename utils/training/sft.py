@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ from trl.trainer.utils import pad
 
 from utils.data.tokenizing import LENGTH
 from utils.models.scoring import score_tokens
-from utils.training.batches import ROWS, TOKENS
+from utils.training.batches import ROWS, TOKENS, UNCOUNTED, uncounted
 from utils.training.run_folder import RunFolderTrainer, keep_last_layer
 
 
 class CompletionCollator:
     """Pads rows of `prompt_ids` and `completion_ids`; only completion tokens are labels."""
 
+    filler: Sequence[dict[str, Any]] = ()  # a row for a process that has none left in a step
+
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if not examples:
+            return uncounted(self(self.filler))
         rows = [(row["prompt_ids"], row["completion_ids"]) for row in examples]
         ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
         labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
@@ -59,13 +63,19 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The completion tokens of a batch that something stands before. Stays on the device."""
-        return completion_mask(batch)[:, 1:].sum()
+        counted = completion_mask(batch)[:, 1:].sum()
+        return torch.zeros_like(counted) if UNCOUNTED in batch else counted
+
+    def tokens_of_rows(self) -> list[int]:
+        """What each row that is trained on puts through the model."""
+        return self.train_dataset[LENGTH][:]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean over completion tokens.
 
         With --loss_type dft each token is weighted by its own probability (arXiv 2508.05629, eq. 9).
         """
+        fills_up = inputs.pop(UNCOUNTED, False)
         self.tokens_computed += inputs["input_ids"].numel()
         self.tokens_padded = self.tokens_computed
         if self.args.gradient_checkpointing:
@@ -77,6 +87,9 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         losses = -scores.log_probs
         if self.args.loss_type == "dft":
             losses = losses * scores.log_probs.detach().exp()
+        if fills_up:
+            self.add_to_log({"token_accuracy": torch.zeros(())}, 0)
+            return 0.0 * losses.sum()
         self.note_rows(inputs, losses.sum(dim=1))
         count = self.count_items(inputs)
         self.add_to_log({"token_accuracy": scores.right.sum()}, count)

@@ -19,9 +19,11 @@ from utils.models.scoring import tokens_of
 from utils.training.batches import (
     PAIR_IDS,
     REFERENCE_COLUMNS,
+    UNCOUNTED,
     PairCollator,
     count_pairs,
     parts_of,
+    uncounted,
 )
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
 from utils.training.metrics import pair_metrics
@@ -29,7 +31,6 @@ from utils.training.pair_scoring import REFERENCE_ADAPTER
 from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer, keep_last_layer
 
-UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
 
 
@@ -80,9 +81,13 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         """The pairs of a batch."""
         return count_pairs(batch)
 
+    def tokens_of_rows(self) -> list[int]:
+        """What each pair that is trained on puts through the model."""
+        return self.data_collator.token_counts(self.train_dataset)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean loss; a backward pass over it gives its gradient."""
-        uncounted = inputs.pop(UNCOUNTED, False)
+        fills_up = inputs.pop(UNCOUNTED, False)
         computed, padded = tokens_of(inputs)
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         if self.args.gradient_checkpointing:
@@ -90,7 +95,8 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, self.score_reference(inputs))
         losses = self._losses(policy, pairs)
-        if uncounted:  # policy and reference were computed in step with the other processes, for nothing else
+        if fills_up:  # policy and reference were computed in step with the other processes, for nothing else
+            self.add_to_log({name: torch.zeros(()) for name in pair_metrics(pairs, losses, self.args.beta)}, 0)
             return 0.0 * losses.sum()
         self.note_rows(inputs, losses)
         self._count(pairs, losses)
@@ -190,7 +196,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         if not (self.max_tokens and (self.is_fsdp_enabled or self.is_deepspeed_enabled)):
             return parts
         most = max(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).tolist())
-        return [*parts, *[{**parts[0], UNCOUNTED: True}] * (most - len(parts))]
+        return [*parts, *[uncounted(parts[0])] * (most - len(parts))]
 
     def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:
         """Adds a micro-batch to the next log line."""

@@ -1,0 +1,173 @@
+"""Launches: configs that accelerate itself reads, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import ROOT
+
+from utils.training.launch import speaks
+
+CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+KINDS = {"ddp": DistributedType.MULTI_GPU, "deepspeed_zero2": DistributedType.DEEPSPEED,
+         "deepspeed_zero3": DistributedType.DEEPSPEED}  # fmt: skip
+
+
+def test_every_config_is_here():
+    names = {path.stem for path in CONFIGS}
+    assert names == {"ddp", "fsdp2", "fsdp2_qlora", "deepspeed_zero2", "deepspeed_zero3", "two_nodes"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_config_as_it_is_meant(path):
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    assert config.distributed_type == KINDS.get(path.stem, DistributedType.FSDP)
+    assert config.num_machines == (2 if path.stem == "two_nodes" else 1)
+    assert config.mixed_precision in (None, "no")  # --dtype decides
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_config_tells_the_script(path):
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "advanced_dpo_script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    if "deepspeed" in path.stem:
+        pytest.importorskip("deepspeed")
+        _, told = prepare_deepspeed_cmd_env(arguments)
+        assert told["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == path.stem[-1]
+        return
+    told = prepare_multi_gpu_env(arguments)
+    assert (told.get("ACCELERATE_USE_FSDP") == "true") == (path.stem != "ddp")
+    if path.stem != "ddp":
+        assert told["FSDP_VERSION"] == "2"
+        assert told["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+
+
+@pytest.fixture
+def refused(run_script, tiny_model, pairs_file, tmp_path):
+    """Runs the script and returns what it complains of, line by line."""
+
+    def run(*flags) -> list[str]:
+        output = tmp_path / "run"
+        code, _, err = run_script(
+            "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", output, *flags
+        )
+        assert code == 2, err
+        assert not output.exists()
+        return err.strip().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+         "parallelism_config_tp_size is 2: tensor parallelism is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "4"},
+         "parallelism_config_cp_size is 4: context parallelism is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version is 1: only version 2 is supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version is 1: only version 2 is supported"),
+    ],
+)  # fmt: skip
+def test_a_launch_that_cannot_work_is_refused(refused, monkeypatch, variables, named):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (line,) = refused()
+    assert line.startswith(f"error: {named}")
+    assert "examples/accelerate/fsdp2.yaml" in line
+
+
+@pytest.mark.parametrize("flag", ["--tp_size 2", "--tp_plan auto", "--parallelism_config p.json"])
+def test_tensor_parallelism_by_flag_is_refused(refused, flag):
+    (line,) = refused(*flag.split())
+    assert "tensor parallelism is not supported" in line
+
+
+def test_deepspeed_that_is_not_installed_is_named(refused, monkeypatch):
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "utils.training.launch.importlib.util.find_spec", lambda name: None if name == "deepspeed" else find(name)
+    )
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (line,) = refused()
+    assert "pip install deepspeed" in line
+
+
+def test_several_gpus_want_a_launcher(refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    (line,) = refused()
+    assert (
+        "accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 4 advanced_dpo_script.py" in line
+    )
+    assert "torchrun --nproc_per_node 4 advanced_dpo_script.py" in line
+    assert "CUDA_VISIBLE_DEVICES=0" in line
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "machine", "main_lives", "expected"),
+    [
+        (0, 0, 0, True, True),
+        (1, 1, 0, True, False),
+        (1, 1, 0, False, True),
+        (2, 2, 0, False, False),
+        (8, 0, 1, True, True),
+        (9, 1, 1, False, False),
+    ],
+)
+def test_one_process_of_a_machine_says_that_another_is_lost(
+    monkeypatch, tmp_path, rank, local_rank, machine, main_lives, expected
+):
+    from utils.processes import identify_process
+
+    main = identify_process() | ({} if main_lives else {"pid": 2**22 + 1})
+    (tmp_path / "run.json").write_text(json.dumps({"process": main}), encoding="utf-8")
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "GROUP_RANK": machine}.items():
+        monkeypatch.setenv(name, str(value))
+    assert speaks(tmp_path) is expected
+
+
+ONE_READS = """
+import sys
+sys.path[:0] = ["tests", "."]
+from utils.data import tokenizing
+encode = tokenizing._tokenize_batch
+def count(*arguments, **options):
+    import os
+    with open(os.environ["COUNTED"] + os.environ["RANK"], "a") as file:
+        file.write("x")
+    return encode(*arguments, **options)
+count.__module__, count.__qualname__ = encode.__module__, encode.__qualname__
+tokenizing._tokenize_batch = count
+import advanced_dpo_script
+sys.exit(advanced_dpo_script.main(sys.argv[1:]))
+"""
+
+
+def test_one_process_tokenizes_and_the_others_read_it(tiny_model, pairs_file, tmp_path):
+    script = tmp_path / "counting.py"
+    script.write_text(ONE_READS, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
+               "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--dry_run", "--dtype", "float32",
+               "--per_device_train_batch_size", 2]  # fmt: skip
+    own = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "COUNTED": str(tmp_path / "counted")}
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "counted0").is_file()
+    assert not (tmp_path / "counted1").exists()

@@ -1,0 +1,188 @@
+"""Several processes: whether their launch can work, how they meet, take turns, and what is said when one is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from utils.checkpoints import find_checkpoints
+from utils.errors import ProcessLost, UserError, gather
+from utils.processes import command_to_go_on, count_processes, is_alive
+from utils.runtime import Precision, is_main_process
+from utils.saving import read_record
+from utils.settings import Settings
+
+# Seconds that a process waits in a step for one that is silent (one that ends is noticed at once).
+PATIENCE = 600
+# One that waits while another reads data or writes a checkpoint waits longer than any step takes.
+LONG = timedelta(days=1)
+# What the libraries say when a process that they wait for is gone.
+SIGNS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "gloo/",
+    "nccl",
+    "timed out",
+    "tcpstore",
+)
+KEPT_BY_DEEPSPEED = "optimizer.json"  # in a checkpoint: says so, where DeepSpeed keeps the optimizer
+FSDP_CONFIG = "examples/accelerate/fsdp2.yaml"
+
+
+def check_one_device() -> None:
+    """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
+    count = torch.cuda.device_count()
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"this machine has {count} GPUs; to use them all, start with `accelerate launch --config_file "
+            f"examples/accelerate/ddp.yaml --num_processes {count} advanced_dpo_script.py ...` or `torchrun "
+            f"--nproc_per_node {count} advanced_dpo_script.py ...`; where the model does not fit one GPU, with "
+            f"{FSDP_CONFIG}; to use one GPU, set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_launch(settings: Settings) -> None:
+    """Refuses what the launcher was told and this script cannot do.
+
+    Raises:
+        UserError: a plain start on several GPUs; sequences or matrices split over processes; the first version of
+            FSDP; DeepSpeed that is not installed.
+    """
+    gather(check_one_device, _check_parallelism, _check_fsdp, lambda: _check_deepspeed(settings))
+
+
+def uses(engine: str) -> bool:
+    """Whether `accelerate launch` was told to use FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+
+
+def _check_parallelism() -> None:
+    if not uses("PARALLELISM_CONFIG"):
+        return
+    split = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "sequence parallelism"}
+    sizes = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1") for name in split}
+    faults = [
+        f"parallelism_config_{name}_size is {size}: {split[name]} is not supported, as each process computes whole "
+        f"sequences of pairs of its own; leave it out, and shard the model with {FSDP_CONFIG}"
+        for name, size in sizes.items()
+        if size != "1"
+    ]
+    if faults:
+        raise UserError(*faults)
+
+
+def _check_fsdp() -> None:
+    if uses("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            f"fsdp_version is {os.environ.get('FSDP_VERSION', '1')}: only version 2 is supported; set `fsdp_version: 2`"
+            f" under fsdp_config, as in {FSDP_CONFIG}"
+        )
+
+
+def _check_deepspeed(settings: Settings) -> None:
+    wanted = uses("DEEPSPEED") or settings.trainer_fields.get("deepspeed")
+    if wanted and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"DeepSpeed is asked for and not installed: run `pip install deepspeed`, or launch with {FSDP_CONFIG}"
+        )
+
+
+def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
+    """Refuses a checkpoint that DeepSpeed wrote, in files of its own, where this launch cannot read it; and under
+    DeepSpeed all others.
+
+    Raises:
+        UserError: it was written by the other engine, or DeepSpeed's by another number of processes.
+    """
+    written = json.loads((checkpoint / KEPT_BY_DEEPSPEED).read_text(encoding="utf-8"))
+    processes = written.get("processes") if written.get("deepspeed") else None
+    if (processes is not None) != deepspeed:
+        writer, reader = ("DeepSpeed", "with DeepSpeed") if processes else ("another engine", "without DeepSpeed")
+        raise UserError(f"{checkpoint} was written by {writer}, and can only be resumed from {reader}")
+    if processes not in (None, count_processes()):
+        raise UserError(
+            f"{checkpoint} was written by DeepSpeed in {processes} processes, and can only be resumed from in as many; "
+            f"here are {count_processes()}. {FSDP_CONFIG} resumes in any number"
+        )
+
+
+def join_processes(settings: Settings, precision: Precision) -> None:
+    """Meets the other processes of the run, where there are any. Precision is --dtype's, not the launcher's."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(precision.name, "no")
+    if count_processes() == 1:
+        return
+    seconds = settings.trainer_fields.get("ddp_timeout", PATIENCE)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=seconds)}
+    backend = settings.trainer_fields.get("ddp_backend")
+    PartialState(cpu=precision.device.type == "cpu" and not uses("DEEPSPEED"), backend=backend, **options)
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=LONG)
+
+
+_patient: Any = None  # all processes, in a group that waits long
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here, however long that takes."""
+    if _patient is not None and dist.is_initialized():
+        dist.barrier(group=_patient)
+
+
+@contextlib.contextmanager
+def one_first() -> Iterator[None]:
+    """Within the context one process of each machine goes first; the others then find what it left in the cache.
+
+    Where the first fails the others still wait, and its launcher ends them.
+    """
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not goes_first:
+        wait_for_all()
+    yield
+    if goes_first:
+        wait_for_all()
+
+
+def explain_loss(error: BaseException, record: Mapping[str, Any], folder: Path | None, step: int) -> ProcessLost | None:
+    """What was raised because another process is gone, as one message; None for any other error.
+
+    Args:
+        record: what run.json holds; `folder` is None in a dry run.
+        step: the last one that was taken.
+    """
+    text = str(error).lower()
+    if count_processes() == 1 or not isinstance(error, RuntimeError) or not any(sign in text for sign in SIGNS):
+        return None
+    return ProcessLost(_describe_loss(record, folder, step))
+
+
+def _describe_loss(record: Mapping[str, Any], folder: Path | None, step: int) -> str:
+    checkpoints = find_checkpoints(folder) if folder is not None else []
+    command = command_to_go_on(record["arguments"], record["process"], bool(checkpoints))
+    safe = f"everything up to {checkpoints[-1].name} is safe" if checkpoints else "no checkpoint was saved yet"
+    return (
+        f"after step {step} another process of this run ended or fell silent (it was killed, ran out of memory, or its "
+        f"machine is gone: look at its own last lines); {safe}. To {'go on' if checkpoints else 'start again'}, with "
+        f"as many processes or, of the same pairs per optimizer step, with others:\n  {command}"
+    )
+
+
+def speaks(folder: Path | None) -> bool:
+    """Whether this process says that another one is lost: on each machine the first, or where that was the main one and
+    is gone, the second."""
+    if is_main_process():
+        return True
+    if os.environ.get("GROUP_RANK", "0") != "0":  # of the machine
+        return os.environ.get("LOCAL_RANK") == "0"
+    record = read_record(folder) if folder is not None else None  # of the main process
+    return os.environ.get("LOCAL_RANK") == "1" and not is_alive((record or {}).get("process") or {})
