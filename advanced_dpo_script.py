@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, UserError, gather
-from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
+from utils.runtime import is_main_process, keep_freed_memory, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def report_faults(error: UserError) -> None:
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return
     for fault in error.faults:
-        print(f"error: {fault}", file=sys.stderr, flush=True)
+        print(f"error: {make_visible(fault)}", file=sys.stderr, flush=True)
 
 
 def train(settings: Settings) -> None:

@@ -117,15 +117,21 @@ def no_empty_folder_left(output_dir: Path | None) -> Iterator[None]:
 
 
 def clear_run(output_dir: Path) -> None:
-    """Removes what a former run wrote into the folder, and nothing else."""
+    """Removes what a former run wrote into the folder, and nothing else; of links the link alone."""
     if not output_dir.is_dir():
         return
     for path in list(output_dir.iterdir()):
-        if path.is_dir() and CHECKPOINT.fullmatch(path.name):
+        if CHECKPOINT.fullmatch(path.name) and path.is_symlink():
+            path.unlink()
+        elif path.is_dir() and CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path)
-        elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir():
+        elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             _clear_results(path)
         elif path.name in OWN_FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
+            if path.is_dir() and not path.is_symlink():
+                raise UserError(
+                    f"--output_dir {output_dir}: {path.name} is a folder there, and no run made it; move it"
+                )
             path.unlink()
 
 

@@ -63,11 +63,20 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
+        let_umask_decide(beside)
         with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def let_umask_decide(*paths: Path) -> None:
+    """Gives files the modes that any new file of this process gets; safetensors makes its own for the owner alone."""
+    mask = os.umask(0o077)  # the only way to read it is to set it, for a moment to the narrowest
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.saving import replacing, write_json
 
 
@@ -23,11 +24,21 @@ def save_state(folder: Path, name: str, state: Any) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """Reads what `save_state` wrote."""
+    """Reads what `save_state` wrote.
+
+    Raises:
+        UserError: there are no such files, or they are not what it wrote.
+    """
     from safetensors.torch import load_file
 
-    skeleton = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return _put_together(skeleton, load_file(folder / f"{name}.safetensors"))
+    try:
+        skeleton = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return _put_together(skeleton, load_file(folder / f"{name}.safetensors"))
+    except Exception as error:  # files that were changed may hold anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{folder}: its {name} cannot be read back ({said}); resume from an earlier checkpoint, or start anew"
+        ) from error
 
 
 def _take_apart(value: Any, tensors: dict[str, Any]) -> Any:

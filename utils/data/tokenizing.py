@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data.places import SHOWN, Place, list_places, row_places
@@ -148,10 +147,10 @@ class PromptEncoder:
             return self.tokenizer.apply_chat_template(
                 turns, tools=read_tools(tools), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template can make Python raise anything
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
-                f"the chat template refuses a conversation of {roles}: {error}. "
+                f"the chat template refuses a conversation of {roles}: {' '.join(str(error).split())[:300]}. "
                 "Leave such rows out of the data, or give another template with --chat_template"
             ) from None
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +20,7 @@ from transformers import (
 
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
+from utils.models.strangers import explain_library
 from utils.runtime import Precision
 from utils.settings import LoraSettings, ModelSettings, Settings
 
@@ -346,9 +346,13 @@ def put_adapter(
 
 
 def translating(fault: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` returns; the libraries' complaints about the files they read become one readable line."""
+    """What `load` returns; the libraries' complaints about the files they read become one readable line.
+
+    Every kind of exception: what a file from elsewhere makes a library stumble over has no end.
+    """
     try:
         return load()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise UserError(f"{fault}: {first_line}") from error
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{fault}: {explain_library(error)}") from error

@@ -12,10 +12,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.checkpoints import find_resume_point
 from utils.data.loading import PreferenceData
 from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
 from utils.errors import UserError, gather
+from utils.models.hub_files import read_json_file
 from utils.models.loading import (
     Reference,
     check_4bit,
@@ -26,7 +28,8 @@ from utils.models.loading import (
     new_adapter_config,
     turn_off_dropout,
 )
-from utils.models.sources import ModelSource, find_model, read_end_ids, read_json_file
+from utils.models.sources import ModelSource, find_model, read_end_ids
+from utils.models.strangers import refuse_pickles
 from utils.models.templates import choose_template
 from utils.output_folder import check_output_folder
 from utils.runtime import Precision, say
@@ -71,6 +74,9 @@ def find_folder(settings: Settings) -> Path | None:
                 "to start a new run from its weights, name it with --model_name_or_path"
             )
     check_output_folder(folder, settings.verb, settings.flat(), resume, settings.run.overwrite_output_dir)
+    checkpoint = find_resume_point(folder, settings.run.resume_from_checkpoint)
+    if checkpoint is not None:
+        refuse_pickles("--resume_from_checkpoint", checkpoint)
     return folder
 
 

@@ -22,6 +22,7 @@ from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
+from utils.saving import let_umask_decide
 from utils.state import load_state, read_random_state, save_state, set_random_state
 from utils.training.batches import ROWS, TOKENS
 from utils.training.finite import describe_step, losses_by_row
@@ -218,6 +219,7 @@ class RunFolderTrainer(Trainer):
         if not had_readme:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)
+        let_umask_decide(*folder.glob("*.safetensors"))
 
     def _save_checkpoint(self, model, trial) -> None:
         # Past TRL's own version, which writes a model card into every checkpoint.
