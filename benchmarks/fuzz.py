@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import gzip
 import hashlib
 import json
@@ -195,6 +196,13 @@ def import_everything() -> None:
     import advanced_dpo_script  # noqa: F401
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: F401
     from trl import DPOTrainer, SFTTrainer  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # what loading a model computes once in a process
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
+    gc.collect()
+    gc.freeze()  # else each child's collection would touch, and so copy, all of the parent's memory
 
 
 def make_seeds(seeds: Path) -> int:
@@ -694,9 +702,9 @@ def add_hostile(path: Path, folder: Path, draw: random.Random) -> None:
 
 def mangle_json(path: Path, draw: random.Random) -> str:
     """One value of the file replaced, removed, moved, or a hostile key added; bytes where it is no JSON any more."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else []
-    place = draw.randrange(len(lines)) if lines else 0
     try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else []
+        place = draw.randrange(len(lines)) if lines else 0
         content = json.loads(lines[place] if lines else path.read_text(encoding="utf-8"))
     except ValueError:
         path.write_bytes(changed_bytes(path.read_bytes(), draw))

@@ -185,7 +185,7 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, those that are whole; none where there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:  # the nothing behind the last line, or a line that was being written when the run died

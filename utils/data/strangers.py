@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from utils.errors import UserError
 
 READERS = ("arrow", "csv", "json", "parquet", "text")  # of the library's own, those that read tables of text
@@ -16,10 +18,10 @@ SHOWN = 3
 
 
 def check_data_folder(flag: str, folder: Path) -> None:
-    """Refuses a data folder whose own records name files outside it, or addresses.
+    """Refuses a data folder whose own records name files outside it, or addresses; and broken tables.
 
     Raises:
-        UserError: one fault per name.
+        UserError: one fault per name, or the first broken table.
     """
     wrong = [
         f"{flag}: {file} names {name!r:.80}; only files within the folder are read"
@@ -28,6 +30,19 @@ def check_data_folder(flag: str, folder: Path) -> None:
     ]
     if wrong:
         raise UserError(*dict.fromkeys(wrong[:SHOWN]))
+    for path in sorted(folder.rglob("*.arrow")):
+        _check_arrow(flag, path)
+
+
+def _check_arrow(flag: str, path: Path) -> None:
+    """The library maps these files into memory and believes their offsets; a wrong one ends the process."""
+    try:
+        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            for batch in stream:
+                batch.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{flag}: {path.name} is no whole table of Arrow ({said[:200]})") from None
 
 
 def check_reader(flag: str, builder: Any) -> None:
@@ -93,6 +108,4 @@ def _texts(value: Any, key: str) -> Iterator[str]:
 
 def _leads_out(name: str) -> bool:
     parts = re.split(r"[\\/]", name)
-    return (
-        "://" in name or "::" in name or os.path.isabs(name) or ".." in parts or name.startswith("~") or ":" in parts[0]
-    )
+    return "::" in name or ":" in parts[0] or os.path.isabs(name) or ".." in parts or name.startswith("~")

@@ -78,10 +78,14 @@ class PromptEncoder:
         """Token ids of each text, with no token added."""
         if not texts:
             return []
-        if self._is_plain:  # the same ids in two thirds of the time: where they stand in the text is not worked out
-            encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in encoded]
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        try:
+            if self._is_plain:  # the same ids in two thirds of the time: where they stand in the text is not worked out
+                encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+                return [encoding.ids for encoding in encoded]
+            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        except Exception as error:  # of the tokenizer's own library, which knows no other kind
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the tokenizer cannot turn these texts into tokens: {said}") from error
 
     def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
         """The ids that generation starts from, one list per prompt."""

@@ -53,12 +53,20 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTo
     """The tokenizer of a model; where it has no padding token the end-of-text token serves (it is masked)."""
     tokenizer = translating(
         f"--model_name_or_path {source.tokenizer}: its tokenizer cannot be loaded",
-        lambda: AutoTokenizer.from_pretrained(
-            source.tokenizer, revision=source.tokenizer_revision, trust_remote_code=settings.trust_remote_code
+        lambda: _tried(
+            AutoTokenizer.from_pretrained(
+                source.tokenizer, revision=source.tokenizer_revision, trust_remote_code=settings.trust_remote_code
+            )
         ),
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, when it turns a text into ids and back: what its files hold is looked at only then."""
+    tokenizer.decode(tokenizer("A word, 1 number.")["input_ids"])
     return tokenizer
 
 

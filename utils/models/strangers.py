@@ -70,8 +70,8 @@ def refuse_pickles(flag: str, checkpoint: Path) -> None:
     if pickled:
         more = f" and {len(pickled) - SHOWN} more" if len(pickled) > SHOWN else ""
         raise UserError(
-            f"{flag} {checkpoint}: holds pickles ({', '.join(pickled[:SHOWN])}{more}), which {PICKLED}, and which no run "
-            "of this script wrote; they are not loaded. To start from its weights, name it with --model_name_or_path"
+            f"{flag} {checkpoint}: holds pickles ({', '.join(pickled[:SHOWN])}{more}), which {PICKLED}; no run of "
+            "this script writes any, and none is loaded. To start from its weights, name it with --model_name_or_path"
         )
 
 
@@ -123,7 +123,7 @@ def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:
     named += list(templates) if isinstance(templates, dict) else []
     for name in named:
         if not isinstance(name, str) or not _is_plain_name(name, ""):
-            yield f"tokenizer_config.json: {name!r:.80} is no name for a chat template, which is saved as a file of its name"
+            yield f"tokenizer_config.json: {name!r:.80} is no name for a chat template, which is saved as a file"
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
 from utils.saving import let_umask_decide
-from utils.state import load_state, read_random_state, save_state, set_random_state
+from utils.state import load_state, read_random_state, restoring, save_state, set_random_state
 from utils.training.batches import ROWS, TOKENS
 from utils.training.finite import describe_step, losses_by_row
 from utils.training.progress import Stopwatch
@@ -238,8 +238,9 @@ class RunFolderTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = load_state(Path(checkpoint), "optimizer")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["scheduler"])
+        with restoring(Path(checkpoint), "optimizer"):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -261,4 +262,5 @@ class RunFolderTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = self._random_state_name()
         if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
-            set_random_state(load_state(Path(checkpoint), name))
+            with restoring(Path(checkpoint), name):
+                set_random_state(load_state(Path(checkpoint), name))
