@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class TimeIsUp(Exception):
-    """What was computed took longer than it may."""
+class TimeIsUp(BaseException):
+    """What was computed took longer than it may. No Exception: libraries catch those, and would go on."""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def _time_bounded(seconds: float) -> Iterator[None]:
         raise TimeIsUp
 
     former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and every second again, should it have been caught
     try:
         yield
     finally:
