@@ -194,16 +194,17 @@ def test_an_index_names_only_safetensors_of_its_folder(name, run_script, model, 
     assert f"model.safetensors.index.json names {name}" in said
 
 
-def test_a_reward_model_is_read_from_safetensors_alone(run_script, other_model, pairs_file, tmp_path, owned):
+def test_a_reward_model_is_read_from_safetensors_alone(
+    run_script, tiny_model, other_model, pairs_file, tmp_path, owned
+):
     reward = tmp_path / "reward"
     save_tiny_reward_model(reward)
     weights = load_file(reward / "model.safetensors")
     (reward / "model.safetensors").unlink()
     torch.save(weights, reward / "pytorch_model.bin")  # harmless, and a pickle all the same
-    argv = commands(other_model, other_model, pairs_file, tmp_path / "out")["compare"]
+    argv = commands(tiny_model, other_model, pairs_file, tmp_path / "out")["compare"]
     said = refused(run_script, *argv, "--num_prompts", "2", "--judge", reward)
-    assert "no reward model can be loaded from it" in said
-    assert "safetensors" in said
+    assert "only pickled weights (.bin), which can run code when they are loaded" in said
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"])
@@ -646,10 +647,12 @@ def test_no_key_of_the_environment_is_written_or_printed(
 
 
 @pytest.mark.parametrize("flag", ["--judge", "--scorer"])
-def test_a_password_in_an_address_is_refused_and_not_repeated(flag, run_script, tiny_model, pairs_file, tmp_path):
+def test_a_password_in_an_address_is_refused_and_not_repeated(
+    flag, run_script, tiny_model, other_model, pairs_file, tmp_path
+):
     address = "http://user:planted-password@localhost:1/v1"
     if flag == "--judge":
-        argv = commands(tiny_model, tiny_model, pairs_file, tmp_path / "out")["compare"]
+        argv = commands(tiny_model, other_model, pairs_file, tmp_path / "out")["compare"]
     else:
         argv = commands(tiny_model, tiny_model, pairs_file, tmp_path / "out")["generate"]
         argv = argv[: argv.index("--scorer")] + argv[argv.index("--scorer") + 2 :]

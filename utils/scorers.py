@@ -7,12 +7,14 @@ number for each.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.models.strangers import check_folder, explain_library
+from utils.models.strangers import PICKLED, check_folder, explain_library
 from utils.user_code import describe_failure, load_function, path_of
 
 Prompt = str | list[dict[str, Any]]
@@ -66,6 +68,8 @@ def check_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "
     from transformers import AutoConfig
 
     check_folder(flag, wish)
+    if os.path.isdir(wish) and not list(Path(wish).glob("*.safetensors")) and list(Path(wish).glob("*.bin")):
+        raise UserError(f"{flag} {wish}: only pickled weights (.bin), which {PICKLED}; convert them to safetensors")
     config = _translating_reason(
         f"{flag} {wish}", lambda: AutoConfig.from_pretrained(wish, trust_remote_code=trust_remote_code)
     )

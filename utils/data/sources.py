@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -124,7 +123,9 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
             with quiet(0):
                 whole = str(path.resolve())
                 splits = stream_file(path) if path.is_file() else datasets.load_dataset(whole, streaming=True)
-        except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:
             raise UserError(f"{flag}: no data here that can be streamed ({first_line(error)}); use {ENDINGS}") from None
     label = name if not is_local(name) else path.name
     streams = {str(split): Stream(rows, f"{label}[{split}]") for split, rows in splits.items()}
@@ -205,7 +206,7 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
         files = {str(split): [Path(p) for p in paths] for split, paths in (builder.config.data_files or {}).items()}
     except ValueError as error:
         raise UserError(_config_fault(settings.dataset_config, flag, error)) from None
-    except (DatasetsError, FileNotFoundError) as error:
+    except Exception as error:  # what lies in a folder can make the library raise anything
         raise UserError(f"{flag}: no data here that can be read ({first_line(error)}); use {ENDINGS}") from None
     check_reader(flag, builder)
     kinds = {file_kind(file) for paths in files.values() for file in paths}
@@ -238,7 +239,7 @@ def _prepare(builder: datasets.DatasetBuilder, flag: str, label: str) -> _Collec
         with quiet(0):
             builder.download_and_prepare()
             return _from_splits(label, builder.as_dataset())
-    except DatasetsError as error:
+    except Exception as error:
         raise UserError(f"{flag}: cannot be read ({first_line(error.__cause__ or error)}); use {ENDINGS}") from None
 
 
