@@ -12,6 +12,7 @@ The story of a run, stage by stage; every stage is a room under utils/ and compu
 from __future__ import annotations
 
 import dataclasses
+import errno
 import signal
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, ProcessLost, UserError, gather
 from utils.flags import acts_as
-from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
+from utils.runtime import is_main_process, keep_freed_memory, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the verb that the arguments name. Returns the exit code, as above."""
     try:
         settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        warn_of_code(settings)
         quiet_libraries()
         keep_freed_memory()
         return VERBS[settings.verb](settings) or 0
@@ -53,9 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; nothing was lost that had been saved before")
         return 130
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            report_faults(UserError(f"{str(error.filename)[:60]}...: too long for the name of a file or folder"))
+            return 2
+        print(make_visible(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
+
+
+def warn_of_code(settings: Settings) -> None:
+    """Says, before anything is loaded, that code from elsewhere will run."""
+    if settings.model.trust_remote_code and is_main_process():
+        name = make_visible(str(settings.model.model_name_or_path))
+        print(f"warning: --trust_remote_code runs Python code that comes with {name}", file=sys.stderr, flush=True)
 
 
 def report_faults(error: UserError) -> None:
@@ -64,7 +76,7 @@ def report_faults(error: UserError) -> None:
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return
     for fault in error.faults:
-        print(f"error: {fault}", file=sys.stderr, flush=True)
+        print(f"error: {make_visible(fault)}", file=sys.stderr, flush=True)
 
 
 def train(settings: Settings) -> None:

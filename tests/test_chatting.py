@@ -20,9 +20,9 @@ from conftest import ROOT, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.chatting.dialogue import Dialogue
-from utils.chatting.terminal import make_visible
 from utils.data.tokenizing import PromptEncoder
 from utils.errors import UserError
+from utils.runtime import make_visible
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

@@ -45,8 +45,18 @@ def _named(folder: Path) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step at which it was saved, as the trainer's state says."""
-    return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    """The step at which it was saved, as the trainer's state says.
+
+    Raises:
+        UserError: the state cannot be read.
+    """
+    try:
+        return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint}: its {TRAINER_STATE} cannot be read back ({str(error)[:200]}); resume from an earlier "
+            "checkpoint, or start anew"
+        ) from None
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -108,8 +108,13 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
     Its record stays until that of the new run takes its place, and says no longer that it is finished: a folder that
     was cleared half way is neither a finished run nor unknown.
 
+    Of links the link alone is removed.
+
     Args:
         damaged: whether checkpoints that were set aside as damaged go too.
+
+    Raises:
+        UserError: a folder has the name of a file that a run writes.
     """
     if not output_dir.is_dir():
         return
@@ -122,11 +127,18 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
         write_json(output_dir / RECORD, record | left)
     removed = set(OWN_FILES) - {RECORD, LOCK}
     for path in list(output_dir.iterdir()):
-        if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or (damaged and SET_ASIDE.fullmatch(path.name))):
+        is_checkpoint = CHECKPOINT.fullmatch(path.name) or (damaged and SET_ASIDE.fullmatch(path.name))
+        if is_checkpoint and path.is_symlink():
+            path.unlink()
+        elif is_checkpoint and path.is_dir():
             remove_checkpoint(path)
-        elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir():
+        elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             _clear_results(path)
         elif path.name in removed or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
+            if path.is_dir() and not path.is_symlink():
+                raise UserError(
+                    f"--output_dir {output_dir}: {path.name} is a folder there, and no run made it; move it"
+                )
             path.unlink()
     remove_leftovers(output_dir)
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.arguments.parsing import read_recorded
 from utils.checkpoints import find_checkpoints, find_fault, is_of_model
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
 from utils.saving import CHECKPOINT, RECORD, read_record
 from utils.settings import STAGES, Settings
+
+# Settings that make the script run what they name: a person's words alone, never those of a record.
+NAMES_CODE = frozenset({"trust_remote_code", "dataset_adapter", "judge", "scorer", "judge_model", "config"})
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
     Raises:
         UserError: it is not there, its base is gone, its run did not finish, or its record is of another model.
     """
-    folder = Path(name).expanduser().resolve()
-    if not folder.is_dir():
+    if not os.path.isdir(os.path.expanduser(name)):
         return TrainedModel(find_model(flag, name, revision))
+    folder = Path(name).expanduser().resolve()
     if revision is not None:
         raise UserError(f"--model_revision {revision}: {folder} is a folder, which has no revisions")
     run = folder.parent if CHECKPOINT.fullmatch(folder.name) and (folder.parent / RECORD).is_file() else folder
@@ -121,15 +126,37 @@ def _check_record(flag: str, trained: TrainedModel) -> None:
 
 
 def as_in_run(settings: Settings, trained: TrainedModel, names: Iterable[str]) -> Settings:
-    """The settings, with those of `names` that the person did not give taken from the run's record."""
+    """The settings, with those of `names` that the person did not give taken from the run's record.
+
+    A record may come from anybody: what names code is never taken from it, and every value must be one of its flag.
+
+    Raises:
+        UserError: a value in the record is none that its flag takes, or names a kernel to be fetched and run.
+    """
     recorded = trained.record.get("settings", {})
-    wanted = {name for name in names if name in recorded and name not in settings.given}
+    wanted = {name for name in names if name in recorded and name not in settings.given} - NAMES_CODE
+    values, faults = {}, []
+    for name in sorted(wanted):
+        try:
+            values[name] = _recorded(trained, name, recorded[name])
+        except (ValueError, KeyError, TypeError, UserError) as error:
+            said = "is no setting of its verb" if isinstance(error, KeyError | TypeError) else str(error)
+            faults.append(f"{trained.folder / RECORD if trained.folder else RECORD}: {name} {said}")
+    if faults:
+        raise UserError(*faults)
     changes = {}
     for stage, stage_class in STAGES.items():
-        values = {
-            item.name: tuple(recorded[item.name]) if isinstance(recorded[item.name], list) else recorded[item.name]
-            for item in dataclasses.fields(stage_class)
-            if item.name in wanted
-        }
-        changes[stage] = dataclasses.replace(getattr(settings, stage), **values)
+        own = {item.name: values[item.name] for item in dataclasses.fields(stage_class) if item.name in values}
+        changes[stage] = dataclasses.replace(getattr(settings, stage), **own)
     return dataclasses.replace(settings, **changes)
+
+
+def _recorded(trained: TrainedModel, name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    made = read_recorded(trained.record.get("verb"), name, value)
+    if name == "attn_implementation" and "/" in str(made):
+        raise ValueError(
+            f"is {made!r:.80}, a kernel that would be fetched and run; if you trust it, pass it as --{name} yourself"
+        )
+    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,15 +17,25 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "wandb")
 
 
+# Control characters but for tabs and line ends, marks that reverse the writing or hide in it, and halves of characters
+# that no terminal's encoding has.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def make_visible(text: str) -> str:
+    """The text with control characters as escapes: a terminal would obey them."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def is_main_process() -> bool:
     """True in the process that prints and writes; launchers number theirs in RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:
-    """Prints one line for the person, from the main process only, at once."""
+    """Prints one line for the person, from the main process only, at once; names and texts in it steer no terminal."""
     if is_main_process():
-        print(text, flush=True)
+        print(make_visible(text), flush=True)
 
 
 def readable_seconds(seconds: float) -> str:

@@ -76,6 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
+        let_umask_decide(beside)
         with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -129,6 +130,14 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         elif (match := HALF_WRITTEN.fullmatch(path.name)) and match[1] in OWN_FILES:
             path.unlink(missing_ok=True)
+
+
+def let_umask_decide(*paths: Path) -> None:
+    """Gives files the modes that any new file of this process gets; safetensors makes its own for the owner alone."""
+    mask = os.umask(0o077)  # the only way to read it is to set it, for a moment to the narrowest
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -251,7 +260,7 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, those that are whole; none where there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:  # the nothing behind the last line, or a line that was being written when the run died

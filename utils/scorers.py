@@ -7,11 +7,14 @@ number for each.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.models.strangers import PICKLED, check_folder, explain_library
 from utils.user_code import describe_failure, load_function, path_of
 
 Prompt = str | list[dict[str, Any]]
@@ -60,10 +63,13 @@ def check_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "
     """Refuses, before its weights are loaded, what is no reward model.
 
     Raises:
-        UserError: there is no such model, or it has more than one output.
+        UserError: there is no such model, it has more than one output, or it reaches out of its folder.
     """
     from transformers import AutoConfig
 
+    check_folder(flag, wish)
+    if os.path.isdir(wish) and not list(Path(wish).glob("*.safetensors")) and list(Path(wish).glob("*.bin")):
+        raise UserError(f"{flag} {wish}: only pickled weights (.bin), which {PICKLED}; convert them to safetensors")
     config = _translating_reason(
         f"{flag} {wish}", lambda: AutoConfig.from_pretrained(wish, trust_remote_code=trust_remote_code)
     )
@@ -81,10 +87,12 @@ def _check_outputs(flag: str, config: Any) -> None:
 def _translating_reason(flag: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except UserError:
+        raise
+    except Exception as error:  # what a file from elsewhere makes a library stumble over has no end
         raise UserError(
-            f"{flag}: is no file.py:function and no URL, and no reward model can be loaded from it ({reason})"
+            f"{flag}: is no file.py:function and no URL, and no reward model can be loaded from it "
+            f"({explain_library(error)})"
         ) from None
 
 
@@ -99,16 +107,16 @@ def load_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "-
 
     from utils.runtime import find_device
 
+    check_reward_model(wish, trust_remote_code, flag)
     flag = f"{flag} {wish}"
     options = {"trust_remote_code": trust_remote_code}
     tokenizer, model = _translating_reason(
         flag,
         lambda: (
             AutoTokenizer.from_pretrained(wish, **options),
-            AutoModelForSequenceClassification.from_pretrained(wish, **options),
+            AutoModelForSequenceClassification.from_pretrained(wish, use_safetensors=True, **options),
         ),
     )
-    _check_outputs(flag, model.config)
     model = model.to(find_device()).eval()
     if model.config.pad_token_id is None:
         model.config.pad_token_id = (

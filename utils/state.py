@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.saving import replacing, write_json
 
 
@@ -23,11 +25,30 @@ def save_state(folder: Path, name: str, state: Any) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """Reads what `save_state` wrote."""
+    """Reads what `save_state` wrote.
+
+    Raises:
+        UserError: there are no such files, or they are not what it wrote.
+    """
     from safetensors.torch import load_file
 
-    skeleton = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return _put_together(skeleton, load_file(folder / f"{name}.safetensors"))
+    with restoring(folder, name):
+        skeleton = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return _put_together(skeleton, load_file(folder / f"{name}.safetensors"))
+
+
+@contextlib.contextmanager
+def restoring(folder: Path, name: str) -> Iterator[None]:
+    """Turns whatever is raised within, where a state is read or put back, into a UserError that names its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # files that were changed may hold anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{folder}: its {name} cannot be read back ({said}); resume from an earlier checkpoint, or start anew"
+        ) from error
 
 
 def _take_apart(value: Any, tensors: dict[str, Any]) -> Any:

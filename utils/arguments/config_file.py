@@ -51,13 +51,14 @@ def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
         name = key.replace("-", "_")
         if name in entries:
             faults.append(f"{path}: {key} is given twice")
-        entries[name] = _entry(name, f"{path}: {key}", value)
+        entries[name] = read_entry(name, f"{path}: {key}", value)
     if faults:
         raise UserError(*faults)
     return list(entries.values())
 
 
-def _entry(name: str, label: str, value: Any) -> Entry:
+def read_entry(name: str, label: str, value: Any) -> Entry:
+    """The entry of one value, as JSON or YAML holds it. Raises UserError for what is neither text nor number."""
     try:
         if value is None:
             return Entry(name, label, shape="null")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from utils.arguments.candidate import Candidate
-from utils.arguments.config_file import Entry, read_config
+from utils.arguments.config_file import Entry, read_config, read_entry
 from utils.arguments.cross_checks import cross_faults
 from utils.arguments.flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
 from utils.arguments.help_text import help_text
@@ -40,6 +41,8 @@ KNOWN_AS = {
     "use_peft": "use_lora",
     "warmup_ratio": "warmup_steps",
 }
+
+ADDRESS_WITH_PASSWORD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,13 @@ def known_flags(verb: str) -> dict[str, Flag]:
 def _read_entry(flag: Flag, entry: Entry) -> Any:
     """The value of one entry. Raises ValueError with what is wrong, to be read after the flag's name."""
     kind, texts = flag.kind, entry.texts
+    if any("\0" in text for text in texts):
+        raise ValueError("holds a NUL character, which no name or text here may")
+    if any(ADDRESS_WITH_PASSWORD.match(text) for text in texts):
+        raise ValueError(
+            "is an address with a user or password in it, which would be recorded; leave them out (the key of an "
+            "endpoint is read from OPENAI_API_KEY)"
+        )
     if entry.shape == "null":
         if not kind.optional:
             raise ValueError(f"is null: must be {kind.description}; leave it out for the default")
@@ -243,6 +253,17 @@ def _read_entry(flag: Flag, entry: Entry) -> Any:
     if flag.name == "validation_split" and texts[0].strip().lower() == "none":
         return "none"  # a value of its own here: hold nothing out
     return _read_texts(flag, entry)
+
+
+def read_recorded(verb: str, name: str, value: Any) -> Any:
+    """The value of a setting as the record of a run holds it, checked as if a person had written it.
+
+    Raises ValueError with what is wrong, to be read after the flag's name.
+    """
+    flag, entry = known_flags(verb)[name], read_entry(name, name, value)
+    made = _read_entry(flag, entry)
+    _check_value(flag, made)
+    return made
 
 
 def _read_texts(flag: Flag, entry: Entry) -> Any:

@@ -17,6 +17,7 @@ import torch
 from utils.chatting.models import Speaker, load_speakers
 from utils.chatting.terminal import Answer, let_lines_be_edited, read_stdin
 from utils.errors import Interrupted, UserError
+from utils.runtime import make_visible
 from utils.saving import write_json
 from utils.settings import Settings
 
@@ -133,7 +134,7 @@ class Chat:
             else:
                 print(f"({word}: no such command; /help lists them)")
         except UserError as error:
-            print("\n".join(f"({fault})" for fault in error.faults))
+            print(make_visible("\n".join(f"({fault})" for fault in error.faults)))
         except KeyboardInterrupt:
             print("\n(stopped; the message was taken back)")
 
@@ -149,7 +150,7 @@ class Chat:
         try:
             for speaker in self.speakers:
                 self._say_what_is_left_out(speaker)
-                print(f"\n{speaker.name}> ", end="", flush=True)
+                print(f"\n{make_visible(speaker.name)}> ", end="", flush=True)
                 if not self.answer(speaker, sys.stdout):
                     print(" (stopped)", end="")
                 print()

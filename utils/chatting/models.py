@@ -149,8 +149,6 @@ def _describe(found: list[Found], settings: Settings, precision: Precision) -> N
             say("      it continues texts: each message is a text of its own, with nothing in front of it")
         else:
             say(f"      chat template: {item.template.partition(';')[0]}")
-    if settings.model.trust_remote_code:
-        say("warning: --trust_remote_code runs Python code that comes with the model")
     sampling = settings.sampling
     how = f"temperature {sampling.temperature:g}" if sampling.temperature else "the likeliest token each time"
     how += f", top_p {sampling.top_p:g}" if sampling.top_p < 1 else ""

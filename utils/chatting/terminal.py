@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from typing import TextIO
 
 from utils.errors import UserError
+from utils.runtime import make_visible
 
-# Control characters but for tabs and line ends, and marks that reverse the writing or hide in it.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 HALF_A_CHARACTER = "\ufffd"
-
-
-def make_visible(text: str) -> str:
-    """The text with control characters as escapes: a terminal would obey them."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def read_stdin() -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
 from utils.data.files import FileRows, file_kind, first_line, quiet, read_files, stream_file
 from utils.data.places import Place, row_places
+from utils.data.strangers import check_data_folder, check_reader
 from utils.errors import UserError, gather
 from utils.settings import DataSettings
 
@@ -113,17 +113,19 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     elif not path.exists():
         raise UserError(_missing_path(name, path))
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        saved = saved if isinstance(saved, dict) else {"train": saved}
-        splits = {split: rows.to_iterable_dataset() for split, rows in saved.items()}
+        splits = {split: rows.to_iterable_dataset() for split, rows in _load_saved(path).items()}
     elif path.is_file() and (file_kind(path) is None or set("*?[]") & set(str(path))):
         raise UserError(f"{flag}: cannot be streamed; use {ENDINGS}, without *, ?, [ or ] in the path")
     else:
         try:
+            if path.is_dir():
+                check_data_folder(flag, path)
             with quiet(0):
                 whole = str(path.resolve())
                 splits = stream_file(path) if path.is_file() else datasets.load_dataset(whole, streaming=True)
-        except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:
             raise UserError(f"{flag}: no data here that can be streamed ({first_line(error)}); use {ENDINGS}") from None
     label = name if not is_local(name) else path.name
     streams = {str(split): Stream(rows, f"{label}[{split}]") for split, rows in splits.items()}
@@ -197,14 +199,16 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
             raise UserError(f"--dataset_config {settings.dataset_config}: {path} has no configurations")
         return _open_saved(path)
     flag = f"--dataset_name {settings.dataset_name}"
+    check_data_folder(flag, path)
     try:
         with quiet(0):
             builder = datasets.load_dataset_builder(str(path.resolve()), name=settings.dataset_config)
         files = {str(split): [Path(p) for p in paths] for split, paths in (builder.config.data_files or {}).items()}
     except ValueError as error:
         raise UserError(_config_fault(settings.dataset_config, flag, error)) from None
-    except (DatasetsError, FileNotFoundError) as error:
+    except Exception as error:  # what lies in a folder can make the library raise anything
         raise UserError(f"{flag}: no data here that can be read ({first_line(error)}); use {ENDINGS}") from None
+    check_reader(flag, builder)
     kinds = {file_kind(file) for paths in files.values() for file in paths}
     if len(kinds) != 1 or None in kinds:
         return _prepare(builder, flag, path.name)
@@ -218,11 +222,16 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
 
 
 def _open_saved(path: Path) -> _Collection:
+    return _from_splits(path.name, _load_saved(path))
+
+
+def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
+    check_data_folder(f"--dataset_name {path}", path)
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
         raise UserError(f"--dataset_name {path}: cannot be read as a saved dataset ({first_line(error)})") from None
-    return _from_splits(path.name, saved if isinstance(saved, dict) else {"train": saved})
+    return saved if isinstance(saved, dict) else {"train": saved}
 
 
 def _prepare(builder: datasets.DatasetBuilder, flag: str, label: str) -> _Collection:
@@ -230,7 +239,7 @@ def _prepare(builder: datasets.DatasetBuilder, flag: str, label: str) -> _Collec
         with quiet(0):
             builder.download_and_prepare()
             return _from_splits(label, builder.as_dataset())
-    except DatasetsError as error:
+    except Exception as error:
         raise UserError(f"{flag}: cannot be read ({first_line(error.__cause__ or error)}); use {ENDINGS}") from None
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data.places import SHOWN, Place, list_places, row_places
@@ -79,10 +78,14 @@ class PromptEncoder:
         """Token ids of each text, with no token added."""
         if not texts:
             return []
-        if self._is_plain:  # the same ids in two thirds of the time: where they stand in the text is not worked out
-            encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in encoded]
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        try:
+            if self._is_plain:  # the same ids in two thirds of the time: where they stand in the text is not worked out
+                encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+                return [encoding.ids for encoding in encoded]
+            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        except Exception as error:  # of the tokenizer's own library, which knows no other kind
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the tokenizer cannot turn these texts into tokens: {said}") from error
 
     def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
         """The ids that generation starts from, one list per prompt."""
@@ -148,10 +151,10 @@ class PromptEncoder:
             return self.tokenizer.apply_chat_template(
                 turns, tools=read_tools(tools), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template can make Python raise anything
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
-                f"the chat template refuses a conversation of {roles}: {error}. "
+                f"the chat template refuses a conversation of {roles}: {' '.join(str(error).split())[:300]}. "
                 "Leave such rows out of the data, or give another template with --chat_template"
             ) from None
 

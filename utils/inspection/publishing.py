@@ -36,7 +36,7 @@ def publish(record: dict[str, Any], settings: InspectionSettings) -> None:
 
 def _print(record: dict[str, Any], settings: InspectionSettings) -> None:
     if settings.json_file == "-":
-        say(json.dumps(record, indent=2))
+        say(json.dumps(record, indent=2).replace("\x7f", "\\u007f"))  # the one control that JSON leaves
         return
     for line in summarize(record):
         say(line)

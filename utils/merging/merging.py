@@ -123,8 +123,6 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
     into = "its 4-bit weights, written out" if plan.into_quantized else "its own weights"
     reason = "the format of its files" if settings.model.dtype == "auto" else "as asked with --dtype"
     say(f"base: {source.base}: {into}; added in float32, saved as {_name(plan.saved)} ({reason})")
-    if settings.model.trust_remote_code:
-        say(f"warning: --trust_remote_code runs Python code that comes with {source.base}")
     if plan.texts is None:
         say("warning: --skip_verification: the merged model is not compared with the adapter on its base")
         return

@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import UserError
-from utils.models.loading import load_frozen, put_adapter
+from utils.models.loading import load_frozen, put_adapter, translating
 from utils.models.sources import ModelSource, read_end_ids
 from utils.runs import TrainedModel
 from utils.runtime import Precision, find_device
+from utils.saving import let_umask_decide
 from utils.settings import ModelSettings
 
 FLAG = "--model_name_or_path"
@@ -26,8 +27,11 @@ ROOM = 1.3  # memory that a model is given, in sizes of its weights
 
 def read_config(source: ModelSource, settings: ModelSettings) -> PretrainedConfig:
     """The config of the base."""
-    return AutoConfig.from_pretrained(
-        source.base, revision=source.revision, trust_remote_code=settings.trust_remote_code
+    return translating(
+        f"{FLAG} {source.base}: its config cannot be read",
+        lambda: AutoConfig.from_pretrained(
+            source.base, revision=source.revision, trust_remote_code=settings.trust_remote_code
+        ),
     )
 
 
@@ -53,7 +57,10 @@ def choose_computing(config: PretrainedConfig, stored: torch.dtype, settings: Mo
 def count_parameters(config: PretrainedConfig, settings: ModelSettings) -> int:
     """The parameters of a model with this config, without making it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+        model = translating(
+            f"{FLAG}: its config makes no model",
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code),
+        )
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -175,4 +182,5 @@ def save_merged(
     except ValueError as error:
         raise UserError(f"the merged model cannot be saved: {str(error).splitlines()[0]}") from None
     tokenizer.save_pretrained(folder)
+    let_umask_decide(*folder.glob("*.safetensors"))
     return sorted(path.name for path in folder.glob("*.py"))

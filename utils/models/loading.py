@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +20,7 @@ from transformers import (
 
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
+from utils.models.strangers import explain_library
 from utils.runtime import Precision
 from utils.settings import LoraSettings, ModelSettings, Settings
 
@@ -53,12 +53,20 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTo
     """The tokenizer of a model; where it has no padding token the end-of-text token serves (it is masked)."""
     tokenizer = translating(
         f"--model_name_or_path {source.tokenizer}: its tokenizer cannot be loaded",
-        lambda: AutoTokenizer.from_pretrained(
-            source.tokenizer, revision=source.tokenizer_revision, trust_remote_code=settings.trust_remote_code
+        lambda: _tried(
+            AutoTokenizer.from_pretrained(
+                source.tokenizer, revision=source.tokenizer_revision, trust_remote_code=settings.trust_remote_code
+            )
         ),
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, when it turns a text into ids and back: what its files hold is looked at only then."""
+    tokenizer.decode(tokenizer("A word, 1 number.")["input_ids"])
     return tokenizer
 
 
@@ -346,9 +354,13 @@ def put_adapter(
 
 
 def translating(fault: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` returns; the libraries' complaints about the files they read become one readable line."""
+    """What `load` returns; the libraries' complaints about the files they read become one readable line.
+
+    Every kind of exception: what a file from elsewhere makes a library stumble over has no end.
+    """
     try:
         return load()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise UserError(f"{fault}: {first_line}") from error
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{fault}: {explain_library(error)}") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+from utils.models.hub_files import find_hub_file, read_json_file
+from utils.models.strangers import PICKLED, check_adapter_config, check_folder
 from utils.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class ModelSource:
 def find_policy(settings: ModelSettings) -> ModelSource:
     """The model to tune: a base, or a base with the adapter that training continues."""
     source = find_model("--model_name_or_path", settings.model_name_or_path, settings.model_revision)
-    if settings.model_revision is not None and Path(source.name).is_dir():
+    if settings.model_revision is not None and os.path.isdir(source.name):
         raise UserError(
             f"--model_revision {settings.model_revision}: {source.name} is a folder, which has no revisions"
         )
@@ -63,14 +65,15 @@ def find_policy(settings: ModelSettings) -> ModelSource:
         )
     flag, adapter = "--adapter_name_or_path", _absolute_if_local(settings.adapter_name_or_path)
     _check_place(flag, adapter, ADAPTER_CONFIG)
-    if read_json_file(adapter, ADAPTER_CONFIG, None) is None:
-        if not Path(adapter).is_dir():
+    config = read_json_file(adapter, ADAPTER_CONFIG, None)
+    if config is None:
+        if not os.path.isdir(adapter):
             _check_hub_model(flag, adapter, None, ADAPTER_CONFIG)
         raise UserError(
             f"{flag} {adapter}: no {ADAPTER_CONFIG} there, so it is not an adapter; "
             "name a folder that holds one, or leave the flag out"
         )
-    _check_adapter_weights(flag, adapter)
+    _check_adapter(flag, adapter, None, config)
     return ModelSource(source.base, adapter, source.revision, adapter if _has_tokenizer(adapter) else source.tokenizer)
 
 
@@ -78,13 +81,14 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
     """The model that `flag` names: a folder or a hub name, of a whole model or of an adapter.
 
     Raises:
-        UserError: it does not exist, has no weights, only pickled ones, or no tokenizer; or an adapter's base is gone.
+        UserError: it does not exist, has no weights, only pickled ones, or no tokenizer; an adapter's base is gone; or
+            it reaches out of its folder (see strangers.py).
     """
     name = _absolute_if_local(name)
     _check_place(flag, name, "config.json")
     adapter_config = read_json_file(name, ADAPTER_CONFIG, revision)
     if adapter_config is not None:
-        _check_adapter_weights(flag, name)
+        _check_adapter(flag, name, revision, adapter_config)
         base, base_revision = _base_of_adapter(flag, name, adapter_config)
         _check_model(flag, base, base_revision)
         tokenizer = name if _has_tokenizer(name, revision) else base
@@ -95,28 +99,6 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
     return ModelSource(name, None, revision, name)
 
 
-def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
-    """The JSON object in `file` of a model folder or hub repository; None when it has no such file."""
-    path = find_file(name, file, revision)
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return content
-
-
-def find_file(name: str, file: str, revision: str | None) -> Path | None:
-    """Where `file` of a model folder or hub repository is on the disk; None when it has no such file."""
-    path: str | None = str(Path(name) / file)
-    if not Path(name).is_dir():
-        path = _hub_file(name, file, revision)
-    return Path(path) if path is not None and Path(path).is_file() else None
-
-
 def read_end_ids(base: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end a reply, by the tokenizer and the model's generation config."""
     config = read_json_file(base, "generation_config.json", revision) or {}
@@ -125,40 +107,26 @@ def read_end_ids(base: str, revision: str | None, tokenizer: PreTrainedTokenizer
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < len(tokenizer))
 
 
-def _hub_file(name: str, file: str, revision: str | None) -> str | None:
-    from transformers.utils import cached_file
-
-    try:
-        return cached_file(
-            name,
-            file,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-    except (OSError, ValueError):
-        return None
-
-
 def _check_place(flag: str, name: str, config: str) -> None:
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise UserError(f"{flag} {name}: a file; name the folder that holds {config} and the weights")
-    if looks_local(name) and not Path(name).is_dir():
+    if looks_local(name) and not os.path.isdir(name):
         raise UserError(f"{flag} {name}: no such folder; check the path")
 
 
 def _check_model(flag: str, name: str, revision: str | None) -> None:
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         _check_hub_model(flag, name, revision)
+        check_folder(flag, name, revision)
         return
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{flag} {name}: no config.json there, so it is not a model folder; name one that has it")
     if any((Path(name) / file).is_file() for file in WEIGHT_FILES):
+        check_folder(flag, name, revision)
         return
     if any((Path(name) / file).is_file() for file in PICKLED_FILES):
         raise UserError(
-            f"{flag} {name}: only pickled weights (.bin), which can run code when they are loaded; "
+            f"{flag} {name}: only pickled weights (.bin), which {PICKLED}; "
             "convert them to safetensors with transformers' save_pretrained"
         )
     raise UserError(f"{flag} {name}: no weights there (model.safetensors); save or copy them into it")
@@ -207,7 +175,7 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{flag} {name}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
-    if looks_local(base) and not Path(expanduser(base)).is_dir():
+    if looks_local(base) and not os.path.isdir(expanduser(base)):
         beside = Path(name) / base
         if not beside.is_dir():
             raise UserError(
@@ -215,25 +183,41 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
                 "move it back, or mend base_model_name_or_path in its adapter_config.json"
             )
         base = str(beside)
-    return _absolute_if_local(base), config.get("revision")
+    revision = config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise UserError(f"{flag} {name}: revision in its {ADAPTER_CONFIG} is {revision!r:.80}: must be text or null")
+    return _absolute_if_local(base), revision
 
 
-def _check_adapter_weights(flag: str, name: str) -> None:
-    if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
+def _check_adapter(flag: str, name: str, revision: str | None, config: dict[str, Any]) -> None:
+    """An adapter's weights must be safetensors, here or on the hub: PEFT would load a pickle where there are none."""
+    check_adapter_config(flag, name, config)
+    if os.path.isdir(name):
+        found = (Path(name) / "adapter_model.safetensors").is_file()
+        pickled = (Path(name) / "adapter_model.bin").is_file()
+    else:
+        found = find_hub_file(name, "adapter_model.safetensors", revision) is not None
+        pickled = not found and find_hub_file(name, "adapter_model.bin", revision) is not None
+    if not found and pickled:
+        raise UserError(
+            f"{flag} {name}: only pickled weights (adapter_model.bin), which {PICKLED}; "
+            "convert them to safetensors with PEFT's save_pretrained"
+        )
+    if not found and os.path.isdir(name):
         raise UserError(
             f"{flag} {name}: an adapter without weights (adapter_model.safetensors); save or copy them into it"
         )
 
 
 def _check_tokenizer(flag: str, name: str) -> None:
-    if Path(name).is_dir() and not _has_tokenizer(name):
+    if os.path.isdir(name) and not _has_tokenizer(name):
         raise UserError(f"{flag} {name}: no tokenizer there (tokenizer.json or alike); copy the base model's into it")
 
 
 def _has_tokenizer(name: str, revision: str | None = None) -> bool:
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
-    return any(_hub_file(name, file, revision) for file in TOKENIZER_FILES[:2])
+    return any(find_hub_file(name, file, revision) for file in TOKENIZER_FILES[:2])
 
 
 def looks_local(name: str) -> bool:
@@ -242,4 +226,4 @@ def looks_local(name: str) -> bool:
 
 def _absolute_if_local(name: str) -> str:
     path = Path(expanduser(name))
-    return str(path.resolve()) if path.exists() or looks_local(name) else name
+    return str(path.resolve()) if os.path.exists(path) or looks_local(name) else name

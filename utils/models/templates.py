@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.tokenizing import read_tools
 from utils.errors import UserError
+from utils.models.bounds import TimeIsUp, bounded
 
 # Turns as in Anthropic's HH-RLHF transcripts: rendering their turns gives the transcript back.
 TRANSCRIPT_TEMPLATE = (
@@ -34,6 +34,8 @@ PLAIN_TEMPLATE = (
 )
 
 GREETING = "Hello"  # what a template is tried on
+# What a template may take for it: real ones take a millisecond and no memory to speak of.
+MOST_SECONDS, MOST_BYTES, MOST_CHARACTERS = 10, 1 << 30, 1_000_000
 
 
 def read_chat_template(wish: str) -> str:
@@ -114,8 +116,19 @@ def _render(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
 
 def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     try:
-        text = _render(tokenizer)
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{name} does not render a user's turn: {error}") from None
+        with bounded(MOST_SECONDS, MOST_BYTES):
+            text = _render(tokenizer)
+    except TimeIsUp:
+        raise UserError(f"{name} takes more than {MOST_SECONDS} seconds for one short turn; mend its loops") from None
+    except MemoryError:
+        raise UserError(f"{name} takes more than {MOST_BYTES >> 30} GiB of memory for one short turn") from None
+    except RecursionError:
+        raise UserError(f"{name} does not render a user's turn: it is nested too deeply") from None
+    except Exception as error:  # a template can make Python raise anything
+        raise UserError(f"{name} does not render a user's turn: {' '.join(str(error).split())[:300]}") from None
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(
+            f"{name} makes {len(text):,} characters of one short turn; at most {MOST_CHARACTERS:,} are read"
+        )
     if GREETING not in text:
-        raise UserError(f"{name} leaves out what the user says; it renders a turn as {text!r}")
+        raise UserError(f"{name} leaves out what the user says; it renders a turn as {text[:200]!r}")

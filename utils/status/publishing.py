@@ -29,7 +29,7 @@ def publish(overview: Overview, settings: StatusSettings) -> None:
         write_comparison(overview, Path(settings.report).expanduser())
     try:
         if settings.json:
-            say(json.dumps(as_json(overview), indent=2))
+            say(json.dumps(as_json(overview), indent=2).replace("\x7f", "\\u007f"))  # the one control that JSON leaves
         else:
             for line in summarize(overview):
                 say(line)

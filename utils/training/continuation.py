@@ -24,11 +24,13 @@ from utils.errors import UserError
 from utils.kept import read_kept
 from utils.models.identity import identify_model
 from utils.models.sources import ModelSource, find_model
+from utils.models.strangers import refuse_pickles
 from utils.output_folder import FREE_TO_CHANGE
 from utils.processes import count_processes
 from utils.runtime import Precision, is_main_process, read_versions, say
 from utils.saving import read_record
 from utils.settings import Settings
+from utils.training.launch import uses
 from utils.training.preparation import Rows
 from utils.training.reference_cache import hash_rows
 
@@ -76,7 +78,10 @@ def choose_checkpoint(folder: Path | None, wish: str | None) -> Path | None:
     broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
         raise outcome[0]
-    return outcome[0].checkpoint
+    checkpoint = outcome[0].checkpoint
+    if checkpoint is not None and not uses("DEEPSPEED"):  # which writes pickles of its own, and reads them
+        refuse_pickles("--resume_from_checkpoint", checkpoint)
+    return checkpoint
 
 
 def check_continuation(

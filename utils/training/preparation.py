@@ -16,6 +16,7 @@ from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
 from utils.errors import UserError, gather
 from utils.folder_lock import FolderLock, check_not_held
+from utils.models.hub_files import read_json_file
 from utils.models.loading import (
     Reference,
     check_4bit,
@@ -26,7 +27,7 @@ from utils.models.loading import (
     new_adapter_config,
     turn_off_dropout,
 )
-from utils.models.sources import ModelSource, find_model, read_end_ids, read_json_file
+from utils.models.sources import ModelSource, find_model, read_end_ids
 from utils.models.templates import choose_template
 from utils.output_folder import check_output_folder
 from utils.runtime import Precision, say

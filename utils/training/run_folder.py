@@ -24,8 +24,8 @@ from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
-from utils.saving import write_json
-from utils.state import load_state, read_random_state, save_state, set_random_state
+from utils.saving import let_umask_decide, write_json
+from utils.state import load_state, read_random_state, restoring, save_state, set_random_state
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
 from utils.training.checkpointing import WholeCheckpoints
@@ -292,6 +292,7 @@ class RunFolderTrainer(WholeCheckpoints):
         if not had_readme:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)
+        let_umask_decide(*folder.glob("*.safetensors"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves whole weights, as plain transformers and PEFT load them, however they lie in memory."""
@@ -328,8 +329,9 @@ class RunFolderTrainer(WholeCheckpoints):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = load_state(Path(checkpoint), "optimizer")
-        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
-        self.lr_scheduler.load_state_dict(state["scheduler"])
+        with restoring(Path(checkpoint), "optimizer"):
+            self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
+            self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -351,4 +353,5 @@ class RunFolderTrainer(WholeCheckpoints):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = self._random_state_name()
         if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
-            set_random_state(load_state(Path(checkpoint), name))
+            with restoring(Path(checkpoint), name):
+                set_random_state(load_state(Path(checkpoint), name))

@@ -1,0 +1,144 @@
+"""Model and adapter folders from elsewhere: what in them would run code or reach out of the folder is refused by name.
+
+The libraries read no code from a folder unless --trust_remote_code says so. What is looked at here is what they would
+still do for a config: load pickled weights, follow a path out of the folder, fetch a kernel that the config names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.models.hub_files import read_json_file
+
+PICKLED = "can run code when they are loaded"
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
+INDEX = "model.safetensors.index.json"
+SHOWN = 3
+# What PEFT does for a value in an adapter's config, beyond building layers.
+REACHES_OUT = {
+    "megatron_config": "lets PEFT import the Python module that megatron_core names",
+    "tokenizer_kwargs": "is handed to the loading of a tokenizer, trust_remote_code among it",
+    "prompt_tuning_init_state_dict_path": "names a file elsewhere to start from",
+    "adapters": "names further adapters to load",
+    "shadow_model": "names a further model to load",
+}
+
+
+def check_folder(flag: str, name: str, revision: str | None = None) -> None:
+    """Refuses what a model folder or hub repository names and must not.
+
+    Raises:
+        UserError: weights outside the folder or in pickles, a kernel to be fetched, a chat template named as a path.
+    """
+    faults = [
+        *_shard_faults(read_json_file(name, INDEX, revision) or {}),
+        *_config_faults(read_json_file(name, "config.json", revision) or {}),
+        *_tokenizer_faults(read_json_file(name, "tokenizer_config.json", revision) or {}),
+    ]
+    if faults:
+        raise UserError(*(f"{flag} {name}: {fault}" for fault in faults))
+
+
+def check_adapter_config(flag: str, name: str, config: dict[str, Any]) -> None:
+    """Refuses an adapter whose adapter_config.json makes PEFT import or load something else.
+
+    Raises:
+        UserError: one fault per such value.
+    """
+    faults = [
+        f"{flag} {name}: {key} in its adapter_config.json {what}; remove the line if you trust the rest"
+        for key, what in REACHES_OUT.items()
+        if config.get(key)
+    ]
+    if faults:
+        raise UserError(*faults)
+
+
+def refuse_pickles(flag: str, checkpoint: Path) -> None:
+    """Refuses a checkpoint with files that are pickles by their endings; no run of this script writes any.
+
+    Raises:
+        UserError: it has some. A trainer that finds such a file in place of a safetensors one would load it.
+    """
+    pickled = sorted(path.name for path in checkpoint.iterdir() if path.name.lower().endswith(PICKLE_ENDINGS))
+    if pickled:
+        more = f" and {len(pickled) - SHOWN} more" if len(pickled) > SHOWN else ""
+        raise UserError(
+            f"{flag} {checkpoint}: holds pickles ({', '.join(pickled[:SHOWN])}{more}), which {PICKLED}; no run of "
+            "this script writes any, and none is loaded. To start from its weights, name it with --model_name_or_path"
+        )
+
+
+def explain_library(error: Exception) -> str:
+    """What a library says of a file that it cannot read, in one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    if "trust_remote_code" in text:
+        return (
+            "it comes with Python code of its own, which is not run; read that code, and pass --trust_remote_code if "
+            "you trust it"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "it asks for more memory than there is"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = lines[0] if lines else ""
+    if said.startswith("Validation error for") and len(lines) > 1:  # the reason stands on the line below
+        said = f"{said} {lines[1]}"
+    named = type(error).__name__
+    return said[:300] if isinstance(error, OSError | ValueError | ImportError) and said else f"{named}: {said}"[:300]
+
+
+def _shard_faults(index: dict[str, Any]) -> Iterator[str]:
+    places = index.get("weight_map", {})
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        yield f"{INDEX}: its weight_map must name a file for each tensor"
+        return
+    wrong = sorted({place for place in places.values() if not _is_plain_name(place, ".safetensors")})
+    for place in wrong[:SHOWN]:
+        if place.lower().endswith(PICKLE_ENDINGS):
+            yield f"{INDEX} names {place}: pickled weights, which {PICKLED}; only .safetensors are read"
+        else:
+            yield f"{INDEX} names {place}: only .safetensors files in the same folder are read"
+
+
+def _config_faults(config: dict[str, Any]) -> Iterator[str]:
+    for key, value in _items(config):
+        if key.endswith(("attn_implementation", "attn_implementation_internal")) and "/" in json.dumps(value):
+            yield (
+                f"config.json: {key} is {json.dumps(value)[:80]}, a kernel that would be fetched and run; remove the "
+                "line, and name an implementation that you trust with --attn_implementation"
+            )
+
+
+def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:
+    templates = config.get("chat_template")
+    named = [item.get("name") for item in templates if isinstance(item, dict)] if isinstance(templates, list) else []
+    named += list(templates) if isinstance(templates, dict) else []
+    for name in named:
+        if not isinstance(name, str) or not _is_plain_name(name, ""):
+            yield f"tokenizer_config.json: {name!r:.80} is no name for a chat template, which is saved as a file"
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested mappings with its value."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _is_plain_name(name: str, ending: str) -> bool:
+    """Whether it names a file of the same folder, on any system."""
+    plain = name == os.path.basename(name) and not re.search(r"[\\/:\x00]", name)
+    return plain and name not in ("", ".", "..") and name.endswith(ending)
