@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST_LINES = 1000  # of training
-FOLDED = 500
+MOST_LINES = 200  # of training
+FOLDED = 100
 STANDS_FOR = "lines"  # the key of a line in the place of others: how many they were
 
 
