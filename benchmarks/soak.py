@@ -42,7 +42,7 @@ COLUMNS = {
     "folder_mib": "folder, MiB",
     "ms_per_step": "ms/step",
 }
-WARM = 0.25  # of the steps, after which memory is expected to stay
+WARM = 0.5  # of the steps, after which everything that is bounded has reached its bound
 STOPPED = 130  # the exit code of a run that was asked to stop
 FLAT = 64.0  # bytes per step: 1.2 MiB over 20,000 steps
 

@@ -58,7 +58,7 @@ def test_a_log_that_was_saved_and_read_again_is_folded_alike():
 
 
 def test_a_short_log_stays():
-    lines = make_lines(900)
+    lines = make_lines(190)
     log = copy.deepcopy(lines)
     fold_history(log, "pairs")
     assert log == lines
@@ -94,12 +94,12 @@ def test_a_report_holds_no_more_lines_than_it_can_show(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "[1]\n" + '{"step": 9001, "lo')
     found = read_thinned(path)
     training = [line["step"] for line in found if "loss" in line]
-    assert len(training) <= 2001
+    assert len(training) <= 801
     assert (training[0], training[-1]) == (1, 9000)
-    assert {b - a for a, b in itertools.pairwise(training[:-1])} == {8}
+    assert {b - a for a, b in itertools.pairwise(training[:-1])} == {16}
     assert [line for line in found if "held_out_loss" in line] == [line for line in lines if "held_out_loss" in line]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:1500]))
-    assert read_thinned(path) == lines[:1500]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:700]))
+    assert read_thinned(path) == lines[:700]
 
 
 def test_a_resumed_run_whose_log_was_folded_is_the_uninterrupted_one(run_script, tiny_model, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 from utils.saving import EXAMPLES, METRICS, PAIRS, SAMPLES, read_json_lines, read_record
 
 MOST_POINTS = 400  # of a curve: more than a screen shows
-MOST_LINES = 2000  # of training that are held at once: of a longer run only every second, fourth, ... line is
+MOST_LINES = 800  # of training that are held at once: of a longer run only every second, fourth, ... line is
 
 
 @dataclass(frozen=True)

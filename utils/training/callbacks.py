@@ -33,7 +33,7 @@ SHOWN = {
     "token_accuracy": "token accuracy {:.0%}",
 }
 
-MOST_LINES = 600  # of metrics that are kept at hand for the alarms
+MOST_LINES = 450  # of metrics that are kept at hand for the alarms
 
 
 def readable_metrics(metrics: Mapping[str, Any]) -> str:

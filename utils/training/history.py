@@ -6,8 +6,8 @@ from typing import Any
 
 from utils.saving import STANDS_FOR
 
-MOST_LINES = 1000  # of training
-FOLDED = 500
+MOST_LINES = 200  # of training
+FOLDED = 100
 
 
 def fold_history(history: list[dict[str, Any]], counted: str) -> None:
