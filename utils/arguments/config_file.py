@@ -16,6 +16,8 @@ from typing import Any, Literal
 from utils.arguments.flag_values import as_text
 from utils.errors import UserError
 
+MOST_ITEMS = 100_000  # of one setting
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -59,6 +61,8 @@ def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
 
 def read_entry(name: str, label: str, value: Any) -> Entry:
     """The entry of one value, as JSON or YAML holds it. Raises UserError for what is neither text nor number."""
+    if _holds_more_than(MOST_ITEMS, value):
+        raise UserError(f"{label}: holds more than {MOST_ITEMS:,} items, or itself")
     try:
         if value is None:
             return Entry(name, label, shape="null")
@@ -71,6 +75,17 @@ def read_entry(name: str, label: str, value: Any) -> Entry:
         raise UserError(
             f"{label}: holds something that is neither text, number, true/false, list nor mapping"
         ) from None
+
+
+def _holds_more_than(limit: int, value: Any) -> bool:
+    """Whether a value has so many parts; one to which references refer often counts as often, for so it is written."""
+    waiting, count = [value], 0
+    while waiting and count <= limit:
+        item = waiting.pop()
+        inner = list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
+        count += len(inner)
+        waiting += inner
+    return count > limit
 
 
 def _read_json(path: str, text: str) -> Iterator[tuple[str, Any]]:

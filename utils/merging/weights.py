@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.errors import UserError
-from utils.models.loading import load_frozen, put_adapter, translating
+from utils.models.loading import load_frozen, put_adapter
 from utils.models.sources import ModelSource, read_end_ids
+from utils.models.translating import translating
 from utils.runs import TrainedModel
 from utils.runtime import Precision, find_device
 from utils.saving import let_umask_decide

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,11 +19,10 @@ from transformers import (
 
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
-from utils.models.strangers import explain_library
+from utils.models.translating import translating
 from utils.runtime import Precision
 from utils.settings import LoraSettings, ModelSettings, Settings
 
-Loaded = TypeVar("Loaded")
 DEFAULT_MAX_LENGTH = 1024
 TRAINED_ADAPTER = "default"  # PEFT's name for the one that is trained
 
@@ -351,16 +349,3 @@ def put_adapter(
         return model
 
     return translating(f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}", put)
-
-
-def translating(fault: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` returns; the libraries' complaints about the files they read become one readable line.
-
-    Every kind of exception: what a file from elsewhere makes a library stumble over has no end.
-    """
-    try:
-        return load()
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{fault}: {explain_library(error)}") from error

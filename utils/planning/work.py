@@ -12,9 +12,10 @@ from transformers import AutoConfig, PretrainedConfig
 from utils.data.loading import load_pairs
 from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
 from utils.models.hub_files import read_json_file
-from utils.models.loading import choose_max_length, load_tokenizer, longest_context, translating
+from utils.models.loading import choose_max_length, load_tokenizer, longest_context
 from utils.models.shared_prefix import Lengths
 from utils.models.sources import ADAPTER_CONFIG, ModelSource, find_policy
+from utils.models.translating import translating
 from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
 from utils.settings import Settings
 from utils.training.config import rows_of_run
