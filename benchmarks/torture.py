@@ -244,7 +244,9 @@ def describe(torture: Torture, seconds: float) -> str:
             good = sum(fault["good"] for fault in of_kind)
             lines.append(f"| {kind} | {len(of_kind)} | {codes} | {good} |")
     verdict = f"{len(torture.failures)} failures" if torture.failures else "every run ended as the undisturbed one did"
-    return "\n".join(lines) + f"\n\n{len(torture.stops)} stops in {seconds / 60:.1f} minutes: {verdict}\n"
+    hit = sum(stop["doing"] != "it had ended" for stop in torture.stops)
+    stops = f"{len(torture.stops)} stops, {hit} of them before the run had ended, in {seconds / 60:.1f} minutes"
+    return "\n".join(lines) + f"\n\n{stops}: {verdict}\n"
 
 
 def disturb(torture: Torture, options: argparse.Namespace) -> None:
