@@ -126,6 +126,8 @@ def _run(arguments: Sequence[object], output: Path, environment: dict[str, str],
         import advanced_dpo_script
 
         code = advanced_dpo_script.main([str(word) for word in arguments])
+    except KeyboardInterrupt:  # asked to stop before the script had begun
+        code = 130
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

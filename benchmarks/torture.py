@@ -17,6 +17,7 @@ Most runs are forked from one process that has imported everything (benchmarks/f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -243,7 +244,23 @@ def describe(torture: Torture, seconds: float) -> str:
             good = sum(fault["good"] for fault in of_kind)
             lines.append(f"| {kind} | {len(of_kind)} | {codes} | {good} |")
     verdict = f"{len(torture.failures)} failures" if torture.failures else "every run ended as the undisturbed one did"
-    return "\n".join(lines) + f"\n\n{len(torture.stops)} stops in {seconds / 60:.1f} minutes: {verdict}\n"
+    hit = sum(stop["doing"] != "it had ended" for stop in torture.stops)
+    stops = f"{len(torture.stops)} stops, {hit} of them before the run had ended, in {seconds / 60:.1f} minutes"
+    return "\n".join(lines) + f"\n\n{stops}: {verdict}\n"
+
+
+def disturb(torture: Torture, options: argparse.Namespace) -> None:
+    """Runs that are stopped, so many times in all, in one process and in two."""
+    of_two = options.kills // 4 if options.kills_of_two is None else options.kills_of_two
+    for processes, kills in ((1, options.kills), (2, 0 if options.short else of_two)):
+        done, ways = 0, list(WAYS)
+        while done < kills:
+            stops = min(torture.draw.randint(3, MOST_STOPS), kills - done)
+            way = ways[torture.runs % len(ways)]
+            torment(torture, way, processes, stops, plain=not options.short and torture.draw.random() < 0.04)
+            done += stops
+            names = "process" if processes == 1 else "processes"
+            print(f"{processes} {names}: {done} of {kills} stops, {len(torture.failures)} failures", flush=True)
 
 
 def main() -> int:
@@ -267,18 +284,10 @@ def main() -> int:
         from faults import in_a_child, inject_faults
 
         in_a_child(lambda: make_inputs(torture.work))
-        of_two = options.kills // 4 if options.kills_of_two is None else options.kills_of_two
-        for processes, kills in ((1, options.kills), (2, 0 if options.short else of_two)):
-            done, ways = 0, list(WAYS)
-            while done < kills:
-                stops = min(torture.draw.randint(3, MOST_STOPS), kills - done)
-                way = ways[torture.runs % len(ways)]
-                torment(torture, way, processes, stops, plain=not options.short and torture.draw.random() < 0.04)
-                done += stops
-                print(f"{processes} process{'es' * (processes > 1)}: {done} of {kills} stops, "
-                      f"{len(torture.failures)} failures", flush=True)  # fmt: skip
-        if not options.no_faults:
-            inject_faults(torture, short=options.short)
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: the table of what was done
+            disturb(torture, options)
+            if not options.no_faults:
+                inject_faults(torture, short=options.short)
     table = describe(torture, time.monotonic() - begun)
     print(f"\n{table}", end="")
     options.output_dir.mkdir(parents=True, exist_ok=True)
