@@ -36,11 +36,10 @@ if __name__ == "__main__":
     import advanced_dpo_script
 
     class Witness(TrainerCallback):
-        """Writes down whether the parameters that train are shards: one file a process in the output folder."""
+        """Writes down whether all parameters are shards, also frozen ones: one file a process in the output folder."""
 
         def on_train_end(self, args, state, control, model=None, **_):
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            sharded = bool(trained) and all(isinstance(parameter, DTensor) for parameter in trained)
+            sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
             Path(args.output_dir, f"sharded-{args.process_index}").write_text(str(sharded))
 
     transformers_trainer.DEFAULT_CALLBACKS.append(Witness)

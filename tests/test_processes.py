@@ -22,6 +22,7 @@ WAYS = {
     "full": ["--precompute_ref_log_probs", "false"],
     "full, reference ahead, by tokens": ["--precompute_ref_log_probs", "--max_tokens_per_batch", 80],
     "lora": ["--use_lora"],
+    "lora on 4 bits": ["--use_lora", "--use_4bit"],
     # Now one process, now the other has more micro-batches; gradients are exchanged once all the same.
     "lora, by tokens": ["--use_lora", "--max_tokens_per_batch", 44],
 }
@@ -41,6 +42,7 @@ CASES = [
 def launch(kind: str, processes: int, *flags, torchrun: bool = False) -> None:
     """A run in several processes: one that succeeds, by the commands of docs/scaling.md."""
     config, script = LAUNCHES[kind]
+    config += "_qlora" if kind == "sharded" and "--use_4bit" in flags else ""
     start = ["accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml"]
     start += ["--num_processes", processes, "--main_process_port", free_port()]
     if torchrun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -332,6 +333,8 @@ def _quantization(settings: ModelSettings, precision: Precision) -> Any:
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=precision.dtype,
+        # FSDP shards numbers with a point only: there the bits of the weights are held as such.
+        bnb_4bit_quant_storage=precision.dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None,
     )
 
 
