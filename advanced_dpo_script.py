@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
-from utils.errors import Interrupted, UserError, gather
+from utils.errors import Interrupted, LocalError, UserError, gather
+from utils.memory import LESS_MEMORY, ran_out_of_memory
 from utils.runtime import is_main_process, keep_freed_memory, quiet_libraries, say
 from utils.settings import Settings
 
@@ -46,14 +47,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; nothing was lost that had been saved before")
         return 130
-    except Exception:
+    except Exception as error:
+        if ran_out_of_memory(error):
+            lack = str(error).partition("\n")[0] or type(error).__name__
+            report_faults(LocalError(f"memory ran out ({lack}). What helps: {LESS_MEMORY}"))
+            return 2
         traceback.print_exc()
         return 1
 
 
 def report_faults(error: UserError) -> None:
-    """Prints what is to be mended, one line per fault, from the main process."""
-    if not is_main_process():
+    """Prints what is to be mended, one line per fault, from the main process, or from the only one that knows it."""
+    if not is_main_process() and not isinstance(error, LocalError):
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return
     for fault in error.faults:

@@ -173,14 +173,24 @@ def loss_fields(candidate: Candidate) -> Iterator[str]:
     elif divergence != "reverse_kl":
         for name in sorted(set(names) - set(F_DIVERGENCE_LOSSES)):
             yield f"{candidate.label('f_divergence_type')} {divergence}: is not defined for the loss {name}"
-    if candidate["max_tokens_per_batch"] is not None:
-        for name in sorted({"aot", "aot_unpaired"} & set(names)):
-            yield f"{candidate.label('max_tokens_per_batch')}: would change the groups in which {name} sorts pairs"
+    for limit in candidate.given("max_tokens_per_batch", "auto_batch_size"):
+        for name in sorted({"aot", "aot_unpaired"} & set(names)) if candidate[limit] else ():
+            yield f"{candidate.label(limit)}: would change the groups in which {name} sorts pairs"
     if candidate["use_weighting"]:
         for name in sorted({"aot", "aot_unpaired"} & set(names)):
             yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {name}, which sorts them"
     if candidate["ld_alpha"] is not None and not 0 <= candidate["ld_alpha"] <= 1:
         yield f"{candidate.label('ld_alpha')} is {candidate['ld_alpha']}: must be between 0 and 1"
+
+
+def batch_size(candidate: Candidate) -> Iterator[str]:
+    if not candidate["auto_batch_size"]:
+        return
+    label = candidate.label("auto_batch_size")
+    if candidate["max_tokens_per_batch"] is not None:
+        yield f"{label}: finds what --max_tokens_per_batch says; leave out one of the two"
+    if candidate.settings.verb == "plan":
+        yield f"{label}: tries batches, which a plan on paper does not; it finds the largest that fits in any case"
 
 
 def moving_reference(candidate: Candidate) -> Iterator[str]:
@@ -315,6 +325,7 @@ TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
     smoothing: ("loss_type", "label_smoothing"),
     loss_fields: ("loss_type", "f_divergence_type", "ld_alpha"),
     divergence_bound: ("max_kl", "validation_split"),
+    batch_size: ("auto_batch_size", "max_tokens_per_batch"),
     moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),
 }
 PLAN_CHECKS: dict[Check, tuple[str, ...]] = {

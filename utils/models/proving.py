@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.memory import ran_out_of_memory
 from utils.models.head import MARK, LogitShape
 from utils.models.scoring import output_head, score_tokens
 from utils.models.shared_prefix import shared_prefix_active
@@ -108,6 +109,8 @@ def find_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch, trial: T
                 shared = _log_probs(model, packed)
             fault = trial.disagree(model, plain, shared, lambda: _log_probs(model, padded))
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         # Whatever a model's own code makes of a layout it does not know, the padded batches remain.
         return f"its attention does not take the layout ({type(error).__name__})"
     return fault and f"{fault} from those of plain rows"
@@ -136,7 +139,9 @@ def let_head_score_in_chunks(model: torch.nn.Module, batch: Batch, trial: Trial)
             setattr(head, MARK, shape)
             proven = not trial.disagree(model, _log_probs(model, batch), plain, lambda: _log_probs(model, batch))
             proven = proven and (not trained or _apart(gradient, _gradient(model, batch)) <= allowed)
-    except Exception:
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         proven = False  # whatever the model's own code makes of it, its own logits remain
     finally:
         model.zero_grad(set_to_none=True)
@@ -158,6 +163,8 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
                 shared = _gradient(model, packed)
             allowed = trial.gradient_rounding(model, plain, lambda: _gradient(model, padded))
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         return f"its backward pass does not take the layout ({type(error).__name__})"
     finally:
         model.zero_grad(set_to_none=True)

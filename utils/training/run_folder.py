@@ -22,6 +22,7 @@ from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
+from utils.saving import RunRecord
 from utils.state import load_state, read_random_state, save_state, set_random_state
 from utils.training.batches import ROWS, TOKENS
 from utils.training.finite import describe_step, losses_by_row
@@ -75,12 +76,20 @@ class RunFolderTrainer(Trainer):
             super().__init__(model=model, args=args, **parts)
         set_lora_dropout(self.model, lora_dropout)
         speed_up_lora(self.model)
+        self.record = RunRecord({})  # the run's own takes its place, and what it says so far
         self.held_out_rows: list[dict[str, float]] = []
         self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
         self.tokens_seen = 0  # in training, by this process: tokens of the data, padding not counted
         self._sums: dict[str, Tensor] = {}
         self._last_line = (0, 0.0)  # tokens seen and seconds of training when it was logged
         self._step_losses: list[tuple[list[int], Tensor]] = []  # of the micro-batches of the optimizer step
+
+    def warn(self, text: str) -> None:
+        """Says something once, and keeps it in the run's record; another process than the main one says it alone."""
+        if self.args.process_index:
+            print(f"warning: {text}", flush=True)
+        else:
+            self.record.warn(text, aloud=True)
 
     def models(self) -> list[torch.nn.Module]:
         """Everything that is computed with."""

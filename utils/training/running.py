@@ -172,7 +172,10 @@ def start_run(
             else "no checkpoint to resume from yet: starting from the beginning"
         )
     content = _first_record(trainer, reference, data, rows, settings, arguments)
-    record = RunRecord(content | _origins(source, reference, precision) | {"warnings": warnings})
+    made = trainer.record.content  # while the trainer was made
+    warnings = [*warnings, *made.get("warnings", [])]
+    record = RunRecord(content | _origins(source, reference, precision) | made | {"warnings": warnings})
+    trainer.record = record
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])

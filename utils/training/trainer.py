@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,13 +21,13 @@ from utils.training.batches import (
     REFERENCE_COLUMNS,
     PairCollator,
     count_pairs,
-    parts_of,
 )
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
 from utils.training.metrics import pair_metrics
 from utils.training.pair_scoring import REFERENCE_ADAPTER
 from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer
+from utils.training.within_memory import StepsWithinMemory
 
 UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
@@ -42,7 +41,7 @@ def keep_last_layer(model: torch.nn.Module) -> None:
         layers[-1].gradient_checkpointing = False
 
 
-class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
+class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPOTrainer):
     """Direct preference optimization of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, `row`).
 
     Differs from its parent in what it computes with the log-probs: each pair weighs the same in its optimizer step
@@ -183,17 +182,13 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Forward and backward of a batch, in micro-batches under a limit of tokens; both attend in its layout."""
-        parts = self._as_many_in_each_process(parts_of(inputs))
-        losses = []
         with self._attending():
-            for number, part in enumerate(parts, 1):
-                # Processes exchange their gradients once, with the last micro-batch.
-                waits = self.accelerator.no_sync(model) if number < len(parts) else contextlib.nullcontext()
-                with waits:
-                    losses.append(super().training_step(model, part, num_items_in_batch))
-        return torch.stack(losses).sum()
+            return self.step_within_memory(model, inputs, num_items_in_batch)
 
-    def _as_many_in_each_process(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def compute_part(self, model, part, num_items_in_batch) -> Tensor:
+        return super().training_step(model, part, num_items_in_batch)
+
+    def in_step(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Sharded models compute in step: where another process has more micro-batches, the first comes once more,
         to count for nothing."""
         if not (self.max_tokens and (self.is_fsdp_enabled or self.is_deepspeed_enabled)):
