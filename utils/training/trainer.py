@@ -30,6 +30,7 @@ from utils.training.run_folder import RunFolderTrainer
 from utils.training.within_memory import StepsWithinMemory
 
 UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed and counts for nothing
+ENOUGH = 512  # tokens of prompt, chosen and rejected, to prove gradients by
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
 
 
@@ -39,6 +40,11 @@ def keep_last_layer(model: torch.nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if layers:
         layers[-1].gradient_checkpointing = False
+
+
+def shortened(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair of at most ENOUGH tokens of each part: what keeps all activations shall not need more than training."""
+    return pair | {name: pair[name][:ENOUGH] for name in PAIR_IDS}
 
 
 class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPOTrainer):
@@ -120,7 +126,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
-        self.choose_head(self.data_collator.whole(examples[-1:]))
+        self.choose_head(self.data_collator.whole([shortened(examples[-1])]))
         if wish == "padded":
             self.shared_prefix = "padded batches were asked for"
             return
@@ -146,7 +152,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
 
         mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in self.models())), None)
         if mismatch is None and any(parameter.requires_grad for parameter in self.model.parameters()):
-            mismatch = prove(find_gradient_mismatch, self.model, examples[-1:])
+            mismatch = prove(find_gradient_mismatch, self.model, [shortened(examples[-1])])
         if self.args.world_size > 1:
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
