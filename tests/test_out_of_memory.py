@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import make_pairs, read_metrics, read_record, write_lines
+from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_model, write_lines
 from safetensors.torch import load_file
 
 from utils.training.batches import PairCollator, examples_of
@@ -221,3 +223,61 @@ def test_the_pairs_of_a_batch_are_found_in_it(packs):
     assert examples_of(collator.whole(pairs)) == pairs
     collator.max_tokens = 14
     assert sorted(examples_of(collator(pairs)), key=lambda pair: pair["row"]) == pairs
+
+
+def start_two(script, *arguments):
+    """Two processes; ends them when they hang."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    command = [str(part) for part in (*command, *arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gradient_accumulation_steps", 2],
+        pytest.param(["--use_lora", "--max_tokens_per_batch", 80], marks=pytest.mark.slow),
+    ],
+    ids=["full, accumulated", "lora, by tokens"],
+)
+def test_one_of_two_processes_begins_its_part_anew(run_script, tiny_model, pairs_file, tmp_path, flags):
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
+             "--max_steps", 3, "--dtype", "float32", "--logging_steps", 1, "--precompute_ref_log_probs", "false", *flags]  # fmt: skip
+    done = start_two("tests/little_room.py", 60, *flags, "--per_device_train_batch_size", 4,
+                     "--output_dir", tmp_path / "two")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"warning: step 1, process 1: memory ran out in a micro-batch of \d+ tokens", done.stdout)
+    code, _, err = run_script(*flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
+    assert code == 0, err
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_that_cannot_go_on_ends_both(tiny_model, pairs_file, tmp_path):
+    done = start_two("tests/little_room.py", 5, "--model_name_or_path", tiny_model, "--dataset_name", pairs_file,
+                     "--per_device_train_batch_size", 2, "--validation_split", "none", "--output_dir",
+                     tmp_path / "run")  # fmt: skip
+    assert done.returncode != 0
+    found = r"error: step 1, process 1: memory ran out with a pair of \d+ tokens \(pairs.jsonl line"
+    assert re.search(found, done.stderr), done.stderr
+    assert read_record(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on the memory of a process are Linux's")
+def test_memory_that_the_system_refuses_is_done_without(tmp_path):
+    """A batch that takes some hundred MiB, where there are sixty."""
+    model = save_tiny_model(tmp_path / "model", 1, hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    data = write_lines(tmp_path / "pairs.jsonl", make_pairs(130))
+    flags = [model, "--dataset_name", data, "--per_device_train_batch_size", 64, "--max_steps", 2, "--logging_steps", 1,
+             "--dtype", "float32", "--validation_split", "none", "--precompute_ref_log_probs", "false"]  # fmt: skip
+    for name, script in (("little", ["tests/little_memory.py", 60]), ("enough", ["advanced_dpo_script.py"])):
+        command = [sys.executable, *script, "--model_name_or_path", *flags, "--output_dir", tmp_path / name]
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "memory ran out in a micro-batch of" in read_record(tmp_path / "little")["warnings"][0]
+    assert read_record(tmp_path / "enough")["warnings"] == []
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("little", "enough"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
