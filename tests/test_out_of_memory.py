@@ -241,8 +241,8 @@ def start_two(script, *arguments):
     ids=["full, accumulated", "lora, by tokens"],
 )
 def test_one_of_two_processes_begins_its_part_anew(run_script, tiny_model, pairs_file, tmp_path, flags):
-    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--learning_rate", 5e-3,
-             "--max_steps", 3, "--dtype", "float32", "--logging_steps", 1, "--precompute_ref_log_probs", "false", *flags]  # fmt: skip
+    quick = "--learning_rate 5e-3 --max_steps 3 --dtype float32 --logging_steps 1 --precompute_ref_log_probs false"
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *quick.split(), *flags]
     done = start_two("tests/little_room.py", 60, *flags, "--per_device_train_batch_size", 4,
                      "--output_dir", tmp_path / "two")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
