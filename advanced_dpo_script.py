@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
-from utils.errors import Interrupted, ProcessLost, UserError, gather
+from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather
 from utils.flags import acts_as
+from utils.memory import LESS_MEMORY, ran_out_of_memory
 from utils.runtime import is_main_process, keep_freed_memory, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
@@ -59,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             report_faults(UserError(f"{str(error.filename)[:60]}...: too long for the name of a file or folder"))
             return 2
+        if ran_out_of_memory(error):
+            lack = str(error).partition("\n")[0] or type(error).__name__
+            report_faults(LocalError(f"memory ran out ({lack}). What helps: {LESS_MEMORY}"))
+            return 2
         print(make_visible(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
 
@@ -71,8 +76,8 @@ def warn_of_code(settings: Settings) -> None:
 
 
 def report_faults(error: UserError) -> None:
-    """Prints what is to be mended, one line per fault, from the main process."""
-    if not is_main_process():
+    """Prints what is to be mended, one line per fault, from the main process, or from the only one that knows it."""
+    if not is_main_process() and not isinstance(error, LocalError):
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return
     for fault in error.faults:

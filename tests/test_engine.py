@@ -159,9 +159,17 @@ def test_checkpointing_leaves_out_the_layer_that_the_backward_pass_needs_first(
 def test_long_pairs_are_attended_to_text_by_text(name, monkeypatch):
     test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)
     monkeypatch.setattr("utils.models.cpu_attention.SHORT", 12)  # of the four pairs some are longer
+    monkeypatch.setattr("utils.models.cpu_attention.BLOCK", 4)  # of queries, under a window of 7
     test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)
     monkeypatch.setattr("utils.models.cpu_attention.takes", lambda *_: False)  # where there is no such kernel
     test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 32)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_long_texts_without_a_kernel_are_attended_to_in_blocks(name, monkeypatch):
+    monkeypatch.setattr("utils.models.cpu_attention.takes", lambda *_: False)
+    monkeypatch.setattr("utils.models.shared_prefix.LARGEST_MASK", 40)
+    test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

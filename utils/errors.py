@@ -1,6 +1,7 @@
 """How a run ends other than well: by what the reader can mend, by being asked to stop, by what it lost.
 
 UserError            every fault found, one line each; printed without a traceback, exit code 2
+  LocalError         the same, known to one of several processes alone, which prints it itself
 Interrupted          Ctrl-C or SIGTERM, after the state was saved; exit code 130
 ProcessLost          another process of the run is gone; the message says what is safe; exit code 1
 """
@@ -23,6 +24,10 @@ class UserError(Exception):
             raise ValueError("a UserError names at least one fault")
         self.faults = faults
         super().__init__("\n".join(faults))
+
+
+class LocalError(UserError):
+    """A fault that the other processes of the run do not know of: the one that has it must say it."""
 
 
 class Interrupted(Exception):

@@ -48,6 +48,8 @@ FREE_TO_CHANGE = frozenset(
         "num_eval_samples",
         "sample_max_new_tokens",
         "per_device_eval_batch_size",
+        "max_tokens_per_batch",  # the pairs of an optimizer step stay what they are
+        "auto_batch_size",
         "dataset_num_proc",
         "dataloader_num_workers",
     }

@@ -173,6 +173,12 @@ class TrainingSettings:
         bound=AT_LEAST_ONE,
         verbs=TRAIN,
     )
+    auto_batch_size: bool = flag(
+        False,
+        "find max_tokens_per_batch by trying the longest pairs before training: the smallest that is about as fast as "
+        "the fastest that fits",
+        verbs=TRAIN,
+    )
     engine: str = flag(
         "auto",
         "shared_prefix: each prompt computed once, no padding; padded: plain batches; "

@@ -15,6 +15,7 @@ from utils.arguments.comparison_checks import COMPARISON_CHECKS
 from utils.arguments.data_checks import DATA_CHECKS
 from utils.arguments.evaluation_checks import EVALUATION_CHECKS
 from utils.arguments.flag_values import is_number
+from utils.arguments.plan_checks import PLAN_CHECKS
 from utils.arguments.status_checks import INIT_CHECKS, STATUS_CHECKS
 from utils.arguments.use_checks import CHAT_CHECKS, MERGE_CHECKS
 from utils.errors import UserError
@@ -187,14 +188,24 @@ def loss_fields(candidate: Candidate) -> Iterator[str]:
     elif divergence != "reverse_kl":
         for name in sorted(set(names) - set(F_DIVERGENCE_LOSSES)):
             yield f"{candidate.label('f_divergence_type')} {divergence}: is not defined for the loss {name}"
-    if candidate["max_tokens_per_batch"] is not None:
-        for name in sorted({"aot", "aot_unpaired"} & set(names)):
-            yield f"{candidate.label('max_tokens_per_batch')}: would change the groups in which {name} sorts pairs"
+    for limit in candidate.given("max_tokens_per_batch", "auto_batch_size"):
+        for name in sorted({"aot", "aot_unpaired"} & set(names)) if candidate[limit] else ():
+            yield f"{candidate.label(limit)}: would change the groups in which {name} sorts pairs"
     if candidate["use_weighting"]:
         for name in sorted({"aot", "aot_unpaired"} & set(names)):
             yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {name}, which sorts them"
     if candidate["ld_alpha"] is not None and not 0 <= candidate["ld_alpha"] <= 1:
         yield f"{candidate.label('ld_alpha')} is {candidate['ld_alpha']}: must be between 0 and 1"
+
+
+def batch_size(candidate: Candidate) -> Iterator[str]:
+    if not candidate["auto_batch_size"]:
+        return
+    label = candidate.label("auto_batch_size")
+    if candidate["max_tokens_per_batch"] is not None:
+        yield f"{label}: finds what --max_tokens_per_batch says; leave out one of the two"
+    if candidate.settings.verb == "plan":
+        yield f"{label}: tries batches, which a plan on paper does not; it finds the largest that fits in any case"
 
 
 def moving_reference(candidate: Candidate) -> Iterator[str]:
@@ -263,28 +274,6 @@ def best_model(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('metric_for_best_model')} is {name!r}: must be one of {', '.join(names)}"
 
 
-def planned_model(candidate: Candidate) -> Iterator[str]:
-    if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
-        yield "--model_name_or_path is missing: name a hub model, or a folder with its config.json"
-    if candidate["measure"] and candidate["dataset_name"] is None:
-        yield f"{candidate.label('measure')}: takes steps on real pairs; name them with --dataset_name"
-
-
-def planned_device(candidate: Candidate) -> Iterator[str]:
-    for name in candidate.given("gpu_memory", "gpu_tflops"):
-        if candidate["gpu"] is not None:
-            yield f"{candidate.label(name)}: --gpu says what the device has; leave out one of the two"
-    if (candidate["gpu_memory"] is None) != (candidate["gpu_tflops"] is None):
-        yield "--gpu_memory and --gpu_tflops describe a device together; give both"
-    if candidate["measure"] and candidate.given("gpu", "gpu_memory", "gpu_tflops"):
-        yield f"{candidate.label('measure')}: measures this machine, not another; leave out one of the two"
-
-
-def planned_sharding(candidate: Candidate) -> Iterator[str]:
-    if candidate["sharding"] not in (None, "none") and candidate["num_devices"] == 1:
-        yield f"{candidate.label('sharding')}: needs several devices to divide among; give --num_devices"
-
-
 def early_stopping(candidate: Candidate) -> Iterator[str]:
     if candidate["early_stopping_patience"] is None:
         for name in candidate.given("early_stopping_metric"):
@@ -330,12 +319,8 @@ TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
     smoothing: ("loss_type", "label_smoothing"),
     loss_fields: ("loss_type", "f_divergence_type", "ld_alpha"),
     divergence_bound: ("max_kl", "validation_split"),
+    batch_size: ("auto_batch_size", "max_tokens_per_batch"),
     moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),
-}
-PLAN_CHECKS: dict[Check, tuple[str, ...]] = {
-    planned_model: (),
-    planned_device: ("gpu", "gpu_memory", "gpu_tflops"),
-    planned_sharding: ("sharding", "num_devices"),
 }
 PLANNED_CHECKS = {check: names for check, names in CHECKS.items() if check is not required}
 VERB_CHECKS = {

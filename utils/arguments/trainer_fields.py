@@ -72,6 +72,7 @@ OWNED_BY_VERB = {
         "label_smoothing_factor": "sft minimises plain cross-entropy, or --loss_type dft",
     },
     "train": {
+        "auto_find_batch_size": "it changes how many pairs an optimizer step has; use --auto_batch_size",
         "padding_free": "TRL's DPO trainer accepts it and switches it off",
         "label_smoothing_factor": "DPO's losses do not read it; use --label_smoothing",
         "neftune_noise_alpha": "noise between policy and reference would be taken for preference",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.memory import ran_out_of_memory
 from utils.models.head import MARK, LogitShape
 from utils.models.scoring import output_head, score_tokens
 from utils.models.shared_prefix import shared_prefix_active
@@ -24,6 +25,7 @@ from utils.models.shared_prefix import shared_prefix_active
 LARGEST, MEAN, GRADIENT = 2e-3, 1e-4, 1e-3
 # In 16-bit formats: how many times as far as rounding two right ways may be apart, on average and for a single token.
 TIMES_ROUNDING, TIMES_LARGEST = 2.0, 8.0
+LONG = 2048  # tokens of a padded row
 SAMPLE = 2**14  # numbers of a parameter's gradient that are compared
 
 Batch = Mapping[str, Any]
@@ -108,6 +110,8 @@ def find_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch, trial: T
                 shared = _log_probs(model, packed)
             fault = trial.disagree(model, plain, shared, lambda: _log_probs(model, padded))
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         # Whatever a model's own code makes of a layout it does not know, the padded batches remain.
         return f"its attention does not take the layout ({type(error).__name__})"
     return fault and f"{fault} from those of plain rows"
@@ -136,7 +140,9 @@ def let_head_score_in_chunks(model: torch.nn.Module, batch: Batch, trial: Trial)
             setattr(head, MARK, shape)
             proven = not trial.disagree(model, _log_probs(model, batch), plain, lambda: _log_probs(model, batch))
             proven = proven and (not trained or _apart(gradient, _gradient(model, batch)) <= allowed)
-    except Exception:
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         proven = False  # whatever the model's own code makes of it, its own logits remain
     finally:
         _forget_gradients(model)
@@ -158,6 +164,8 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
                 shared = _gradient(model, packed)
             allowed = trial.gradient_rounding(model, plain, lambda: _gradient(model, padded))
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         return f"its backward pass does not take the layout ({type(error).__name__})"
     finally:
         _forget_gradients(model)
@@ -168,9 +176,19 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
 
 
 def _log_probs(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Of each completion token, shape (tokens,)."""
+    """Of each completion token, shape (tokens,). Long padded rows are computed one by one: a batch of them would need
+    a mask that grows with the square of their tokens."""
     device = next(model.parameters()).device  # before sharding not yet that of the batches
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if "layout" in batch or batch["input_ids"].size(1) <= LONG:
+        return _scored(model, batch)
+    names = ("input_ids", "attention_mask", "completion_mask")
+    rows = [[batch[name][index, : int(mask.sum())].unsqueeze(0) for name in names]
+            for index, mask in enumerate(batch["attention_mask"])]  # fmt: skip
+    return torch.cat([_scored(model, dict(zip(names, row, strict=True))) for row in rows])
+
+
+def _scored(model: torch.nn.Module, batch: Batch) -> Tensor:
     scores = score_tokens(model, batch)
     return scores.log_probs[scores.mask.bool()]
 

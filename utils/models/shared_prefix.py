@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from utils.models import cpu_attention
 from utils.models.flex import attend_over_row, make_block_mask
 
 NAME = "shared_prefix"
-LARGEST_KEPT_MASK = 2**20  # numbers: larger masks are made in every layer, a small part of the attention itself
+LARGEST_MASK = 2**21  # numbers: a longer text attends in blocks
 Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 
 
@@ -154,22 +155,22 @@ def shared_prefix_attention(
         return attended.transpose(1, 2), None
     if softcap is None and s_aux is None and not dropout and cpu_attention.takes(query, key, value):
         added = functools.partial(_added_to_scores, pair_layout, window=sliding_window)
-        return cpu_attention.attend_pair_by_pair(query, key, value, list(pair_layout.spans()), added, scaling), None
+        spans = list(pair_layout.spans())
+        return cpu_attention.attend_pair_by_pair(query, key, value, spans, added, scaling, sliding_window), None
     key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
-    attend = functools.partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
+    options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    attend = functools.partial(_attend_text, pair_layout, **options)
     # Split, not sliced: the gradients of all pieces are then put together once, instead of added up one by one.
     pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)] + [pair_layout.filling]
     queries, keys, values = (part.split(pieces, dim=2) for part in (query, key, value))
     parts = []
-    for index, (prompt, chosen, rejected) in enumerate(pair_layout.lengths):
+    for index, (prompt, _, _) in enumerate(pair_layout.lengths):
         first, second = 2 * index, 2 * index + 1
-        mask = _mask(pair_layout, 0, prompt + chosen, query, sliding_window)
-        parts.append(attend(queries[first], keys[first], values[first], mask))
+        parts.append(attend(queries[first], keys[first], values[first], 0, sliding_window))
         seen_keys, seen_values = (
             torch.cat([part[first][:, :, :prompt], part[second]], dim=2) for part in (keys, values)
         )
-        mask = _mask(pair_layout, prompt, rejected, query, sliding_window)
-        parts.append(attend(queries[second], seen_keys, seen_values, mask))
+        parts.append(attend(queries[second], seen_keys, seen_values, prompt, sliding_window))
     parts.append(torch.zeros_like(queries[-1][..., :1]).expand(-1, -1, -1, value.size(-1)))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -193,30 +194,39 @@ def _seen(offset: int, length: int, window: int | None, device: torch.device) ->
     return seen if window is None else seen & (queries - keys < window)
 
 
-def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int, window: int | None) -> Tensor | None:
-    """What is added to scores so that each token sees what it may, float32: 0 there, minus infinity elsewhere.
-
-    For the tokens of a whole pair; without `chosen` for those of a completion behind its prompt; with `prompt` alone
-    for those of one text. None for a plain causal square.
-    """
-    if not chosen and not rejected and (window is None or window >= prompt):
-        return None
+def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int, window: int | None) -> Tensor:
+    """What is added to the scores of a pair's tokens so that each sees what it may, float32: 0 there, minus infinity
+    elsewhere."""
     name = ("added", prompt, chosen, rejected, window)
     if name in layout.masks:
         return layout.masks[name]
-    if chosen:
-        pair = PairLayout(((prompt, chosen, rejected),))
-        part, position = pair.pair_and_part()[1], pair.position_ids()[0]
-        seen = ((part == 0) | (part == part.unsqueeze(1))) & (position <= position.unsqueeze(1))
-        if window is not None:
-            seen &= position.unsqueeze(1) - position < window
-    else:
-        offset, length = (prompt, rejected) if rejected else (0, prompt)
-        seen = _seen(offset, length, window, torch.device("cpu"))
-    added = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    if added.numel() <= LARGEST_KEPT_MASK:
-        layout.masks[name] = added
-    return added
+    pair = PairLayout(((prompt, chosen, rejected),))
+    part, position = pair.pair_and_part()[1], pair.position_ids()[0]
+    seen = ((part == 0) | (part == part.unsqueeze(1))) & (position <= position.unsqueeze(1))
+    if window is not None:
+        seen &= position.unsqueeze(1) - position < window
+    layout.masks[name] = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return layout.masks[name]
+
+
+def _attend_text(
+    layout: PairLayout, query: Tensor, key: Tensor, value: Tensor, offset: int, window: int | None, **options: Any
+) -> Tensor:
+    """Attention of one text whose first `offset` tokens are keys alone. A long one attends in blocks of queries, which
+    the backward pass computes again: scores, or a mask, of the whole text would grow with the square of its tokens."""
+    length, keys = query.size(2), key.size(2)
+    plain = options["softcap"] is None and options["sinks"] is None
+    fused = plain and query.is_cuda and offset == 0 and (window is None or window >= length)
+    if fused or length * keys <= LARGEST_MASK:
+        return _attend(query, key, value, _mask(layout, offset, length, query, window), **options)
+    size, parts = max(1, LARGEST_MASK // keys), []
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        nearest = 0 if window is None else max(0, offset + begin - window + 1)
+        seen = _seen(offset + begin - nearest, end - begin, window, query.device)
+        block = (query[:, :, begin:end], *(part[:, :, nearest : offset + end] for part in (key, value)), seen)
+        parts.append(checkpoint(_attend, *block, use_reentrant=False, **options))
+    return torch.cat(parts, dim=2)
 
 
 def _attend(

@@ -16,7 +16,7 @@ from utils.models.head import MARK, LogitShape
 from utils.models.loading import check_target_modules
 from utils.models.scoring import output_head
 from utils.settings import LoraSettings
-from utils.training.run_folder import keep_last_layer
+from utils.training.trained_weights import keep_last_layer
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 # Bytes per trained parameter that an optimizer keeps, where it is not walked through itself.

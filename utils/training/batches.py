@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class PairCollator(DataCollatorForPreference):
             return uncounted(self.whole(self.filler))
         if self.max_tokens is None:
             return self.whole(examples)
-        sizes = [self.tokens_of_pair(*(len(example[name]) for name in PAIR_IDS)) for example in examples]
+        sizes = list(map(self.tokens_of_example, examples))
         groups = fill_batches(sizes, self.max_tokens, padded=not self.packs)
         return {PARTS: [self.whole([examples[index] for index in group]) for group in groups]}
 
@@ -62,6 +62,10 @@ class PairCollator(DataCollatorForPreference):
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:
         """What one pair puts through the model in a batch of its own."""
         return prompt + chosen + rejected if self.packs else 2 * (prompt + max(chosen, rejected))
+
+    def tokens_of_example(self, example: Mapping[str, Any]) -> int:
+        """The same of a pair of token ids."""
+        return self.tokens_of_pair(*(len(example[name]) for name in PAIR_IDS))
 
     def token_counts(self, dataset: Dataset) -> list[int]:
         """`tokens_of_pair` of every pair of a data set."""
@@ -126,3 +130,28 @@ def count_pairs(batch: Mapping[str, Any]) -> int:
     if PARTS in batch:
         return sum(map(count_pairs, batch[PARTS]))
     return len(batch["layout"].lengths) if "layout" in batch else len(batch["input_ids"]) // 2
+
+
+def examples_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pairs that a batch was made of, in order: token ids, and what else it says of each."""
+    if PARTS in batch:
+        return [example for part in batch[PARTS] for example in examples_of(part)]
+    examples = [dict(zip(PAIR_IDS, ids, strict=True)) for ids in _ids_of(batch)]
+    for name, values in (("row", batch.get(ROWS) or []), *((name, batch.get(name, [])) for name in REFERENCE_COLUMNS)):
+        for example, value in zip(examples, values, strict=False):
+            example[name] = float(value) if name in REFERENCE_COLUMNS else value
+    return examples
+
+
+def _ids_of(batch: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen and rejected of each pair."""
+    if "layout" in batch:
+        row = batch["input_ids"][0].tolist()
+        for start, (prompt, chosen, rejected) in batch["layout"].spans():
+            middle = start + prompt + chosen
+            yield row[start : start + prompt], row[start + prompt : middle], row[middle : middle + rejected]
+        return
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True)
+    texts = [(ids[seen & ~completion].tolist(), ids[completion].tolist()) for ids, seen, completion in rows]
+    for (prompt, chosen), (_, rejected) in zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True):
+        yield prompt, chosen, rejected

@@ -96,7 +96,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         }
     if settings.verb == "train":
         values |= _loss_values(settings)
-        if training.max_tokens_per_batch is not None:
+        if training.max_tokens_per_batch is not None or training.auto_batch_size:
             # The trainer hands out the pairs of a whole optimizer step; micro-batches are made of those.
             values["per_device_train_batch_size"] *= values["gradient_accumulation_steps"]
             values["gradient_accumulation_steps"] = 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-import torch
-
-from utils.errors import UserError
+from utils.errors import LocalError, UserError
+from utils.memory import LESS_MEMORY, ran_out_of_memory
 from utils.saving import find_disk_fault
 
 # What the system says -> what it means for the folder, and what to do.
@@ -20,11 +19,6 @@ MEANINGS = {
     errno.EIO: ("the disk fails", "Look at the disk"),
 }
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
-NO_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA out of memory",
-)
 
 
 def explain_failure(error: BaseException, folder: Path | None, step: int, safe: str, to_go_on: str) -> UserError | None:
@@ -45,13 +39,10 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
             f"--output_dir {folder}: {what}; the run stopped after step {step}. {safe} {remedy}, then go on with:\n"
             f"  {to_go_on}"
         )
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in NO_MEMORY):
-        return UserError(
+    if ran_out_of_memory(error):
+        return LocalError(
             f"out of memory after step {step} ({_first_line(error)}). {safe} The same command goes on where other "
-            f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with half the "
-            "--per_device_train_batch_size and twice the --gradient_accumulation_steps (the same result), "
-            "--gradient_checkpointing, --use_lora --use_4bit, or a shorter --max_length"
+            f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with {LESS_MEMORY}"
         )
     return None
 

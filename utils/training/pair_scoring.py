@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from utils.errors import LocalError
+from utils.memory import ran_out_of_memory, release_memory
 from utils.models.head import KeptLogits
 from utils.models.scoring import Comparison, score_tokens
 from utils.models.shared_prefix import shared_prefix_active
@@ -65,6 +68,7 @@ def last_values(values: Tensor, mask: Tensor) -> Tensor:
 class PairScoring(RunFolderTrainer):
     """The part of the preference trainer that scores pairs, in the layout that its collator makes."""
 
+    _most_scored: int | None = None  # pairs at once, since memory ran out
     kept_reference: Mapping[tuple[int, ...], KeptLogits] = {}  # of batches of held-out pairs, where it is scored ahead
 
     def models(self) -> list[torch.nn.Module]:
@@ -182,8 +186,69 @@ class PairScoring(RunFolderTrainer):
         rows: dict[int, dict[str, float]] = {}
         with self._attending():
             for indices in self.share_of_batches(self._batches(dataset, limit, most)):
-                rows |= score(indices)
+                rows |= self._score_within_memory(indices, score)
         return self.merge_rows(rows)
+
+    def _score_within_memory(
+        self, indices: list[int], score: Callable[[list[int]], dict[int, dict[str, float]]]
+    ) -> dict[int, dict[str, float]]:
+        """What `score` gives for a batch: where memory runs out, half by half, in this batch and all later ones.
+
+        Raises:
+            LocalError: a pair alone does not fit, or it is computed by several processes together.
+        """
+        rows: dict[int, dict[str, float]] = {}
+        waiting, repeated_alone = [indices], False
+        while waiting:
+            part = waiting.pop(0)
+            if self._most_scored is not None and len(part) > self._most_scored:
+                waiting[:0] = self._halve(part)
+                continue
+            try:
+                rows |= score(part)
+                continue
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+            # Here, not above: the exception held everything that was computed.
+            release_memory()
+            together = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if together or (len(part) == 1 and repeated_alone):
+                raise LocalError(
+                    f"memory ran out in scoring {len(part)} pairs without a backward pass. What helps: a lower "
+                    "--max_length, --per_device_eval_batch_size or --max_tokens_per_batch, or a device with more memory"
+                )
+            waiting.insert(0, part)
+            if len(part) == 1:  # once more, now that memory is in order
+                repeated_alone = True
+                continue
+            self._most_scored = len(part) // 2
+            self.warn(
+                f"memory ran out in scoring {len(part)} pairs at once (evaluation, or the reference); from here on "
+                f"at most {self._most_scored} are scored at once, with the same result"
+            )
+        return rows
+
+    def _halve(self, indices: list[int]) -> list[list[int]]:
+        """A batch in two; what is kept of the reference for it, too."""
+        half = len(indices) // 2
+        parts = [indices[:half], indices[half:]]
+        kept = self.kept_reference.get(tuple(indices))
+        if kept is not None:
+            rows = self._rows_of(indices)
+            for part, own in zip(parts, (rows[:half], rows[half:]), strict=True):
+                chosen, rejected = zip(*own, strict=True)
+                own_rows = torch.cat([*chosen, *rejected])
+                own_kept = {tuple(part): dataclasses.replace(kept, states=kept.states[own_rows])}
+                self.kept_reference = {**self.kept_reference, **own_kept}
+        return parts
+
+    def _rows_of(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Of each held-out pair where the tokens of chosen and rejected stand among all of their batch."""
+        pairs = self.eval_dataset.select(indices)
+        lengths = [len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]]
+        places = torch.arange(sum(lengths)).split(lengths)
+        return list(zip(places[: len(indices)], places[len(indices) :], strict=True))
 
     def _batches(self, dataset: Dataset, limit: int | None, most: int) -> list[list[int]]:
         """Indices of pairs of similar length, for batches of at most `limit` tokens, else of `most` pairs."""

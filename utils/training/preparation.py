@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.checkpoints import find_checkpoints
 from utils.data.loading import PreferenceData
 from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
@@ -31,13 +32,16 @@ from utils.models.sources import ModelSource, find_model, read_end_ids
 from utils.models.templates import choose_template
 from utils.output_folder import check_output_folder
 from utils.runtime import Precision, say
+from utils.saving import read_record
 from utils.settings import Settings
 from utils.tracking import check_trackers
+from utils.training.batch_size import limit_tokens_by_trying
 from utils.training.config import build_config
 from utils.training.launch import check_launch, uses
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
+from utils.training.within_memory import MICRO_BATCHES
 
 
 @dataclass(frozen=True)
@@ -217,9 +221,12 @@ def make_preference_trainer(
     with refusals_explained(settings):
         trainer = PreferenceTrainer(reference=reference, end_ids=rows.end_ids, **parts)
     trainer.choose_layout(settings.training.engine)
+    ahead = _scores_reference_ahead(trainer, settings)
     if settings.training.max_tokens_per_batch is not None:
         trainer.limit_tokens(settings.training.max_tokens_per_batch)
-    if _scores_reference_ahead(trainer, settings):
+    elif settings.training.auto_batch_size:
+        limit_tokens_by_trying(trainer, ahead, _recorded(settings, folder).get(MICRO_BATCHES))
+    if ahead:
         say("scoring all pairs with the reference")
         how = {
             "dtype": precision.name,
@@ -230,6 +237,12 @@ def make_preference_trainer(
         if trainer.precompute_reference(how):
             say("      found on the disk, from a run with the same reference and pairs")
     return trainer
+
+
+def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
+    """The record of the run that is resumed; empty where one begins."""
+    wish = settings.run.resume_from_checkpoint
+    return (read_record(folder) or {}) if wish is not None and find_checkpoints(folder) else {}
 
 
 def scores_ahead_by_default(settings: Settings) -> bool:

@@ -75,12 +75,16 @@ class ReferenceAhead(PairScoring):
         width = config.hidden_size if hasattr(output_head(model), MARK) else config.vocab_size
         every = -(-4 * width * sum(tokens) // (KEPT_BYTES * self.args.world_size))
         kept: dict[tuple[int, ...], KeptLogits] = {}
-        columns = None
+
+        def keep(indices: list[int]) -> dict[int, dict[str, float]]:
+            _, logits = self.compute_reference(self._batch(self.eval_dataset, indices), keep=True)
+            columns = next(iter(kept.values())).columns if kept else None  # held once
+            kept[tuple(indices)] = logits.at("cpu", columns)
+            return {}
+
         with self._computing(), self._attending():
             for indices in self.held_out_batches()[:: max(1, every)]:
-                _, logits = self.compute_reference(self._batch(self.eval_dataset, indices), keep=True)
-                kept[tuple(indices)] = logits.at("cpu", columns)
-                columns = kept[tuple(indices)].columns  # held once
+                self._score_within_memory(indices, keep)
         self.kept_reference = kept
 
     @contextlib.contextmanager

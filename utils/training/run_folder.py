@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,17 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DynamoBackend
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.models.utils import disable_gradient_checkpointing
 
+from utils.data.places import Place, row_places
 from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
-from utils.saving import let_umask_decide, write_json
+from utils.saving import RunRecord, let_umask_decide, write_json
 from utils.state import load_state, read_random_state, restoring, save_state, set_random_state
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
@@ -34,44 +32,7 @@ from utils.training.launch import KEPT_BY_DEEPSPEED
 from utils.training.progress import Stopwatch
 from utils.training.shards import load_weights, shard_optimizer_state, whole_state, whole_weights
 from utils.training.shares import StepShares
-
-
-@contextlib.contextmanager
-def float32_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Around the making of a trainer: what is trained on 4-bit weights stays float32.
-
-    TRL casts it to bfloat16, whose steps are so coarse that small updates vanish. Values that were there before are
-    put back exactly; an adapter that the trainer adds (to the base, in place) continues in float32.
-    """
-    if not getattr(model, "is_loaded_in_4bit", False):
-        yield
-        return
-    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            if name in before:
-                parameter.data.copy_(before[name])
-
-
-def set_lora_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Turns dropout on for the adapter that is trained. TRL turns all dropout off, adapters' too; a frozen copy of an
-    adapter that serves as reference must stay without."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and TRAINED_ADAPTER in getattr(module, "lora_dropout", {}):
-            module.lora_dropout[TRAINED_ADAPTER] = torch.nn.Dropout(probability) if probability else torch.nn.Identity()
-    config = getattr(model, "peft_config", {}).get(TRAINED_ADAPTER)
-    if hasattr(config, "lora_dropout"):
-        config.lora_dropout = probability  # an adapter that training continues was saved with its former one
-
-
-def keep_last_layer(model: torch.nn.Module) -> None:
-    """Leaves the last layer out of gradient checkpointing: the backward pass begins with it, and needs at once what
-    would be thrown away."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if layers:
-        layers[-1].gradient_checkpointing = False
+from utils.training.trained_weights import float32_kept, set_lora_dropout
 
 
 class RunFolderTrainer(WholeCheckpoints):
@@ -85,6 +46,7 @@ class RunFolderTrainer(WholeCheckpoints):
     loss_is_scaled_for_ga = True  # by the items of the whole optimizer step, in `compute_loss`
     stopwatch = Stopwatch()  # replaced by the run's own
     bad_batches: BadBatches  # of the run
+    place: Place = staticmethod(row_places("row"))  # of a row that is trained on, by its `row`; the run's own
     max_tokens: int | None = None  # of a micro-batch, where there is a limit
     _shares: StepShares | None = None  # with several processes
 
@@ -93,12 +55,20 @@ class RunFolderTrainer(WholeCheckpoints):
             super().__init__(model=model, args=args, **parts)
         set_lora_dropout(self.model, lora_dropout)
         speed_up_lora(self.model)
+        self.record = RunRecord({})  # the run's own takes its place, and what it says so far
         self.held_out_rows: list[dict[str, float]] = []
         self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
         self.tokens_seen = 0  # in training, by this process: tokens of the data, padding not counted
         self._last_line = (0, 0.0)  # tokens seen and seconds of training when it was logged
         self._step_losses: list[tuple[list[int], Tensor]] = []  # of the micro-batches of the optimizer step
         self._before_step: tuple[Tensor, dict[str, Tensor]] | None = None  # what is logged, without that step
+
+    def warn(self, text: str) -> None:
+        """Says something once, and keeps it in the run's record; another process than the main one says it alone."""
+        if self.args.process_index:
+            print(f"warning: {text}", flush=True)
+        else:
+            self.record.warn(text, aloud=True)
 
     def models(self) -> list[torch.nn.Module]:
         """Everything that is computed with."""

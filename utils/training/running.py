@@ -220,7 +220,10 @@ def start_run(
             else "no checkpoint to resume from yet: starting from the beginning"
         )
     content = _first_record(trainer, reference, data, rows, settings, arguments)
-    record = RunRecord(content | _origins(source, reference, precision) | {"warnings": warnings})
+    made = trainer.record.content  # while the trainer was made
+    warnings = [*warnings, *made.get("warnings", [])]
+    record = RunRecord(content | _origins(source, reference, precision) | made | {"warnings": warnings})
+    trainer.record = record
     if former is not None:
         record.content["metrics"] = former.get("metrics", {})
         record.content["started"] = former.get("started", record.content["started"])
@@ -231,7 +234,7 @@ def start_run(
     earlier = ((former or {}).get("resources") or {}).get("seconds") or 0.0
     watcher = RunWatcher(record, folder, resume_from is None, settings.run.max_kl, earlier)
     watcher.replaces = wish is None
-    trainer.stopwatch = watcher.stopwatch
+    trainer.stopwatch, trainer.place = watcher.stopwatch, data.place
     bad_batches = BadBatches(settings.training.skip_bad_batches, data, record, folder)
     trainer.bad_batches = watcher.bad_batches = bad_batches
     trainer.remove_callback(PrinterCallback)

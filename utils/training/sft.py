@@ -15,7 +15,8 @@ from trl.trainer.utils import pad
 from utils.data.tokenizing import LENGTH
 from utils.models.scoring import score_tokens
 from utils.training.batches import ROWS, TOKENS, UNCOUNTED, uncounted
-from utils.training.run_folder import RunFolderTrainer, keep_last_layer
+from utils.training.run_folder import RunFolderTrainer
+from utils.training.trained_weights import keep_last_layer
 
 
 class CompletionCollator:

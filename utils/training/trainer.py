@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,19 +21,26 @@ from utils.training.batches import (
     UNCOUNTED,
     PairCollator,
     count_pairs,
-    parts_of,
     uncounted,
 )
 from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
 from utils.training.metrics import pair_metrics
 from utils.training.pair_scoring import REFERENCE_ADAPTER
 from utils.training.reference import ReferenceAhead
-from utils.training.run_folder import RunFolderTrainer, keep_last_layer
+from utils.training.run_folder import RunFolderTrainer
+from utils.training.trained_weights import keep_last_layer
+from utils.training.within_memory import StepsWithinMemory
 
+ENOUGH = 512  # tokens of prompt, chosen and rejected, to prove gradients by
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
 
 
-class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
+def shortened(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair of at most ENOUGH tokens of each part: what keeps all activations shall not need more than training."""
+    return pair | {name: pair[name][:ENOUGH] for name in PAIR_IDS}
+
+
+class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPOTrainer):
     """Direct preference optimization of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, `row`).
 
     Differs from its parent in what it computes with the log-probs: each pair weighs the same in its optimizer step
@@ -118,7 +124,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
-        self.choose_head(self.data_collator.whole(examples[-1:]))
+        self.choose_head(self.data_collator.whole([shortened(examples[-1])]))
         if wish == "padded":
             self.shared_prefix = "padded batches were asked for"
             return
@@ -144,7 +150,7 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
 
         mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in self.models())), None)
         if mismatch is None and any(parameter.requires_grad for parameter in self.model.parameters()):
-            mismatch = prove(find_gradient_mismatch, self.model, examples[-1:])
+            mismatch = prove(find_gradient_mismatch, self.model, [shortened(examples[-1])])
         if self.args.world_size > 1:
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
@@ -180,17 +186,13 @@ class PreferenceTrainer(ReferenceAhead, RunFolderTrainer, DPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Forward and backward of a batch, in micro-batches under a limit of tokens; both attend in its layout."""
-        parts = self._as_many_in_each_process(parts_of(inputs))
-        losses = []
         with self._attending():
-            for number, part in enumerate(parts, 1):
-                # Processes exchange their gradients once, with the last micro-batch.
-                waits = self.accelerator.no_sync(model) if number < len(parts) else contextlib.nullcontext()
-                with waits:
-                    losses.append(super().training_step(model, part, num_items_in_batch))
-        return torch.stack(losses).sum()
+            return self.step_within_memory(model, inputs, num_items_in_batch)
 
-    def _as_many_in_each_process(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def compute_part(self, model, part, num_items_in_batch) -> Tensor:
+        return super().training_step(model, part, num_items_in_batch)
+
+    def in_step(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Sharded models compute in step: where another process has more micro-batches, the first comes once more,
         to count for nothing."""
         if not (self.max_tokens and (self.is_fsdp_enabled or self.is_deepspeed_enabled)):
