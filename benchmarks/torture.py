@@ -249,7 +249,7 @@ def describe(torture: Torture, seconds: float) -> str:
         lines += ["", "| fault | tried | exit code | found, and gone on from |", "| --- | --- | --- | --- |"]
         for kind in dict.fromkeys(fault["kind"] for fault in torture.faults):
             of_kind = [fault for fault in torture.faults if fault["kind"] == kind]
-            codes = ", ".join(sorted({str(fault["code"]) for fault in of_kind}))
+            codes = ", ".join(sorted({str(fault["code"]) for fault in of_kind if fault["code"] is not None})) or "-"
             good = sum(fault["good"] for fault in of_kind)
             lines.append(f"| {kind} | {len(of_kind)} | {codes} | {good} |")
     verdict = f"{len(torture.failures)} failures" if torture.failures else "every run ended as the undisturbed one did"
