@@ -149,10 +149,8 @@ def start_plain(arguments: Sequence[object], output: Path, processes: int = 1) -
 
 def wait_for_moment(started: Started, folder: Path, draw: random.Random, usual: float) -> str:
     """Waits for a random moment of a run: after a time, or when something appears in its folder. Says which."""
-    if draw.random() < 0.5:
-        ends, name = time.monotonic() + draw.uniform(0, usual), None
-    else:
-        ends, name = time.monotonic() + 3 * usual, draw.choice(MOMENTS)
+    ends = time.monotonic() + draw.uniform(0, usual)
+    name = draw.choice(MOMENTS) if draw.random() < 0.6 else None
     nth, delay = draw.randint(1, 4), draw.choice((0, 0.001, 0.003, 0.01, 0.05))
     seen: set[tuple[str, int]] = set()
     while started.look() and time.monotonic() < ends:

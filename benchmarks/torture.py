@@ -38,6 +38,7 @@ BUNDLED = ROOT / "examples" / "demo" / "bundled"
 TIMING = {"tokens_per_second", "peak_memory_bytes"}
 STEPS = 18
 MOST_STOPS = 9  # of one run
+ENDED = "it had ended"
 COMMON = ["--per_device_train_batch_size", 2, "--max_steps", STEPS, "--dtype", "float32",
           "--save_total_limit", 2, "--max_length", 64]  # fmt: skip
 # Names of ways to train -> flags. Between them: every file that a checkpoint may hold, dropout, an early stop.
@@ -106,8 +107,9 @@ def make_inputs(work: Path) -> None:
     (work / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def torment(torture: Torture, way: str, processes: int, stops: int, plain: bool = False) -> None:
-    """One run, stopped so many times at random moments, then left alone, then compared."""
+def torment(torture: Torture, way: str, processes: int, stops: int, plain: bool = False) -> int:
+    """One run, stopped up to so many times at random moments, then left alone, then compared. Returns how often it was
+    stopped before it had ended."""
     draw, baseline = torture.draw, torture.baseline(way, processes)
     folder = torture.fresh(f"{way}-{processes}-stopped")
     replaces = not plain and draw.random() < 0.2
@@ -115,7 +117,7 @@ def torment(torture: Torture, way: str, processes: int, stops: int, plain: bool 
         shutil.copytree(baseline, folder, ignore=shutil.ignore_patterns("*.pt"))
         _make_another_run(folder)
     usual = torture.usual[(way, processes)] + (10 if plain else 0)
-    last = None
+    last, hit = None, 0
     for number in range(stops + 1):
         more = ["--overwrite_output_dir"] if replaces and _is_another(folder) else ["--resume_from_checkpoint", "auto"]
         go = start_plain if plain else start
@@ -123,13 +125,18 @@ def torment(torture: Torture, way: str, processes: int, stops: int, plain: bool 
         if number < stops:
             moment = wait_for_moment(started, folder, draw, usual)
             last = _stop(torture, started, folder, moment, (way, processes, plain, number))
+            hit += not last.startswith(ENDED)
+            if last.startswith(ENDED) and _record(folder).get("status") == "finished":
+                break
         else:
             codes = started.wait()
             if any(codes):
                 torture.fail(f"{folder.name} did not resume: exit codes {codes} after {last}", started.said())
-                return
+                return hit
     for difference in compare(baseline, folder):
-        torture.fail(f"{folder.name}, stopped {stops} times, last {last}: {difference}")
+        torture.fail(f"{folder.name}, stopped {hit} times, last {last}: {difference}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return hit
 
 
 def _stop(torture: Torture, started: Started, folder: Path, moment: str, of: tuple[str, int, bool, int]) -> str:
@@ -146,7 +153,7 @@ def _stop(torture: Torture, started: Started, folder: Path, moment: str, of: tup
     doing = describe_moment(folder, said, number)
     torture.stops.append(
         {"way": way, "processes": processes, "started": "python" if plain else "fork", "signal": number_of_signal.name,
-         "killed": len(which), "moment": moment, "doing": doing if ran else "it had ended", "codes": codes}
+         "killed": len(which), "moment": moment, "doing": doing if ran else ENDED, "codes": codes}
     )  # fmt: skip
     if None in codes or (late and ("  step" in said or "held out before" in said)):
         # Before the processes have found each other, the launcher alone can tell that one is gone.
@@ -156,6 +163,8 @@ def _stop(torture: Torture, started: Started, folder: Path, moment: str, of: tup
         torture.fail(f"{folder.name}: exit codes {codes} while {doing}", said)
     if processes == 1 and "Traceback" in said:
         torture.fail(f"{folder.name}: a traceback while {doing}", said)
+    if not ran:
+        return ENDED
     return f"{number_of_signal.name} to {len(which)} of {len(started.pids)} ({doing})"
 
 
@@ -240,11 +249,11 @@ def describe(torture: Torture, seconds: float) -> str:
         lines += ["", "| fault | tried | exit code | found, and gone on from |", "| --- | --- | --- | --- |"]
         for kind in dict.fromkeys(fault["kind"] for fault in torture.faults):
             of_kind = [fault for fault in torture.faults if fault["kind"] == kind]
-            codes = ", ".join(sorted({str(fault["code"]) for fault in of_kind}))
+            codes = ", ".join(sorted({str(fault["code"]) for fault in of_kind if fault["code"] is not None})) or "-"
             good = sum(fault["good"] for fault in of_kind)
             lines.append(f"| {kind} | {len(of_kind)} | {codes} | {good} |")
     verdict = f"{len(torture.failures)} failures" if torture.failures else "every run ended as the undisturbed one did"
-    hit = sum(stop["doing"] != "it had ended" for stop in torture.stops)
+    hit = sum(stop["doing"] != ENDED for stop in torture.stops)
     stops = f"{len(torture.stops)} stops, {hit} of them before the run had ended, in {seconds / 60:.1f} minutes"
     return "\n".join(lines) + f"\n\n{stops}: {verdict}\n"
 
@@ -257,8 +266,8 @@ def disturb(torture: Torture, options: argparse.Namespace) -> None:
         while done < kills:
             stops = min(torture.draw.randint(3, MOST_STOPS), kills - done)
             way = ways[torture.runs % len(ways)]
-            torment(torture, way, processes, stops, plain=not options.short and torture.draw.random() < 0.04)
-            done += stops
+            plain = not options.short and torture.draw.random() < 0.04
+            done += torment(torture, way, processes, stops, plain)
             names = "process" if processes == 1 else "processes"
             print(f"{processes} {names}: {done} of {kills} stops, {len(torture.failures)} failures", flush=True)
 
