@@ -135,8 +135,14 @@ _patient: Any = None  # all processes, in a group that waits long
 
 def wait_for_all() -> None:
     """Returns when every process has come here, however long that takes."""
-    if _patient is not None and dist.is_initialized():
+    if _patient is None or not dist.is_initialized():
+        return
+    try:
         dist.barrier(group=_patient)
+    except RuntimeError as error:
+        lost = ProcessLost("another process of this run ended before training began: look at its own last lines")
+        lost.spoken = not is_main_process()
+        raise lost from error
 
 
 @contextlib.contextmanager
