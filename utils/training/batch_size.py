@@ -151,19 +151,26 @@ class _Search:
 
     def _come_closer(self) -> None:
         """Halves the distance between what fits and what does not, while more tokens are faster."""
-        while True:
-            fitting = sorted((a for a in self.attempts if a.fits and a.tokens >= self.least), key=lambda a: a.tokens)
-            too_many = min((a.tokens for a in self.attempts if not a.fits), default=None)
-            if not fitting or too_many is None or too_many - fitting[-1].tokens <= fitting[-1].tokens // FINEST:
+        fitting = [attempt for attempt in self.attempts if attempt.fits and attempt.tokens >= self.least]
+        too_many = min((attempt.tokens for attempt in self.attempts if not attempt.fits), default=0)
+        enough = max((attempt.tokens for attempt in fitting), default=0)
+        while enough and too_many - enough > enough // FINEST:
+            if len(fitting) > 1 and choose_size(fitting, self.least).tokens < max(a.tokens for a in fitting):
                 return
-            if len(fitting) > 1 and choose_size(fitting, self.least) is not fitting[-1]:
-                return
-            self.attempts.append(self._try((fitting[-1].tokens + too_many) // 2))
+            middle = (enough + too_many) // 2
+            self.attempts.append(self._try(middle))
+            if self.attempts[-1].fits:
+                fitting.append(self.attempts[-1])
+                enough = middle
+            else:
+                too_many = middle
 
     def _try(self, tokens: int) -> Attempt:
         """Computes the longest pairs of so many tokens, in all processes at once."""
         trainer = self.trainer
         batch = trainer.data_collator.whole([self._example(index) for index in self._longest_within(tokens)])
+        # What is promised to fit is what was computed, where no pairs fill the size.
+        tokens = min(tokens, max(batch["input_ids"].numel(), self.least))
         release_memory()
         room, expected = self._room(), expect_bytes(self.attempts, tokens)
         # A GPU says so by itself when there is no more.
