@@ -32,6 +32,7 @@ def test_what_a_size_takes_is_expected_from_those_before():
     one = Attempt(100, 50, True, 1.0)
     assert expect_bytes([], 100) == 0
     assert expect_bytes([one], 200) == 100
+    assert expect_bytes([one, one], 200) == 100  # two that hold the same pairs
     two = Attempt(200, 70, True, 1.0)  # 30 whatever the tokens, and 0.2 for each
     assert expect_bytes([one, two], 400) == 110
     assert expect_bytes([one, two, Attempt(800, 500, False, None)], 400) == 110  # that one was not computed

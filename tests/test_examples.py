@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, make_pairs, save_tiny_tokenizer, write_lines
 
 from utils.arguments import parse_arguments
@@ -160,13 +159,6 @@ def test_the_zephyr_template_writes_what_zephyr_reads(stand_ins):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert text == "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
-def test_accelerate_reads_its_configs(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes == 8
-    assert config.fsdp_config["fsdp_version"] == 2
 
 
 def test_every_launcher_and_file_that_a_config_names_exists():

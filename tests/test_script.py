@@ -227,10 +227,11 @@ def test_a_folder_with_another_run_is_kept(run_script, tiny_model, pairs_file, t
     code, _, err = run_script(*flags, "--max_steps", 2)
     assert code == 0, err
     record = (tmp_path / "o" / "run.json").read_text()
-    for more in ([], ["--resume_from_checkpoint", "auto", "--beta", 0.5]):
+    resumed = ("--resume_from_checkpoint", "auto", "--beta", 0.5)
+    for more, named in (((), str(tmp_path / "o")), (resumed, "checkpoint-2 is of a run that differs")):
         code, _, err = run_script(*flags, "--max_steps", 2, *more)
         assert code == 2
-        assert str(tmp_path / "o") in err
+        assert named in err
         assert (tmp_path / "o" / "run.json").read_text() == record
     assert "--beta" in err
     (tmp_path / "o" / "notes.txt").write_text("mine")

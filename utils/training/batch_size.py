@@ -57,9 +57,10 @@ def expect_bytes(attempts: list[Attempt], tokens: int) -> int:
     if not done:
         return 0
     last = done[-1]
-    if len(done) == 1:
+    smaller = [attempt for attempt in done if attempt.tokens < last.tokens]
+    if not smaller:
         return last.bytes * tokens // last.tokens
-    before = done[-2]
+    before = smaller[-1]
     slope = max(0.0, (last.bytes - before.bytes) / (last.tokens - before.tokens))
     return round(last.bytes + slope * (tokens - last.tokens))
 
