@@ -297,6 +297,14 @@ def test_a_kernel_that_a_config_names_is_not_fetched(key, value, said, run_scrip
     assert said in refused(run_script, "chat", "--model_name_or_path", model, "--prompt", "x")
 
 
+@pytest.mark.parametrize("count", [10_001, 10**400, 1e300])
+def test_layers_that_no_model_has_are_not_built(count, run_script, model):
+    edit(model / "config.json", num_hidden_layers=count)
+    said = refused(run_script, "plan", "--model_name_or_path", model, "--gpu", "RTX 4090")
+    assert "config.json: num_hidden_layers is 1" in said
+    assert "more layers than any model has" in said
+
+
 def test_a_kernel_that_a_record_names_is_not_inherited(run_script, run):
     record = json.loads((run / "run.json").read_text())
     edit(run / "run.json", settings=record["settings"] | {"attn_implementation": "someone/kernel"})

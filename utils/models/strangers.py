@@ -20,6 +20,8 @@ PICKLED = "can run code when they are loaded"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 INDEX = "model.safetensors.index.json"
 SHOWN = 3
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MOST_LAYERS = 10_000  # far above any model's; each is built before the weights are looked at
 # What PEFT does for a value in an adapter's config, beyond building layers.
 REACHES_OUT = {
     "megatron_config": "lets PEFT import the Python module that megatron_core names",
@@ -115,6 +117,8 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
                 f"config.json: {key} is {json.dumps(value)[:80]}, a kernel that would be fetched and run; remove the "
                 "line, and name an implementation that you trust with --attn_implementation"
             )
+        if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
+            yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
 
 
 def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:
