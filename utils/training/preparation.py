@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,10 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
     faults = []
     data = [("dataset_name", name) for name in source_names(settings.data.dataset_name)]
     for name, value in [*inputs.items(), *data]:
-        path = Path(value).expanduser().resolve() if value else None
-        if path is not None and path.exists() and (path == folder or folder in path.parents):
+        if not isinstance(value, str) or not os.path.exists(expanduser(value)):
+            continue
+        path = Path(expanduser(value)).resolve()
+        if path == folder or folder in path.parents:
             faults.append(f"--output_dir {folder}: holds --{name} {value}, which the result would overwrite")
     if faults:
         raise UserError(*faults)
