@@ -336,6 +336,31 @@ def test_an_adapter_imports_and_loads_nothing_else(changes, run_script, run, tmp
     assert "planted" not in sys.modules
 
 
+@pytest.mark.parametrize("tokens", [1e308, [2**63], [-1], "text"])
+def test_an_adapter_is_activated_by_token_ids_alone(tokens, run_script, run):
+    edit(run / "adapter_config.json", alora_invocation_tokens=tokens)
+    said = refused(run_script, "chat", "--model_name_or_path", run, "--prompt", "x")
+    assert "alora_invocation_tokens in its adapter_config.json" in said
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "x" * 20_000])
+def test_a_path_that_cannot_be_is_refused(path, run_script, run, tiny_model, other_model, pairs_file, tmp_path):
+    good = commands(tiny_model, other_model, pairs_file, tmp_path / "out")
+    refused(run_script, *training(path, pairs_file, tmp_path / "out"))
+    refused(run_script, *training(tiny_model, path, tmp_path / "out"))
+    refused(run_script, *training(tiny_model, pairs_file, path))
+    refused(run_script, *good["train"], "--resume_from_checkpoint", path)
+    refused(run_script, *good["train"], "--adapter_name_or_path", path)
+    refused(run_script, "train", "--config", path)
+    refused(run_script, *good["compare"], "--prompts", path)
+    refused(run_script, *good["compare"], "--output_dir", path)
+    refused(run_script, *good["evaluate"], "--output_dir", path)
+    refused(run_script, "merge", "--model_name_or_path", run, "--output_dir", path)
+    refused(run_script, "data", "--dataset_name", pairs_file, "--report_file", path)
+    refused(run_script, "status", path)
+    refused(run_script, "init", "cpu_trial", "--output_file", path)
+
+
 def test_chat_templates_are_not_saved_by_names_that_are_paths(run_script, model, pairs_file, tmp_path):
     templates = [{"name": "default", "template": "{{ messages }}"}, {"name": "../../evil", "template": "x"}]
     edit(model / "tokenizer_config.json", chat_template=templates)

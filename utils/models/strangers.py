@@ -48,7 +48,7 @@ def check_folder(flag: str, name: str, revision: str | None = None) -> None:
 
 
 def check_adapter_config(flag: str, name: str, config: dict[str, Any]) -> None:
-    """Refuses an adapter whose adapter_config.json makes PEFT import or load something else.
+    """Refuses an adapter whose adapter_config.json makes PEFT import or load something else, or fail in training.
 
     Raises:
         UserError: one fault per such value.
@@ -58,6 +58,12 @@ def check_adapter_config(flag: str, name: str, config: dict[str, Any]) -> None:
         for key, what in REACHES_OUT.items()
         if config.get(key)
     ]
+    tokens = config.get("alora_invocation_tokens")
+    if tokens is not None and not (isinstance(tokens, list) and all(map(_is_token_id, tokens))):
+        faults.append(
+            f"{flag} {name}: alora_invocation_tokens in its adapter_config.json is {json.dumps(tokens)[:80]}: "
+            "must be a list of token ids or null"
+        )
     if faults:
         raise UserError(*faults)
 
@@ -140,6 +146,10 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             waiting += item.values()
         elif isinstance(item, list):
             waiting += item
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**31
 
 
 def _is_plain_name(name: str, ending: str) -> bool:
