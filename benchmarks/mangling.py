@@ -25,7 +25,7 @@ ODD_TEXTS = [
         "../../outside",
         "/etc/passwd",
         "/proc/self/environ",
-        "~nobody/x",
+        "~no-such-user/x",
         "~",
         "..",
         ".",

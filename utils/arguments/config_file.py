@@ -37,8 +37,6 @@ def read_config(path: str) -> list[Entry]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); --config takes a YAML or JSON file") from None
     except ValueError:  # UnicodeDecodeError, or a NUL in the path
         raise UserError(f"{path}: is not UTF-8 text; --config takes a YAML or JSON file") from None
-    except RuntimeError:  # `~name` of nobody
-        raise UserError(f"{path}: cannot be read (no such home folder); --config takes a YAML or JSON file") from None
     read = _read_json if path.lower().endswith(".json") else _read_yaml
     try:
         return _entries(path, list(read(path, text)))
