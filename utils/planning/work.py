@@ -14,6 +14,7 @@ from utils.models.hub_files import read_json_file
 from utils.models.loading import choose_max_length, load_tokenizer, longest_context
 from utils.models.shared_prefix import Lengths
 from utils.models.sources import ADAPTER_CONFIG, ModelSource, find_policy
+from utils.models.strangers import check_folder
 from utils.models.translating import translating
 from utils.paths import read_path
 from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
@@ -68,6 +69,7 @@ def find_config(settings: Settings) -> tuple[ModelSource, PretrainedConfig]:
         source = find_policy(model)
     else:
         place = str(folder.resolve()) if folder.is_dir() else name
+        check_folder("--model_name_or_path", place, model.model_revision)
         source = ModelSource(place, None, model.model_revision, place)
     config = translating(
         f"--model_name_or_path {source.base}: its config cannot be read",
