@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 SHOWN = 3
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MOST_LAYERS = 10_000  # far above any model's; each is built before the weights are looked at
+PROBABILITIES = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
 # What PEFT does for a value in an adapter's config, beyond building layers.
 REACHES_OUT = {
     "megatron_config": "lets PEFT import the Python module that megatron_core names",
@@ -36,7 +37,8 @@ def check_folder(flag: str, name: str, revision: str | None = None) -> None:
     """Refuses what a model folder or hub repository names and must not.
 
     Raises:
-        UserError: weights outside the folder or in pickles, a kernel to be fetched, a chat template named as a path.
+        UserError: weights outside the folder or in pickles, a kernel to be fetched, a chat template named as a path,
+            numbers of layers or shares of dropout that cannot be meant.
     """
     faults = [
         *_shard_faults(read_json_file(name, INDEX, revision) or {}),
@@ -125,6 +127,8 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
             )
         if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
             yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
+        if key.endswith(PROBABILITIES) and isinstance(value, int | float) and not 0 <= value <= 1:
+            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be between 0 and 1; mend the line"
 
 
 def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:
