@@ -594,6 +594,8 @@ def add_hostile(path: Path, folder: Path, draw: random.Random) -> None:
         path.write_text(f"open({str(owned)!r}, 'w')\nclass Evil: pass\n")
         for config in folder.glob("*config.json"):
             content = json.loads(config.read_text())
+            if not isinstance(content, dict):  # an earlier change
+                continue
             key = "auto_mapping" if config.name.startswith("adapter") else "auto_map"
             config.write_text(json.dumps(content | {key: HOSTILE_KEYS[key][0], "tokenizer_class": "Evil"}))
     elif path.suffix == ".jinja":
