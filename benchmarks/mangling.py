@@ -381,7 +381,9 @@ def reward_case(draw: random.Random, folder: Path, seeds: Path) -> Case:
         case.argv += ["--judge", str(folder / "reward")]
     else:
         out = folder / "out"
-        argv = ["data", "--generate", "--dataset_name", str(folder / "pairs.jsonl"), "--max_samples", "2"]
+        few = folder / "few.jsonl"
+        few.write_text("".join((folder / "pairs.jsonl").read_text().splitlines(keepends=True)[:2]))
+        argv = ["data", "--generate", "--dataset_name", str(few)]
         argv += ["--model_name_or_path", str(folder / "model"), "--output_file", str(out / "made.jsonl")]
         argv += ["--scorer", str(folder / "reward"), "--num_generations", "2", "--max_new_tokens", "4"]
         case = Case(folder, argv, [out])
