@@ -26,6 +26,7 @@ from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather
 from utils.flags import acts_as
 from utils.memory import LESS_MEMORY, ran_out_of_memory
+from utils.paths import read_path
 from utils.runtime import is_main_process, keep_freed_memory, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
@@ -172,7 +173,7 @@ def status(settings: Settings) -> None:
     from utils.status.publishing import publish
     from utils.status.state import read_runs
 
-    publish(read_runs(Path(settings.status.folder).expanduser()), settings.status)
+    publish(read_runs(read_path(settings.status.folder)), settings.status)
 
 
 def init(settings: Settings) -> None:

@@ -25,7 +25,7 @@ ODD_TEXTS = [
         "../../outside",
         "/etc/passwd",
         "/proc/self/environ",
-        "~nobody/x",
+        "~no-such-user/x",
         "~",
         "..",
         ".",
@@ -381,7 +381,9 @@ def reward_case(draw: random.Random, folder: Path, seeds: Path) -> Case:
         case.argv += ["--judge", str(folder / "reward")]
     else:
         out = folder / "out"
-        argv = ["data", "--generate", "--dataset_name", str(folder / "pairs.jsonl"), "--max_samples", "2"]
+        few = folder / "few.jsonl"
+        few.write_text("".join((folder / "pairs.jsonl").read_text().splitlines(keepends=True)[:2]))
+        argv = ["data", "--generate", "--dataset_name", str(few)]
         argv += ["--model_name_or_path", str(folder / "model"), "--output_file", str(out / "made.jsonl")]
         argv += ["--scorer", str(folder / "reward"), "--num_generations", "2", "--max_new_tokens", "4"]
         case = Case(folder, argv, [out])
@@ -594,6 +596,8 @@ def add_hostile(path: Path, folder: Path, draw: random.Random) -> None:
         path.write_text(f"open({str(owned)!r}, 'w')\nclass Evil: pass\n")
         for config in folder.glob("*config.json"):
             content = json.loads(config.read_text())
+            if not isinstance(content, dict):  # an earlier change
+                continue
             key = "auto_mapping" if config.name.startswith("adapter") else "auto_map"
             config.write_text(json.dumps(content | {key: HOSTILE_KEYS[key][0], "tokenizer_class": "Evil"}))
     elif path.suffix == ".jinja":

@@ -308,6 +308,7 @@ def test_contradiction(flags, start):
         ("--completion_column a --chosen_column b", "--completion_column: --chosen_column names the response too"),
         ("--loss_type sigmoid", "--loss_type is 'sigmoid': must be one of nll, dft"),
         ("--dataset_text_field t", "--dataset_text_field: cannot be set here: use --text_column"),
+        ("--neftune_noise_alpha -1", "--neftune_noise_alpha is -1.0: must be at least 0"),
     ],
 )
 def test_contradiction_in_sft(flags, start):

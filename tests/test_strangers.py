@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import stat
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import make_pairs, save_tiny_reward_model, start_script, write_lines
+from conftest import ROOT, make_pairs, save_tiny_reward_model, write_lines
 from safetensors.torch import load_file
 
 MARKUP = "<img src=x onerror=alert(1)><script>alert(1)</script>"
@@ -231,7 +232,15 @@ def test_pickled_data_are_refused(name, run_script, tmp_path, owned):
 EVIL = "open({owned!r}, 'w')\nclass Evil: pass\ndef generate(*_, **__): pass\n"
 
 
-@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json", "generation_config.json", "custom_generate"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "config.json",
+        "custom_generate",
+        pytest.param("tokenizer_config.json", marks=pytest.mark.slow),
+        pytest.param("generation_config.json", marks=pytest.mark.slow),
+    ],
+)
 def test_code_in_a_model_folder_does_not_run(where, run_script, model, pairs_file, tmp_path, owned):
     (model / "evil.py").write_text(EVIL.format(owned=str(owned)))
     (model / "custom_generate").mkdir()
@@ -295,6 +304,22 @@ def test_trusted_code_is_announced(run_script, tiny_model, pairs_file, tmp_path)
 def test_a_kernel_that_a_config_names_is_not_fetched(key, value, said, run_script, model):
     edit(model / "config.json", **{key: value})
     assert said in refused(run_script, "chat", "--model_name_or_path", model, "--prompt", "x")
+    assert said in refused(run_script, "plan", "--model_name_or_path", model, "--gpu", "RTX 4090")
+
+
+@pytest.mark.parametrize("count", [10_001, 10**400, 1e300])
+def test_layers_that_no_model_has_are_not_built(count, run_script, model):
+    edit(model / "config.json", num_hidden_layers=count)
+    said = refused(run_script, "plan", "--model_name_or_path", model, "--gpu", "RTX 4090")
+    assert "config.json: num_hidden_layers is 1" in said
+    assert "more layers than any model has" in said
+
+
+@pytest.mark.parametrize("share", [2**31, -0.1, float("nan")])
+def test_a_share_of_what_is_dropped_is_no_more_than_all(share, run_script, model, pairs_file, tmp_path):
+    edit(model / "config.json", attention_dropout=share)
+    argv = training(model, pairs_file, tmp_path / "out")
+    assert "config.json: attention_dropout is" in refused(run_script, "sft", *argv[1:])
 
 
 def test_a_kernel_that_a_record_names_is_not_inherited(run_script, run):
@@ -326,6 +351,31 @@ def test_an_adapter_imports_and_loads_nothing_else(changes, run_script, run, tmp
     for argv in (["chat", "--prompt", "x"], ["merge", "--output_dir", tmp_path / "out"]):
         assert "adapter_config.json" in refused(run_script, argv[0], "--model_name_or_path", run, *argv[1:])
     assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("tokens", [1e308, [2**63], [-1], "text"])
+def test_an_adapter_is_activated_by_token_ids_alone(tokens, run_script, run):
+    edit(run / "adapter_config.json", alora_invocation_tokens=tokens)
+    said = refused(run_script, "chat", "--model_name_or_path", run, "--prompt", "x")
+    assert "alora_invocation_tokens in its adapter_config.json" in said
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "x" * 20_000])
+def test_a_path_that_cannot_be_is_refused(path, run_script, run, tiny_model, other_model, pairs_file, tmp_path):
+    good = commands(tiny_model, other_model, pairs_file, tmp_path / "out")
+    refused(run_script, *training(path, pairs_file, tmp_path / "out"))
+    refused(run_script, *training(tiny_model, path, tmp_path / "out"))
+    refused(run_script, *training(tiny_model, pairs_file, path))
+    refused(run_script, *good["train"], "--resume_from_checkpoint", path)
+    refused(run_script, *good["train"], "--adapter_name_or_path", path)
+    refused(run_script, "train", "--config", path)
+    refused(run_script, *good["compare"], "--prompts", path)
+    refused(run_script, *good["compare"], "--output_dir", path)
+    refused(run_script, *good["evaluate"], "--output_dir", path)
+    refused(run_script, "merge", "--model_name_or_path", run, "--output_dir", path)
+    refused(run_script, "data", "--dataset_name", pairs_file, "--report_file", path)
+    refused(run_script, "status", path)
+    refused(run_script, "init", "cpu_trial", "--output_file", path)
 
 
 def test_chat_templates_are_not_saved_by_names_that_are_paths(run_script, model, pairs_file, tmp_path):
@@ -450,15 +500,16 @@ def test_nothing_that_is_printed_steers_the_terminal(run_script, model, tmp_path
 
 
 class Tags(HTMLParser):
-    """The tags of a page, and the attributes by which a browser runs something."""
+    """The tags of a page, the attributes by which a browser runs something, and where its links lead."""
 
     def __init__(self):
         super().__init__()
-        self.tags, self.handlers = set(), set()
+        self.tags, self.handlers, self.links = set(), set(), set()
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.handlers |= {name for name, _ in attrs if name.startswith("on")}
+        self.links |= {value for name, value in attrs if name in ("href", "src", "action")}
 
 
 def read_tags(page: Path) -> Tags:
@@ -499,26 +550,41 @@ def test_no_name_or_text_becomes_markup_on_any_page(run_script, tiny_model, tmp_
     for page in pages:
         found = read_tags(page)
         assert not found.handlers, page.name
-        assert not found.tags & {"script", "img", "b", "u", "iframe", "object", "a"}, page.name
+        assert not found.tags & {"script", "img", "b", "u", "iframe", "object"}, page.name
+        assert found.links <= {"#content"}, page.name
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_modes_follow_the_umask(mask, mode, tiny_model, pairs_file, tmp_path):
+def test_modes_follow_the_umask_and_no_temporary_file_stays(tiny_model, pairs_file, tmp_path):
+    """What is written on the way lies in the output folder or a private one, which is gone at the end."""
+    private, out = tmp_path / "tmp", tmp_path / "out"
+    private.mkdir()
     # A process of its own: the mask is one of the whole process.
     code = (
-        f"import os, sys; os.umask({mask}); sys.path.insert(0, '.'); import advanced_dpo_script as s; "
+        "import os, sys; os.umask(0o077); sys.path.insert(0, '.'); import advanced_dpo_script as s; "
         "sys.exit(s.main(sys.argv[1:]))"
     )
-    import subprocess
-
-    from conftest import ROOT
-
-    argv = [*training(tiny_model, pairs_file, tmp_path / "out"), "--max_steps", "1", "--save_steps", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    argv = [*training(tiny_model, pairs_file, out), "--max_steps", "1", "--save_steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"TMPDIR": str(private)},
+    )
     assert done.returncode == 0, done.stderr
-    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
-    assert {m for path, m in modes.items() if path.is_file()} == {mode}, modes
-    assert {m for path, m in modes.items() if path.is_dir()} <= {mode | (mode & 0o444) >> 2}, modes
+    assert not list(private.iterdir())
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}, modes
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}, modes
+
+
+def test_files_are_as_open_as_the_umask_lets_them(trained):
+    """The other end: nothing takes rights away that the mask gives."""
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in trained.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
 
 
 def test_links_in_a_run_are_removed_as_links(run_script, run, tiny_model, pairs_file, tmp_path):
@@ -576,7 +642,15 @@ def test_no_key_of_the_environment_is_written_or_printed(
             "--report_to",
             "tensorboard",
         ],
-        [*training(tiny_model, pairs_file, out / "bad"), "--max_steps", "1", "--learning_rate", "1e30"],
+        [
+            *training(tiny_model, pairs_file, out / "bad"),
+            "--max_steps",
+            "3",
+            "--learning_rate",
+            "1e30",
+            "--warmup_steps",
+            "0",
+        ],
         training("someone/nothing", pairs_file, out / "none"),
         [
             "compare",
@@ -612,9 +686,7 @@ def test_no_key_of_the_environment_is_written_or_printed(
             "data",
             "--generate",
             "--dataset_name",
-            pairs_file,
-            "--max_samples",
-            "2",
+            write_lines(tmp_path / "few.jsonl", make_pairs(2)),
             "--model_name_or_path",
             tiny_model,
             "--scorer",
@@ -635,8 +707,8 @@ def test_no_key_of_the_environment_is_written_or_printed(
     for call in calls:
         code, printed, errors = run_script(*call)
         codes.append(code)
-        texts[f"console of {call[0]}"] = (printed + errors).encode()
-    assert codes[0] == codes[4] == codes[5] == codes[6] == 0, texts
+        texts[f"console {len(codes)}"] = (printed + errors).encode()
+    assert codes == [0, 2, 2, 2, 0, 0, 0, 0, 0], {name: text for name, text in texts.items() if "console" in name}
     assert any(authorization == f"Bearer {SECRETS['OPENAI_API_KEY']}" for _, authorization, _ in endpoint.seen)
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     for folder in (out, cache):
@@ -696,15 +768,12 @@ def test_traps_in_a_json_config_are_refused(text, run_script, tmp_path):
     refused(run_script, "train", "--config", path)
 
 
-def test_a_mangled_case_of_each_kind_ends_well():
-    """The short form of benchmarks/fuzz.py, which see."""
-    import subprocess
-
-    from conftest import ROOT
-
-    argv = [sys.executable, "benchmarks/fuzz.py", "--cases", "50", "--seed", "7"]
+@pytest.mark.parametrize("cases", [8, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_mangled_cases_end_well(cases):
+    """The short forms of benchmarks/fuzz.py, which see."""
+    argv = [sys.executable, "benchmarks/fuzz.py", "--cases", str(cases), "--seed", "7"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_"))}
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1700, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert "0 failed" in done.stdout
 
@@ -718,13 +787,3 @@ def test_copied_commands_are_quoted(run_script, tiny_model, pairs_file, tmp_path
     assert code == 0, errors
     record = json.loads((out / "run.json").read_text())
     assert str(out) in shlex.split(record["command"])
-
-
-def test_a_script_interrupted_by_nothing_leaves_no_temporary_file(tiny_model, pairs_file, tmp_path):
-    """What is written on the way lies in the output folder or a private one, which is gone at the end."""
-    private = tmp_path / "tmp"
-    private.mkdir()
-    process = start_script(*training(tiny_model, pairs_file, tmp_path / "out"), "--dry_run", TMPDIR=str(private))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode in (0, 2), errors
-    assert not list(private.iterdir())

@@ -12,6 +12,7 @@ from conftest import ROOT
 FLOOR = ["errors", "flags", "data_settings", "use_settings", "settings", "runtime", "memory"]
 ORDER = [
     *FLOOR,
+    "paths",
     "user_code",
     "allowed_changes",
     "arguments",

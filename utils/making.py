@@ -31,6 +31,7 @@ from utils.judging import EndpointJudge, JudgeLimits
 from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import find_policy, read_end_ids
 from utils.models.templates import set_chat_template
+from utils.paths import read_path
 from utils.runtime import choose_precision, find_device, say
 from utils.scorers import FUNCTION, Prompt, Scorer, are_equal, load_reward_model, load_scorer
 from utils.settings import Settings
@@ -56,7 +57,7 @@ def make_pairs(settings: Settings) -> None:
     Raises:
         UserError: prompts, model or scorer cannot be used, or not one pair came of them.
     """
-    output = Path(settings.inspection.output_file).expanduser()
+    output = read_path(settings.inspection.output_file)
     name, prompts = _read_distinct_prompts(settings)
     scorer, judge = _load_scorer(settings)
     source = find_policy(settings.model)
@@ -130,7 +131,7 @@ def _hash_files(name: str) -> str | None:
 
     Of a file too large to read each time, such as weights, the size and the time of its last change count.
     """
-    path = Path(name).expanduser()
+    path = read_path(name)
     if not name or not path.exists():
         return None
     digest = hashlib.sha256()

@@ -13,6 +13,7 @@ from utils.arguments.parsing import read_recorded
 from utils.checkpoints import find_checkpoints, find_fault, is_of_model
 from utils.errors import UserError
 from utils.models.sources import ModelSource, find_model
+from utils.paths import read_path
 from utils.saving import CHECKPOINT, RECORD, read_record
 from utils.settings import STAGES, Settings
 
@@ -75,7 +76,7 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
     """
     if not os.path.isdir(os.path.expanduser(name)):
         return TrainedModel(find_model(flag, name, revision))
-    folder = Path(name).expanduser().resolve()
+    folder = read_path(name).resolve()
     if revision is not None:
         raise UserError(f"--model_revision {revision}: {folder} is a folder, which has no revisions")
     run = folder.parent if CHECKPOINT.fullmatch(folder.name) and (folder.parent / RECORD).is_file() else folder

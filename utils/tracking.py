@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from utils.errors import UserError
+from utils.paths import read_path
 from utils.runtime import say
 from utils.settings import Settings
 
@@ -74,7 +75,7 @@ def _has_wandb_login() -> bool:
     import netrc
 
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        path = Path(name).expanduser() if name else None
+        path = read_path(name) if name else None
         if path is not None and path.is_file():
             try:
                 return netrc.netrc(str(path)).authenticators(_wandb_host()) is not None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.paths import read_path
 
 
 def path_of(spec: str) -> Path:
     """The file of "file.py:function"."""
-    return Path(spec.rpartition(":")[0]).expanduser().absolute()
+    return read_path(spec.rpartition(":")[0]).absolute()
 
 
 def load_function(flag: str, spec: str) -> Callable[..., Any]:

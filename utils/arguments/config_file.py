@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from utils.arguments.flag_values import as_text
 from utils.errors import UserError
+from utils.paths import read_path
 
 MOST_ITEMS = 100_000  # of one setting
 
@@ -32,13 +32,11 @@ class Entry:
 def read_config(path: str) -> list[Entry]:
     """The entries of the file, in its order. Raises UserError when it cannot be read or is no mapping."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = read_path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); --config takes a YAML or JSON file") from None
     except ValueError:  # UnicodeDecodeError, or a NUL in the path
         raise UserError(f"{path}: is not UTF-8 text; --config takes a YAML or JSON file") from None
-    except RuntimeError:  # `~name` of nobody
-        raise UserError(f"{path}: cannot be read (no such home folder); --config takes a YAML or JSON file") from None
     read = _read_json if path.lower().endswith(".json") else _read_yaml
     try:
         return _entries(path, list(read(path, text)))

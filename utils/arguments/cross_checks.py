@@ -274,6 +274,12 @@ def best_model(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('metric_for_best_model')} is {name!r}: must be one of {', '.join(names)}"
 
 
+def noise(candidate: Candidate) -> Iterator[str]:
+    alpha = candidate["neftune_noise_alpha"]
+    if alpha is not None and alpha < 0:
+        yield f"{candidate.label('neftune_noise_alpha')} is {alpha}: must be at least 0; 5 is usual"
+
+
 def early_stopping(candidate: Candidate) -> Iterator[str]:
     if candidate["early_stopping_patience"] is None:
         for name in candidate.given("early_stopping_metric"):
@@ -312,6 +318,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     columns: (),
     streaming: ("streaming", "max_steps"),
     best_model: (),
+    noise: ("neftune_noise_alpha",),
     early_stopping: ("early_stopping_patience", "early_stopping_metric", "eval_steps", "validation_split"),
 }
 TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {

@@ -17,6 +17,7 @@ import torch
 from utils.chatting.models import Speaker, load_speakers
 from utils.chatting.terminal import Answer, let_lines_be_edited, read_stdin
 from utils.errors import Interrupted, UserError
+from utils.paths import read_path
 from utils.runtime import make_visible
 from utils.saving import write_json
 from utils.settings import Settings
@@ -224,7 +225,7 @@ class Chat:
     def _save(self, name: str) -> None:
         if not name:
             raise UserError("/save FILE: name a file")
-        path = Path(name).expanduser().resolve()
+        path = read_path(name).resolve()
         if path.exists() and path not in self.saved:
             raise UserError(f"{path} exists; name another file")
         content = [{"model": speaker.source, "messages": speaker.dialogue.messages()} for speaker in self.speakers]

@@ -10,6 +10,7 @@ from utils.comparing.sides import Side
 from utils.errors import UserError
 from utils.folder_lock import check_not_held
 from utils.output_folder import check_writable
+from utils.paths import read_path
 from utils.saving import COMPARISON_FILES, is_result
 from utils.settings import Settings
 
@@ -24,7 +25,7 @@ def find_folder(settings: Settings, model: Side) -> Path:
         UserError: there is no such place, it cannot be written, or it holds files of these names that are not ours.
     """
     if settings.run.output_dir is not None:
-        folder = Path(settings.run.output_dir).expanduser().resolve()
+        folder = read_path(settings.run.output_dir).resolve()
     elif model.trained.folder is not None:
         source, run = Path(model.source.name), model.trained.folder
         folder = run / (FOLDER if source == run else f"{FOLDER}-{source.name}")

@@ -11,6 +11,7 @@ from utils.data.splitting import prompt_key
 from utils.errors import UserError
 from utils.inspection.leaks import WITH_SPLIT
 from utils.inspection.prompts import read_prompts
+from utils.paths import read_path
 from utils.runs import TrainedModel
 from utils.runtime import say
 from utils.scorers import Prompt
@@ -44,7 +45,7 @@ def read_questions(settings: Settings, trained: TrainedModel) -> Questions:
     if name is None:
         source, prompts = _read_held_out(trained)
     elif name.lower().endswith(".txt"):
-        source, prompts = Path(name).name, _read_lines(Path(name).expanduser(), name)
+        source, prompts = Path(name).name, _read_lines(read_path(name), name)
     else:
         source, prompts = _read_data(name, settings.data)
     return Questions(source, _take_different(prompts, most))

@@ -18,6 +18,7 @@ from utils.data.schemas import Reading, find_reading
 from utils.data.sources import Source, load_source
 from utils.data.splitting import Split, join_splits, split_rows
 from utils.errors import UserError
+from utils.paths import read_path
 from utils.settings import DataSettings
 
 
@@ -65,14 +66,14 @@ def open_source(wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb
     names = _file_names(wish)
     if any(names & _file_names(other) for other in wishes if other != wish):
         path = Path(wish.name)
-        folder = path if path.expanduser().is_dir() else path.parent
+        folder = path if read_path(path).is_dir() else path.parent
         place, held_out_place = (_within(folder, place) for place in (source.place, source.held_out_place))
         source = dataclasses.replace(source, place=place, held_out_place=held_out_place)
     return source, reading
 
 
 def _file_names(wish: Wish) -> set[str]:
-    path = Path(wish.name).expanduser()
+    path = read_path(wish.name)
     return {path.name} if path.is_file() else {file.name for file in path.rglob("*") if file.is_file()}
 
 

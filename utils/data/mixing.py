@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,6 +17,7 @@ from utils.data.identity import pair_id
 from utils.data.places import Place
 from utils.data.splitting import draw_numbers
 from utils.errors import UserError
+from utils.paths import read_path
 
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 FIRST_COLUMNS = ("prompt", "chosen", "rejected", "completion")
@@ -44,7 +44,7 @@ def read_wishes(dataset_name: str) -> list[Wish]:
     A name that exists as it is written is one source. Raises UserError for what is neither a share nor a count, and
     for a source that stands twice.
     """
-    if Path(dataset_name).expanduser().exists():
+    if read_path(dataset_name).exists():
         return [Wish(dataset_name)]
     items = [item.strip() for item in dataset_name.split(",")]
     if "" in items:
@@ -67,7 +67,7 @@ def source_names(dataset_name: str) -> list[str]:
 
 def _read_wish(item: str) -> Wish:
     name, colon, amount = item.rpartition(":")
-    if not colon or not name or Path(item).expanduser().exists():
+    if not colon or not name or read_path(item).exists():
         return Wish(item)
     try:
         number = float(amount)

@@ -18,6 +18,7 @@ from utils.data.files import FileRows, file_kind, first_line, quiet, read_files,
 from utils.data.places import Place, row_places
 from utils.data.strangers import check_data_folder, check_reader
 from utils.errors import UserError, gather
+from utils.paths import read_path
 from utils.settings import DataSettings
 
 ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
@@ -107,7 +108,7 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     Raises UserError when the data or the split is missing, or cannot be streamed.
     """
     name, flag = settings.dataset_name, f"--dataset_name {settings.dataset_name}"
-    path = Path(name).expanduser()
+    path = read_path(name)
     if not is_local(name) and HUB_NAME.fullmatch(name):
         splits = load_hub(name, settings.dataset_config, streaming=True)
     elif not path.exists():
@@ -168,7 +169,7 @@ def _find_collection(settings: DataSettings) -> _Collection:
         if not HUB_NAME.fullmatch(name):
             raise UserError(_missing_path(name, Path(name)))
         return _open_hub(name, settings.dataset_config)
-    path = Path(name).expanduser()
+    path = read_path(name)
     if not path.exists():
         raise UserError(_missing_path(name, path))
     if path.is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,6 +26,7 @@ from utils.inspection.statistics import (
     measure_rules,
 )
 from utils.inspection.subject import Subject, load_subject
+from utils.paths import read_path
 from utils.settings import Settings
 
 CLEAN, PROBLEMS = 0, 3  # exit codes
@@ -71,7 +71,7 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
 def _refuse_input_as_output(settings: Settings) -> None:
     output = settings.inspection.output_file
     for wish in read_wishes(settings.data.dataset_name):
-        if output is not None and Path(output).expanduser().resolve() == Path(wish.name).expanduser().resolve():
+        if output is not None and read_path(output).resolve() == read_path(wish.name).resolve():
             raise UserError(f"--output_file is {output}: is one of the sources; name another file")
 
 
@@ -111,7 +111,7 @@ def _look_at_tokens(subject: Subject, settings: Settings) -> tuple[list[Finding]
 
 
 def _write_clean(subject: Subject, findings: list[Finding], settings: Settings) -> dict[str, Any]:
-    path = Path(settings.inspection.output_file).expanduser()
+    path = read_path(settings.inspection.output_file)
     keep, removed = choose_clean(subject, findings, settings.inspection.remove or ())
     if len(keep):
         write_pairs(path, subject.pairs.select(keep))

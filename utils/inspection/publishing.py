@@ -12,6 +12,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.inspection.page import make_page
 from utils.inspection.summary import summarize
+from utils.paths import read_path
 from utils.runtime import say
 from utils.saving import write_json, write_text
 from utils.settings import InspectionSettings
@@ -48,6 +49,6 @@ def _write(name: str, file: str | None, write: Callable[[Path], None]) -> None:
     if file is None:
         return
     try:
-        write(Path(file).expanduser())
+        write(read_path(file))
     except OSError as error:
         raise UserError(f"--{name} {file}: cannot be written ({error.strerror})") from None

@@ -13,6 +13,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.folder_lock import check_not_held
 from utils.output_folder import check_writable
+from utils.paths import read_path
 from utils.runs import TrainedModel
 
 MERGE_RECORD = "merge.json"
@@ -33,7 +34,7 @@ def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -
     Raises:
         UserError: it is a file, cannot be written, lies where the run or its base is, or holds anything else.
     """
-    folder = Path(output_dir).expanduser().resolve()
+    folder = read_path(output_dir).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file of that name exists")
     places = [trained.folder, *(Path(name) for name in (trained.source.name, trained.source.base))]

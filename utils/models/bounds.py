@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ def bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
     """Ends what runs within after so many seconds (TimeIsUp), or when it takes so much more memory (MemoryError).
 
     Both where the system knows how: the time in the main thread, the memory on Unix. An alarm clock that runs already
-    is left alone.
+    goes on afterwards; one that rings sooner is left alone.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_memory_bounded(memory_bytes))
@@ -28,14 +29,16 @@ def bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_bounded(seconds: float) -> Iterator[None]:
-    free = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not free or signal.getitimer(signal.ITIMER_REAL)[0]:
+    able = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    left, interval = signal.getitimer(signal.ITIMER_REAL) if able else (0.0, 0.0)
+    if not able or 0 < left <= seconds:
         yield
         return
 
     def stop(*_: Any) -> None:
         raise TimeIsUp
 
+    began = time.monotonic()
     former = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and every second again, should it have been caught
     try:
@@ -43,6 +46,8 @@ def _time_bounded(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 0.001), interval)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ PICKLED = "can run code when they are loaded"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 INDEX = "model.safetensors.index.json"
 SHOWN = 3
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MOST_LAYERS = 10_000  # far above any model's; each is built before the weights are looked at
+PROBABILITIES = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
 # What PEFT does for a value in an adapter's config, beyond building layers.
 REACHES_OUT = {
     "megatron_config": "lets PEFT import the Python module that megatron_core names",
@@ -34,7 +37,8 @@ def check_folder(flag: str, name: str, revision: str | None = None) -> None:
     """Refuses what a model folder or hub repository names and must not.
 
     Raises:
-        UserError: weights outside the folder or in pickles, a kernel to be fetched, a chat template named as a path.
+        UserError: weights outside the folder or in pickles, a kernel to be fetched, a chat template named as a path,
+            numbers of layers or shares of dropout that cannot be meant.
     """
     faults = [
         *_shard_faults(read_json_file(name, INDEX, revision) or {}),
@@ -46,7 +50,7 @@ def check_folder(flag: str, name: str, revision: str | None = None) -> None:
 
 
 def check_adapter_config(flag: str, name: str, config: dict[str, Any]) -> None:
-    """Refuses an adapter whose adapter_config.json makes PEFT import or load something else.
+    """Refuses an adapter whose adapter_config.json makes PEFT import or load something else, or fail in training.
 
     Raises:
         UserError: one fault per such value.
@@ -56,6 +60,12 @@ def check_adapter_config(flag: str, name: str, config: dict[str, Any]) -> None:
         for key, what in REACHES_OUT.items()
         if config.get(key)
     ]
+    tokens = config.get("alora_invocation_tokens")
+    if tokens is not None and not (isinstance(tokens, list) and all(map(_is_token_id, tokens))):
+        faults.append(
+            f"{flag} {name}: alora_invocation_tokens in its adapter_config.json is {json.dumps(tokens)[:80]}: "
+            "must be a list of token ids or null"
+        )
     if faults:
         raise UserError(*faults)
 
@@ -115,6 +125,10 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
                 f"config.json: {key} is {json.dumps(value)[:80]}, a kernel that would be fetched and run; remove the "
                 "line, and name an implementation that you trust with --attn_implementation"
             )
+        if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
+            yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
+        if key.endswith(PROBABILITIES) and isinstance(value, int | float) and not 0 <= value <= 1:
+            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be between 0 and 1; mend the line"
 
 
 def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:
@@ -136,6 +150,10 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             waiting += item.values()
         elif isinstance(item, list):
             waiting += item
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**31
 
 
 def _is_plain_name(name: str, ending: str) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 
 from utils.errors import UserError
+from utils.paths import read_path
 from utils.planning.planning import Plan
 from utils.planning.summary import as_record, summarize
 from utils.runtime import say
@@ -37,7 +37,7 @@ def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
         return
     if file is not None:
         try:
-            write_json(Path(file).expanduser(), record)
+            write_json(read_path(file), record)
         except OSError as error:
             raise UserError(f"--json_file {file}: cannot be written ({error.strerror})") from None
     for line in summarize(plan, price, devices):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -15,7 +14,9 @@ from utils.models.hub_files import read_json_file
 from utils.models.loading import choose_max_length, load_tokenizer, longest_context
 from utils.models.shared_prefix import Lengths
 from utils.models.sources import ADAPTER_CONFIG, ModelSource, find_policy
+from utils.models.strangers import check_folder
 from utils.models.translating import translating
+from utils.paths import read_path
 from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
 from utils.settings import Settings
 from utils.training.config import rows_of_run
@@ -63,11 +64,12 @@ def find_config(settings: Settings) -> tuple[ModelSource, PretrainedConfig]:
     """Where the model is and its config; of a model nothing else is needed, be it here or on the hub."""
     model = settings.model
     name = model.model_name_or_path
-    folder = Path(name).expanduser()
+    folder = read_path(name)
     if model.adapter_name_or_path or read_json_file(str(folder) if folder.is_dir() else name, ADAPTER_CONFIG, None):
         source = find_policy(model)
     else:
         place = str(folder.resolve()) if folder.is_dir() else name
+        check_folder("--model_name_or_path", place, model.model_revision)
         source = ModelSource(place, None, model.model_revision, place)
     config = translating(
         f"--model_name_or_path {source.base}: its config cannot be read",

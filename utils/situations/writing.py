@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.paths import read_path
 from utils.runtime import say
 from utils.saving import write_text
 from utils.settings import Settings
@@ -23,7 +24,7 @@ def write_config(settings: Settings) -> None:
     Raises:
         UserError: the file exists or cannot be written.
     """
-    situation, path = settings.init.situation, Path(settings.init.output_file).expanduser()
+    situation, path = settings.init.situation, read_path(settings.init.output_file)
     if path.exists() or path.is_symlink():
         raise UserError(f"--output_file {path}: exists, and nothing is written over it; name another file")
     names = {

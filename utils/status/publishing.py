@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.paths import read_path
 from utils.runtime import say
 from utils.saving import write_text
 from utils.status.page import TITLE, make_page
@@ -26,7 +27,7 @@ def publish(overview: Overview, settings: StatusSettings) -> None:
         UserError: the page cannot be written where it should be.
     """
     if settings.report is not None:
-        write_comparison(overview, Path(settings.report).expanduser())
+        write_comparison(overview, read_path(settings.report))
     try:
         if settings.json:
             say(json.dumps(as_json(overview), indent=2).replace("\x7f", "\\u007f"))  # the one control that JSON leaves

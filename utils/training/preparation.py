@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from utils.models.loading import (
 from utils.models.sources import ModelSource, find_model, read_end_ids
 from utils.models.templates import choose_template
 from utils.output_folder import check_output_folder
+from utils.paths import read_path
 from utils.runtime import Precision, say
 from utils.saving import read_record
 from utils.settings import Settings
@@ -66,11 +69,11 @@ def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
     """
     if settings.run.dry_run:
         return None
-    folder = Path(settings.run.output_dir).expanduser().resolve()
+    folder = read_path(settings.run.output_dir).resolve()
     _check_inputs_outside(folder, settings)
     resume = settings.run.resume_from_checkpoint is not None
     if resume and settings.run.resume_from_checkpoint != "auto":
-        checkpoint = Path(settings.run.resume_from_checkpoint).expanduser().resolve()
+        checkpoint = read_path(settings.run.resume_from_checkpoint).resolve()
         if checkpoint.parent != folder:
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: not a checkpoint of the run in --output_dir {folder}; "
@@ -99,8 +102,10 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
     faults = []
     data = [("dataset_name", name) for name in source_names(settings.data.dataset_name)]
     for name, value in [*inputs.items(), *data]:
-        path = Path(value).expanduser().resolve() if value else None
-        if path is not None and path.exists() and (path == folder or folder in path.parents):
+        if not isinstance(value, str) or not os.path.exists(expanduser(value)):
+            continue
+        path = Path(expanduser(value)).resolve()
+        if path == folder or folder in path.parents:
             faults.append(f"--output_dir {folder}: holds --{name} {value}, which the result would overwrite")
     if faults:
         raise UserError(*faults)
