@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
 from utils.state import load_state, save_state
 
+from utils.training.launch import gather_from_all
 LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
 
 
@@ -101,9 +102,7 @@ class WholeCheckpoints(Trainer):
                 shutil.rmtree(made, ignore_errors=True)
                 raise fault or error from None
         if self.args.world_size > 1:
-            faults: list[OSError | None] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(faults, fault)
-            first = next((one for one in faults if one is not None), None)
+            first = next((one for one in gather_from_all(fault) if one is not None), None)
             if first is not None:
                 if self.args.should_save:
                     shutil.rmtree(made, ignore_errors=True)

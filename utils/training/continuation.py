@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from utils.allowed_changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS, WORLD
@@ -30,7 +29,7 @@ from utils.processes import count_processes
 from utils.runtime import Precision, is_main_process, read_versions, say
 from utils.saving import read_record
 from utils.settings import Settings
-from utils.training.launch import uses
+from utils.training.launch import gather_from_all, uses
 from utils.training.preparation import Rows
 from utils.training.reference_cache import hash_rows
 
@@ -74,11 +73,11 @@ def choose_checkpoint(folder: Path | None, wish: str | None) -> Path | None:
             outcome = [find_resume_point(folder, wish)]
             set_aside(outcome[0])
         except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    checkpoint = outcome[0].checkpoint
+            outcome = error
+    outcome = gather_from_all(outcome)[0]  # reading large checkpoints takes longer than others usually wait
+    if isinstance(outcome, UserError):
+        raise outcome
+    checkpoint = outcome.checkpoint
     if checkpoint is not None and not uses("DEEPSPEED"):  # which writes pickles of its own, and reads them
         refuse_pickles("--resume_from_checkpoint", checkpoint)
     return checkpoint
