@@ -184,6 +184,43 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gone_on_from(run, 
     assert_same_run(whole, part)
 
 
+def test_old_checkpoints_go_though_the_run_was_killed_before_it_came_to_that(run, whole, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    code, _, err = run(*GO_ON, "--save_total_limit", 2)
+    assert code == 0, err
+    assert sorted(path.name for path in part.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_what_a_stop_saved_goes_before_what_was_to_be_saved(run, tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, lambda watcher: setattr(watcher, "asked_to_stop", True))
+        assert run("--save_total_limit", 2)[0] == 130
+    assert sorted(path.name for path in part.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-8"]
+    code, _, err = run(*GO_ON, "--save_total_limit", 2)
+    assert code == 0, err
+    assert sorted(path.name for path in part.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-12.damaged", "best"])
+def test_a_folder_that_has_no_checkpoints_name_is_refused(run, run_script, tiny_model, whole, tmp_path, name):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    (part / "checkpoint-12").rename(part / name)
+    code, _, err = run("--resume_from_checkpoint", part / name)
+    assert code == 2
+    assert err.count("error: ") == 1
+    assert "the newest good one" in err
+    assert "checkpoint-8" in err
+    if name != "best":
+        code, _, err = run_script("chat", "--model_name_or_path", part / name, "--prompt", "hello")
+        assert code == 2
+        assert "found damaged and set aside" in err
+
+
 def test_a_damaged_model_is_not_evaluated(run_script, whole, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(whole, part)

@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.manifests import MANIFEST, find_damage, forget_cached, write_manifest
 from utils.runtime import say
-from utils.saving import CHECKPOINT, TRAINER_STATE, flush_folder
+from utils.saving import CHECKPOINT, SET_ASIDE, TRAINER_STATE, flush_folder
 
 # Of the training alone: whoever only uses the model does not read them.
 OF_TRAINING = ("optimizer", "scheduler", "scaler", "random_state", "log_state", TRAINER_STATE)
@@ -83,6 +83,10 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
+    if SET_ASIDE.fullmatch(checkpoint.name):
+        return "it was found damaged before, and set aside"
+    if (name := CHECKPOINT.fullmatch(checkpoint.name)) is None:
+        return "its name is not that of a checkpoint (checkpoint-N)"
     if (checkpoint / MANIFEST).exists():
         return find_damage(checkpoint, int(checkpoint.name.rpartition("-")[2]), reads)
     if not (checkpoint / TRAINER_STATE).is_file():
