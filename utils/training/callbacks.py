@@ -15,11 +15,13 @@ import torch
 from transformers import TrainerCallback
 
 from utils.errors import UserError
+from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
 from utils.saving import RunRecord, append_metrics, keep_rows_until, remove_leftovers, restore_metrics
 from utils.training.alarms import Limits, find_alarms
 from utils.training.bad_batches import BadBatches
+from utils.training.checkpointing import STOPS
 from utils.training.progress import Stopwatch
 from utils.training.reporting import ReportFile
 
@@ -126,6 +128,9 @@ class RunWatcher(TrainerCallback):
             control.should_save = args.save_strategy != "no"
         self._saves_later = False
         if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+            ends_epoch = args.save_strategy == "epoch" and float(state.epoch).is_integer()
+            if not control.should_save and not ends_epoch:
+                keep_in_checkpoints(state, STOPS, [*(kept_in_checkpoint(state, STOPS) or []), state.global_step])
             # The evaluation at the end of the epoch belongs to this step too.
             control.should_save, self._saves_later = False, True
 

@@ -21,9 +21,12 @@ from utils.checkpoints import (
     unfinished_checkpoint,
 )
 from utils.errors import UserError
+from utils.kept import kept_in_checkpoint
 from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
 from utils.state import load_state, save_state
 
+
+STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
 from utils.training.launch import gather_from_all
 LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
 
@@ -55,10 +58,13 @@ class WholeCheckpoints(Trainer):
                 self._write_checkpoint(partial)
             with self._together(partial):
                 if self.args.should_save:
-                    checkpoint, best = finish_checkpoint(folder, step), self.state.best_model_checkpoint
-                    prune_checkpoints(checkpoint, self.most_checkpoints, Path(best) if best else None)
+                    self._prune(finish_checkpoint(folder, step))
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / f"checkpoint-{step}"))
+    def _prune(self, newest: Path) -> None:
+        best, stops = self.state.best_model_checkpoint, kept_in_checkpoint(self.state, STOPS) or ()
+        prune_checkpoints(newest, self.most_checkpoints, Path(best) if best else None, stops)
+
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -74,6 +80,9 @@ class WholeCheckpoints(Trainer):
         """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step."""
         made = folder / UNFINISHED_MODEL
         with self._together(made):
+                newest = folder / f"checkpoint-{self.state.global_step}"
+                if newest.is_dir():  # a run that was killed after saving it may not have come to this
+                    self._prune(newest)
             if self.args.should_save:
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
