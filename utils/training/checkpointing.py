@@ -24,10 +24,9 @@ from utils.errors import UserError
 from utils.kept import kept_in_checkpoint
 from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
 from utils.state import load_state, save_state
-
+from utils.training.launch import gather_from_all
 
 STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
-from utils.training.launch import gather_from_all
 LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
 
 
@@ -61,10 +60,10 @@ class WholeCheckpoints(Trainer):
                     self._prune(finish_checkpoint(folder, step))
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / f"checkpoint-{step}"))
+
     def _prune(self, newest: Path) -> None:
         best, stops = self.state.best_model_checkpoint, kept_in_checkpoint(self.state, STOPS) or ()
         prune_checkpoints(newest, self.most_checkpoints, Path(best) if best else None, stops)
-
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -80,10 +79,10 @@ class WholeCheckpoints(Trainer):
         """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step."""
         made = folder / UNFINISHED_MODEL
         with self._together(made):
+            if self.args.should_save:
                 newest = folder / f"checkpoint-{self.state.global_step}"
                 if newest.is_dir():  # a run that was killed after saving it may not have come to this
                     self._prune(newest)
-            if self.args.should_save:
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
         with self._together(made):
@@ -137,7 +136,10 @@ class WholeCheckpoints(Trainer):
             self._note_best(Path(self.args.output_dir))  # where the folder is now
         return state
 
-    def _load_best_model(self) -> None:
+    def check_best_model(self) -> None:
+        """Raises:
+        UserError: the best model so far is not as it was saved.
+        """
         best = Path(self.state.best_model_checkpoint)
         fault = find_fault(best, reads=is_of_model)
         if fault is not None:
@@ -145,6 +147,9 @@ class WholeCheckpoints(Trainer):
                 f"the best model so far, {best.name}, was damaged since it was saved: {fault}. The same command with "
                 "--resume_from_checkpoint auto goes on from an older checkpoint, and makes it again"
             )
+
+    def _load_best_model(self) -> None:
+        self.check_best_model()
         super()._load_best_model()
 
     def _save_log_state(self, folder: Path) -> None:

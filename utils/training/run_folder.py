@@ -279,6 +279,7 @@ class RunFolderTrainer(WholeCheckpoints):
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
+            self.check_best_model()
             self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
         else:
             super()._load_best_model()
