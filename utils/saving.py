@@ -268,8 +268,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing.
+def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing. Returns
+    what it holds then.
 
     Where the first of them stands for many older lines, those are as the file has them.
     """
@@ -285,6 +286,7 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     restored = older + kept + lines[len(kept) :]
     if restored or found:
         write_json_lines(path, restored)
+    return restored
 
 
 def keep_rows_until(folder: Path, step: int) -> None:
