@@ -354,7 +354,7 @@ def test_out_of_memory_says_what_is_safe_and_what_needs_less(run, tmp_path, monk
     stop_at(monkeypatch, 6, run_out)
     code, _, err = run()
     assert code == 2
-    assert_one_message(err, "out of memory after step 6", "checkpoint-4 is safe", "--gradient_accumulation_steps")
+    assert_one_message(err, "out of memory after step 6", "checkpoint-4 is safe", "--gradient_checkpointing")
 
 
 def test_a_lost_tracker_is_a_warning(run, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from conftest import make_pairs, read_metrics, read_record, write_lines
 
 from utils.report.run_files import read_thinned
 from utils.training import history
+from utils.training.finishing import training_metrics
 from utils.training.history import fold_history
-from utils.training.running import training_metrics
 
 
 def make_lines(count: int) -> list[dict]:
