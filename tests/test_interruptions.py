@@ -221,6 +221,15 @@ def test_a_folder_that_has_no_checkpoints_name_is_refused(run, run_script, tiny_
         assert "found damaged and set aside" in err
 
 
+def test_the_files_of_an_adapter_are_the_same_in_each_process(run, tmp_path):
+    code, _, err = run("--use_lora")
+    assert code == 0, err
+    for folder in (tmp_path / "part", tmp_path / "part" / "checkpoint-12"):
+        names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        assert len(names) > 6
+        assert names == sorted(names), "not as Python's hashes, which each process draws anew, have them"
+
+
 def test_a_damaged_model_is_not_evaluated(run_script, whole, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(whole, part)
