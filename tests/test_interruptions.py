@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from conftest import read_metrics, read_record
 from safetensors.torch import load_file
 
 from utils.errors import ProcessLost
+from utils.state import save_state
 from utils.training.callbacks import RunWatcher
+from utils.training.checkpointing import WholeCheckpoints
 from utils.training.failures import explain_failure
 from utils.training.launch import explain_loss
 
@@ -88,13 +91,14 @@ def stop_at(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(RunWatcher, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("step", [slow(4), 5, slow(7)])
+@pytest.mark.parametrize("step", [2, slow(4), 5, slow(7)])
 def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step, lambda watcher: setattr(watcher, "asked_to_stop", True))
         code, out, _ = run()
     assert code == 130
     assert f"interrupted at step {step}, its state is saved; to go on:" in out
+    assert "warning" not in out
     assert read_record(tmp_path / "part")["step"] == step
     assert (tmp_path / "part" / f"checkpoint-{step}").is_dir()
     code, out, err = run(*GO_ON)
@@ -102,6 +106,27 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monk
     if step not in (4, 8, 12):
         shutil.rmtree(tmp_path / "part" / f"checkpoint-{step}")
     assert_same_run(whole, tmp_path / "part")
+
+
+def test_what_was_counted_since_the_last_line_goes_to_the_processes_that_go_on(tmp_path):
+    names = [f"log_state_{rank}" for rank in range(2)]
+    for rank, name in enumerate(names):
+        state = {"steps": 2, "loss": torch.tensor(1.0 + rank), "sums": {"margin": torch.tensor(0.1 * 3**rank)}}
+        save_state(tmp_path, name, state)
+
+    def load(rank: int, world_size: int) -> tuple[int, float, dict[str, float]]:
+        args = SimpleNamespace(device="cpu", world_size=world_size, process_index=rank)
+        trainer = SimpleNamespace(args=args, _globalstep_last_logged=8, _tr_loss=torch.tensor(0.0), _sums={})
+        WholeCheckpoints.load_log_state(trainer, tmp_path)
+        sums = {name: float(value) for name, value in trainer._sums.items()}
+        return trainer._globalstep_last_logged, float(trainer._tr_loss), sums
+
+    exact = [{"margin": float(torch.tensor(value))} for value in (0.1, 0.1 * 3)]
+    assert [load(rank, 2) for rank in range(2)] == [(6, 1.0, exact[0]), (6, 2.0, exact[1])], "each its own, bit for bit"
+    assert load(0, 1) == (6, 1.5, {"margin": pytest.approx(0.4)})
+    loads = [load(rank, 3) for rank in range(3)]
+    assert [loss for _, loss, _ in loads] == [1.5] * 3, "of which a line has the mean"
+    assert [sums for _, _, sums in loads] == [{"margin": pytest.approx(0.4)}, {}, {}], "of which a line has the sum"
 
 
 @pytest.mark.slow

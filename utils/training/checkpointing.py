@@ -159,12 +159,20 @@ class WholeCheckpoints(Trainer):
             save_state(folder, f"{LOG_STATE}_{self.args.process_index}", state)
 
     def load_log_state(self, checkpoint: str) -> None:
-        """Goes on counting for the next log line where the checkpoint's run stopped, in any number of processes."""
+        """Goes on counting for the next log line where the checkpoint's run stopped, in any number of processes.
+
+        In as many as before each has its own part back, so that sums are rounded as they would have been.
+        """
         names = sorted(path.stem for path in Path(checkpoint).glob(f"{LOG_STATE}_*.json"))
         if not names:
             return
         states = [load_state(Path(checkpoint), name) for name in names]
         self._globalstep_last_logged -= states[0]["steps"]
+        if len(states) == self.args.world_size:
+            own = load_state(Path(checkpoint), f"{LOG_STATE}_{self.args.process_index}")
+            self._tr_loss += own["loss"].to(self.args.device)
+            self._sums = {name: value.to(self.args.device) for name, value in own["sums"].items()}
+            return
         # A line's loss is the mean over processes, everything else in it comes from sums over them.
         self._tr_loss += sum(state["loss"].to(self.args.device) for state in states) / len(states)
         if self.args.process_index == 0:
