@@ -186,8 +186,9 @@ def init(settings: Settings) -> None:
 def run_training(settings: Settings) -> Run:
     """The stages of training, in a folder that no other run writes into; returns the run that was finished."""
     from utils.folder_lock import FolderLock
+    from utils.training.launch import losses_explained
 
-    with FolderLock() as lock:
+    with losses_explained(), FolderLock() as lock:
         return run_stages(settings, lock)
 
 

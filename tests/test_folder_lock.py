@@ -210,6 +210,10 @@ def test_status_shows_a_run_that_loads_before_it_goes_on(run_script, tmp_path):
     assert "running" in out
     assert f"process {parent.pid} has the folder" in out
     assert "to go on" not in out
+    leave_lock(tmp_path, elsewhere(pid=77, started=1.0))
+    out = run_script("status", tmp_path)[1]
+    assert "interrupted" in out
+    assert "its run.lock is of process 77 on node7, which cannot be seen from here" in out
 
 
 # With real runs

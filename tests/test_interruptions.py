@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from conftest import read_metrics, read_record
 from safetensors.torch import load_file
 
 from utils.errors import ProcessLost
+from utils.state import save_state
 from utils.training.callbacks import RunWatcher
+from utils.training.checkpointing import WholeCheckpoints
 from utils.training.failures import explain_failure
 from utils.training.launch import explain_loss
 
@@ -88,13 +91,14 @@ def stop_at(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(RunWatcher, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("step", [slow(4), 5, slow(7)])
+@pytest.mark.parametrize("step", [2, slow(4), 5, slow(7)])
 def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step, lambda watcher: setattr(watcher, "asked_to_stop", True))
         code, out, _ = run()
     assert code == 130
     assert f"interrupted at step {step}, its state is saved; to go on:" in out
+    assert "warning" not in out
     assert read_record(tmp_path / "part")["step"] == step
     assert (tmp_path / "part" / f"checkpoint-{step}").is_dir()
     code, out, err = run(*GO_ON)
@@ -102,6 +106,27 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monk
     if step not in (4, 8, 12):
         shutil.rmtree(tmp_path / "part" / f"checkpoint-{step}")
     assert_same_run(whole, tmp_path / "part")
+
+
+def test_what_was_counted_since_the_last_line_goes_to_the_processes_that_go_on(tmp_path):
+    names = [f"log_state_{rank}" for rank in range(2)]
+    for rank, name in enumerate(names):
+        state = {"steps": 2, "loss": torch.tensor(1.0 + rank), "sums": {"margin": torch.tensor(0.1 * 3**rank)}}
+        save_state(tmp_path, name, state)
+
+    def load(rank: int, world_size: int) -> tuple[int, float, dict[str, float]]:
+        args = SimpleNamespace(device="cpu", world_size=world_size, process_index=rank)
+        trainer = SimpleNamespace(args=args, _globalstep_last_logged=8, _tr_loss=torch.tensor(0.0), _sums={})
+        WholeCheckpoints.load_log_state(trainer, tmp_path)
+        sums = {name: float(value) for name, value in trainer._sums.items()}
+        return trainer._globalstep_last_logged, float(trainer._tr_loss), sums
+
+    exact = [{"margin": float(torch.tensor(value))} for value in (0.1, 0.1 * 3)]
+    assert [load(rank, 2) for rank in range(2)] == [(6, 1.0, exact[0]), (6, 2.0, exact[1])], "each its own, bit for bit"
+    assert load(0, 1) == (6, 1.5, {"margin": pytest.approx(0.4)})
+    loads = [load(rank, 3) for rank in range(3)]
+    assert [loss for _, loss, _ in loads] == [1.5] * 3, "of which a line has the mean"
+    assert [sums for _, _, sums in loads] == [{"margin": pytest.approx(0.4)}, {}, {}], "of which a line has the sum"
 
 
 @pytest.mark.slow
@@ -182,6 +207,52 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gone_on_from(run, 
     assert "checkpoint-8" in next(line for line in out.splitlines() if line.startswith("resuming from"))
     shutil.rmtree(part / "checkpoint-12.damaged")
     assert_same_run(whole, part)
+
+
+def test_old_checkpoints_go_though_the_run_was_killed_before_it_came_to_that(run, whole, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    code, _, err = run(*GO_ON, "--save_total_limit", 2)
+    assert code == 0, err
+    assert sorted(path.name for path in part.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_what_a_stop_saved_goes_before_what_was_to_be_saved(run, tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, lambda watcher: setattr(watcher, "asked_to_stop", True))
+        assert run("--save_total_limit", 2)[0] == 130
+    assert sorted(path.name for path in part.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-8"]
+    code, _, err = run(*GO_ON, "--save_total_limit", 2)
+    assert code == 0, err
+    assert sorted(path.name for path in part.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-12.damaged", "best"])
+def test_a_folder_that_has_no_checkpoints_name_is_refused(run, run_script, tiny_model, whole, tmp_path, name):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    (part / "run.json").write_text(json.dumps(read_record(part) | {"status": "running"}))
+    (part / "checkpoint-12").rename(part / name)
+    code, _, err = run("--resume_from_checkpoint", part / name)
+    assert code == 2
+    assert err.count("error: ") == 1
+    assert "the newest good one" in err
+    assert "checkpoint-8" in err
+    if name != "best":
+        code, _, err = run_script("chat", "--model_name_or_path", part / name, "--prompt", "hello")
+        assert code == 2
+        assert "found damaged and set aside" in err
+
+
+def test_the_files_of_an_adapter_are_the_same_in_each_process(run, tmp_path):
+    code, _, err = run("--use_lora")
+    assert code == 0, err
+    for folder in (tmp_path / "part", tmp_path / "part" / "checkpoint-12"):
+        names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        assert len(names) > 6
+        assert names == sorted(names), "not as Python's hashes, which each process draws anew, have them"
 
 
 def test_a_damaged_model_is_not_evaluated(run_script, whole, tmp_path):
@@ -317,7 +388,7 @@ def test_out_of_memory_says_what_is_safe_and_what_needs_less(run, tmp_path, monk
     stop_at(monkeypatch, 6, run_out)
     code, _, err = run()
     assert code == 2
-    assert_one_message(err, "out of memory after step 6", "checkpoint-4 is safe", "--gradient_accumulation_steps")
+    assert_one_message(err, "out of memory after step 6", "checkpoint-4 is safe", "--gradient_checkpointing")
 
 
 def test_a_lost_tracker_is_a_warning(run, tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ import pytest
 from conftest import make_pairs, read_metrics, read_record, write_lines
 
 from utils.report.run_files import read_thinned
-from utils.training import history
+from utils.training import callbacks, history
+from utils.training.finishing import training_metrics
 from utils.training.history import fold_history
-from utils.training.running import training_metrics
 
 
 def make_lines(count: int) -> list[dict]:
@@ -100,6 +100,25 @@ def test_a_report_holds_no_more_lines_than_it_can_show(tmp_path):
     assert [line for line in found if "held_out_loss" in line] == [line for line in lines if "held_out_loss" in line]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:700]))
     assert read_thinned(path) == lines[:700]
+
+
+def test_alarms_look_at_what_was_logged_and_not_at_its_mean(run_script, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "MOST_LINES", 6)
+    monkeypatch.setattr(history, "FOLDED", 4)
+    seen = []
+    monkeypatch.setattr(callbacks, "find_alarms", lambda lines, limits: seen.append(copy.deepcopy(lines)) or [])
+    data = write_lines(tmp_path / "pairs.jsonl", make_pairs(40))
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--max_steps", 12, "--logging_steps", 1,
+             "--save_steps", 10, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "run"]  # fmt: skip
+    assert run_script(*flags)[0] == 0
+    last = seen[-1]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(read_record(tmp_path / "run") | {"status": "running"}))
+    assert run_script(*flags, "--resume_from_checkpoint", "auto")[0] == 0
+    known = [
+        [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in lines] for lines in (last, seen[-1])
+    ]
+    assert known[0] == known[1]
 
 
 def test_a_resumed_run_whose_log_was_folded_is_the_uninterrupted_one(run_script, tiny_model, tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, read_record, start_script
 
-from utils.errors import UserError
+from utils.errors import ProcessLost, UserError
 from utils.runtime import readable_seconds
 from utils.settings import STAGES, Settings
+from utils.training.launch import losses_explained
 from utils.training.refusals import refusals_explained
 
 
@@ -47,6 +48,25 @@ def test_a_setting_that_a_library_refuses(run_script, tiny_model, pairs_file, tm
     assert named in err
     assert len(err.strip().splitlines()) == 1, err
     assert not output.exists()
+
+
+def test_a_lost_process_and_memory_that_runs_out_are_no_refusals(monkeypatch):
+    library = {"__name__": "torch.distributed"}
+    exec("def fail(text):\n    raise RuntimeError(text)", library)
+    lost, full = "[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer", "std::bad_alloc"
+    with pytest.raises(RuntimeError, match="bad_alloc"), refusals_explained(settings()):
+        library["fail"](full)
+    with pytest.raises(UserError, match="refused by torch"), refusals_explained(settings()):
+        library["fail"](lost)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ProcessLost, match="another process of this run ended before training began"),
+        losses_explained(),
+        refusals_explained(settings()),
+    ):
+        library["fail"](lost)
+    with pytest.raises(RuntimeError, match="another thing"), losses_explained():
+        raise RuntimeError("another thing")
 
 
 def test_a_refused_run_does_not_replace_the_one_before(run_script, tiny_model, pairs_file, tmp_path):

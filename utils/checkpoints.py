@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.manifests import MANIFEST, find_damage, forget_cached, write_manifest
 from utils.runtime import say
-from utils.saving import CHECKPOINT, TRAINER_STATE, flush_folder
+from utils.saving import CHECKPOINT, SET_ASIDE, TRAINER_STATE, flush_folder
 
 # Of the training alone: whoever only uses the model does not read them.
 OF_TRAINING = ("optimizer", "scheduler", "scaler", "random_state", "log_state", TRAINER_STATE)
@@ -83,8 +83,12 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
+    if SET_ASIDE.fullmatch(checkpoint.name):
+        return "it was found damaged before, and set aside"
+    if (name := CHECKPOINT.fullmatch(checkpoint.name)) is None:
+        return "its name is not that of a checkpoint (checkpoint-N)"
     if (checkpoint / MANIFEST).exists():
-        return find_damage(checkpoint, int(checkpoint.name.rpartition("-")[2]), reads)
+        return find_damage(checkpoint, int(name[1]), reads)
     if not (checkpoint / TRAINER_STATE).is_file():
         return f"it has no {MANIFEST} and no {TRAINER_STATE}"
     return next(filter(None, map(_find_end, sorted(checkpoint.rglob("*")))), None)
@@ -205,10 +209,11 @@ def finish_checkpoint(folder: Path, step: int) -> Path:
     return checkpoint
 
 
-def prune_checkpoints(newest: Path, most: int | None, best: Path | None) -> None:
+def prune_checkpoints(newest: Path, most: int | None, best: Path | None, stops: Collection[int] = ()) -> None:
     """Removes the oldest checkpoints but `most`, the newest and the best, once the newest is read back from the disk.
 
-    Those of later steps than the newest, which a resumed run had left behind and makes again, go first.
+    Those of later steps than the newest, which a resumed run had left behind and makes again, go first, then those of
+    `stops`: steps that were saved because the run was asked to stop there.
 
     Raises:
         OSError: the newest is not as it was written; nothing is removed then.
@@ -216,8 +221,8 @@ def prune_checkpoints(newest: Path, most: int | None, best: Path | None) -> None
     if most is None:
         return
     others = [path for path in _named(newest.parent) if path not in (newest, best)]
-    step = int(newest.name.rpartition("-")[2])
-    others.sort(key=lambda path: int(path.name.rpartition("-")[2]) <= step)  # stable: oldest first within the two
+    steps = {path: int(path.name.rpartition("-")[2]) for path in (newest, *others)}
+    others.sort(key=lambda path: (steps[path] <= steps[newest], steps[path] not in stops))  # stable: oldest first
     kept = 1 + (best is not None and best != newest and best.is_dir())
     excess = others[: max(0, kept + len(others) - max(most, kept))]
     if not excess:

@@ -152,6 +152,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def sort_modules(path: Path) -> None:
+    """Puts the names in a saved adapter's config in order: PEFT writes its sets in another one in each process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
+    write_json(path, config)
+
+
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object per line, in one step."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -268,8 +277,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing.
+def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes metrics.jsonl hold `lines`, which a checkpoint knows of: no later ones, none twice, none missing. Returns
+    what it holds then.
 
     Where the first of them stands for many older lines, those are as the file has them.
     """
@@ -285,6 +295,7 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     restored = older + kept + lines[len(kept) :]
     if restored or found:
         write_json_lines(path, restored)
+    return restored
 
 
 def keep_rows_until(folder: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError
 from utils.models.hub_files import find_hub_file, read_json_file
 from utils.models.strangers import PICKLED, check_adapter_config, check_folder
+from utils.saving import SET_ASIDE
 from utils.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def _check_place(flag: str, name: str, config: str) -> None:
         raise UserError(f"{flag} {name}: a file; name the folder that holds {config} and the weights")
     if looks_local(name) and not os.path.isdir(name):
         raise UserError(f"{flag} {name}: no such folder; check the path")
+    if os.path.isdir(name) and SET_ASIDE.fullmatch(Path(name).name):
+        raise UserError(f"{flag} {name}: a checkpoint that was found damaged and set aside; name a whole one")
 
 
 def _check_model(flag: str, name: str, revision: str | None) -> None:

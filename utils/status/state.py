@@ -15,7 +15,7 @@ from utils.checkpoints import find_checkpoints
 from utils.folder_lock import read_owner
 from utils.processes import command_to_go_on, is_alive, patience_seconds
 from utils.runtime import readable_seconds
-from utils.saving import METRICS, seconds_at
+from utils.saving import LOCK, METRICS, seconds_at
 from utils.status.finding import Foreign, FoundRun, find_runs
 
 DIED = "died"  # the record says that it runs, and its process is gone
@@ -84,6 +84,9 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
     owner = read_owner(folder) if state != "running" else None
     if owner is not None and is_alive(owner):
         state, note = "running", f"process {owner['pid']} has the folder, and has not begun to train yet"
+    elif owner is not None and owner.get("started") != (record.get("process") or {}).get("started"):
+        who = f"process {owner.get('pid')} on {owner.get('host')}"
+        note = "; ".join(filter(None, (note, f"its {LOCK} is of {who}, which cannot be seen from here")))
     updated = text_of(record, "updated") or text_of(record, "started")
     checkpoints = find_checkpoints(folder)
     left = number_of(record, "seconds_left")

@@ -81,12 +81,12 @@ class BadBatches:
 
     def note(self) -> None:
         """Puts the steps that were left out so far into the record, and a warning that counts them."""
+        warnings = self.record.content.get("warnings", [])
+        self.record.content["warnings"] = [old for old in warnings if not old.startswith("not finite, left out")]
         if not self.left_out:
             return
         numbers = ", ".join(map(str, self.left_out[:SHOWN])) + (", ..." if len(self.left_out) > SHOWN else "")
         text = f"not finite, left out (at most {self.allowed}): {len(self.left_out)} optimizer steps ({numbers})"
-        others = [old for old in self.record.content.get("warnings", []) if not old.startswith("not finite, left out")]
-        self.record.content["warnings"] = others
         self.record.content["skipped_steps"] = list(self.left_out)
         self.record.warn(f"{text}; their rows are in {BAD_PAIRS}")
 

@@ -15,11 +15,13 @@ import torch
 from transformers import TrainerCallback
 
 from utils.errors import UserError
+from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
 from utils.saving import RunRecord, append_metrics, keep_rows_until, remove_leftovers, restore_metrics
 from utils.training.alarms import Limits, find_alarms
 from utils.training.bad_batches import BadBatches
+from utils.training.checkpointing import STOPS
 from utils.training.progress import Stopwatch
 from utils.training.reporting import ReportFile
 
@@ -101,11 +103,14 @@ class RunWatcher(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
             lines = [as_line(logs, logs["step"]) for logs in state.log_history if is_of_run(logs)]
-            restore_metrics(self.folder, lines)
+            restored = restore_metrics(self.folder, lines)
             keep_rows_until(self.folder, state.global_step)
             if lines:  # a run that is resumed after its last step logs no more
                 self.record.content |= {"step": state.global_step, "steps": state.max_steps}
-            for line in lines:
+            # Those before the checkpoint's own lines, which it has as one mean, were looked at when they were written.
+            for line in restored[: -len(lines)] if lines else ():
+                self._keep_line(line)
+            for line in restored[-len(lines) :] if lines else ():
                 self._sound_alarms(line, state.max_steps, aloud=False)
         if self.bad_batches is not None:
             self.bad_batches.restore(state)
@@ -123,6 +128,9 @@ class RunWatcher(TrainerCallback):
         if self.interrupted:
             # No line for a checkpoint that the run would not have made: what the next line counts is saved in it.
             control.should_training_stop = True
+            ends_epoch = args.save_strategy == "epoch" and float(state.epoch).is_integer()
+            if not control.should_save and not ends_epoch:
+                keep_in_checkpoints(state, STOPS, [*(kept_in_checkpoint(state, STOPS) or []), state.global_step])
             control.should_save = args.save_strategy != "no"
         self._saves_later = False
         if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
@@ -168,13 +176,17 @@ class RunWatcher(TrainerCallback):
         if self.report is not None:
             self.report.write(now=held_out)
 
-    def _sound_alarms(self, line: dict[str, Any], steps: int, aloud: bool = True) -> None:
-        """Says each alarm that the metrics set off, once in a run; a resumed run knows what was said before."""
+    def _keep_line(self, line: dict[str, Any]) -> None:
+        """Keeps a line of metrics for the alarms."""
         self.lines.append(line)
         if len(self.lines) > MOST_LINES:  # alarms look at evaluations, and at the first and last lines of training
             middle = self.lines[MOST_LINES // 4 : -MOST_LINES // 2]
             kept = [line for line in middle if "learning_rate" not in line]
             self.lines[MOST_LINES // 4 : -MOST_LINES // 2] = kept
+
+    def _sound_alarms(self, line: dict[str, Any], steps: int, aloud: bool = True) -> None:
+        """Says each alarm that the metrics set off, once in a run; a resumed run knows what was said before."""
+        self._keep_line(line)
         for name, text in find_alarms(self.lines, Limits(steps, self._max_kl)):
             sounded = self.record.content.setdefault("alarms", [])  # by an earlier part of the run too
             if name not in sounded:

@@ -21,9 +21,12 @@ from utils.checkpoints import (
     unfinished_checkpoint,
 )
 from utils.errors import UserError
+from utils.kept import kept_in_checkpoint
 from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
 from utils.state import load_state, save_state
+from utils.training.launch import gather_from_all
 
+STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
 LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
 
 
@@ -54,10 +57,13 @@ class WholeCheckpoints(Trainer):
                 self._write_checkpoint(partial)
             with self._together(partial):
                 if self.args.should_save:
-                    checkpoint, best = finish_checkpoint(folder, step), self.state.best_model_checkpoint
-                    prune_checkpoints(checkpoint, self.most_checkpoints, Path(best) if best else None)
+                    self._prune(finish_checkpoint(folder, step))
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / f"checkpoint-{step}"))
+
+    def _prune(self, newest: Path) -> None:
+        best, stops = self.state.best_model_checkpoint, kept_in_checkpoint(self.state, STOPS) or ()
+        prune_checkpoints(newest, self.most_checkpoints, Path(best) if best else None, stops)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -74,6 +80,9 @@ class WholeCheckpoints(Trainer):
         made = folder / UNFINISHED_MODEL
         with self._together(made):
             if self.args.should_save:
+                newest = folder / f"checkpoint-{self.state.global_step}"
+                if newest.is_dir():  # a run that was killed after saving it may not have come to this
+                    self._prune(newest)
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
         with self._together(made):
@@ -101,9 +110,7 @@ class WholeCheckpoints(Trainer):
                 shutil.rmtree(made, ignore_errors=True)
                 raise fault or error from None
         if self.args.world_size > 1:
-            faults: list[OSError | None] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(faults, fault)
-            first = next((one for one in faults if one is not None), None)
+            first = next((one for one in gather_from_all(fault) if one is not None), None)
             if first is not None:
                 if self.args.should_save:
                     shutil.rmtree(made, ignore_errors=True)
@@ -129,7 +136,10 @@ class WholeCheckpoints(Trainer):
             self._note_best(Path(self.args.output_dir))  # where the folder is now
         return state
 
-    def _load_best_model(self) -> None:
+    def check_best_model(self) -> None:
+        """Raises:
+        UserError: the best model so far is not as it was saved.
+        """
         best = Path(self.state.best_model_checkpoint)
         fault = find_fault(best, reads=is_of_model)
         if fault is not None:
@@ -137,6 +147,9 @@ class WholeCheckpoints(Trainer):
                 f"the best model so far, {best.name}, was damaged since it was saved: {fault}. The same command with "
                 "--resume_from_checkpoint auto goes on from an older checkpoint, and makes it again"
             )
+
+    def _load_best_model(self) -> None:
+        self.check_best_model()
         super()._load_best_model()
 
     def _save_log_state(self, folder: Path) -> None:
@@ -146,12 +159,20 @@ class WholeCheckpoints(Trainer):
             save_state(folder, f"{LOG_STATE}_{self.args.process_index}", state)
 
     def load_log_state(self, checkpoint: str) -> None:
-        """Goes on counting for the next log line where the checkpoint's run stopped, in any number of processes."""
+        """Goes on counting for the next log line where the checkpoint's run stopped, in any number of processes.
+
+        In as many as before each has its own part back, so that sums are rounded as they would have been.
+        """
         names = sorted(path.stem for path in Path(checkpoint).glob(f"{LOG_STATE}_*.json"))
         if not names:
             return
         states = [load_state(Path(checkpoint), name) for name in names]
         self._globalstep_last_logged -= states[0]["steps"]
+        if len(states) == self.args.world_size:
+            own = load_state(Path(checkpoint), f"{LOG_STATE}_{self.args.process_index}")
+            self._tr_loss += own["loss"].to(self.args.device)
+            self._sums = {name: value.to(self.args.device) for name, value in own["sums"].items()}
+            return
         # A line's loss is the mean over processes, everything else in it comes from sums over them.
         self._tr_loss += sum(state["loss"].to(self.args.device) for state in states) / len(states)
         if self.args.process_index == 0:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from utils.allowed_changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS, WORLD
@@ -30,7 +29,7 @@ from utils.processes import count_processes
 from utils.runtime import Precision, is_main_process, read_versions, say
 from utils.saving import read_record
 from utils.settings import Settings
-from utils.training.launch import uses
+from utils.training.launch import gather_from_all, uses
 from utils.training.preparation import Rows
 from utils.training.reference_cache import hash_rows
 
@@ -68,17 +67,17 @@ def choose_checkpoint(folder: Path | None, wish: str | None) -> Path | None:
     """
     if folder is None or wish is None:
         return None
-    outcome: list[ResumePoint | UserError | None] = [None]
+    outcome: ResumePoint | UserError | None = None
     if is_main_process():
         try:
-            outcome = [find_resume_point(folder, wish)]
-            set_aside(outcome[0])
+            outcome = find_resume_point(folder, wish)
+            set_aside(outcome)
         except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    checkpoint = outcome[0].checkpoint
+            outcome = error
+    outcome = gather_from_all(outcome)[0]  # reading large checkpoints takes longer than others usually wait
+    if isinstance(outcome, UserError):
+        raise outcome
+    checkpoint = outcome.checkpoint
     if checkpoint is not None and not uses("DEEPSPEED"):  # which writes pickles of its own, and reads them
         refuse_pickles("--resume_from_checkpoint", checkpoint)
     return checkpoint
@@ -103,7 +102,8 @@ def check_continuation(
     now = identify_run(data, rows, source, settings, precision)
     allowed = settings.run.allow_changes
     if checkpoint is None:
-        return Continuation(now, warnings=_say_unused(allowed, frozenset()))
+        _say_unused(allowed, frozenset())
+        return Continuation(now)
     kept = read_kept(checkpoint)
     before = kept.get(IDENTITY) or identify_by_record(read_record(folder) or {})
     found = find_changes(before, now)
@@ -115,9 +115,10 @@ def check_continuation(
         say(f"note: {text}")
     new = tuple(f"from {checkpoint.name} on, by --allow_changes: {text}" for text in passed.values())
     changes = (*kept.get(CHANGES, ()), *new)
-    warnings = (*changes, *differing_versions(before, now), *_say_unused(allowed, frozenset(passed)))
+    warnings = (*changes, *differing_versions(before, now))
     for warning in warnings:
         say(f"warning: {warning}")
+    _say_unused(allowed, frozenset(passed))
     return Continuation(now, changes, frozenset(passed), warnings)
 
 
@@ -278,9 +279,10 @@ def _refuse(name: str, text: str, checkpoint: Path) -> str:
     )
 
 
-def _say_unused(allowed: Sequence[str], used: frozenset[str]) -> tuple[str, ...]:
-    """Warnings for names that had nothing to allow."""
+def _say_unused(allowed: Sequence[str], used: frozenset[str]) -> None:
+    """Names that had nothing to allow, which is nothing of the run and so not in its record."""
     used = used | {ALL_SETTINGS} if any(name not in GROUPS for name in used) else used
     free = dict.fromkeys(FREE_TO_CHANGE, "may change without it")
-    reasons = {name: free.get(name, "nothing of it has changed") for name in allowed if name not in used}
-    return tuple(f"--allow_changes {name}: {reason}" for name, reason in reasons.items())
+    for name in dict.fromkeys(allowed):
+        if name not in used:
+            say(f"warning: --allow_changes {name}: {free.get(name, 'nothing of it has changed')}")

@@ -140,9 +140,16 @@ def wait_for_all() -> None:
     try:
         dist.barrier(group=_patient)
     except RuntimeError as error:
-        lost = ProcessLost("another process of this run ended before training began: look at its own last lines")
-        lost.spoken = not is_main_process()
-        raise lost from error
+        raise _lost_early() from error
+
+
+def gather_from_all(value: Any) -> list[Any]:
+    """What each process brings here, in order of rank, however long one takes to come; of a single process its own."""
+    if _patient is None or not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_patient)
+    return values
 
 
 @contextlib.contextmanager
@@ -159,6 +166,29 @@ def one_first() -> Iterator[None]:
         wait_for_all()
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether it was raised because another process of the run is gone."""
+    text = str(error).lower()
+    return count_processes() > 1 and isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
+
+
+@contextlib.contextmanager
+def losses_explained() -> Iterator[None]:
+    """Where a process is lost outside of training, of which the run itself tells more, the others say that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        raise _lost_early() from error
+
+
+def _lost_early() -> ProcessLost:
+    lost = ProcessLost("another process of this run ended before training began: look at its own last lines")
+    lost.spoken = not is_main_process()
+    return lost
+
+
 def explain_loss(error: BaseException, record: Mapping[str, Any], folder: Path | None, step: int) -> ProcessLost | None:
     """What was raised because another process is gone, as one message; None for any other error.
 
@@ -166,10 +196,7 @@ def explain_loss(error: BaseException, record: Mapping[str, Any], folder: Path |
         record: what run.json holds; `folder` is None in a dry run.
         step: the last one that was taken.
     """
-    text = str(error).lower()
-    if count_processes() == 1 or not isinstance(error, RuntimeError) or not any(sign in text for sign in SIGNS):
-        return None
-    return ProcessLost(_describe_loss(record, folder, step))
+    return ProcessLost(_describe_loss(record, folder, step)) if is_loss(error) else None
 
 
 def _describe_loss(record: Mapping[str, Any], folder: Path | None, step: int) -> str:

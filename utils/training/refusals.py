@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-import torch
-
 from utils.errors import Interrupted, ProcessLost, UserError
+from utils.memory import ran_out_of_memory
 from utils.settings import Settings
+from utils.training.launch import is_loss
 
 OURS = ("utils", "advanced_dpo_script", "__main__")
 PASSED_ON = ("lr_scheduler_type", "report_to", "attn_implementation", "lora_target_modules")
@@ -21,19 +21,19 @@ PASSED_ON = ("lr_scheduler_type", "report_to", "attn_implementation", "lora_targ
 def refusals_explained(settings: Settings, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turns an exception that a library raises within the context into a UserError that names the flags behind it.
 
-    What our own code raises (or Python's library on its behalf), running out of memory, and whatever happens once
-    training has begun pass through.
+    What our own code raises (or Python's library on its behalf), running out of memory, the loss of another process,
+    and whatever happens once training has begun pass through.
 
     Args:
         begun: says whether training has begun: from then on a failure is no longer one of settings.
     """
     try:
         yield
-    except (UserError, Interrupted, ProcessLost, torch.OutOfMemoryError):
+    except (UserError, Interrupted, ProcessLost):
         raise
     except Exception as error:
         library = _raised_by(error.__traceback__)
-        if begun() or library in OURS:
+        if begun() or library in OURS or ran_out_of_memory(error) or is_loss(error):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{_flags_behind(message, settings)}: refused by {library}: {message}") from error

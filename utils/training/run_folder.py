@@ -22,7 +22,7 @@ from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
-from utils.saving import RunRecord, let_umask_decide, write_json
+from utils.saving import RunRecord, let_umask_decide, sort_modules, write_json
 from utils.state import load_state, read_random_state, restoring, save_state, set_random_state
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
@@ -259,6 +259,8 @@ class RunFolderTrainer(WholeCheckpoints):
             options |= {"selected_adapters": [TRAINED_ADAPTER], "save_embedding_layers": False}
         had_readme = (folder / "README.md").is_file()
         model.save_pretrained(folder, **options)
+        if isinstance(model, PeftModel):
+            sort_modules(folder / "adapter_config.json")
         if not had_readme:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)
@@ -279,6 +281,7 @@ class RunFolderTrainer(WholeCheckpoints):
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
+            self.check_best_model()
             self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
         else:
             super()._load_best_model()

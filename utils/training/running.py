@@ -122,7 +122,9 @@ class Run:
     def end(self, status: str, **values: Any) -> None:
         """The last record of the run, and its report."""
         if self.watcher.begun:
-            values |= {"seconds_left": None, "resources": self.resources(), "step": self.trainer.state.global_step}
+            state = self.trainer.state  # no line may have been logged yet
+            values |= {"seconds_left": None, "resources": self.resources()}
+            values |= {"step": state.global_step, "steps": state.max_steps}
         self.record.update(status=status, **values)
         close_trackers(self.trainer, self.record)
         if self.watcher.report is not None and self.trainer.args.should_save and self.watcher.begun:
