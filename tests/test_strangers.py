@@ -208,6 +208,16 @@ def test_a_reward_model_is_read_from_safetensors_alone(
     assert "only pickled weights (.bin), which can run code when they are loaded" in said
 
 
+def test_a_reward_model_is_tried_before_responses_are_written(run_script, tiny_model, pairs_file, tmp_path):
+    reward, out = tmp_path / "reward", tmp_path / "out"
+    save_tiny_reward_model(reward)
+    edit(reward / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    argv = commands(tiny_model, tiny_model, pairs_file, out)["generate"]
+    argv = [str(reward) if word == "scorer.py:f" else word for word in argv]
+    assert f"--scorer {reward}: cannot score" in refused(run_script, *argv)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"])
 @pytest.mark.parametrize("wish", ["auto", "checkpoint-2"])
 def test_a_checkpoint_with_pickles_is_not_resumed(name, wish, run_script, run, tiny_model, pairs_file, owned):
