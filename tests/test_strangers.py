@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -206,6 +207,16 @@ def test_a_reward_model_is_read_from_safetensors_alone(
     argv = commands(tiny_model, other_model, pairs_file, tmp_path / "out")["compare"]
     said = refused(run_script, *argv, "--num_prompts", "2", "--judge", reward)
     assert "only pickled weights (.bin), which can run code when they are loaded" in said
+
+
+def test_a_reward_model_is_tried_before_responses_are_written(run_script, tiny_model, pairs_file, tmp_path):
+    reward, out = tmp_path / "reward", tmp_path / "out"
+    save_tiny_reward_model(reward)
+    edit(reward / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    argv = commands(tiny_model, tiny_model, pairs_file, out)["generate"]
+    argv = [str(reward) if word == "scorer.py:f" else word for word in argv]
+    assert f"--scorer {reward}: cannot score" in refused(run_script, *argv)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"])
@@ -554,26 +565,11 @@ def test_no_name_or_text_becomes_markup_on_any_page(run_script, tiny_model, tmp_
         assert found.links <= {"#content"}, page.name
 
 
-def test_modes_follow_the_umask_and_no_temporary_file_stays(tiny_model, pairs_file, tmp_path):
-    """What is written on the way lies in the output folder or a private one, which is gone at the end."""
-    private, out = tmp_path / "tmp", tmp_path / "out"
-    private.mkdir()
-    # A process of its own: the mask is one of the whole process.
-    code = (
-        "import os, sys; os.umask(0o077); sys.path.insert(0, '.'); import advanced_dpo_script as s; "
-        "sys.exit(s.main(sys.argv[1:]))"
-    )
-    argv = [*training(tiny_model, pairs_file, out), "--max_steps", "1", "--save_steps", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"TMPDIR": str(private)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert not list(private.iterdir())
+def test_modes_follow_the_umask(run_script, tiny_model, pairs_file, tmp_path, request):
+    out = tmp_path / "out"
+    request.addfinalizer(functools.partial(os.umask, os.umask(0o077)))
+    code, _, errors = run_script(*training(tiny_model, pairs_file, out), "--max_steps", "1", "--save_steps", "1")
+    assert code == 0, errors
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
     assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}, modes
     assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}, modes

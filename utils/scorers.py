@@ -105,6 +105,7 @@ def load_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "-
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from utils.models.translating import translating
     from utils.runtime import find_device
 
     check_reward_model(wish, trust_remote_code, flag)
@@ -124,22 +125,22 @@ def load_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "-
         )
     longest = getattr(model.config, "max_position_embeddings", None)
 
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        numbers = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            if isinstance(prompt, str):
-                ids = tokenizer(prompt + response)["input_ids"]
-            elif tokenizer.chat_template:
-                text = tokenizer.apply_chat_template(
-                    [*prompt, {"role": "assistant", "content": response}], tokenize=False
-                )
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            else:
-                raise UserError(f"{flag}: its tokenizer has no chat template, which prompts of messages need")
-            # One by one: padding would have to be on the side that each architecture reads its score from.
-            with torch.no_grad():
-                row = torch.tensor([ids[-longest:] if longest else ids], device=model.device)
-                numbers.append(model(input_ids=row).logits[0, 0].item())
-        return numbers
+    def score_one(prompt: Prompt, response: str) -> float:
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt + response)["input_ids"]
+        elif tokenizer.chat_template:
+            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            raise UserError(f"{flag}: its tokenizer has no chat template, which prompts of messages need")
+        # One by one: padding would have to be on the side that each architecture reads its score from.
+        with torch.no_grad():
+            row = torch.tensor([ids[-longest:] if longest else ids], device=model.device)
+            return model(input_ids=row).logits[0, 0].item()
 
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        texts = zip(prompts, responses, strict=True)
+        return translating(f"{flag}: cannot score", lambda: [score_one(*text) for text in texts])
+
+    score(["Is this a text?"], [" Yes, 1."])  # before responses are written that it cannot score
     return score
