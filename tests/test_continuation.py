@@ -146,25 +146,44 @@ def test_weights_in_parts_and_adapters_are_read_too(tiny_model, tmp_path):
 # With real runs
 
 
+@pytest.fixture(scope="module")
+def first_parts(tmp_path_factory) -> Path:
+    """Where whole runs are kept, to begin the tests from: for each kind one."""
+    return tmp_path_factory.mktemp("parts")
+
+
 @pytest.fixture
-def begun(run_script, tiny_model, tmp_path):
+def place(first_parts):
+    """An empty folder, the same for all tests of this file, since runs know where they are."""
+    folder = first_parts / "place"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def begun(run_script, tiny_model, first_parts, place):
     """A run that was killed after step 4 of 8; a function that goes on with it, with other flags."""
-    usual = {"model_name_or_path": tiny_model, "dataset_name": tmp_path / "pairs.jsonl", "max_steps": 8,
+    usual = {"model_name_or_path": tiny_model, "dataset_name": place / "pairs.jsonl", "max_steps": 8,
              "per_device_train_batch_size": 4, "learning_rate": 5e-3, "save_steps": 4, "logging_steps": 2,
-             "validation_split": 0.1, "output_dir": tmp_path / "run", "dtype": "float32"}  # fmt: skip
-    write_lines(tmp_path / "pairs.jsonl", make_pairs(60))
+             "validation_split": 0.1, "output_dir": place / "run", "dtype": "float32"}  # fmt: skip
+    write_lines(place / "pairs.jsonl", make_pairs(60))
 
     def run(resume="auto", verb="train", **flags):
         values = usual | flags | ({"resume_from_checkpoint": resume} if resume else {})
         words = [part for name, value in values.items() for part in (f"--{name}", *(() if value is True else (value,)))]
         code, out, err = run_script(verb, *words)
-        return code, out, err, tmp_path / "run"
+        return code, out, err, place / "run"
 
     def start(verb="train", **flags):
         usual.update(flags)
-        code, _, err, folder = run(resume=None, verb=verb)
-        assert code == 0, err
-        shutil.copytree(folder, tmp_path / "whole")
+        folder, kept = place / "run", first_parts / f"{verb} {flags}"
+        if not kept.exists():
+            code, _, err, _ = run(resume=None, verb=verb)
+            assert code == 0, err
+            folder.rename(kept)
+        shutil.copytree(kept, folder)
+        shutil.copytree(kept, place / "whole")
         shutil.rmtree(folder / "checkpoint-8")
         for path in folder.glob("*.safetensors"):
             path.unlink()
@@ -186,25 +205,25 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_moved_files_are_the_same_run(begun, tiny_model, tmp_path):
+def test_moved_files_are_the_same_run(begun, tiny_model, place):
     go_on = begun()
-    shutil.copytree(tiny_model, tmp_path / "moved")
-    (tmp_path / "pairs.jsonl").rename(tmp_path / "renamed.jsonl")
-    code, out, err, folder = go_on(model_name_or_path=tmp_path / "moved", dataset_name=tmp_path / "renamed.jsonl")
+    shutil.copytree(tiny_model, place / "moved")
+    (place / "pairs.jsonl").rename(place / "renamed.jsonl")
+    code, out, err, folder = go_on(model_name_or_path=place / "moved", dataset_name=place / "renamed.jsonl")
     assert code == 0, err
-    assert f"note: --dataset_name was {tmp_path / 'pairs.jsonl'}, is {tmp_path / 'renamed.jsonl'}" in out
-    assert same_weights(folder, tmp_path / "whole")
+    assert f"note: --dataset_name was {place / 'pairs.jsonl'}, is {place / 'renamed.jsonl'}" in out
+    assert same_weights(folder, place / "whole")
     assert read_record(folder)["warnings"] == []
 
 
-def test_other_content_is_refused_by_name_and_all_at_once(begun, tiny_model, other_model, tmp_path):
+def test_other_content_is_refused_by_name_and_all_at_once(begun, tiny_model, other_model, place):
     go_on = begun()
-    before = sorted((tmp_path / "run").rglob("*"))
+    before = sorted((place / "run").rglob("*"))
     rows = make_pairs(60)
     rows[30]["chosen"] += "!"
-    write_lines(tmp_path / "other.jsonl", rows)
+    write_lines(place / "other.jsonl", rows)
     code, _, err, folder = go_on(
-        dataset_name=tmp_path / "other.jsonl", model_name_or_path=other_model, ref_model_name_or_path=tiny_model,
+        dataset_name=place / "other.jsonl", model_name_or_path=other_model, ref_model_name_or_path=tiny_model,
         beta=0.3, dtype="bfloat16", per_device_train_batch_size=8,
     )  # fmt: skip
     assert code == 2
@@ -212,14 +231,14 @@ def test_other_content_is_refused_by_name_and_all_at_once(begun, tiny_model, oth
     assert "32 rows" not in err
     assert "4 rows per optimizer step before (4 x 1 x 1 process), 8 now" in err
     assert sorted(folder.rglob("*")) == before
-    code, _, err, _ = go_on(model_name_or_path=save_tiny_model(tmp_path / "n", seed=1, hidden_size=16))
+    code, _, err, _ = go_on(model_name_or_path=save_tiny_model(place / "n", seed=1, hidden_size=16))
     assert code == 2
     assert "start a new run in another folder" in err
 
 
-def test_another_tokenizer_is_seen_by_the_ids_it_gives(begun, tiny_model, tmp_path):
+def test_another_tokenizer_is_seen_by_the_ids_it_gives(begun, tiny_model, place):
     go_on = begun()
-    folder = tmp_path / "retokenized"
+    folder = place / "retokenized"
     shutil.copytree(tiny_model, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][:-40]
@@ -232,11 +251,11 @@ def test_another_tokenizer_is_seen_by_the_ids_it_gives(begun, tiny_model, tmp_pa
     assert "by --allow_changes: the tokenizer gives other ids for the same texts" in out
 
 
-def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, tmp_path):
+def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, place):
     go_on = begun()
     rows = make_pairs(60)
     rows[30]["chosen"] += "!"
-    write_lines(tmp_path / "pairs.jsonl", rows)
+    write_lines(place / "pairs.jsonl", rows)
     code, _, err, _ = go_on(beta=0.3, allow_changes="data,precision")
     assert code == 2
     assert names_refused(err) == {"beta"}
@@ -259,14 +278,14 @@ def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["train", "sft"])
-def test_an_allowed_learning_rate_takes_effect(verb, begun, tmp_path):
+def test_an_allowed_learning_rate_takes_effect(verb, begun, place):
     go_on = begun(verb=verb, lr_scheduler_type="cosine", weight_decay=0.01)
     code, _, err, folder = go_on(verb=verb, learning_rate=1e-3, weight_decay=0.1, adam_beta2=0.9,
                                  allow_changes="settings")  # fmt: skip
     assert code == 0, err
     old, new = (
         {line["step"]: line["learning_rate"] for line in read_metrics(path) if "loss" in line}
-        for path in (tmp_path / "whole", folder)
+        for path in (place / "whole", folder)
     )
     assert new[4] == old[4]
     assert [new[step] for step in (6, 8)] == pytest.approx([old[step] / 5 for step in (6, 8)])
@@ -283,12 +302,12 @@ def test_more_steps_may_be_allowed(begun):
     assert [line["learning_rate"] > 0 for line in read_metrics(folder) if line.get("step") == 10] == [True]
 
 
-def test_the_rows_of_a_step_may_be_divided_otherwise(begun, tmp_path):
+def test_the_rows_of_a_step_may_be_divided_otherwise(begun, place):
     go_on = begun()
     code, out, err, folder = go_on(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert code == 0, err
     assert "note: the 4 rows of an optimizer step are divided in another way (2 x 2 x 1 process, before 4" in out
-    for line, other in zip(read_metrics(folder), read_metrics(tmp_path / "whole"), strict=True):
+    for line, other in zip(read_metrics(folder), read_metrics(place / "whole"), strict=True):
         assert line.get("loss") == pytest.approx(other.get("loss"), abs=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -100,6 +101,21 @@ def test_a_folder_is_made_for_the_lock_and_goes_with_it_when_nothing_is_in_it(tm
         lock.take(tmp_path / "a" / "b")
         (tmp_path / "a" / "note").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "note"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "the disk fails"),
+                                              (errno.ENOTCONN, "cannot be written (Transport endpoint")])  # fmt: skip
+def test_a_disk_that_takes_no_lock_is_one_message(number, said, tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError) as caught, FolderLock() as lock:
+        lock.take(tmp_path / "run")
+    (fault,) = caught.value.faults
+    assert fault.startswith(f"--output_dir {tmp_path / 'run'}: {said}")
+    assert "--resume_from_checkpoint auto" in fault
+    assert list(tmp_path.iterdir()) == [], "nothing of it is left"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
@@ -273,6 +289,7 @@ def test_a_run_killed_before_its_first_step_leaves_a_folder_that_can_be_used(run
     assert "its lock is taken over" in out
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_all_processes(tiny_model, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(24))
     parent = psutil.Process(os.getpid())

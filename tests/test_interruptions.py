@@ -296,7 +296,7 @@ def full_from(call: int):
 @pytest.mark.parametrize(
     ("place", "call"),
     [
-        ("utils.training.callbacks.append_metrics", 3),
+        slow("utils.training.callbacks.append_metrics", 3),
         slow("utils.saving.write_json", 4),  # run.json
         slow("utils.training.run_folder.save_state", 3),  # the second checkpoint
         ("utils.checkpoints.write_manifest", 2),

@@ -166,7 +166,7 @@ def test_a_resumed_run_keeps_its_pairs_per_step(run_script, tiny_model, pairs_fi
     resume = (*flags, "--resume_from_checkpoint", "auto")
     code, _, err = run_script(*resume, "--per_device_train_batch_size", 4)
     assert code == 2
-    assert "8 rows per optimizer step before (8 x 1 x 1" in err
+    assert "8 rows per optimizer step before (8 x 1 x 1 process), 4 now (4 x 1 x 1 process)" in err
     assert "--allow_changes world" in err
     split = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
     code, _, err = run_script(*resume, *split)

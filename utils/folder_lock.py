@@ -20,7 +20,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.processes import identify_process, is_alive, patience_seconds
 from utils.runtime import is_main_process, readable_seconds, say
-from utils.saving import LOCK, now, read_record, seconds_at
+from utils.saving import LOCK, MEANINGS, now, read_record, seconds_at
 
 GRACE = 30.0  # seconds in which a lock that cannot be read may be in the making
 PATIENT = 10.0  # seconds to wait for another run that looks at the lock just now
@@ -55,7 +55,11 @@ class FolderLock:
             with _alone(folder):
                 former = _take(folder / LOCK, self._content)
         except OSError as error:
-            raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror}); mend that") from None
+            what, remedy = MEANINGS.get(error.errno, (f"cannot be written ({error.strerror})", "Mend that"))
+            raise UserError(
+                f"--output_dir {folder}: {what}; nothing in it was changed. {remedy}, then run again; a run that had "
+                "begun there goes on with --resume_from_checkpoint auto"
+            ) from None
         self._path = folder / LOCK
         if former is not None:
             say(f"lock: {former}; its lock is taken over")

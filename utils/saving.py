@@ -41,6 +41,16 @@ STANDS_FOR = "lines"  # the key of a line of metrics in the place of others: how
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
 
+# What the system says -> what it means for the folder, and what to do.
+MEANINGS = {
+    errno.ENOSPC: ("the disk is full", "Make room there"),
+    errno.EDQUOT: ("the disk quota is used up", "Make room there"),
+    errno.EROFS: ("the disk can only be read now", "Make it writable"),
+    errno.EACCES: ("writing is no longer allowed", "Allow it"),
+    errno.EPERM: ("writing is no longer allowed", "Allow it"),
+    errno.EIO: ("the disk fails", "Look at the disk"),
+}
+
 # What a run of this script puts into its folder, and so what --overwrite_output_dir may remove from it.
 OWN_FILES = (
     RECORD,

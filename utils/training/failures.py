@@ -7,17 +7,8 @@ from pathlib import Path
 
 from utils.errors import LocalError, UserError
 from utils.memory import LESS_MEMORY, ran_out_of_memory
-from utils.saving import find_disk_fault
+from utils.saving import MEANINGS, find_disk_fault
 
-# What the system says -> what it means for the folder, and what to do.
-MEANINGS = {
-    errno.ENOSPC: ("the disk is full", "Make room there"),
-    errno.EDQUOT: ("the disk quota is used up", "Make room there"),
-    errno.EROFS: ("the disk can only be read now", "Make it writable"),
-    errno.EACCES: ("writing is no longer allowed", "Allow it"),
-    errno.EPERM: ("writing is no longer allowed", "Allow it"),
-    errno.EIO: ("the disk fails", "Look at the disk"),
-}
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
 
 

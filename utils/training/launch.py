@@ -145,7 +145,7 @@ def wait_for_all() -> None:
 
 def gather_from_all(value: Any) -> list[Any]:
     """What each process brings here, in order of rank, however long one takes to come; of a single process its own."""
-    if _patient is None or not dist.is_initialized():
+    if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_patient)
