@@ -63,10 +63,15 @@ def bad_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "bad_pairs.jsonl").read_text().splitlines()]
 
 
-WAYS = [["train"], ["train", "--max_tokens_per_batch", 60], ["train", "--use_lora"], ["sft"]]
+WAYS = [["train"], ["sft"]]
+SLOW_WAYS = [["train", "--max_tokens_per_batch", 60], ["train", "--use_lora"]]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way)))
+@pytest.mark.parametrize(
+    "way",
+    WAYS + [pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS],
+    ids=lambda way: " ".join(map(str, way)),
+)
 def test_a_step_is_left_out_and_leaves_no_trace_but_its_count(way, train, holed):
     verb, *flags = way
     code, out, folder = train("--skip_bad_batches", 2, *flags, verb=verb)

@@ -277,7 +277,7 @@ def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, place):
     assert names_refused(err) == {"beta", "data"}
 
 
-@pytest.mark.parametrize("verb", ["train", "sft"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("sft", marks=pytest.mark.slow)])
 def test_an_allowed_learning_rate_takes_effect(verb, begun, place):
     go_on = begun(verb=verb, lr_scheduler_type="cosine", weight_decay=0.01)
     code, _, err, folder = go_on(verb=verb, learning_rate=1e-3, weight_decay=0.1, adam_beta2=0.9,

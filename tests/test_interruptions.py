@@ -91,7 +91,7 @@ def stop_at(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(RunWatcher, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("step", [2, slow(4), 5, slow(7)])
+@pytest.mark.parametrize("step", [2, slow(4), slow(5), slow(7)])
 def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step, lambda watcher: setattr(watcher, "asked_to_stop", True))
@@ -300,7 +300,7 @@ def full_from(call: int):
         slow("utils.saving.write_json", 4),  # run.json
         slow("utils.training.run_folder.save_state", 3),  # the second checkpoint
         ("utils.checkpoints.write_manifest", 2),
-        ("utils.training.checkpointing.move_into_place", 1),  # the model at the end
+        slow("utils.training.checkpointing.move_into_place", 1),  # the model at the end
         slow("utils.training.finishing.write_json_lines", 1),
     ],
 )
