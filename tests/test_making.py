@@ -396,7 +396,10 @@ def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model
             ["--generate", "--scorer", "http://x/v1?key=SECRET", "--judge_model", "m"],
             "--scorer: its URL has a user, a ?",
         ),
-        (["--generate", "--scorer", "http://SECRET@x/v1", "--judge_model", "m"], "--scorer: its URL has a user, a ?"),
+        (
+            ["--generate", "--scorer", "http://SECRET@x/v1", "--judge_model", "m"],
+            "--scorer is an address with a user or password",
+        ),
         (["--generate", "--scorer", "x.py:f", "--judge_model", "m"], "--judge_model: is for an endpoint"),
         (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs and checks none"),
         (["--generate", "--group_by", "x"], "--generate: reads the prompts alone, so --group_by has no effect"),
