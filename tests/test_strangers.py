@@ -263,12 +263,13 @@ def test_code_in_a_model_folder_does_not_run(where, run_script, model, pairs_fil
         edit(model / where, auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, tokenizer_class="Evil")
     elif where == "generation_config.json":
         edit(model / where, custom_generate="evil", auto_map={"AutoConfig": "evil.Evil"})
-    for argv in (
+    readers = [
         [*training(model, pairs_file, tmp_path / "out"), "--max_steps", "1"],
         ["chat", "--model_name_or_path", str(model), "--prompt", "x", "--max_new_tokens", "2"],
         ["plan", "--model_name_or_path", str(model), "--gpu", "RTX 4090"],
         ["data", "--dataset_name", str(pairs_file), "--model_name_or_path", str(model)],
-    ):
+    ]
+    for argv in readers if where != "custom_generate" else readers[1:2]:  # what generates alone could reach that
         code, _, errors = run_script(*argv)
         assert code in (0, 2, 3), errors
         assert "Traceback" not in errors
@@ -764,7 +765,7 @@ def test_traps_in_a_json_config_are_refused(text, run_script, tmp_path):
     refused(run_script, "train", "--config", path)
 
 
-@pytest.mark.parametrize("cases", [8, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("cases", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_mangled_cases_end_well(cases):
     """The short forms of benchmarks/fuzz.py, which see."""
     argv = [sys.executable, "benchmarks/fuzz.py", "--cases", str(cases), "--seed", "7"]
