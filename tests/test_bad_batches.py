@@ -208,7 +208,8 @@ def test_deepspeed_cannot_leave_steps_out(train, monkeypatch):
     assert "error: --skip_bad_batches: DeepSpeed takes the optimizer step by itself" in out
 
 
-@pytest.mark.parametrize("script", ["advanced_dpo_script.py", pytest.param("tests/sharded.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["advanced_dpo_script.py", "tests/sharded.py"])
 def test_two_processes_leave_out_the_same_step(script, holed, tmp_path):
     model, data, token = holed
     folder = tmp_path / "run"

@@ -290,6 +290,7 @@ def test_a_run_killed_before_its_first_step_leaves_a_folder_that_can_be_used(run
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_refusal_ends_all_processes(tiny_model, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(24))
     parent = psutil.Process(os.getpid())

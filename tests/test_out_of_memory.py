@@ -232,11 +232,12 @@ def start_two(script, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ["--gradient_accumulation_steps", 2],
-        pytest.param(["--use_lora", "--max_tokens_per_batch", 80], marks=pytest.mark.slow),
+        ["--use_lora", "--max_tokens_per_batch", 80],
     ],
     ids=["full, accumulated", "lora, by tokens"],
 )

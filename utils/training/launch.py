@@ -119,7 +119,7 @@ def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
 
 def join_processes(settings: Settings, precision: Precision) -> None:
     """Meets the other processes of the run, where there are any. Precision is --dtype's, not the launcher's."""
-    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(precision.name, "no")
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the trainer's configuration says it
     if count_processes() == 1:
         return
     seconds = settings.trainer_fields.get("ddp_timeout", PATIENCE)
