@@ -152,6 +152,7 @@ sys.exit(advanced_dpo_script.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_one_process_tokenizes_and_the_others_read_it(tiny_model, pairs_file, tmp_path):
     script = tmp_path / "counting.py"
     script.write_text(ONE_READS, encoding="utf-8")
