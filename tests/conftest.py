@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -118,6 +120,14 @@ def other_model(tmp_path_factory) -> Path:
 def pairs_file(tmp_path_factory) -> Path:
     """Sixty good pairs."""
     return write_lines(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_pairs(60))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """What a shell starts in the background may be deaf to Ctrl-C, and would hand that on to all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
