@@ -233,7 +233,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         tokenizer = load_tokenizer(source, settings.model)
         rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS if learns_pairs else SFT_COLUMNS)
     describe_data(data, rows)
-    resume_from = choose_checkpoint(folder, settings.run.resume_from_checkpoint)
+    resume_from = choose_checkpoint(folder, settings)
     continuation = check_continuation(folder, resume_from, data, rows, source, settings, precision)
 
     policy = load_policy(source, settings, precision)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,21 @@ def environment_kept():
     """What a library puts into the environment (accelerate does, for FSDP) must not reach the next test."""
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(scope="session")
+def model_without_a_tilde(tiny_model, tmp_path_factory):
+    """A model that has no number for one token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "holed"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    (token,) = AutoTokenizer.from_pretrained(tiny_model)("~", add_special_tokens=False).input_ids
+    model.model.embed_tokens.weight.data[token] = torch.nan
+    model.save_pretrained(folder)
+    return folder, token
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 
 import pytest
 import torch
@@ -157,20 +156,6 @@ def test_where_an_alarm_begins(name, changes):
 def test_lines_with_nothing_to_say_set_off_no_alarm():
     empty = [{"step": 1, "loss": None, "learning_rate": 0.1, "pairs": 4}, {"step": 2, "held_out_loss": None}]
     assert list(find_alarms([], Limits(10))) == list(find_alarms(empty, Limits(10))) == []
-
-
-@pytest.fixture(scope="module")
-def model_without_a_tilde(tiny_model, tmp_path_factory):
-    """A model that has no number for one token."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "holed"
-    shutil.copytree(tiny_model, folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    (token,) = AutoTokenizer.from_pretrained(tiny_model)("~", add_special_tokens=False).input_ids
-    model.model.embed_tokens.weight.data[token] = torch.nan
-    model.save_pretrained(folder)
-    return folder, token
 
 
 @pytest.mark.parametrize("way", [["train"], ["train", "--engine", "padded"], ["sft"]], ids=" ".join)

@@ -19,16 +19,9 @@ BAD = 7  # the pair whose loss is not finite
 
 
 @pytest.fixture(scope="module")
-def holed(tiny_model, tmp_path_factory):
+def holed(model_without_a_tilde, tmp_path_factory):
     """A model that has no number for one token, and pairs of which one holds it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "holed"
-    shutil.copytree(tiny_model, folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    (token,) = AutoTokenizer.from_pretrained(tiny_model)("~", add_special_tokens=False).input_ids
-    model.model.embed_tokens.weight.data[token] = torch.nan
-    model.save_pretrained(folder)
+    folder, token = model_without_a_tilde
     pairs = make_pairs(24)
     pairs[BAD]["prompt"] = "~ it was"
     return folder, write_lines(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs), token

@@ -287,8 +287,9 @@ def test_a_run_that_was_moved_goes_on_where_it_is(finished, tmp_path):
         (["train", "--resume_from_checkpoint=-x", "--beta", "1"], ["train", "--beta", "1"]),
     ],
 )
-def test_the_command_that_goes_on_keeps_all_other_settings(given, expected):
-    words = shlex.split(command_to_go_on(given, {"processes": 2}))
+@pytest.mark.parametrize("launcher", [{}, {"launcher": []}], ids=["of before", "that could not be seen"])
+def test_the_command_that_goes_on_keeps_all_other_settings(given, expected, launcher):
+    words = shlex.split(command_to_go_on(given, {"processes": 2} | launcher))
     assert words[:5] == ["accelerate", "launch", "--num_processes", "2", "advanced_dpo_script.py"]
     assert words[5:] == [*expected, "--resume_from_checkpoint", "auto"]
 

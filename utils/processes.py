@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Options of the first start that do not belong to its continuation, and how many words each takes.
 LAUNCHERS = ("accelerate", "torchrun")
+# Options of the first start that do not belong to its continuation, and how many words each takes.
 DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
 PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
 PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is silent
@@ -119,7 +119,8 @@ def command_to_go_on(
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     words += other
     count, launcher = process.get("processes") or 1, process.get("launcher")
-    if count == 1 or not isinstance(launcher, list) or not all(isinstance(word, str) for word in launcher):
+    seen = isinstance(launcher, list) and launcher and all(isinstance(word, str) for word in launcher)
+    if count == 1 or not seen:
         launcher = ["accelerate", "launch", "--num_processes", str(int(count))] if count != 1 else ["python"]
     script = process.get("script")
     return shlex.join([*launcher, script if isinstance(script, str) else SCRIPT, *words])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from utils.comparing.summary import OWN_REWARD, summarize
 from utils.errors import UserError, gather
 from utils.generation import Continuation
 from utils.models.side_by_side import Contender, load_side_by_side
+from utils.processes import count_processes
 from utils.runs import as_in_run
 from utils.runtime import Precision, choose_precision, device_name, find_device, read_versions, say
 from utils.saving import COMPARISON_FILES, now, write_results
@@ -99,7 +99,7 @@ def compare_models(settings: Settings, arguments: list[str]) -> None:
 
 def _check_launcher() -> None:
     """One process answers and judges; several would each do all of it, and write the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_processes() > 1:
         raise UserError("compare runs in one process; start it with plain python, not with a launcher")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
+from utils.processes import count_processes
 from utils.runtime import Precision
 from utils.settings import Settings
 from utils.training.early_stopping import SMALLER_IS_BETTER
@@ -39,7 +39,7 @@ def rows_of_run(settings: Settings) -> int | None:
     if steps <= 0:
         return None
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return steps * step * int(os.environ.get("WORLD_SIZE", "1"))
+    return steps * step * count_processes()
 
 
 def build_config(settings: Settings, precision: Precision, folder: Path, adapts: bool, evaluates: bool) -> Any:

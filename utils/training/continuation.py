@@ -29,7 +29,7 @@ from utils.processes import count_processes
 from utils.runtime import Precision, is_main_process, read_versions, say
 from utils.saving import read_record
 from utils.settings import Settings
-from utils.training.launch import gather_from_all, uses
+from utils.training.launch import gather_from_all, with_deepspeed
 from utils.training.preparation import Rows
 from utils.training.reference_cache import hash_rows
 
@@ -58,13 +58,14 @@ class Continuation:
     warnings: tuple[str, ...] = ()
 
 
-def choose_checkpoint(folder: Path | None, wish: str | None) -> Path | None:
+def choose_checkpoint(folder: Path | None, settings: Settings) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means, the same in all processes; damaged ones on the way to it are
     set aside. None for a start from the beginning, and in a dry run.
 
     Raises:
         UserError: a checkpoint was named that a run cannot go on from.
     """
+    wish = settings.run.resume_from_checkpoint
     if folder is None or wish is None:
         return None
     outcome: ResumePoint | UserError | None = None
@@ -78,7 +79,7 @@ def choose_checkpoint(folder: Path | None, wish: str | None) -> Path | None:
     if isinstance(outcome, UserError):
         raise outcome
     checkpoint = outcome.checkpoint
-    if checkpoint is not None and not uses("DEEPSPEED"):  # which writes pickles of its own, and reads them
+    if checkpoint is not None and not with_deepspeed(settings):  # which writes pickles of its own, and reads them
         refuse_pickles("--resume_from_checkpoint", checkpoint)
     return checkpoint
 

@@ -67,6 +67,11 @@ def uses(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
+def with_deepspeed(settings: Settings) -> bool:
+    """Whether the run is DeepSpeed's, by the launcher's config or by --deepspeed."""
+    return uses("DEEPSPEED") or bool(settings.trainer_fields.get("deepspeed"))
+
+
 def _check_parallelism() -> None:
     if not uses("PARALLELISM_CONFIG"):
         return
@@ -91,8 +96,7 @@ def _check_fsdp() -> None:
 
 
 def _check_deepspeed(settings: Settings) -> None:
-    wanted = uses("DEEPSPEED") or settings.trainer_fields.get("deepspeed")
-    if wanted and importlib.util.find_spec("deepspeed") is None:
+    if with_deepspeed(settings) and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"DeepSpeed is asked for and not installed: run `pip install deepspeed`, or launch with {FSDP_CONFIG}"
         )

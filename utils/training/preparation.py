@@ -40,7 +40,7 @@ from utils.settings import Settings
 from utils.tracking import check_trackers
 from utils.training.batch_size import limit_tokens_by_trying
 from utils.training.config import build_config
-from utils.training.launch import check_launch, uses
+from utils.training.launch import check_launch, uses, with_deepspeed
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
@@ -139,8 +139,7 @@ def _check_sampling(settings: Settings) -> None:
 
 
 def _check_skipping(settings: Settings) -> None:
-    deepspeed = settings.trainer_fields.get("deepspeed") or uses("DEEPSPEED")
-    if settings.training.skip_bad_batches and deepspeed:
+    if settings.training.skip_bad_batches and with_deepspeed(settings):
         raise UserError(
             "--skip_bad_batches: DeepSpeed takes the optimizer step by itself, before it can be looked at; leave it out"
         )
