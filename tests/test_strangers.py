@@ -613,8 +613,9 @@ def test_pruning_leaves_what_a_link_points_to(run_script, run, tiny_model, pairs
     assert sorted(path.name for path in elsewhere.iterdir()) == before
 
 
+MARK = "kqzx7vplanted"  # what no text of the data has: the cache holds what other tests read
 SECRETS = {
-    name: f"planted-{name.lower().replace('_', '-')}"
+    name: f"{MARK}-{name.lower().replace('_', '-')}"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
 }
 
@@ -625,7 +626,7 @@ def test_no_key_of_the_environment_is_written_or_printed(
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HTTPS_PROXY", "http://user:planted-proxy@127.0.0.1:1")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:{MARK}-proxy@127.0.0.1:1")
     out = tmp_path / "out"
     few = ["--max_new_tokens", "2"]
     judged = ["--judge", endpoint.url, "--judge_model", "m"]
@@ -712,14 +713,14 @@ def test_no_key_of_the_environment_is_written_or_printed(
         texts |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert len(texts) > 30
     for place, content in texts.items():
-        assert b"planted" not in content, place
+        assert MARK.encode() not in content, place
 
 
 @pytest.mark.parametrize("flag", ["--judge", "--scorer"])
 def test_a_password_in_an_address_is_refused_and_not_repeated(
     flag, run_script, tiny_model, other_model, pairs_file, tmp_path
 ):
-    address = "http://user:planted-password@localhost:1/v1"
+    address = f"http://user:{MARK}-password@localhost:1/v1"
     if flag == "--judge":
         argv = commands(tiny_model, other_model, pairs_file, tmp_path / "out")["compare"]
     else:
@@ -728,7 +729,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(
     said = refused(run_script, *argv, flag, address, "--judge_model", "m")
     assert f"{flag}" in said
     assert "OPENAI_API_KEY" in said
-    assert "planted" not in said
+    assert MARK not in said
 
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
