@@ -115,17 +115,17 @@ def plan(settings: Settings) -> None:
     from utils.planning.measuring import as_measured, read_measurement
     from utils.planning.planning import make_plan
     from utils.planning.publishing import publish
+    from utils.planning.work import read_subject
     from utils.runtime import quiet_loaded_libraries
     from utils.training.preparation import make_preference_trainer
 
     quiet_loaded_libraries()
     run = dataclasses.replace(settings, verb="train")
-    measured = None
+    subject, measured = read_subject(run), None
     if settings.plan.measure:
-        measured = read_measurement(
-            run_training(as_measured(run), PAIR_COLUMNS, build_reference, make_preference_trainer)
-        )
-    made = make_plan(run, measured)
+        steps = as_measured(run, subject)
+        measured = read_measurement(run_training(steps, PAIR_COLUMNS, build_reference, make_preference_trainer))
+    made = make_plan(run, subject, measured)
     words = command_line(made.settings) if made.settings is not None else None
     publish(made, settings, words)
 

@@ -30,6 +30,10 @@ SHAPES["98M"] = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
     "intermediate_size": 2048, "vocab_size": 32000, "tie_word_embeddings": True,
 }  # fmt: skip
+SHAPES["0.5B"] = {  # that of Qwen2 0.5B
+    "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
 STEPS = 3
 
 
