@@ -39,10 +39,8 @@ BATCHES = (8, 4, 2, 1)
 EFFICIENCY = 0.4
 KINDS = {"full": (False, False), "LoRA": (True, False), "LoRA on 4 bits": (True, True)}
 LENGTHS = [tuple(pair) for pair in json.loads((HERE / "lengths.json").read_text(encoding="utf-8"))["instructions"]]
-HEADER = [
-    "| model | machine | the best that fits | GiB | by part, GiB | pairs/s |",
-    "| --- | --- | --- | --- | --- | --- |",
-]
+COLUMNS = ("model", "machine", "the best that fits", "GiB", "by part, GiB", "pairs/s")
+HEADER = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
 
 
 def make_table() -> Iterator[str]:
@@ -105,8 +103,3 @@ def row(model: str, machine: str, best: tuple | None, count: int, name: str, mea
     rate = find_device_by_name(name).rate * EFFICIENCY * count
     speed = rate / (needs.flops / needs.tokens * mean)
     return f"| {model} | {machine} | {', '.join(words)} | {needs.peak / GIB:.1f} | {parts} | {speed:,.1f} |"
-
-
-if __name__ == "__main__":
-    for line in make_table():
-        print(line, flush=True)
