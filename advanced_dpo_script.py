@@ -131,12 +131,14 @@ def plan(settings: Settings) -> None:
     from utils.planning.measuring import as_measured, read_measurement
     from utils.planning.planning import make_plan
     from utils.planning.publishing import publish
+    from utils.planning.work import read_subject
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
     run = dataclasses.replace(settings, verb=acts_as(settings.verb))
-    measured = read_measurement(run_training(as_measured(run))) if settings.plan.measure else None
-    made = make_plan(run, measured)
+    subject = read_subject(run)
+    measured = read_measurement(run_training(as_measured(run, subject))) if settings.plan.measure else None
+    made = make_plan(run, subject, measured)
     words = command_line(made.settings) if made.settings is not None else None
     publish(made, settings, words)
 

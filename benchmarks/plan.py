@@ -2,9 +2,11 @@
 
     python benchmarks/plan.py                    every case (some ten minutes and more on two cores)
     python benchmarks/plan.py --models 31M       one model
+    python benchmarks/plan.py --table            what fits where, models of 0.5B to 70B on paper (plan_table.py)
 
-Random models and pairs with lengths of real ones. Each case is planned, then trained for three steps by the same flags;
-the run's peak is that of its run.json. Prints a table and writes it, with every figure, to runs/bench/.
+Random models and pairs with lengths of real ones: those of one micro-batch, which is trained on three times, so that
+the longest pairs meet, as a plan assumes. Each case is planned and trained by the same flags; the run's peak is that of
+its run.json. Prints a table and writes it, with every figure, to runs/bench/.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ SHAPES["98M"] = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
     "intermediate_size": 2048, "vocab_size": 32000, "tie_word_embeddings": True,
 }  # fmt: skip
+SHAPES["0.5B"] = {  # that of Qwen2 0.5B
+    "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
 STEPS = 3
 
 
@@ -40,17 +46,21 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=8, help="pairs of a micro-batch")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), help="where the results go")
+    parser.add_argument("--table", action="store_true", help="what fits where, on paper; nothing is trained")
     options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if options.table:
+        write_table(options.output_dir / "plan_table.md")
+        return
     results = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_pairs(work / "pairs.jsonl", choose_lengths(Case(), STEPS * options.batch))
+        write_pairs(work / "pairs.jsonl", choose_lengths(Case(), options.batch))
         for model in options.models:
             save_model(work / model, model)
-        for model, lora, dtype in product(options.models, (True, False), options.dtypes):
-            results.append(measure(work, model, lora, dtype, options.batch))
+        for model, lora, dtype, checkpoints in product(options.models, (True, False), options.dtypes, (False, True)):
+            results.append(measure(work, model, lora, dtype, options.batch, checkpoints))
             print(describe(results[-1]), flush=True)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "plan.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = [
         "| model | training | planned, GiB | measured, GiB | planned / measured |",
@@ -60,11 +70,22 @@ def main() -> None:
     (options.output_dir / "plan.md").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
-def measure(work: Path, model: str, lora: bool, dtype: str, batch: int) -> dict[str, Any]:
+def write_table(path: Path) -> None:
+    """What fits where."""
+    from plan_table import make_table
+
+    lines = []
+    for line in make_table():
+        print(line, flush=True)
+        lines.append(line)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def measure(work: Path, model: str, lora: bool, dtype: str, batch: int, checkpoints: bool = False) -> dict[str, Any]:
     """One case. Bytes."""
     flags = ["--model_name_or_path", work / model, "--dataset_name", work / "pairs.jsonl", "--dtype", dtype]
-    flags += ["--per_device_train_batch_size", batch, "--num_train_epochs", 1, "--validation_split", "none"]
-    flags += ["--use_lora"] if lora else []
+    flags += ["--per_device_train_batch_size", batch, "--num_train_epochs", STEPS, "--validation_split", "none"]
+    flags += (["--use_lora"] if lora else []) + (["--gradient_checkpointing"] if checkpoints else [])
     call("plan", *flags, "--json_file", work / "plan.json")
     call("train", *flags, "--output_dir", work / "run", "--overwrite_output_dir", "--save_strategy", "no")
     plan = json.loads((work / "plan.json").read_text(encoding="utf-8"))["choices"][0]
@@ -73,7 +94,7 @@ def measure(work: Path, model: str, lora: bool, dtype: str, batch: int) -> dict[
     measured = record["resources"]["peak_memory_bytes"]
     return {
         "model": model,
-        "training": f"{kind}, {dtype}",
+        "training": f"{kind}, {dtype}{', checkpointing' if checkpoints else ''}",
         "plan": plan,
         "planned": plan["bytes"],
         "measured": measured,

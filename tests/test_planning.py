@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.models.shared_prefix import PairLayout
-from utils.planning.estimate import SHARDED, Estimate, estimate, walk_all_layers, with_layers
+from utils.planning.estimate import SHARDED, Estimate, estimate, pad_pairs, walk_all_layers, with_layers
 from utils.planning.hardware import GIB, SHEETS, Device, find_device_by_name
+from utils.planning.measuring import as_measured
 from utils.planning.paper_model import Way, make_policy
-from utils.planning.planning import Choice, _launcher, _Planner, _reference
+from utils.planning.planning import Choice, _launcher, _Planner
 from utils.planning.walk import (
     ACTIVATIONS,
     ADAPTER,
@@ -30,9 +34,10 @@ from utils.planning.walk import (
     take_micro_batch,
     walk_step,
 )
-from utils.planning.work import Work
+from utils.planning.work import Work, place_of_reference, read_subject
 from utils.settings import LoraSettings
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = LlamaConfig(
     hidden_size=64,
     intermediate_size=160,
@@ -140,6 +145,38 @@ def test_several_devices_hold_a_share_each():
     assert fsdp2.peak < zero2.peak < alone.peak
 
 
+def test_several_devices_hold_what_their_engines_hold():
+    """By hand, of N trained parameters on 4 devices: Adam has 8 bytes each; DDP keeps buckets of the gradients' size;
+    DeepSpeed in 16 bits has weights of 2 bytes and the float32 ones in its optimizer's share."""
+    half = replace(FULL, dtype=torch.bfloat16)
+    n = walk_step(half, PAIRS).trainable
+    ddp = estimate(half, PAIRS, 1, base=0, devices=4).parts
+    assert ddp["gradient buckets"] == 4 * n
+    assert ddp[WEIGHTS] == pytest.approx(4 * n, rel=0.01)
+    zero2, zero3 = (estimate(half, PAIRS, 1, base=0, sharding=f"zero{stage}", devices=4).parts for stage in (2, 3))
+    assert zero2[WEIGHTS] == pytest.approx(2 * n, rel=0.01)
+    assert zero2[OPTIMIZER] == pytest.approx(12 * n / 4, rel=0.01)
+    assert zero3[WEIGHTS] == pytest.approx(2 * n / 4, rel=0.01)
+    fsdp2 = estimate(half, PAIRS, 1, base=0, sharding="fsdp2", devices=4).parts
+    assert fsdp2[WEIGHTS] == pytest.approx(4 * n / 4, rel=0.01)
+    assert fsdp2[OPTIMIZER] == pytest.approx(8 * n / 4, rel=0.01)
+
+
+def test_a_reference_of_another_size_holds_its_own_weights():
+    larger = LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": 128, "intermediate_size": 320})
+    way = replace(FULL, reference="model", reference_config=larger)
+    weights = sum(p.numel() * 4 for p in AutoModelForCausalLM.from_config(larger).parameters())
+    for walk in (walk_step(way, PAIRS), walk_all_layers(way, PAIRS, 1)):
+        assert walk.parts[REFERENCE] == pytest.approx(weights, rel=0.01)
+    assert walk_step(way, PAIRS).flops > walk_step(replace(FULL, reference="model"), PAIRS).flops
+
+
+def test_padded_rows_put_as_many_tokens_through_the_model():
+    assert pad_pairs([(40, 20, 30), (10, 5, 5)]) == [(90, 20, 30), (130, 5, 5)]
+    assert sum(map(sum, pad_pairs(PAIRS))) == PairLayout(PAIRS).tokens_padded
+    assert walk_step(FULL, pad_pairs(PAIRS)).parts[ACTIVATIONS] > walk_step(FULL, PAIRS).parts[ACTIVATIONS]
+
+
 def test_devices_are_found_by_name():
     assert find_device_by_name("nvidia a100-80gb").memory == 80 * GIB
     assert find_device_by_name("h100").name == "H100 80GB"
@@ -225,7 +262,7 @@ def test_smaller_micro_batches_make_the_same_optimizer_step(planner):
 def test_the_reference_is_where_training_has_it(planner):
     def reference(*flags, adapts=False) -> str:
         made = planner("--per_device_train_batch_size", 4, *flags)
-        return _reference(made.settings, adapts, made.work)
+        return place_of_reference(made.settings, adapts, made.work)
 
     assert reference() == "ahead"
     assert reference("--max_steps", 4) == "ahead"  # 4 x 4 pairs are all
@@ -240,6 +277,30 @@ def test_each_way_is_listed_once(planner):
     asked = made.choose(small, 1, asked=True)
     names = [choice.name for choice in (asked, *made.others(asked))]
     assert len(names) == len(set(names)) == 6
+
+
+def test_padded_batches_are_planned_as_such(planner):
+    flags = ("--per_device_train_batch_size", 4)
+    shared, padded = planner(*flags).choose(FULL, 4), planner(*flags, "--engine", "padded").choose(FULL, 4)
+    assert (shared.needs.tokens, padded.needs.tokens) == (4 * 120, 4 * 180)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ahead"),
+    [
+        ((), True),
+        (("--max_steps", 1), False),
+        (("--use_lora",), False),
+        (("--precompute_ref_log_probs", "true", "--use_lora"), True),
+    ],
+)
+def test_measured_steps_have_the_reference_where_the_run_has_it(tiny_model, pairs_file, flags, ahead):
+    words = ["plan", "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--measure", *flags]
+    settings = parse_arguments([str(word) for word in words])
+    subject = read_subject(settings)
+    assert as_measured(settings, subject).training.precompute_ref_log_probs is ahead
+    adapting = replace(subject, source=replace(subject.source, adapter="an adapter"))
+    assert as_measured(settings, adapting).training.precompute_ref_log_probs is ("--precompute_ref_log_probs" in flags)
 
 
 def test_the_launcher_is_told_by_flags_it_has(planner):
@@ -279,3 +340,50 @@ def test_what_cannot_be_planned_is_said(run_script, flags, fault):
     assert code == 2
     assert fault in err
     assert "Traceback" not in err
+
+
+def plan_and_train(folder: Path, model: Path, data: Path, flags: tuple[str, ...]) -> tuple[int, int]:
+    """Planned and measured peak of a run whose micro-batch is all its pairs, bytes; each in a process of its own."""
+    shared = ["--model_name_or_path", model, "--dataset_name", data, "--per_device_train_batch_size", 8, *flags]
+    shared += ["--num_train_epochs", 3, "--validation_split", "none"]
+    for words in (
+        ["plan", *shared, "--json_file", folder / "plan.json"],
+        ["train", *shared, "--output_dir", folder / "run", "--save_strategy", "no"],
+    ):
+        command = [sys.executable, ROOT / "advanced_dpo_script.py", *words]
+        ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
+        assert ended.returncode == 0, ended.stderr
+    planned = json.loads((folder / "plan.json").read_text())["choices"][0]["bytes"]
+    return planned, json.loads((folder / "run" / "run.json").read_text())["resources"]["peak_memory_bytes"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU run holds")
+@pytest.mark.parametrize("flags", [("--use_lora",), ()], ids=["lora", "full"])
+def test_a_small_run_holds_what_was_planned(tmp_path, tiny_model, flags):
+    data = tmp_path / "pairs.jsonl"
+    rows = ({"prompt": f"question {n}", "chosen": f" yes {n}", "rejected": f" no {n}"} for n in range(8))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    planned, measured = plan_and_train(tmp_path, tiny_model, data, flags)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU run holds")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_lora", "--dtype", "float32"),
+        ("--use_lora", "--dtype", "float32", "--gradient_checkpointing"),
+        ("--use_lora", "--dtype", "bfloat16"),
+        ("--dtype", "float32"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_of_31m_parameters_holds_what_was_planned(tmp_path, monkeypatch, flags):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from run import Case, choose_lengths, save_model, write_pairs
+
+    save_model(tmp_path / "model", "31M")
+    write_pairs(tmp_path / "pairs.jsonl", choose_lengths(Case(), 8))
+    planned, measured = plan_and_train(tmp_path, tmp_path / "model", tmp_path / "pairs.jsonl", flags)
+    assert planned == pytest.approx(measured, rel=0.15)

@@ -32,7 +32,9 @@ from utils.planning.walk import (
 
 FEW = (2, 3)  # layers that are walked through where all are alike: at a single one the peak may be the head's
 MARGIN = 1.05  # of a GPU's memory: what its allocator leaves unused between blocks
-HEAP = 1.3  # of what comes and goes in each step on a CPU: the C library keeps freed blocks, and not all fit again
+# Of what comes and goes in each step on a CPU: glibc's allocator, given the allocations of a step one by one, takes 2%
+# to 23% more than is in use at the peak, since freed blocks do not all fit again.
+HEAP = 1.15
 COMES_AND_GOES = (GRADIENTS, ACTIVATIONS, LOGITS)
 # What each kind of sharding divides among the devices.
 SHARDED = {
@@ -42,6 +44,7 @@ SHARDED = {
     "zero3": (OPTIMIZER, GRADIENTS, WEIGHTS, REFERENCE, ADAPTER),
     "fsdp2": (OPTIMIZER, GRADIENTS, WEIGHTS, REFERENCE, ADAPTER),
 }
+DEEPSPEED = ("zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,34 @@ def estimate(
 ) -> Estimate:
     """What a step takes whose micro-batches are all like these pairs; of sft, like these rows.
 
+    Args:
+        base: bytes that are held beside the model.
+
     Raises:
         UserError: the model cannot be made from its config, or not be walked through.
     """
     walk = walk_all_layers(way, pairs, micro_batches)
     parts = dict(walk.parts)
+    if sharding in DEEPSPEED and way.dtype != torch.float32 and not way.use_lora:
+        # DeepSpeed computes on 16-bit weights with gradients in 16 bits; its optimizer has the float32 weights.
+        parts[OPTIMIZER] += parts[WEIGHTS]
+        parts[WEIGHTS] //= 2
+        parts[GRADIENTS] //= 2
     for part in SHARDED[sharding]:
         parts[part] = -(-parts[part] // devices)
+    if sharding == "none" and devices > 1:
+        parts["gradient buckets"] = 4 * walk.trainable  # in which DistributedDataParallel adds them up
     if WEIGHTS in SHARDED[sharding] and devices > 1:
         width = torch.finfo(way.dtype).bits // 8
         parts["gathered layers"] = 2 * walk.largest_layer * width  # the one at work and the one that comes next
     flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
     return Estimate(way, len(pairs), micro_batches, parts, base, flops, walk.tokens, walk.parameters, walk.trainable)
+
+
+def pad_pairs(pairs: Sequence[Lengths]) -> list[Lengths]:
+    """Lengths that put as many tokens through the model as padded rows, two for each pair, and as many to the head."""
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
+    return [(2 * longest - chosen - rejected, chosen, rejected) for _, chosen, rejected in pairs]
 
 
 def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int) -> Walk:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from utils.planning.work import Subject, place_of_reference
 from utils.runtime import peak_memory_bytes
 from utils.settings import Settings
-from utils.training.preparation import scores_ahead_by_default
 from utils.training.running import Run
 
 
@@ -19,11 +19,15 @@ class Measured:
     step_seconds: float
 
 
-def as_measured(settings: Settings) -> Settings:
-    """The settings of a dry run that computes what the run would compute in each step."""
+def as_measured(settings: Settings, subject: Subject) -> Settings:
+    """The settings of a dry run that computes what the run would compute in each step.
+
+    Its two steps on the longest pairs would not decide where the reference is as the whole run does: they are told.
+    """
     training = settings.training
-    if settings.verb == "train" and training.precompute_ref_log_probs is None and scores_ahead_by_default(settings):
-        training = dataclasses.replace(training, precompute_ref_log_probs=True)
+    if settings.verb == "train":
+        place = place_of_reference(settings, settings.lora.use_lora or subject.adapts, subject.work)
+        training = dataclasses.replace(training, precompute_ref_log_probs=place == "ahead")
     run = dataclasses.replace(settings.run, dry_run=True, resume_from_checkpoint=None, report_to=(), use_wandb=False)
     return dataclasses.replace(settings, training=training, run=run)
 

@@ -41,6 +41,7 @@ class Way:
     reference: str
     optim: str = "adamw_torch_fused"
     on_gpu: bool = False
+    reference_config: PretrainedConfig | None = None  # of a reference that is another model; None: the policy's
 
     @property
     def imitates(self) -> bool:
@@ -73,12 +74,13 @@ def make_policy(way: Way) -> torch.nn.Module:
 def make_reference(way: Way) -> torch.nn.Module:
     """A reference that is a model of its own, on the meta device."""
     dtype = way.dtype if way.use_lora or way.in_4bit else torch.float32
-    model = _make_base(way.config, dtype).requires_grad_(False)
+    config = way.reference_config or way.config
+    model = _make_base(config, dtype).requires_grad_(False)
     if way.in_4bit:
         quantize(model, way.dtype)
     head = output_head(model)
     if type(head) is torch.nn.Linear:
-        setattr(head, MARK, LogitShape.of(way.config))
+        setattr(head, MARK, LogitShape.of(config))
     return model.eval()
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PretrainedConfig
 
 from utils.errors import UserError
 from utils.models.shared_prefix import Lengths
-from utils.models.sources import ModelSource
-from utils.planning.estimate import Estimate, estimate
+from utils.planning.estimate import Estimate, estimate, pad_pairs
 from utils.planning.hardware import GIB, Device, describe_this_machine, find_device_by_name
 from utils.planning.measuring import Measured
 from utils.planning.paper_model import Way
-from utils.planning.work import Work, find_config, read_work
+from utils.planning.work import Subject, Work, pairs_per_step, place_of_reference
 from utils.runtime import choose_precision, find_device
 from utils.settings import Settings
 from utils.training.batches import fill_batches
@@ -34,6 +33,9 @@ LAUNCHED = {
     "zero3": [*DEEPSPEED, "3"],
     "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
 }
+# The launch configs of the project, where there is one.
+ROOT, LAUNCH = Path(__file__).resolve().parents[2], "examples/accelerate"
+CONFIGS = {"none": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,23 @@ class Plan:
     asked: Choice
     others: list[Choice]
     best: Choice | None
+    run: Settings  # as asked
     settings: Settings | None  # of a run in the best way
     launcher: list[str]  # the words before the script's name
 
 
-def make_plan(settings: Settings, measured: Measured | None = None) -> Plan:
+def make_plan(settings: Settings, subject: Subject, measured: Measured | None = None) -> Plan:
     """The plan of the run that `settings`, of the verb train or sft, would start.
 
     Args:
         measured: what its steps on the longest pairs took here; corrects memory and time of all ways.
 
     Raises:
-        UserError: model, data or device cannot be used, or a step of the model cannot be planned on paper.
+        UserError: the device cannot be used, or a step of the model cannot be planned on paper.
     """
     device, dtype = _find_device(settings)
-    source, config = find_config(settings)
-    work = read_work(settings, source, config)
-    way = _asked_way(settings, source, config, dtype, device, work)
+    source, work = subject.source, subject.work
+    way = _asked_way(settings, subject, dtype, device)
     base = device.reserved + (0 if device.is_gpu else psutil.Process().memory_info().rss)
     planner = _Planner(settings, device, work, base)
     if measured is not None:
@@ -106,6 +108,7 @@ def make_plan(settings: Settings, measured: Measured | None = None) -> Plan:
         asked=asked,
         others=others,
         best=best,
+        run=settings,
         settings=_settings_of(settings, best, asked) if best else None,
         launcher=_launcher(settings, best) if best else [],
     )
@@ -124,14 +127,8 @@ def _find_device(settings: Settings) -> tuple[Device, torch.dtype]:
     return device, getattr(torch, usual if settings.model.dtype == "auto" else settings.model.dtype)
 
 
-def _asked_way(
-    settings: Settings,
-    source: ModelSource,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: Device,
-    work: Work,
-) -> Way:
+def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device: Device) -> Way:
+    source = subject.source
     adapts = settings.lora.use_lora or source.adapter is not None
     lora = settings.lora
     if source.adapter is not None:
@@ -141,36 +138,17 @@ def _asked_way(
         lora = dataclasses.replace(lora, use_lora=True, lora_r=own.get("r", lora.lora_r), lora_target_modules=targets)
     wish = settings.training.gradient_checkpointing
     return Way(
-        config=config,
+        config=subject.config,
         dtype=dtype,
         use_lora=adapts,
         in_4bit=settings.model.use_4bit,
         lora=lora,
         checkpointing=device.is_gpu if wish is None else wish,
-        reference=_reference(settings, adapts, work),
+        reference=place_of_reference(settings, adapts, subject.work),
+        reference_config=subject.reference_config,
         optim=str(settings.trainer_fields.get("optim") or "adamw_torch_fused"),
         on_gpu=device.is_gpu,
     )
-
-
-def _reference(settings: Settings, adapts: bool, work: Work) -> str:
-    """How the reference is computed, as training decides it."""
-    if settings.verb == "sft":
-        return "none"
-    training = settings.training
-    own_model = not adapts or settings.model.ref_model_name_or_path is not None
-    wish = training.precompute_ref_log_probs
-    if wish is None:
-        seen = training.max_steps * pairs_per_step(settings)
-        uses_all = training.num_train_epochs >= 1 if training.max_steps <= 0 else seen >= len(work.lengths)
-        wish = own_model and uses_all and not settings.trainer_fields.get("sync_ref_model")
-    return "ahead" if wish else "model" if own_model else "policy"
-
-
-def pairs_per_step(settings: Settings) -> int:
-    """Pairs of an optimizer step on all devices."""
-    training = settings.training
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * settings.plan.num_devices
 
 
 class _Planner:
@@ -211,17 +189,19 @@ class _Planner:
         Raises:
             UserError: a pair alone is over --max_tokens_per_batch.
         """
-        pairs, limit = self.work.longest(batch), self.settings.training.max_tokens_per_batch
+        limit, padded = self.settings.training.max_tokens_per_batch, self.settings.training.engine == "padded"
+        pairs = pad_pairs(self.work.longest(batch)) if padded else self.work.longest(batch)
         count = self.pairs_per_step // batch
         if limit is None:
             return pairs, count
         sizes = [sum(pair) for pair in pairs]
         if sizes[0] > limit:
             raise UserError(
-                f"--max_tokens_per_batch is {limit}, but the longest pair alone takes {sizes[0]} tokens (prompt, "
-                f"chosen and rejected): raise it to {sizes[0]}, or lower --max_length"
+                f"--max_tokens_per_batch is {limit}, but the longest pair alone takes {sizes[0]} tokens "
+                f"({'two padded rows' if padded else 'prompt, chosen and rejected'}): raise it to {sizes[0]}, or "
+                "lower --max_length"
             )
-        groups = fill_batches(sizes, limit, padded=False)
+        groups = fill_batches(sizes, limit, padded=padded)
         largest = max(groups, key=lambda group: sum(sizes[index] for index in group))
         return [pairs[index] for index in largest], count * len(groups)
 
@@ -230,7 +210,7 @@ class _Planner:
         asked, batch = first.needs.way, first.batch
         for use_lora, in_4bit in ((False, False), (True, False), (True, True)):
             in_4bit |= asked.in_4bit and not (use_lora or asked.use_lora)  # 4 bits are then the reference's
-            reference = _reference(self.settings, use_lora, self.work)
+            reference = place_of_reference(self.settings, use_lora, self.work)
             for checkpointing in (False, True):
                 way = dataclasses.replace(
                     asked, use_lora=use_lora, in_4bit=in_4bit, checkpointing=checkpointing, reference=reference
@@ -308,8 +288,15 @@ def _settings_of(settings: Settings, best: Choice, asked: Choice) -> Settings:
 
 
 def _launcher(settings: Settings, best: Choice) -> list[str]:
+    """The words before the script's name; by a launch config of the project where there is one."""
     devices = settings.plan.num_devices
     if devices == 1:
         return ["python"]
-    words = LAUNCHED[best.sharding] if best.needs.way.on_gpu else []
+    name = CONFIGS.get(best.sharding, "")
+    if best.sharding == "fsdp2" and best.needs.way.in_4bit:
+        name = "fsdp2_qlora"
+    if best.needs.way.on_gpu and (ROOT / LAUNCH / f"{name}.yaml").is_file():
+        words = ["--config_file", f"{LAUNCH}/{name}.yaml"]
+    else:
+        words = LAUNCHED[best.sharding] if best.needs.way.on_gpu else []
     return ["accelerate", "launch", *words, "--num_processes", str(devices)]

@@ -28,12 +28,36 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
         "",
         "as asked, by part (GiB): " + ", ".join(f"{name} {size / GIB:.2g}" for name, size in _parts(asked) if size),
     ]
+    lines += _left_out(plan, devices)
     if not work.known:
         lines.append(
             f"without --dataset_name every {work.kind[:-1]} is taken to be as long as --max_length "
             f"({sum(work.lengths[0][:2]):,})"
         )
     return lines
+
+
+def _left_out(plan: Plan, devices: int) -> list[str]:
+    """What the figures leave out, of what this run would do."""
+    settings = plan.run
+    training, data = settings.training, settings.data
+    lines = []
+    if training.engine == "auto":
+        lines.append(
+            "batches: each prompt once, no padding; a model that does not compute that exactly is trained on padded "
+            "rows, which --engine padded plans"
+        )
+    left_out = []
+    if training.per_device_eval_batch_size > training.per_device_train_batch_size and plan.work.held_out_tokens:
+        left_out.append(
+            f"evaluation, in batches of {training.per_device_eval_batch_size}, more than those of training "
+            "(--per_device_eval_batch_size)"
+        )
+    if devices > 1:
+        left_out.append("the time that devices spend talking; whole weights in main memory when a sharded run is saved")
+    if data.streaming:
+        left_out.append("the rows that --streaming shuffles, in main memory")
+    return [*lines, *([f"not counted: {'; '.join(left_out)}"] if left_out else [])]
 
 
 def _describe_work(plan: Plan) -> str:

@@ -60,6 +60,63 @@ class Work:
         return [self.lengths[index % len(self.lengths)] for index in range(count)]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a plan is about. `reference_config`: of a reference that is a model of its own kind, else None."""
+
+    source: ModelSource
+    config: PretrainedConfig
+    reference_config: PretrainedConfig | None
+    work: Work
+
+    @property
+    def adapts(self) -> bool:
+        """Whether training continues an adapter."""
+        return self.source.adapter is not None
+
+
+def read_subject(settings: Settings) -> Subject:
+    """Reads the model's config, that of a reference with a name of its own, and the pairs.
+
+    Raises:
+        UserError: model, reference or data cannot be read.
+    """
+    source, config = find_config(settings)
+    other = settings.model.ref_model_name_or_path
+    reference_config = _read_reference_config(other, settings) if other is not None else None
+    return Subject(source, config, reference_config, read_work(settings, source, config))
+
+
+def _read_reference_config(name: str, settings: Settings) -> PretrainedConfig:
+    folder = Path(name).expanduser()
+    adapter = read_json_file(str(folder) if folder.is_dir() else name, ADAPTER_CONFIG, None)
+    base = (adapter or {}).get("base_model_name_or_path") or (str(folder) if folder.is_dir() else name)
+    return translating(
+        f"--ref_model_name_or_path {name}: its config cannot be read",
+        lambda: AutoConfig.from_pretrained(base, trust_remote_code=settings.model.trust_remote_code),
+    )
+
+
+def place_of_reference(settings: Settings, adapts: bool, work: Work) -> str:
+    """How the reference is computed, as training decides it: "ahead", "model" or "policy"; "none" in sft."""
+    if settings.verb == "sft":
+        return "none"
+    training = settings.training
+    own_model = not adapts or settings.model.ref_model_name_or_path is not None
+    wish = training.precompute_ref_log_probs
+    if wish is None:
+        seen = training.max_steps * pairs_per_step(settings)
+        uses_all = training.num_train_epochs >= 1 if training.max_steps <= 0 else seen >= len(work.lengths)
+        wish = own_model and uses_all and not settings.trainer_fields.get("sync_ref_model")
+    return "ahead" if wish else "model" if own_model else "policy"
+
+
+def pairs_per_step(settings: Settings) -> int:
+    """Pairs of an optimizer step on all devices."""
+    training = settings.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * settings.plan.num_devices
+
+
 def find_config(settings: Settings) -> tuple[ModelSource, PretrainedConfig]:
     """Where the model is and its config; of a model nothing else is needed, be it here or on the hub."""
     model = settings.model

@@ -249,12 +249,6 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
     return (read_record(folder) or {}) if wish is not None and find_checkpoints(folder) else {}
 
 
-def scores_ahead_by_default(settings: Settings) -> bool:
-    """Whether a whole run of these settings, from a model without an adapter, scores its reference ahead."""
-    own = not settings.lora.use_lora or settings.model.ref_model_name_or_path is not None
-    return own and settings.model.adapter_name_or_path is None and not settings.trainer_fields.get("sync_ref_model")
-
-
 def _scores_reference_ahead(trainer: PreferenceTrainer, settings: Settings) -> bool:
     """As asked; else where that lets go of a second model and costs no more than scoring in every step."""
     wish = settings.training.precompute_ref_log_probs
