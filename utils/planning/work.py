@@ -88,7 +88,7 @@ def read_subject(settings: Settings) -> Subject:
 
 
 def _read_reference_config(name: str, settings: Settings) -> PretrainedConfig:
-    folder = Path(name).expanduser()
+    folder = read_path(name)
     adapter = read_json_file(str(folder) if folder.is_dir() else name, ADAPTER_CONFIG, None)
     base = (adapter or {}).get("base_model_name_or_path") or (str(folder) if folder.is_dir() else name)
     return translating(
