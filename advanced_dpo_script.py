@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather
 from utils.flags import acts_as
-from utils.memory import LESS_MEMORY, ran_out_of_memory
+from utils.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from utils.paths import read_path
-from utils.runtime import is_main_process, keep_freed_memory, make_visible, quiet_libraries, say
+from utils.runtime import is_main_process, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
 if TYPE_CHECKING:
@@ -129,16 +129,16 @@ def compare(settings: Settings) -> None:
 def plan(settings: Settings) -> None:
     """What a run of these settings would need, what fits, how long it takes -> summary, JSON, a ready command."""
     from utils.planning.measuring import as_measured, read_measurement
-    from utils.planning.planning import make_plan
+    from utils.planning.planning import choose_device, make_plan
     from utils.planning.publishing import publish
     from utils.planning.work import read_subject
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
     run = dataclasses.replace(settings, verb=acts_as(settings.verb))
-    subject = read_subject(run)
+    (device, dtype), subject = gather(lambda: choose_device(run), lambda: read_subject(run))
     measured = read_measurement(run_training(as_measured(run, subject))) if settings.plan.measure else None
-    made = make_plan(run, subject, measured)
+    made = make_plan(run, device, dtype, subject, measured)
     words = command_line(made.settings) if made.settings is not None else None
     publish(made, settings, words)
 

@@ -296,7 +296,7 @@ def test_padded_batches_are_planned_as_such(planner):
 )
 def test_measured_steps_have_the_reference_where_the_run_has_it(tiny_model, pairs_file, flags, ahead):
     words = ["plan", "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--measure", *flags]
-    settings = parse_arguments([str(word) for word in words])
+    settings = replace(parse_arguments([str(word) for word in words]), verb="train")
     subject = read_subject(settings)
     assert as_measured(settings, subject).training.precompute_ref_log_probs is ahead
     adapting = replace(subject, source=replace(subject.source, adapter="an adapter"))
@@ -306,7 +306,7 @@ def test_measured_steps_have_the_reference_where_the_run_has_it(tiny_model, pair
 def test_the_launcher_is_told_by_flags_it_has(planner):
     settings = planner("--num_devices", 2).settings
     for sharding in SHARDED:
-        needs = Estimate(replace(LORA, on_gpu=True), 1, 1, {}, 0, 0, 0, 0, 0)
+        needs = Estimate(replace(LORA, on_gpu=True), 1, 1, {}, 0, 0, 0, 0, 0, 0)
         words = _launcher(settings, Choice(True, 1, needs, sharding, None))
         assert words[:2] == ["accelerate", "launch"]
         assert launch_command_parser().parse_args([*words[2:], "script.py"]).num_processes == 2

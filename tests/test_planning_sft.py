@@ -58,7 +58,7 @@ def take_steps(way: Way, tokenizer, folder) -> Meter:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )
-        meter.at_peak.clear()
+        meter.moments.clear()
         meter.flops = 0
         trainer.train()
     return meter

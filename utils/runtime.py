@@ -61,25 +61,6 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library keep memory that tensors gave back (Linux with glibc).
-
-    It would return each large block to the system and ask for zeroed pages again at the next, a tenth of the time of
-    training on a CPU. Variables of the environment that set the same (MALLOC_...) are the person's to choose.
-    """
-    import ctypes
-
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
-
-
 def quiet_loaded_libraries() -> None:
     """The part of `quiet_libraries` that needs the libraries themselves."""
     import warnings

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.memory import ran_out_of_memory
-from utils.models.head import MARK, LogitShape
+from utils.models.head import MARK, SMALLEST_CHUNK, LogitShape
 from utils.models.scoring import output_head, score_tokens
 from utils.models.shared_prefix import shared_prefix_active
 
@@ -27,6 +28,9 @@ LARGEST, MEAN, GRADIENT = 2e-3, 1e-4, 1e-3
 TIMES_ROUNDING, TIMES_LARGEST = 2.0, 8.0
 LONG = 2048  # tokens of a padded row
 SAMPLE = 2**14  # numbers of a parameter's gradient that are compared
+# What gradients are proven by, so that a trial does not take more memory than training: tokens of prompt, chosen and
+# rejected, and logits of the plain rows, which are all made at once before the head is proven.
+ENOUGH, ENOUGH_LOGITS = 256, 2**23
 
 Batch = Mapping[str, Any]
 
@@ -48,6 +52,28 @@ class Trial:
                 yield
         finally:
             model.train(was_training)
+
+    @contextlib.contextmanager
+    def recomputing(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within the context, layers that training recomputes in the backward pass are recomputed, all else evaluates.
+
+        A layer with dropout of its own keeps its activations: it would draw noise.
+        """
+        layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+            and module.gradient_checkpointing
+            and not any("drop" in name and isinstance(value, float) and value for name, value in vars(module).items())
+        ]
+        before = [layer.training for layer in layers]
+        for layer in layers:
+            layer.training = True  # of the layer alone, not of what is in it
+        try:
+            yield
+        finally:
+            for layer, was_training in zip(layers, before, strict=True):
+                layer.training = was_training
 
     @contextlib.contextmanager
     def rounded_anew(self, model: torch.nn.Module) -> Iterator[None]:
@@ -95,6 +121,18 @@ class Trial:
             return max(GRADIENT, TIMES_ROUNDING * _apart(gradient, again()))
 
 
+def most_of_trial(model: torch.nn.Module, rows: int, *, head: bool = False) -> int:
+    """How many tokens of each part of a pair, or of a row, are enough to prove gradients by.
+
+    Args:
+        rows: completions that are computed at once.
+        head: whether it is the head that is proven, against all logits at once.
+    """
+    if not head:
+        return ENOUGH
+    return min(ENOUGH, max(SMALLEST_CHUNK + 1, ENOUGH_LOGITS // (rows * model.config.get_text_config().vocab_size)))
+
+
 @torch.no_grad()
 def find_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch, trial: Trial) -> str | None:
     """Scores the same pairs in both layouts; None when they agree to rounding, else why the layout cannot be used.
@@ -133,7 +171,7 @@ def let_head_score_in_chunks(model: torch.nn.Module, batch: Batch, trial: Trial)
     proven = False
     try:
         shape = LogitShape.of(model.config)
-        with trial.on(model):
+        with trial.on(model), trial.recomputing(model):
             plain = _log_probs(model, batch)
             gradient = _gradient(model, batch) if trained else {}
             allowed = trial.gradient_rounding(model, gradient, lambda: _gradient(model, batch)) if trained else 0
@@ -158,7 +196,7 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     before or after.
     """
     try:
-        with trial.on(model):
+        with trial.on(model), trial.recomputing(model):
             plain = _gradient(model, padded)
             with shared_prefix_active(model):
                 shared = _gradient(model, packed)

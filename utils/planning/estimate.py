@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.models.shared_prefix import Lengths
-from utils.planning.hardware import Device
+from utils.planning.hardware import Device, in_glibc_before
 from utils.planning.padded import RowLengths
 from utils.planning.padded import attention_flops as padded_attention_flops
 from utils.planning.paper_model import Way, make_policy
@@ -32,10 +32,12 @@ from utils.planning.walk import (
 
 FEW = (2, 3)  # layers that are walked through where all are alike: at a single one the peak may be the head's
 MARGIN = 1.05  # of a GPU's memory: what its allocator leaves unused between blocks
-# Of what comes and goes in each step on a CPU: glibc's allocator, given the allocations of a step one by one, takes 2%
-# to 23% more than is in use at the peak, since freed blocks do not all fit again.
-HEAP = 1.15
-COMES_AND_GOES = (GRADIENTS, ACTIVATIONS, LOGITS)
+# On a CPU, what the C library holds unused, per byte of activations and logits that a step without checkpointing has at
+# its peak (with it, as many blocks come and go). glibc before 2.38 does not put an aligned block, as all of PyTorch's
+# are, where one of the same size was freed: given the blocks of a real step one by one it takes 1.5 times what is in
+# use; unaligned, 1.05 times.
+HEAP = 0.5 if in_glibc_before(2, 38) else 0.1
+COMES_AND_GOES = (ACTIVATIONS, LOGITS)
 # What each kind of sharding divides among the devices.
 SHARDED = {
     "none": (),
@@ -56,6 +58,7 @@ class Estimate:
     micro_batches: int  # of an optimizer step, on each device
     parts: Mapping[str, int]
     base: int  # what is held beside: the process, or the device's context
+    spare: int  # what an allocator holds and nothing uses
     flops: int
     tokens: int
     parameters: int
@@ -64,14 +67,7 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes."""
-        return round(sum(self.parts.values()) + self.spare) + self.base
-
-    @property
-    def spare(self) -> float:
-        """Bytes that an allocator holds and nothing uses."""
-        if self.way.on_gpu:
-            return sum(self.parts.values()) * (MARGIN - 1)
-        return sum(self.parts[part] for part in COMES_AND_GOES) * (HEAP - 1)
+        return sum(self.parts.values()) + self.spare + self.base
 
     def at_tokens(self, tokens: int) -> float:
         """About the peak with fewer tokens in a micro-batch: what grows with them grows in proportion."""
@@ -90,11 +86,13 @@ def estimate(
     base: int,
     sharding: str = "none",
     devices: int = 1,
+    kept: int = 0,
 ) -> Estimate:
     """What a step takes whose micro-batches are all like these pairs; of sft, like these rows.
 
     Args:
         base: bytes that are held beside the model.
+        kept: bytes that a reference leaves behind when it was scored ahead.
 
     Raises:
         UserError: the model cannot be made from its config, or not be walked through.
@@ -114,7 +112,17 @@ def estimate(
         width = torch.finfo(way.dtype).bits // 8
         parts["gathered layers"] = 2 * walk.largest_layer * width  # the one at work and the one that comes next
     flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
-    return Estimate(way, len(pairs), micro_batches, parts, base, flops, walk.tokens, walk.parameters, walk.trainable)
+    spare = (
+        round(sum(parts.values()) * (MARGIN - 1)) if way.on_gpu else _unused_by_heap(way, pairs, micro_batches, walk)
+    )
+    counts = (flops, walk.tokens, walk.parameters, walk.trainable)
+    return Estimate(way, len(pairs), micro_batches, parts, base, spare, *counts)
+
+
+def _unused_by_heap(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int, walk: Walk) -> int:
+    if way.checkpointing:
+        walk = walk_all_layers(replace(way, checkpointing=False), pairs, micro_batches)
+    return round(sum(walk.parts[part] for part in COMES_AND_GOES) * HEAP)
 
 
 def pad_pairs(pairs: Sequence[Lengths]) -> list[Lengths]:
@@ -134,8 +142,10 @@ def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], m
         return round(at_low + (at_high - at_low) * (layers - FEW[0]))
 
     return Walk(
-        parts={part: reach(low.parts[part], high.parts[part]) for part in PARTS},
-        held={part: reach(low.held[part], high.held[part]) for part in PARTS},
+        moments={
+            phase: {part: reach(parts[part], high.moments[phase][part]) for part in PARTS}
+            for phase, parts in low.moments.items()
+        },
         flops=reach(low.flops, high.flops),
         tokens=low.tokens,
         parameters=reach(low.parameters, high.parameters),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from dataclasses import dataclass
 
@@ -90,3 +91,9 @@ def measure_rate(dtype: torch.dtype, device: str, seconds: float = 0.5) -> float
             torch.cuda.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def in_glibc_before(*version: int) -> bool:
+    """Whether this process has an older GNU C library than that."""
+    name, own = platform.libc_ver()
+    return name == "glibc" and tuple(map(int, own.split(".")[:2])) < version

@@ -21,6 +21,7 @@ from utils.planning.work import Subject, Work, pairs_per_step, place_of_referenc
 from utils.runtime import choose_precision, find_device
 from utils.settings import Settings
 from utils.training.batches import fill_batches
+from utils.training.reference import KEPT_BYTES
 
 FEWEST_TOKENS = 2048  # of a micro-batch that keeps a GPU busy: below, larger batches with checkpointing are better
 FORWARD_FLOPS = 2  # per parameter and token
@@ -166,19 +167,28 @@ class _Planner:
     def correct(self, way: Way, measured: Measured) -> None:
         """Puts what was measured of this way in the place of what was assumed of the device."""
         pairs, micro_batches = self._micro_batch(self.settings.training.per_device_train_batch_size)
-        needs = estimate(way, pairs, micro_batches, self.base)
+        needs = estimate(way, pairs, micro_batches, self.base, kept=self._kept(way))
         beside = self.device.reserved if self.device.is_gpu else 0  # a GPU's context is not among its tensors
         self.base = max(0, measured.peak + beside - (needs.peak - needs.base))
         step = dataclasses.replace(self.work, lengths=self.work.longest(self.pairs_per_step))
         flops = needs.flops / needs.tokens * step.mean_computed(needs.batch) * self.pairs_per_step
         self.efficiency = flops / measured.step_seconds / self.device.rate
 
+    def _kept(self, way: Way) -> int:
+        """Bytes of a reference that was scored ahead: its output head, and its hidden states of held-out pairs. They
+        wait in main memory; of a policy that is its own reference, the head is there anyway."""
+        if way.reference != "ahead" or self.device.is_gpu or not self.work.held_out_tokens:
+            return 0
+        text, width = (way.reference_config or way.config).get_text_config(), torch.finfo(way.dtype).bits // 8
+        states = min(KEPT_BYTES, self.work.held_out_tokens * text.hidden_size * width)
+        return states + (0 if way.use_lora and not way.reference_config else text.vocab_size * text.hidden_size * width)
+
     def choose(self, way: Way, batch: int, asked: bool = False) -> Choice:
         """The way with micro-batches of so many pairs, divided among the devices as asked, or as little as fits."""
         wish, devices = self.settings.plan.sharding, self.settings.plan.num_devices
         pairs, micro_batches = self._micro_batch(batch)
         for sharding in [wish] if wish else (["none", "fsdp2"] if devices > 1 else ["none"]):
-            needs = estimate(way, pairs, micro_batches, self.base, sharding, devices)
+            needs = estimate(way, pairs, micro_batches, self.base, sharding, devices, self._kept(way))
             if needs.fits(self.device):
                 break
         return Choice(asked, batch, needs, sharding, self._seconds(needs))

@@ -74,7 +74,7 @@ def _describe_work(plan: Plan) -> str:
 def _parts(choice: Choice) -> list[tuple[str, int]]:
     return [
         *choice.needs.parts.items(),
-        ("unused between blocks", round(choice.needs.spare)),
+        ("unused between blocks", choice.needs.spare),
         ("beside the model", choice.needs.base),
     ]
 

@@ -41,6 +41,8 @@ from utils.planning.paper_model import (
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
 ACTIVATIONS, LOGITS, REFERENCE = "activations", "logits", "reference"
 PARTS = (WEIGHTS, ADAPTER, REFERENCE, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS)
+# Phases of a step: until the first gradient is there; the layers of the backward pass; what comes before and after.
+FORWARD, LAST, BETWEEN, FIRST, OUTSIDE, UPDATE = "forward", "last", "between", "first", "outside", "update"
 ATTENTION = {True: "fused_on_paper", False: "pair_by_pair_on_paper"}  # by whether a GPU computes
 
 
@@ -48,17 +50,21 @@ ATTENTION = {True: "fused_on_paper", False: "pair_by_pair_on_paper"}  # by wheth
 class Walk:
     """What one optimizer step takes on one device.
 
-    `parts`: bytes by part at the moment when most is held; `held`: those that stay from step to step. `flops`:
-    floating-point operations of one micro-batch, forward and backward, recomputation and reference included.
+    `moments`: bytes by part when most is held in each phase of the step; each grows in proportion to the layers.
+    `flops`: floating-point operations of one micro-batch, forward and backward, recomputation and reference included.
     """
 
-    parts: Mapping[str, int]
-    held: Mapping[str, int]
+    moments: Mapping[str, Mapping[str, int]]
     flops: int
     tokens: int
     parameters: int  # of the model without its adapter
     trainable: int
     largest_layer: int  # parameters of the largest module whose weights are whole at once under sharding
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Bytes by part at the moment when most is held."""
+        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> int:
@@ -72,7 +78,8 @@ class Meter(TorchDispatchMode):
     def __init__(self, vocabulary: int):
         super().__init__()
         self.held: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
+        self.moments: dict[str, Counter[str]] = {}  # of each phase, when most was held in it
+        self.phase = FORWARD
         self.flops = 0
         self._vocabulary = vocabulary
         self._entries: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
@@ -95,10 +102,15 @@ class Meter(TorchDispatchMode):
         self._change(*entry)
         return entry
 
+    @property
+    def at_peak(self) -> Counter[str]:
+        """Bytes by part at the moment when most was held."""
+        return max(self.moments.values(), key=Counter.total)
+
     def _change(self, part: str, size: int) -> None:
         self.held[part] += size
-        if size > 0 and self.held.total() > self.at_peak.total():
-            self.at_peak = self.held.copy()
+        if size > 0 and (self.phase not in self.moments or self.held.total() > self.moments[self.phase].total()):
+            self.moments[self.phase] = self.held.copy()
 
     def mark(self, values: Iterable[Tensor], part: str) -> None:
         """Says which part the memory of these tensors belongs to."""
@@ -135,12 +147,10 @@ def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_b
         _hold_models(meter, policy, reference)
         trained = [p for name, p in policy.named_parameters() if name in set(trained_names)]
         flops = _walk(meter, way, policy, reference, trained, batch, micro_batches)
-        held = {part: meter.held[part] for part in PARTS}
     size = way.config.get_text_config()
     largest = max([sum(p.numel() for p in layer.parameters()) for layer in layers] or [0])
     return Walk(
-        parts={part: meter.at_peak[part] for part in PARTS},
-        held=held,
+        moments={phase: {part: held[part] for part in PARTS} for phase, held in meter.moments.items()},
         flops=flops,
         tokens=padded_tokens(pairs) if way.imitates else batch.tokens,
         parameters=parameters,
@@ -166,8 +176,14 @@ def _walk(
     batch: PairLayout | tuple[RowLengths, ...],
     micro_batches: int,
 ) -> int:
+    phases = phases_of_backward(policy)
+
+    def take_gradient(parameter: torch.nn.Parameter) -> None:
+        meter.phase = phases.get(id(parameter), meter.phase)
+        meter.mark([parameter.grad], GRADIENTS)
+
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: meter.mark([p.grad], GRADIENTS))
+        parameter.register_post_accumulate_grad_hook(take_gradient)
     flops = 0
     try:
         # The optimizer's states are there from the second step on, so the step that is walked through is a second one.
@@ -175,12 +191,13 @@ def _walk(
         states = optimizer.start()
         meter.mark(states, OPTIMIZER)
         for _ in range(min(micro_batches, 2)):
-            before = meter.flops
+            before, meter.phase = meter.flops, FORWARD
             if way.imitates:
                 take_rows(way, policy, batch)
             else:
                 take_micro_batch(way, policy, reference, batch)
             flops = meter.flops - before
+        meter.phase = UPDATE
         optimizer.step()
         del states
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -190,6 +207,20 @@ def _walk(
             f"{'sft' if way.imitates else 'train'} --dry_run takes a real one"
         ) from None
     return flops
+
+
+def phases_of_backward(policy: torch.nn.Module) -> dict[int, str]:
+    """Of each parameter, by its id, the phase that begins with its gradient.
+
+    The backward pass comes to the last layer first. From layer to layer what is held changes by the same amount, so
+    most is held in the last or in the first one, or outside of them.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    phases = {id(parameter): OUTSIDE for parameter in policy.parameters()}
+    for place, layer in enumerate(layers):
+        phase = LAST if place == len(layers) - 1 else FIRST if place == 0 else BETWEEN
+        phases |= {id(parameter): phase for parameter in layer.parameters()}
+    return phases
 
 
 def take_micro_batch(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from utils.memory import release_memory
 from utils.models.head import MARK, KeptLogits
 from utils.models.scoring import output_head
 from utils.runtime import is_main_process
@@ -57,8 +58,7 @@ class ReferenceAhead(PairScoring):
             found = found and also_found
         self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.ref_model]
         self.ref_model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         return found
 
     def _keep_reference(self) -> None:

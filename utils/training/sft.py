@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import pad
 
-from utils.data.tokenizing import LENGTH
+from utils.data.tokenizing import LENGTH, SFT_COLUMNS
+from utils.memory import freed_memory_returned
+from utils.models.proving import most_of_trial
 from utils.models.scoring import score_tokens
 from utils.training.batches import ROWS, TOKENS, UNCOUNTED, uncounted
 from utils.training.run_folder import RunFolderTrainer
@@ -55,11 +57,13 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
             data_collator=CompletionCollator(processing_class.pad_token_id), processing_class=processing_class, **parts
         )
 
+    @freed_memory_returned()
     def try_head(self) -> None:
         """Chooses how the output head is applied, by a row of middle length."""
         lengths = self.train_dataset[LENGTH][:]
         middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
-        batch = self.data_collator([self.train_dataset[middle]])
+        row, most = self.train_dataset[middle], most_of_trial(self.model, rows=1, head=True)
+        batch = self.data_collator([row | {name: row[name][:most] for name in ("prompt_ids", *SFT_COLUMNS)}])
         self.choose_head({**batch, "completion_mask": completion_mask(batch)})
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:

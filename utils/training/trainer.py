@@ -12,8 +12,9 @@ from trl import DPOTrainer
 
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
+from utils.memory import freed_memory_returned
 from utils.models.loading import Reference
-from utils.models.proving import find_gradient_mismatch, find_mismatch
+from utils.models.proving import find_gradient_mismatch, find_mismatch, most_of_trial
 from utils.models.scoring import tokens_of
 from utils.training.batches import (
     PAIR_IDS,
@@ -31,13 +32,12 @@ from utils.training.run_folder import RunFolderTrainer
 from utils.training.trained_weights import keep_last_layer
 from utils.training.within_memory import StepsWithinMemory
 
-ENOUGH = 512  # tokens of prompt, chosen and rejected, to prove gradients by
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
 
 
-def shortened(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair of at most ENOUGH tokens of each part: what keeps all activations shall not need more than training."""
-    return pair | {name: pair[name][:ENOUGH] for name in PAIR_IDS}
+def shortened(pair: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A pair of at most so many tokens of each part."""
+    return pair | {name: pair[name][:tokens] for name in PAIR_IDS}
 
 
 class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPOTrainer):
@@ -112,6 +112,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
             loss = loss + self.router_aux_loss_coef * policy.auxiliary * len(losses) * share
         return loss
 
+    @freed_memory_returned()
     def choose_layout(self, wish: str) -> None:
         """Decides the layout of batches for --engine, and says in `shared_prefix` why where it is the padded one.
 
@@ -124,7 +125,8 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         lengths = self.train_dataset[LENGTH][:]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         examples = [self.train_dataset[index] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
-        self.choose_head(self.data_collator.whole([shortened(examples[-1])]))
+        brief = shortened(examples[-1], most_of_trial(self.model, rows=2, head=True))
+        self.choose_head(self.data_collator.whole([brief]))
         if wish == "padded":
             self.shared_prefix = "padded batches were asked for"
             return
@@ -150,7 +152,8 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
 
         mismatch = next(filter(None, (prove(find_mismatch, model, examples) for model in self.models())), None)
         if mismatch is None and any(parameter.requires_grad for parameter in self.model.parameters()):
-            mismatch = prove(find_gradient_mismatch, self.model, [shortened(examples[-1])])
+            brief = shortened(examples[-1], most_of_trial(self.model, rows=2))
+            mismatch = prove(find_gradient_mismatch, self.model, [brief])
         if self.args.world_size > 1:
             verdicts: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(verdicts, mismatch)
