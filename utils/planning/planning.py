@@ -76,16 +76,18 @@ class Plan:
     launcher: list[str]  # the words before the script's name
 
 
-def make_plan(settings: Settings, subject: Subject, measured: Measured | None = None) -> Plan:
+def make_plan(
+    settings: Settings, device: Device, dtype: torch.dtype, subject: Subject, measured: Measured | None = None
+) -> Plan:
     """The plan of the run that `settings`, of the verb train or sft, would start.
 
     Args:
+        dtype: that matrix products are computed in.
         measured: what its steps on the longest pairs took here; corrects memory and time of all ways.
 
     Raises:
-        UserError: the device cannot be used, or a step of the model cannot be planned on paper.
+        UserError: a step of the model cannot be planned on paper.
     """
-    device, dtype = _find_device(settings)
     source, work = subject.source, subject.work
     way = _asked_way(settings, subject, dtype, device)
     base = device.reserved + (0 if device.is_gpu else psutil.Process().memory_info().rss)
@@ -115,7 +117,12 @@ def make_plan(settings: Settings, subject: Subject, measured: Measured | None = 
     )
 
 
-def _find_device(settings: Settings) -> tuple[Device, torch.dtype]:
+def choose_device(settings: Settings) -> tuple[Device, torch.dtype]:
+    """The device that is planned for, and the format that matrix products are computed in there.
+
+    Raises:
+        UserError: it is not known, or does not compute in the format that was asked for.
+    """
     plan = settings.plan
     if plan.gpu is None and plan.gpu_memory is None:
         dtype = choose_precision(settings.model.dtype, find_device()).dtype
