@@ -279,6 +279,19 @@ def test_a_wrong_backward_pass_is_found_out(dtype, monkeypatch):
     assert "its gradient differs" in find_gradient_mismatch(model, *proofs)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_proof_of_gradients_recomputes_what_training_recomputes(name):
+    """What a run with checkpointing has room for is enough. OPT's layers draw dropout themselves: they evaluate."""
+    model, pairs = build(name), random_pairs()
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    layer = model.get_decoder().layers[0]
+    times = []
+    layer.self_attn.register_forward_hook(lambda *_: times.append(1))
+    assert find_gradient_mismatch(model, packed(pairs), padded(pairs), Trial(contextlib.nullcontext)) is None
+    assert len(times) == (4 if name == "llama" else 2)  # two layouts
+    assert all(module.training for module in model.modules())
+
+
 def test_of_large_gradients_the_proof_keeps_samples():
     model, pairs = build("llama", vocab_size=4000), random_pairs()
     samples = proving._gradient(model, padded(pairs))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -282,3 +285,48 @@ def test_memory_that_the_system_refuses_is_done_without(tmp_path):
     assert read_record(tmp_path / "enough")["warnings"] == []
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("little", "enough"))
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+HEAP = """
+import ctypes, sys
+from utils.memory import freed_memory_returned, keep_freed_memory
+
+class Account(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+library = ctypes.CDLL("libc.so.6")
+library.mallinfo2.restype = Account
+
+def blocks():  # of a megabyte each, with a small one that stays after each
+    kept.append([(torch.empty(2**18), torch.empty(8)) for _ in range(100)])
+    found = library.mallinfo2()
+    kept[-1] = [small for _, small in kept[-1]]
+    return found.arena, found.hblkhd
+
+import torch
+kept = []
+keep_freed_memory()
+with freed_memory_returned():
+    print(*blocks())
+print(*blocks())
+print(library.mallinfo2().arena)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later"
+)
+def test_blocks_of_a_trial_go_back_to_the_system_and_those_of_training_stay():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    ended = subprocess.run(
+        [sys.executable, "-c", HEAP], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=240
+    )
+    (arena, mapped), (arena_after, mapped_after), (arena_left,) = (
+        map(int, line.split()) for line in ended.stdout.splitlines()
+    )
+    assert mapped > 100 * 2**20
+    assert arena < 100 * 2**20
+    assert mapped_after < 100 * 2**20
+    assert arena_after > arena + 90 * 2**20
+    assert arena_left == arena_after
