@@ -306,7 +306,7 @@ def test_measured_steps_have_the_reference_where_the_run_has_it(tiny_model, pair
 def test_the_launcher_is_told_by_flags_it_has(planner):
     settings = planner("--num_devices", 2).settings
     for sharding in SHARDED:
-        needs = Estimate(replace(LORA, on_gpu=True), 1, 1, {}, 0, 0, 0, 0, 0, 0)
+        needs = Estimate(replace(LORA, on_gpu=True), 1, 1, {}, {}, 0, 0, 0, 0, 0, 0)
         words = _launcher(settings, Choice(True, 1, needs, sharding, None))
         assert words[:2] == ["accelerate", "launch"]
         assert launch_command_parser().parse_args([*words[2:], "script.py"]).num_processes == 2

@@ -155,6 +155,13 @@ class PlanSettings:
         choices=SHARDINGS,
         verbs=PLAN,
     )
+    offload: str | None = flag(
+        None,
+        "what waits in main memory: optimizer (with the gradients; zero2, zero3), weights (of zero3 and fsdp2, and all "
+        "that belongs to them)",
+        choices=("optimizer", "weights"),
+        verbs=PLAN,
+    )
     efficiency: float = flag(
         0.4, "share of the devices' matrix-product rate that training reaches", bound=CLOSED_UNIT, verbs=PLAN
     )

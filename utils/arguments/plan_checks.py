@@ -25,12 +25,22 @@ def planned_device(candidate: Candidate) -> Iterator[str]:
 
 
 def planned_sharding(candidate: Candidate) -> Iterator[str]:
-    if candidate["sharding"] not in (None, "none") and candidate["num_devices"] == 1:
+    sharding, offload, several = candidate["sharding"], candidate["offload"], candidate["num_devices"] > 1
+    if offload is None and sharding not in (None, "none") and not several:
         yield f"{candidate.label('sharding')}: needs several devices to divide among; give --num_devices"
+    able = OFFLOADING.get(offload, ())
+    if not several:
+        able = tuple(name for name in able if name.startswith("zero"))  # FSDP does not run in one process
+    if offload is not None and sharding is not None and sharding not in able:
+        where = "" if several else " on one device"
+        yield f"{candidate.label('offload')} {offload}{where}: takes --sharding {' or '.join(able)}, not {sharding}"
 
+
+# What can hold in main memory what --offload names.
+OFFLOADING = {"optimizer": ("zero2", "zero3"), "weights": ("zero3", "fsdp2")}
 
 PLAN_CHECKS: dict[Check, tuple[str, ...]] = {
     planned_model: (),
     planned_device: ("gpu", "gpu_memory", "gpu_tflops"),
-    planned_sharding: ("sharding", "num_devices"),
+    planned_sharding: ("sharding", "num_devices", "offload"),
 }

@@ -19,6 +19,7 @@ from utils.planning.paper_model import Way, make_policy
 from utils.planning.walk import (
     ACTIVATIONS,
     ADAPTER,
+    FORWARD,
     GRADIENTS,
     LOGITS,
     OPTIMIZER,
@@ -47,6 +48,8 @@ SHARDED = {
     "fsdp2": (OPTIMIZER, GRADIENTS, WEIGHTS, REFERENCE, ADAPTER),
 }
 DEEPSPEED = ("zero1", "zero2", "zero3")
+# What waits in main memory: of ZeRO the gradients go there with the optimizer.
+OFFLOADED = {"optimizer": (OPTIMIZER, GRADIENTS), "weights": (OPTIMIZER, GRADIENTS, WEIGHTS, REFERENCE, ADAPTER)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Estimate:
     batch: int  # pairs of a micro-batch; of sft, rows
     micro_batches: int  # of an optimizer step, on each device
     parts: Mapping[str, int]
+    host: Mapping[str, int]  # of what waits in main memory instead, for each device
     base: int  # what is held beside: the process, or the device's context
     spare: int  # what an allocator holds and nothing uses
     flops: int
@@ -71,7 +75,7 @@ class Estimate:
 
     def at_tokens(self, tokens: int) -> float:
         """About the peak with fewer tokens in a micro-batch: what grows with them grows in proportion."""
-        held = self.base + sum(self.parts[part] for part in (WEIGHTS, ADAPTER, REFERENCE, OPTIMIZER))
+        held = self.base + sum(self.parts.get(part, 0) for part in (WEIGHTS, ADAPTER, REFERENCE, OPTIMIZER))
         return held + (self.peak - held) * tokens / self.tokens
 
     def fits(self, device: Device) -> bool:
@@ -86,12 +90,14 @@ def estimate(
     base: int,
     sharding: str = "none",
     devices: int = 1,
+    offload: str | None = None,
     kept: int = 0,
 ) -> Estimate:
     """What a step takes whose micro-batches are all like these pairs; of sft, like these rows.
 
     Args:
         base: bytes that are held beside the model.
+        offload: what waits in main memory, a key of OFFLOADED.
         kept: bytes that a reference leaves behind when it was scored ahead.
 
     Raises:
@@ -99,6 +105,7 @@ def estimate(
     """
     walk = walk_all_layers(way, pairs, micro_batches)
     parts = dict(walk.parts)
+    host = {ACTIVATIONS: walk.offloaded} if walk.offloaded else {}
     if sharding in DEEPSPEED and way.dtype != torch.float32 and not way.use_lora:
         # DeepSpeed computes on 16-bit weights with gradients in 16 bits; its optimizer has the float32 weights.
         parts[OPTIMIZER] += parts[WEIGHTS]
@@ -108,7 +115,9 @@ def estimate(
         parts[part] = -(-parts[part] // devices)
     if sharding == "none" and devices > 1:
         parts["gradient buckets"] = 4 * walk.trainable  # in which DistributedDataParallel adds them up
-    if WEIGHTS in SHARDED[sharding] and devices > 1:
+    for part in OFFLOADED.get(offload, ()):
+        host[part] = parts.pop(part)
+    if WEIGHTS in SHARDED[sharding] and (devices > 1 or WEIGHTS in host):
         width = torch.finfo(way.dtype).bits // 8
         parts["gathered layers"] = 2 * walk.largest_layer * width  # the one at work and the one that comes next
     flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
@@ -116,7 +125,7 @@ def estimate(
         round(sum(parts.values()) * (MARGIN - 1)) if way.on_gpu else _unused_by_heap(way, pairs, micro_batches, walk)
     )
     counts = (flops, walk.tokens, walk.parameters, walk.trainable)
-    return Estimate(way, len(pairs), micro_batches, parts, base, spare, *counts)
+    return Estimate(way, len(pairs), micro_batches, parts, host, base, spare, *counts)
 
 
 def _unused_by_heap(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int, walk: Walk) -> int:
@@ -141,11 +150,18 @@ def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], m
     def reach(at_low: float, at_high: float) -> int:
         return round(at_low + (at_high - at_low) * (layers - FEW[0]))
 
+    moments = {
+        phase: {part: reach(parts[part], high.moments[phase][part]) for part in PARTS}
+        for phase, parts in low.moments.items()
+    }
+    offloaded = 0
+    if way.offloads_activations:  # a layer's are moved while the next ones compute
+        offloaded = moments[FORWARD][ACTIVATIONS] - high.moments[FORWARD][ACTIVATIONS]
+        moments = {phase: {**parts, ACTIVATIONS: high.moments[phase][ACTIVATIONS]} for phase, parts in moments.items()}
+
     return Walk(
-        moments={
-            phase: {part: reach(parts[part], high.moments[phase][part]) for part in PARTS}
-            for phase, parts in low.moments.items()
-        },
+        moments=moments,
+        offloaded=offloaded,
         flops=reach(low.flops, high.flops),
         tokens=low.tokens,
         parameters=reach(low.parameters, high.parameters),

@@ -41,6 +41,7 @@ class Way:
     reference: str
     optim: str = "adamw_torch_fused"
     on_gpu: bool = False
+    offloads_activations: bool = False  # to main memory, as --activation_offloading does
     reference_config: PretrainedConfig | None = None  # of a reference that is another model; None: the policy's
 
     @property

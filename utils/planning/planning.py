@@ -156,6 +156,7 @@ def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device:
         reference_config=subject.reference_config,
         optim=str(settings.trainer_fields.get("optim") or "adamw_torch_fused"),
         on_gpu=device.is_gpu,
+        offloads_activations=device.is_gpu and bool(settings.trainer_fields.get("activation_offloading")),
     )
 
 
@@ -194,8 +195,13 @@ class _Planner:
         """The way with micro-batches of so many pairs, divided among the devices as asked, or as little as fits."""
         wish, devices = self.settings.plan.sharding, self.settings.plan.num_devices
         pairs, micro_batches = self._micro_batch(batch)
-        for sharding in [wish] if wish else (["none", "fsdp2"] if devices > 1 else ["none"]):
-            needs = estimate(way, pairs, micro_batches, self.base, sharding, devices, self._kept(way))
+        offload = self.settings.plan.offload
+        if offload is not None:
+            shardings = ["zero2"] if offload == "optimizer" else ["fsdp2" if devices > 1 else "zero3"]
+        else:
+            shardings = ["none", "fsdp2"] if devices > 1 else ["none"]
+        for sharding in [wish] if wish else shardings:
+            needs = estimate(way, pairs, micro_batches, self.base, sharding, devices, offload, self._kept(way))
             if needs.fits(self.device):
                 break
         return Choice(asked, batch, needs, sharding, self._seconds(needs))

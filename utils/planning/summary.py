@@ -28,6 +28,10 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
         "",
         "as asked, by part (GiB): " + ", ".join(f"{name} {size / GIB:.2g}" for name, size in _parts(asked) if size),
     ]
+    for of, choice in (("as asked", asked), ("the best that fits", plan.best)):
+        if choice is not None and choice.needs.host and (choice is not asked or of == "as asked"):
+            host = ", ".join(f"{name} {size / GIB:.2g}" for name, size in choice.needs.host.items())
+            lines.append(f"{of}, in main memory for each device (GiB): {host}")
     lines += _left_out(plan, devices)
     if not work.known:
         lines.append(
@@ -55,6 +59,8 @@ def _left_out(plan: Plan, devices: int) -> list[str]:
         )
     if devices > 1:
         left_out.append("the time that devices spend talking; whole weights in main memory when a sharded run is saved")
+    if plan.asked.needs.host:
+        left_out.append("the time that moving to and from main memory takes")
     if data.streaming:
         left_out.append("the rows that --streaming shuffles, in main memory")
     return [*lines, *([f"not counted: {'; '.join(left_out)}"] if left_out else [])]
@@ -133,6 +139,7 @@ def _choice_record(choice: Choice, plan: Plan, price: float | None, devices: int
         "micro_batches": needs.micro_batches,
         "bytes": needs.peak,
         "parts": dict(_parts(choice)),
+        "main_memory": dict(needs.host),
         "fits": needs.fits(plan.device),
         "flops_per_micro_batch": needs.flops,
         "parameters": needs.parameters,

@@ -60,6 +60,7 @@ class Walk:
     parameters: int  # of the model without its adapter
     trainable: int
     largest_layer: int  # parameters of the largest module whose weights are whole at once under sharding
+    offloaded: int = 0  # bytes of activations that wait in main memory, apart from `moments`
 
     @property
     def parts(self) -> Mapping[str, int]:
