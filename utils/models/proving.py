@@ -175,6 +175,24 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     return None
 
 
+def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> bool:
+    """Whether every trained weight gets a gradient from this batch, and will from any other; the model has none before
+    or after.
+
+    Not so where tokens choose experts, where layers are dropped at random, and in parts of a model that text does not
+    come to.
+    """
+    said = model.config.get_text_config().to_dict()
+    if said.get("layerdrop") or any("expert" in name for name in said):
+        return False
+    try:
+        with trial.on(model):
+            given = _gradient(model, batch)
+    finally:
+        _forget_gradients(model)
+    return all(name in given for name, value in model.named_parameters() if value.requires_grad)
+
+
 def _log_probs(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Of each completion token, shape (tokens,). Long padded rows are computed one by one: a batch of them would need
     a mask that grows with the square of their tokens."""
