@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -248,7 +248,10 @@ def test_the_launcher_is_told_by_flags_it_has(planner):
         needs = Estimate(replace(LORA, on_gpu=True), 1, 1, {}, 0, 0, 0, 0, 0)
         words = _launcher(settings, Choice(True, 1, needs, sharding, None))
         assert words[:2] == ["accelerate", "launch"]
-        assert launch_command_parser().parse_args([*words[2:], "script.py"]).num_processes == 2
+        arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words[2:], "script.py"]))
+        assert arguments.num_processes == 2
+        kinds = {"fsdp2": arguments.use_fsdp, "none": not arguments.use_fsdp and not arguments.use_deepspeed}
+        assert kinds.get(sharding, arguments.use_deepspeed and f"zero{arguments.zero_stage}" == sharding)
 
 
 def test_a_plan_corrected_by_real_steps(run_script, tiny_model, pairs_file, tmp_path):

@@ -33,10 +33,15 @@ def identify_process() -> dict[str, Any]:
         "machine": _identify_machine(),
         "started": psutil.Process().create_time(),
         "working_folder": os.getcwd(),
-        "script": SCRIPT if Path.cwd() == ROOT else str(ROOT / SCRIPT),  # as it is reached from there
+        "script": path_from_here(SCRIPT),
         "processes": count_processes(),
         "launcher": _read_launcher(),
     }
+
+
+def path_from_here(name: str) -> str:
+    """A file that comes with the script, as it is reached from the working folder."""
+    return name if Path.cwd() == ROOT else str(ROOT / name)
 
 
 def _read_launcher() -> list[str]:

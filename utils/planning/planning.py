@@ -19,21 +19,26 @@ from utils.planning.hardware import GIB, Device, describe_this_machine, find_dev
 from utils.planning.measuring import Measured
 from utils.planning.paper_model import Way
 from utils.planning.work import Work, find_config, read_work
+from utils.processes import path_from_here
 from utils.runtime import choose_precision, find_device
 from utils.settings import Settings
 from utils.training.batches import fill_batches
 
 FEWEST_TOKENS = 2048  # of a micro-batch that keeps a GPU busy: below, larger batches with checkpointing are better
 FORWARD_FLOPS = 2  # per parameter and token
-# What `accelerate launch` is told for each kind of sharding.
-DEEPSPEED = ["--use_deepspeed", "--zero_stage"]
-LAUNCHED = {
-    "none": ["--multi_gpu"],
-    "zero1": [*DEEPSPEED, "1"],
-    "zero2": [*DEEPSPEED, "2"],
-    "zero3": [*DEEPSPEED, "3"],
-    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
-}
+# Files of examples/accelerate for each kind of sharding; ZeRO-1 has none, as ZeRO-2 takes less and is as fast.
+CONFIGS = {"none": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}
+ZERO1 = [
+    "--use_deepspeed",
+    "--zero_stage",
+    "1",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 
 
 @dataclass(frozen=True)
@@ -311,5 +316,8 @@ def _launcher(settings: Settings, best: Choice) -> list[str]:
     devices = settings.plan.num_devices
     if devices == 1:
         return ["python"]
-    words = LAUNCHED[best.sharding] if best.needs.way.on_gpu else []
+    config = CONFIGS.get(best.sharding)
+    if config == "fsdp2" and best.needs.way.in_4bit:
+        config = "fsdp2_qlora"
+    words = ["--config_file", path_from_here(f"examples/accelerate/{config}.yaml")] if config else ZERO1
     return ["accelerate", "launch", *words, "--num_processes", str(devices)]

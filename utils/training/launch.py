@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from utils.arguments import command_line
 from utils.checkpoints import find_checkpoints
 from utils.errors import ProcessLost, UserError, gather
-from utils.processes import command_to_go_on, count_processes, is_alive
+from utils.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
 from utils.runtime import Precision, is_main_process
 from utils.saving import read_record
 from utils.settings import Settings
@@ -40,15 +42,17 @@ KEPT_BY_DEEPSPEED = "optimizer.json"  # in a checkpoint: says so, where DeepSpee
 FSDP_CONFIG = "examples/accelerate/fsdp2.yaml"
 
 
-def check_one_device() -> None:
+def check_one_device(settings: Settings) -> None:
     """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
     count = torch.cuda.device_count()
     if count > 1 and "WORLD_SIZE" not in os.environ:
+        config, script = path_from_here("examples/accelerate/ddp.yaml"), path_from_here(SCRIPT)
+        start = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count), script]
         raise UserError(
-            f"this machine has {count} GPUs; to use them all, start with `accelerate launch --config_file "
-            f"examples/accelerate/ddp.yaml --num_processes {count} advanced_dpo_script.py ...` or `torchrun "
-            f"--nproc_per_node {count} advanced_dpo_script.py ...`; where the model does not fit one GPU, with "
-            f"{FSDP_CONFIG}; to use one GPU, set CUDA_VISIBLE_DEVICES=0"
+            f"this machine has {count} GPUs, and a plain start uses one of them. To use them all, each with as many "
+            f"pairs per step as here:\n  {shlex.join([*start, *command_line(settings)])}\n"
+            f"`torchrun --nproc_per_node {count} {script} ...` is the same; where the model does not fit one GPU, name "
+            f"{path_from_here(FSDP_CONFIG)}. To use one GPU, set CUDA_VISIBLE_DEVICES=0"
         )
 
 
@@ -59,7 +63,7 @@ def check_launch(settings: Settings) -> None:
         UserError: a plain start on several GPUs; sequences or matrices split over processes; the first version of
             FSDP; DeepSpeed that is not installed.
     """
-    gather(check_one_device, _check_parallelism, _check_fsdp, lambda: _check_deepspeed(settings))
+    gather(lambda: check_one_device(settings), _check_parallelism, _check_fsdp, lambda: _check_deepspeed(settings))
 
 
 def uses(engine: str) -> bool:
