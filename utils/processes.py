@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import shlex
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,15 @@ def _read_launcher() -> list[str]:
         return []
     begin = next((number for number, word in enumerate(words[:end]) if Path(word).name in LAUNCHERS), None)
     return [Path(words[begin]).name, *words[begin + 1 : end]] if begin is not None else ["python", *words[1:end]]
+
+
+def tell_launcher(reason: str) -> None:
+    """Leaves why this process ends where torchrun (and so `accelerate launch`) looks for it, to say it at its end."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
