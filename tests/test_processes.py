@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ import torch
 from conftest import ROOT, read_metrics, read_record
 from ranks import Ended, free_port, run_together
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from utils.models.proving import Trial, gives_all_gradients
 
 FULL = ["--precompute_ref_log_probs=false"]
 WAYS = {
@@ -106,7 +110,8 @@ def assert_same_run(one, other) -> None:
     for line, its in zip(read_metrics(one), read_metrics(other), strict=True):
         its["epoch"] = line["epoch"]  # which the trainer counts in micro-batches
         assert its == pytest.approx(line, abs=1e-4)
-    assert read_record(other)["metrics"]["held_out"] == pytest.approx(read_record(one)["metrics"]["held_out"], abs=1e-4)
+    held_out = read_record(one)["metrics"]["held_out"]
+    assert read_record(other)["metrics"]["held_out"] == pytest.approx(held_out, abs=1e-4)
     (artefact,) = (path.name for path in one.glob("*.safetensors"))
     a, b = (load_file(folder / artefact) for folder in (one, other))
     assert a.keys() == b.keys()
@@ -155,6 +160,56 @@ def test_a_launcher_starts_the_run_of_one(launcher, kind, run_of_one, flags_of, 
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "nothing that is not for the person who started it"
     assert_same_run(run_of_one(*flags), folder)
+
+
+@pytest.fixture(scope="module")
+def model_of_experts(tiny_model, tmp_path_factory):
+    """A random mixture of experts, of which each token goes through two of four."""
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = AutoConfig.from_pretrained(tiny_model).vocab_size
+    config = MixtralConfig(vocab_size=size, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
+                           bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)  # fmt: skip
+    torch.manual_seed(3)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_weights_that_a_step_may_leave_without_a_gradient_are_found(tiny_model, model_of_experts):
+    ids = torch.arange(3, 15).view(1, -1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": (ids > 8).long()}
+    trial = Trial(contextlib.nullcontext)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert gives_all_gradients(model, batch, trial)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.of_no_use = torch.nn.Parameter(torch.ones(3))
+    assert not gives_all_gradients(model, batch, trial)
+    model.of_no_use.requires_grad_(False)
+    assert gives_all_gradients(model, batch, trial)
+    assert gives_all_gradients(AutoModelForCausalLM.from_pretrained(model_of_experts), batch, trial)  # in one tensor
+
+    class Chosen(torch.nn.Module):
+        def __init__(self, expert: torch.nn.Module):
+            super().__init__()
+            self.experts = torch.nn.ModuleList([expert])
+
+        def forward(self, hidden):
+            return self.experts[0](hidden)
+
+    model.model.layers[1].mlp = Chosen(model.model.layers[1].mlp)
+    assert not gives_all_gradients(model, batch, trial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_of_experts_in_two_processes_is_the_run_of_one(
+    kind, together, run_of_one, flags_of, model_of_experts, tmp_path
+):
+    # AdamW would make much of what rounding does to experts that few tokens choose.
+    flags = ["--model_name_or_path", model_of_experts, *flags_of(*A_PASS, *FULL, "--optim", "sgd")[2:]]
+    together(kind, 2, *flags, "--output_dir", tmp_path / "run", *parted(2))
+    assert_same_run(run_of_one(*flags), tmp_path / "run")
 
 
 @pytest.mark.slow
