@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
@@ -102,6 +103,16 @@ def test_deepspeed_that_is_not_installed_is_named(refused, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (line,) = refused()
     assert "pip install deepspeed" in line
+
+
+def test_what_deepspeed_wants_on_cpus_is_said_at_once(refused, monkeypatch):
+    monkeypatch.setattr("utils.training.launch.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("utils.training.launch.find_device", lambda: torch.device("cpu"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert refused() == [
+        "error: DeepSpeed on CPUs wants --dtype float32: add it",
+        "error: DeepSpeed on CPUs wants --ddp_backend gloo: add it",
+    ]
 
 
 def test_several_gpus_want_a_launcher(refused, monkeypatch):

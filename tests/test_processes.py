@@ -189,6 +189,11 @@ def test_weights_that_a_step_may_leave_without_a_gradient_are_found(tiny_model, 
     assert gives_all_gradients(model, batch, trial)
     assert gives_all_gradients(AutoModelForCausalLM.from_pretrained(model_of_experts), batch, trial)  # in one tensor
 
+    model.requires_grad_(False)
+    assert gives_all_gradients(model, batch, trial)  # as in an evaluation
+    model.requires_grad_(True)
+    del model.of_no_use
+
     class Chosen(torch.nn.Module):
         def __init__(self, expert: torch.nn.Module):
             super().__init__()

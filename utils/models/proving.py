@@ -184,16 +184,17 @@ def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> b
     Not so where tokens choose among experts that are modules of their own, where layers are dropped at random, and in
     parts of a model that text does not come to.
     """
-    if getattr(model.config.get_text_config(), "layerdrop", 0):
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    if getattr(model.config.get_text_config(), "layerdrop", 0) or any(map(EXPERT.search, trained)):
         return False
-    if any(EXPERT.search(name) for name, value in model.named_parameters() if value.requires_grad):
-        return False
+    if not trained:
+        return True
     try:
         with trial.on(model):
             given = _gradient(model, batch)
     finally:
         _forget_gradients(model)
-    return all(name in given for name, value in model.named_parameters() if value.requires_grad)
+    return all(name in given for name in trained)
 
 
 def _log_probs(model: torch.nn.Module, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from utils.arguments import command_line
 from utils.checkpoints import find_checkpoints
 from utils.errors import ProcessLost, UserError, gather
 from utils.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
-from utils.runtime import Precision, is_main_process
+from utils.runtime import Precision, find_device, is_main_process
 from utils.saving import read_record
 from utils.settings import Settings
 
@@ -100,10 +100,18 @@ def _check_fsdp() -> None:
 
 
 def _check_deepspeed(settings: Settings) -> None:
-    if with_deepspeed(settings) and importlib.util.find_spec("deepspeed") is None:
+    if not with_deepspeed(settings):
+        return
+    if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"DeepSpeed is asked for and not installed: run `pip install deepspeed`, or launch with {FSDP_CONFIG}"
         )
+    if find_device().type == "cpu":
+        wants = {"--dtype float32": settings.model.dtype == "float32"}
+        wants["--ddp_backend gloo"] = settings.trainer_fields.get("ddp_backend") == "gloo"
+        missing = [flag for flag, given in wants.items() if not given]
+        if missing:
+            raise UserError(*[f"DeepSpeed on CPUs wants {flag}: add it" for flag in missing])
 
 
 def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
