@@ -27,6 +27,7 @@ from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather
 from utils.flags import acts_as
 from utils.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from utils.paths import read_path
+from utils.processes import tell_launcher
 from utils.runtime import is_main_process, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends what ends by itself
         if not lost.spoken:
             print(f"error: {lost}", file=sys.stderr, flush=True)
+            tell_launcher(f"error: {lost}")
         return 1
     except KeyboardInterrupt:
         say("interrupted; nothing was lost that had been saved before")
@@ -81,8 +83,9 @@ def report_faults(error: UserError) -> None:
     if not is_main_process() and not isinstance(error, LocalError):
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return
-    for fault in error.faults:
-        print(f"error: {make_visible(fault)}", file=sys.stderr, flush=True)
+    lines = [f"error: {make_visible(fault)}" for fault in error.faults]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    tell_launcher("\n".join(lines))
 
 
 def train(settings: Settings) -> None:

@@ -12,28 +12,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-
-as_before = AcceleratorState.__init__
-
-
-def shard(self, *arguments, fsdp_plugin=None, **options) -> None:
-    """Chooses FSDP where accelerate would choose replicas."""
-    as_before(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
-    if self.distributed_type == DistributedType.MULTI_CPU and fsdp_plugin is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where accelerate keeps it too
-
-
-AcceleratorState.__init__ = shard
-
 if __name__ == "__main__":
+    import advanced_dpo_script
+    from utils.runtime import quiet_libraries
+
+    quiet_libraries()
+
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
     from transformers import TrainerCallback
     from transformers import trainer as transformers_trainer
 
-    import advanced_dpo_script
+    as_before = AcceleratorState.__init__
+
+    def shard(self, *arguments, fsdp_plugin=None, **options) -> None:
+        """Chooses FSDP where accelerate would choose replicas."""
+        as_before(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU and fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where accelerate keeps it too
 
     class Witness(TrainerCallback):
         """Writes down whether all parameters are shards, also frozen ones: one file a process in the output folder."""
@@ -42,5 +40,6 @@ if __name__ == "__main__":
             sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
             Path(args.output_dir, f"sharded-{args.process_index}").write_text(str(sharded))
 
+    AcceleratorState.__init__ = shard
     transformers_trainer.DEFAULT_CALLBACKS.append(Witness)
     sys.exit(advanced_dpo_script.main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_pairs, read_metrics, read_record, write_lines
+from ranks import run_together
 from safetensors.torch import load_file
 
 from utils.training import batch_size
@@ -164,6 +165,49 @@ def test_memory_that_runs_out_in_the_search_is_a_size_that_does_not_fit(run, mon
     assert max(sizes) > 200
     assert record["micro_batches"]["max_tokens_per_batch"] <= 200
     assert record["warnings"] == []
+
+
+@pytest.fixture
+def run_in_two(tiny_model, tmp_path):
+    """Runs the script in two processes, of which the second has room for fewer tokens."""
+
+    def start(data, first: int, second: int, *flags):
+        named = ("--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", tmp_path / "two")
+        half = ("--per_device_train_batch_size", 2, *QUICK[2:])
+        script = (first, second, *named, *half, "--dtype", "float32", *flags)
+        return run_together(2, tmp_path / "terminal", *script, script="tests/uneven_room.py")
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [["--use_lora"], ["--precompute_ref_log_probs"]], ids=["lora", "reference ahead"])
+def test_processes_with_unlike_memory_take_a_size_that_fits_each(way, run, run_in_two, tmp_path):
+    pairs = make_pairs(61)
+    for index in (7, 30):
+        pairs[index]["rejected"] = " cold" * 40
+    data = write_lines(tmp_path / "pairs.jsonl", pairs)
+    done = run_in_two(data, 900, 210, "--auto_batch_size", *way)
+    assert done.returncode == 0, done.stderr
+    two = read_record(tmp_path / "two")
+    found = two["micro_batches"]
+    assert 180 < found["max_tokens_per_batch"] <= 210
+    assert any(attempt["tokens"] > 210 and not attempt["fits"] for attempt in found["tried"])
+    assert "lowered" not in found
+    assert two["warnings"] == []
+    one, _ = run("--dtype", "float32", *way, data=data)
+    for line, other in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(line | {"epoch": other["epoch"]}, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pair_that_does_not_fit_one_process_is_said_of_that_process(run_in_two, pairs_file, tmp_path):
+    done = run_in_two(pairs_file, 900, 10, "--auto_batch_size")
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("error: --auto_batch_size: the longest pair alone has")
+    assert "0.10 GiB may be used by one of the processes" in said
+    assert not (tmp_path / "two").exists()
 
 
 def test_what_contradicts_it_is_refused(run):

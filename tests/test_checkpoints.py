@@ -76,7 +76,10 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monke
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut off", "flipped", "emptied", "removed", "longer"])
-def test_damage_to_any_file_is_found_and_named(name, damage, tmp_path):
+@pytest.mark.parametrize("large", [False, True], ids=["one by one", "in threads"])
+def test_damage_to_any_file_is_found_and_named(name, damage, large, tmp_path, monkeypatch):
+    if large:
+        monkeypatch.setattr("utils.manifests.LARGE", 0)
     checkpoint = save_checkpoint(tmp_path, 3)
     path = checkpoint / name
     size = path.stat().st_size

@@ -290,7 +290,6 @@ def test_a_run_killed_before_its_first_step_leaves_a_folder_that_can_be_used(run
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_refusal_ends_all_processes(tiny_model, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(24))
     parent = psutil.Process(os.getpid())
@@ -302,4 +301,5 @@ def test_a_refusal_ends_all_processes(tiny_model, tmp_path):
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"process {parent.pid} on" in line
+    assert f"traceback : {line}" in done.stderr.partition("Root Cause")[2], "the launcher's own last words have it"
     assert [path.name for path in folder.iterdir()] == [LOCK]

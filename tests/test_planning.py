@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.models.shared_prefix import PairLayout
-from utils.planning.estimate import SHARDED, Estimate, estimate, pad_pairs, walk_all_layers, with_layers
+from utils.planning.estimate import SHARDED, estimate, pad_pairs, walk_all_layers, with_layers
 from utils.planning.hardware import GIB, SHEETS, Device, find_device_by_name
+from utils.planning.launching import words_before_script
 from utils.planning.measuring import as_measured
 from utils.planning.paper_model import Way, make_policy
-from utils.planning.planning import Choice, _launcher, _Planner
+from utils.planning.planning import _Planner
 from utils.planning.walk import (
     ACTIVATIONS,
     ADAPTER,
@@ -303,13 +304,55 @@ def test_measured_steps_have_the_reference_where_the_run_has_it(tiny_model, pair
     assert as_measured(settings, adapting).training.precompute_ref_log_probs is ("--precompute_ref_log_probs" in flags)
 
 
+def read_launch(words: list[str]):
+    assert words[:2] == ["accelerate", "launch"]
+    return _validate_launch_command(launch_command_parser().parse_args([*words[2:], "script.py"]))[0]
+
+
 def test_the_launcher_is_told_by_flags_it_has(planner):
-    settings = planner("--num_devices", 2).settings
+    plan = planner("--num_devices", 2).settings.plan
     for sharding in SHARDED:
-        needs = Estimate(replace(LORA, on_gpu=True), 1, 1, {}, {}, 0, 0, 0, 0, 0, 0)
-        words = _launcher(settings, Choice(True, 1, needs, sharding, None))
-        assert words[:2] == ["accelerate", "launch"]
-        assert launch_command_parser().parse_args([*words[2:], "script.py"]).num_processes == 2
+        arguments = read_launch(words_before_script(plan, sharding, in_4bit=False))
+        assert arguments.num_processes == 2
+        kinds = {"fsdp2": arguments.use_fsdp, "none": not arguments.use_fsdp and not arguments.use_deepspeed}
+        assert kinds.get(sharding, arguments.use_deepspeed and f"zero{arguments.zero_stage}" == sharding)
+
+
+def test_what_waits_in_main_memory_leaves_the_device(planner):
+    plain = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero2", devices=2)
+    optimizer = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero2", devices=2, offload="optimizer")
+    assert optimizer.host == {part: plain.parts[part] for part in (OPTIMIZER, GRADIENTS)}
+    assert optimizer.parts == {part: size for part, size in plain.parts.items() if part not in (OPTIMIZER, GRADIENTS)}
+    assert optimizer.peak < plain.peak
+    weights = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero3", offload="weights")
+    assert weights.host[WEIGHTS] == plain.parts[WEIGHTS]
+    assert WEIGHTS not in weights.parts
+    assert weights.parts["gathered layers"] > 0
+    for offload, sharding, count in (("optimizer", "zero2", 1), ("weights", "zero3", 1), ("weights", "fsdp2", 2)):
+        planned = planner("--num_devices", count, "--offload", offload)
+        choice = planned.choose(replace(FULL, on_gpu=True), 4)
+        assert choice.sharding == sharding
+        arguments = read_launch(words_before_script(planned.settings.plan, sharding, in_4bit=False))
+        assert arguments.num_processes == count
+        if sharding == "fsdp2":
+            assert str(arguments.fsdp_offload_params).lower() == "true"
+        else:
+            assert arguments.offload_optimizer_device == "cpu"
+            assert (arguments.offload_param_device == "cpu") is (offload == "weights")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_that_wait_in_main_memory_are_those_of_all_layers_but_a_few(checkpointing):
+    way = replace(LORA, on_gpu=True, checkpointing=checkpointing)
+    plain, moved = walk_all_layers(way, PAIRS, 1), walk_all_layers(replace(way, offloads_activations=True), PAIRS, 1)
+    assert moved.peak < plain.peak
+    forward = plain.moments["forward"][ACTIVATIONS]
+    assert moved.offloaded + moved.moments["forward"][ACTIVATIONS] == forward
+    deeper = replace(way, config=with_layers(way.config, 2 * CONFIG.num_hidden_layers))
+    deeper.config.num_hidden_layers = 2 * CONFIG.num_hidden_layers
+    deep = walk_all_layers(replace(deeper, offloads_activations=True), PAIRS, 1)
+    assert deep.moments["forward"][ACTIVATIONS] == moved.moments["forward"][ACTIVATIONS]
+    assert deep.offloaded > 1.9 * moved.offloaded
 
 
 def test_a_plan_corrected_by_real_steps(run_script, tiny_model, pairs_file, tmp_path):
@@ -331,6 +374,11 @@ def test_a_plan_corrected_by_real_steps(run_script, tiny_model, pairs_file, tmp_
         (["--model_name_or_path", "x", "--measure"], "--measure: takes steps on real pairs"),
         (["--model_name_or_path", "x", "--gpu_memory", "24"], "--gpu_memory and --gpu_tflops describe a device"),
         (["--model_name_or_path", "x", "--sharding", "fsdp2"], "--sharding: needs several devices"),
+        (["--model_name_or_path", "x", "--offload", "weights", "--sharding", "zero2"], "takes --sharding zero3, not"),
+        (
+            ["--model_name_or_path", "x", "--offload", "optimizer", "--sharding", "fsdp2", "--num_devices", 2],
+            "zero2 or",
+        ),
         (["--model_name_or_path", "x", "--gpu", "ZX81"], "--gpu is 'ZX81': must be one of T4, "),
         (["--model_name_or_path", "./nowhere", "--gpu", "L4"], "--model_name_or_path ./nowhere"),
     ],

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from utils.saving import flush_folder, write_json
 
 MANIFEST = "manifest.json"
 BLOCK = 2**22  # bytes that are read at a time
 THREADS = 4  # hashing leaves Python alone, so that several files are read at once
+# Bytes from which threads are worth their start; where memory has run out, Python may wait for ever for one to begin.
+LARGE = 2**26
 SHOWN = 3  # files that a message names
+
+T, U = TypeVar("T"), TypeVar("U")
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -24,8 +29,7 @@ def write_manifest(folder: Path, step: int) -> None:
         OSError: something could not be flushed or written; there is no manifest then.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(THREADS) as pool:
-        described = list(pool.map(_flush_and_describe, paths))
+    described = _map(_flush_and_describe, paths, sum(path.stat().st_size for path in paths))
     names = [path.relative_to(folder).as_posix() for path in paths]
     for inner in {path.parent for path in paths} | {folder}:
         flush_folder(inner)
@@ -50,11 +54,19 @@ def find_damage(folder: Path, step: int, reads: Callable[[str], bool] = lambda n
         return f"{MANIFEST} cannot be read"
     if known != step:
         return f"{MANIFEST} is of step {known!r}"
-    with ThreadPoolExecutor(THREADS) as pool:
-        faults = list(pool.map(lambda name: _find_fault(folder / name, name, *files[name], reads(name)), files))
-    faults = [fault for fault in faults if fault is not None]
+    size = sum(size for size, _ in files.values())
+    found = _map(lambda name: _find_fault(folder / name, name, *files[name], reads(name)), files, size)
+    faults = [fault for fault in found if fault is not None]
     more = f", and {len(faults) - SHOWN} more files" if len(faults) > SHOWN else ""
     return ", ".join(faults[:SHOWN]) + more if faults else None
+
+
+def _map(describe: Callable[[T], U], items: Iterable[T], size: int) -> list[U]:
+    """What `describe` gives for each of some files of `size` bytes in all."""
+    if size < LARGE:
+        return [describe(item) for item in items]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(describe, items))
 
 
 def _find_fault(path: Path, name: str, size: int, sha256: str, reads: bool) -> str | None:

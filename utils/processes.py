@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import shlex
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,15 @@ def identify_process() -> dict[str, Any]:
         "machine": _identify_machine(),
         "started": psutil.Process().create_time(),
         "working_folder": os.getcwd(),
-        "script": SCRIPT if Path.cwd() == ROOT else str(ROOT / SCRIPT),  # as it is reached from there
+        "script": path_from_here(SCRIPT),
         "processes": count_processes(),
         "launcher": _read_launcher(),
     }
+
+
+def path_from_here(name: str) -> str:
+    """A file that comes with the script, as it is reached from the working folder."""
+    return name if Path.cwd() == ROOT else str(ROOT / name)
 
 
 def _read_launcher() -> list[str]:
@@ -55,6 +63,15 @@ def _read_launcher() -> list[str]:
         return []
     begin = next((number for number, word in enumerate(words[:end]) if Path(word).name in LAUNCHERS), None)
     return [Path(words[begin]).name, *words[begin + 1 : end]] if begin is not None else ["python", *words[1:end]]
+
+
+def tell_launcher(reason: str) -> None:
+    """Leaves why this process ends where torchrun (and so `accelerate launch`) looks for it, to say it at its end."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:

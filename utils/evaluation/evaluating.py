@@ -68,7 +68,7 @@ def evaluate_model(settings: Settings, arguments: list[str]) -> None:
     set_seed(settings.training.seed)
     trained, _, _ = gather(
         lambda: find_trained(MODEL_FLAG, settings.model.model_name_or_path, settings.model.model_revision),
-        check_one_device,
+        lambda: check_one_device(settings),
         _check_launcher,
     )
     scoring = settings_of_evaluation(settings, trained)
@@ -112,7 +112,7 @@ def _check_launcher() -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(
                 f"evaluate holds whole models in each process, and {name} is configured; start it without "
-                "(`accelerate launch --multi_gpu`, or plain python for one device)"
+                "(`accelerate launch` with examples/accelerate/ddp.yaml, torchrun, or plain python for one device)"
             )
 
 

@@ -9,6 +9,7 @@ to 1.2 times, over 22 architectures in bfloat16 and float16); a wrong one 4 to 2
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ LARGEST, MEAN, GRADIENT = 2e-3, 1e-4, 1e-3
 # In 16-bit formats: how many times as far as rounding two right ways may be apart, on average and for a single token.
 TIMES_ROUNDING, TIMES_LARGEST = 2.0, 8.0
 LONG = 2048  # tokens of a padded row
+EXPERT = re.compile(r"expert\w*\.\d+\.")  # in the name of a weight
 SAMPLE = 2**14  # numbers of a parameter's gradient that are compared
 # What gradients are proven by, so that a trial does not take more memory than training: tokens of prompt, chosen and
 # rejected, and logits of the plain rows, which are all made at once before the head is proven.
@@ -211,6 +213,26 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     if not share <= allowed:
         return f"its gradient differs by {share:.2g} of its norm from that of plain rows"
     return None
+
+
+def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> bool:
+    """Whether every trained weight gets a gradient from this batch, and will from any other; the model has none before
+    or after.
+
+    Not so where tokens choose among experts that are modules of their own, where layers are dropped at random, and in
+    parts of a model that text does not come to.
+    """
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    if getattr(model.config.get_text_config(), "layerdrop", 0) or any(map(EXPERT.search, trained)):
+        return False
+    if not trained:
+        return True
+    try:
+        with trial.on(model):
+            given = _gradient(model, batch)
+    finally:
+        _forget_gradients(model)
+    return all(name in given for name in trained)
 
 
 def _log_probs(model: torch.nn.Module, batch: Batch) -> Tensor:

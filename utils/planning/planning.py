@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +14,7 @@ from utils.errors import UserError
 from utils.models.shared_prefix import Lengths
 from utils.planning.estimate import Estimate, estimate, pad_pairs
 from utils.planning.hardware import GIB, Device, describe_this_machine, find_device_by_name
+from utils.planning.launching import words_before_script
 from utils.planning.measuring import Measured
 from utils.planning.paper_model import Way
 from utils.planning.work import Subject, Work, pairs_per_step, place_of_reference
@@ -25,18 +25,6 @@ from utils.training.reference import KEPT_BYTES
 
 FEWEST_TOKENS = 2048  # of a micro-batch that keeps a GPU busy: below, larger batches with checkpointing are better
 FORWARD_FLOPS = 2  # per parameter and token
-# What `accelerate launch` is told for each kind of sharding.
-DEEPSPEED = ["--use_deepspeed", "--zero_stage"]
-LAUNCHED = {
-    "none": ["--multi_gpu"],
-    "zero1": [*DEEPSPEED, "1"],
-    "zero2": [*DEEPSPEED, "2"],
-    "zero3": [*DEEPSPEED, "3"],
-    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
-}
-# The launch configs of the project, where there is one.
-ROOT, LAUNCH = Path(__file__).resolve().parents[2], "examples/accelerate"
-CONFIGS = {"none": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +101,7 @@ def make_plan(
         best=best,
         run=settings,
         settings=_settings_of(settings, best, asked) if best else None,
-        launcher=_launcher(settings, best) if best else [],
+        launcher=words_before_script(settings.plan, best.sharding, best.needs.way.in_4bit) if best else [],
     )
 
 
@@ -308,18 +296,3 @@ def _settings_of(settings: Settings, best: Choice, asked: Choice) -> Settings:
     names = {name for values in new.values() for name in values}
     beside = {field.name for field in dataclasses.fields(settings.plan)} | {"json_file"}
     return dataclasses.replace(settings, given=(settings.given | names) - beside, **changed)
-
-
-def _launcher(settings: Settings, best: Choice) -> list[str]:
-    """The words before the script's name; by a launch config of the project where there is one."""
-    devices = settings.plan.num_devices
-    if devices == 1:
-        return ["python"]
-    name = CONFIGS.get(best.sharding, "")
-    if best.sharding == "fsdp2" and best.needs.way.in_4bit:
-        name = "fsdp2_qlora"
-    if best.needs.way.on_gpu and (ROOT / LAUNCH / f"{name}.yaml").is_file():
-        words = ["--config_file", f"{LAUNCH}/{name}.yaml"]
-    else:
-        words = LAUNCHED[best.sharding] if best.needs.way.on_gpu else []
-    return ["accelerate", "launch", *words, "--num_processes", str(devices)]

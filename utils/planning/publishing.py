@@ -9,11 +9,10 @@ from utils.errors import UserError
 from utils.paths import read_path
 from utils.planning.planning import Plan
 from utils.planning.summary import as_record, summarize
+from utils.processes import SCRIPT, path_from_here
 from utils.runtime import say
 from utils.saving import write_json
 from utils.settings import Settings
-
-SCRIPT = "advanced_dpo_script.py"
 
 
 def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
@@ -30,7 +29,7 @@ def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
     if words is not None:
         named = {"--dataset_name": "DATA", "--output_dir": "runs/planned"}
         rest = [word for name, value in named.items() if name not in words for word in (name, value)]
-        command = shlex.join([*plan.launcher, SCRIPT, *words, *rest])
+        command = shlex.join([*plan.launcher, path_from_here(SCRIPT), *words, *rest])
     record = as_record(plan, price, devices, command)
     if file == "-":
         say(json.dumps(record, indent=2))

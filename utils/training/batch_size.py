@@ -105,6 +105,7 @@ class _Search:
                 "which memory that runs out lowers by itself where it can"
             )
         self.attempts: list[Attempt] = []
+        self.least_room = 0  # bytes, in the process that has least
         collator, rows = trainer.data_collator, trainer.train_dataset
         self.sizes = collator.token_counts(rows)
         self.order = sorted(range(len(rows)), key=lambda index: -self.sizes[index])
@@ -173,9 +174,10 @@ class _Search:
         # What is promised to fit is what was computed, where no pairs fill the size.
         tokens = min(tokens, max(batch["input_ids"].numel(), self.least))
         release_memory()
-        room, expected = self._room(), expect_bytes(self.attempts, tokens)
+        expected, room = expect_bytes(self.attempts, tokens), self._room()
+        self.least_room = min(self._gathered(room))
         # A GPU says so by itself when there is no more.
-        if self.device.type == "cpu" and not all(self._gathered(expected <= room)):
+        if self.device.type == "cpu" and expected > self.least_room:
             return Attempt(tokens, expected, False, None)
         speed = None
         with Peak(self.device) as peak, contextlib.ExitStack() as stack:
@@ -243,11 +245,12 @@ class _Search:
     def _nothing_fits(self) -> UserError:
         needed = max(attempt.bytes for attempt in self.attempts)
         index, rows = self.order[0], self.trainer.train_dataset
+        where = " by one of the processes" if self.trainer.args.world_size > 1 else ""
         return UserError(
             f"--auto_batch_size: the longest pair alone has {self.sizes[index]:,} tokens ({self._place(index)}, "
             f"{rows[index][LENGTH]:,} in its longer text) and does not fit: micro-batches of "
             f"{self.attempts[-1].tokens:,} tokens take about {needed / 2**30:.2f} GiB beside the models, and "
-            f"{max(0, self._room()) / 2**30:.2f} GiB may be used. What helps: {LESS_MEMORY}"
+            f"{max(0, self.least_room) / 2**30:.2f} GiB may be used{where}. What helps: {LESS_MEMORY}"
         )
 
     def _place(self, index: int) -> str:

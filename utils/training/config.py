@@ -72,6 +72,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "max_length": None,  # rows are cut to length when they are tokenized
         "trust_remote_code": settings.model.trust_remote_code,
         "disable_tqdm": True,  # the console callback shows progress
+        "log_level_replica": "error",  # of the libraries, as in the main process
         # A loss that is not finite must be seen, not replaced; and looking for it would wait for the GPU every step.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": precision.device.type == "cuda",

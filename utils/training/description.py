@@ -77,12 +77,20 @@ def describe_start(
         say(f"engine: {describe_layout(trainer)}")
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     say(
-        f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason}); "
-        f"{pairs} rows per step, learning rate {args.learning_rate:g}"
+        f"device: {device_name(precision.device)}{_describe_processes(trainer)}; computing in {precision.name} "
+        f"({precision.reason}); {pairs} rows per step, learning rate {args.learning_rate:g}"
     )
     for warning in warnings:
         say(f"warning: {warning}")
     return warnings
+
+
+def _describe_processes(trainer: RunFolderTrainer) -> str:
+    count = trainer.args.world_size
+    if count == 1:
+        return ""
+    sharded = "FSDP2" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    return f" in each of {count} processes ({f'sharded by {sharded}' if sharded else 'DDP: all weights in each'})"
 
 
 def _warnings(

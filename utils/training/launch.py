@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from utils.arguments import command_line
 from utils.checkpoints import find_checkpoints
 from utils.errors import ProcessLost, UserError, gather
-from utils.processes import command_to_go_on, count_processes, is_alive
-from utils.runtime import Precision, is_main_process
+from utils.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
+from utils.runtime import Precision, find_device, is_main_process
 from utils.saving import read_record
 from utils.settings import Settings
 
@@ -40,15 +42,17 @@ KEPT_BY_DEEPSPEED = "optimizer.json"  # in a checkpoint: says so, where DeepSpee
 FSDP_CONFIG = "examples/accelerate/fsdp2.yaml"
 
 
-def check_one_device() -> None:
+def check_one_device(settings: Settings) -> None:
     """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
     count = torch.cuda.device_count()
     if count > 1 and "WORLD_SIZE" not in os.environ:
+        config, script = path_from_here("examples/accelerate/ddp.yaml"), path_from_here(SCRIPT)
+        start = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count), script]
         raise UserError(
-            f"this machine has {count} GPUs; to use them all, start with `accelerate launch --config_file "
-            f"examples/accelerate/ddp.yaml --num_processes {count} advanced_dpo_script.py ...` or `torchrun "
-            f"--nproc_per_node {count} advanced_dpo_script.py ...`; where the model does not fit one GPU, with "
-            f"{FSDP_CONFIG}; to use one GPU, set CUDA_VISIBLE_DEVICES=0"
+            f"this machine has {count} GPUs, and a plain start uses one of them. To use them all, each with as many "
+            f"pairs per step as here:\n  {shlex.join([*start, *command_line(settings)])}\n"
+            f"`torchrun --nproc_per_node {count} {script} ...` is the same; where the model does not fit one GPU, name "
+            f"{path_from_here(FSDP_CONFIG)}. To use one GPU, set CUDA_VISIBLE_DEVICES=0"
         )
 
 
@@ -59,7 +63,7 @@ def check_launch(settings: Settings) -> None:
         UserError: a plain start on several GPUs; sequences or matrices split over processes; the first version of
             FSDP; DeepSpeed that is not installed.
     """
-    gather(check_one_device, _check_parallelism, _check_fsdp, lambda: _check_deepspeed(settings))
+    gather(lambda: check_one_device(settings), _check_parallelism, _check_fsdp, lambda: _check_deepspeed(settings))
 
 
 def uses(engine: str) -> bool:
@@ -96,10 +100,18 @@ def _check_fsdp() -> None:
 
 
 def _check_deepspeed(settings: Settings) -> None:
-    if with_deepspeed(settings) and importlib.util.find_spec("deepspeed") is None:
+    if not with_deepspeed(settings):
+        return
+    if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"DeepSpeed is asked for and not installed: run `pip install deepspeed`, or launch with {FSDP_CONFIG}"
         )
+    if find_device().type == "cpu":
+        wants = {"--dtype float32": settings.model.dtype == "float32"}
+        wants["--ddp_backend gloo"] = settings.trainer_fields.get("ddp_backend") == "gloo"
+        missing = [flag for flag, given in wants.items() if not given]
+        if missing:
+            raise UserError(*[f"DeepSpeed on CPUs wants {flag}: add it" for flag in missing])
 
 
 def check_resumable(checkpoint: Path, deepspeed: bool) -> None:

@@ -123,6 +123,7 @@ class ReferenceAhead(PairScoring):
         if limit is None and most is None:
             sizes = sorted(self.data_collator.token_counts(dataset), reverse=True)
             limit = 4 * sum(sizes[: self.args.per_device_train_batch_size])
+            limit = max(sizes[0], min(limit, -(-sum(sizes) // self.args.world_size)))  # something for each process
 
         def score(indices: list[int]) -> dict[int, dict[str, float]]:
             scored = self.score_reference(self._batch(dataset, indices)).double().view(2, -1).tolist()

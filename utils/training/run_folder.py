@@ -20,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from utils.data.places import Place, row_places
 from utils.models.adapters import speed_up_lora
 from utils.models.loading import TRAINED_ADAPTER
-from utils.models.proving import Trial, let_head_score_in_chunks
+from utils.models.proving import Trial, gives_all_gradients, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
 from utils.saving import RunRecord, let_umask_decide, sort_modules, write_json
 from utils.state import load_state, read_random_state, restoring, save_state, set_random_state
@@ -76,10 +76,18 @@ class RunFolderTrainer(WholeCheckpoints):
 
     def choose_head(self, batch: Mapping[str, Any]) -> None:
         """Lets each model score completions in chunks, where a trial on this batch shows that nothing changes."""
+        self._choose_exchange(batch)
         if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return  # a compiled model keeps its own way
         for model in self.models():
             let_head_score_in_chunks(model, batch, self.trial())
+
+    def _choose_exchange(self, batch: Mapping[str, Any]) -> None:
+        """Lets DDP not look in every step for weights without a gradient, where a trial on this batch finds none."""
+        handler = self.accelerator.ddp_handler
+        exchanges = self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if exchanges and self.args.ddp_find_unused_parameters is None and handler.find_unused_parameters:
+            handler.find_unused_parameters = not gives_all_gradients(self.model, batch, self.trial())
 
     def trial(self) -> Trial:
         """How models are tried before they train."""
