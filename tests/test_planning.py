@@ -292,6 +292,7 @@ def test_padded_batches_are_planned_as_such(planner):
         ((), True),
         (("--max_steps", 1), False),
         (("--use_lora",), False),
+        (("--use_lora", "--num_train_epochs", 2), True),
         (("--precompute_ref_log_probs", "true", "--use_lora"), True),
     ],
 )
@@ -301,7 +302,8 @@ def test_measured_steps_have_the_reference_where_the_run_has_it(tiny_model, pair
     subject = read_subject(settings)
     assert as_measured(settings, subject).training.precompute_ref_log_probs is ahead
     adapting = replace(subject, source=replace(subject.source, adapter="an adapter"))
-    assert as_measured(settings, adapting).training.precompute_ref_log_probs is ("--precompute_ref_log_probs" in flags)
+    twice = "--precompute_ref_log_probs" in flags or "--num_train_epochs" in flags
+    assert as_measured(settings, adapting).training.precompute_ref_log_probs is twice
 
 
 def read_launch(words: list[str]):

@@ -75,9 +75,10 @@ def test_an_unreadable_file_is_scored_anew(train):
     assert FOUND in train(AHEAD)
 
 
-def test_full_training_lets_go_of_its_reference_where_every_pair_is_used(train, tmp_path):
-    """One pass ahead then costs no more than one in every step, and one model fewer is in memory."""
-    for flags, ahead in ((["--max_steps", 7], True), ([], False), (["--max_steps", 7, "--use_lora"], False)):
+def test_a_reference_is_scored_ahead_where_that_pays(train, tmp_path):
+    """One pass ahead costs no more than one in every step: it saves a model, or under LoRA the steps of later passes."""
+    for steps, lora, ahead in ((7, [], True), (2, [], False), (7, ["--use_lora"], False), (14, ["--use_lora"], True)):
+        flags = ["--max_steps", steps, *lora]
         assert ("scoring all pairs" in train(*flags)) == ahead
         assert ("scored once before training" in read_record(tmp_path / "run")["reference"]) == ahead
     assert "scoring all pairs" not in train("--max_steps", 7, AHEAD, "false")

@@ -189,7 +189,7 @@ class TrainingSettings:
     precompute_ref_log_probs: bool | None = flag(
         None,
         "score all pairs with the reference before training, once for all runs with the same reference and pairs "
-        "(default: when the reference is a model of its own and every pair is used; it then leaves memory)",
+        "(default: when every pair is used twice; or once, where the reference is a model that then leaves memory)",
         verbs=TRAIN,
     )
     gradient_checkpointing: bool | None = flag(

@@ -21,6 +21,7 @@ from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
 from utils.settings import Settings
 from utils.training.config import rows_of_run
 from utils.training.preparation import prepare_rows
+from utils.training.reference import passes_that_pay
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def place_of_reference(settings: Settings, adapts: bool, work: Work) -> str:
     wish = training.precompute_ref_log_probs
     if wish is None:
         seen = training.max_steps * pairs_per_step(settings)
-        uses_all = training.num_train_epochs >= 1 if training.max_steps <= 0 else seen >= len(work.lengths)
-        wish = own_model and uses_all and not settings.trainer_fields.get("sync_ref_model")
+        passes = training.num_train_epochs if training.max_steps <= 0 else seen / len(work.lengths)
+        wish = passes >= passes_that_pay(own_model) and not settings.trainer_fields.get("sync_ref_model")
     return "ahead" if wish else "model" if own_model else "policy"
 
 

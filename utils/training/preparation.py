@@ -41,6 +41,7 @@ from utils.tracking import check_trackers
 from utils.training.batch_size import limit_tokens_by_trying
 from utils.training.config import build_config
 from utils.training.launch import check_launch, uses, with_deepspeed
+from utils.training.reference import passes_that_pay
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
@@ -250,14 +251,15 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _scores_reference_ahead(trainer: PreferenceTrainer, settings: Settings) -> bool:
-    """As asked; else where that lets go of a second model and costs no more than scoring in every step."""
+    """As asked; else where it costs less than scoring in every step, or as much and lets go of a second model."""
     wish = settings.training.precompute_ref_log_probs
     if wish is not None:
         return wish
     args = trainer.args
     seen = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    uses_all = args.num_train_epochs >= 1 if args.max_steps <= 0 else seen >= len(trainer.train_dataset)
-    return trainer.ref_model is not None and uses_all and not args.sync_ref_model and not settings.run.dry_run
+    passes = args.num_train_epochs if args.max_steps <= 0 else seen / len(trainer.train_dataset)
+    saves = passes >= passes_that_pay(trainer.ref_model is not None)
+    return saves and not args.sync_ref_model and not settings.run.dry_run
 
 
 def make_imitation_trainer(

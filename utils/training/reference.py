@@ -20,6 +20,11 @@ from utils.training.reference_cache import hash_model, hash_rows, load_columns, 
 KEPT_BYTES = 2**27  # of each process, for the reference's hidden states
 
 
+def passes_that_pay(own_model: bool) -> int:
+    """From how many passes over the data on a reference is scored ahead; `own_model`: it then leaves memory."""
+    return 1 if own_model else 2
+
+
 class ReferenceAhead(PairScoring):
     """The part of the preference trainer that scores pairs with the reference before training."""
 
