@@ -123,13 +123,16 @@ def test_two_machines_are_the_run_of_one_process(machines, launcher, run_script,
         assert other == pytest.approx(line, abs=1e-4)
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 @pytest.mark.parametrize("lost", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("how", ["killed", "cable"])
-def test_a_lost_machine_ends_the_run_and_one_goes_on(machines, lost, how, run_script, tiny_model, pairs_file, tmp_path):
+def test_a_lost_machine_ends_the_run_and_one_goes_on(
+    machines, launcher, lost, how, run_script, tiny_model, pairs_file, tmp_path
+):
     more = ("--max_steps", 150, "--save_steps", 5, "--save_total_limit", 2, "--lr_scheduler_type", "constant")
     flags = flags_for(tiny_model, pairs_file, tmp_path / "run", *more)
     size = ("--per_device_train_batch_size", 2, "--ddp_timeout", 20)
-    started = launch(machines, "torchrun", *flags, *size)
+    started = launch(machines, launcher, *flags, *size)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").is_file():
         assert time.monotonic() < deadline
