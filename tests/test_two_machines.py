@@ -94,9 +94,9 @@ def finish(started: list[subprocess.Popen], seconds: int = 240) -> list[tuple[in
     return results
 
 
-def read_until(process: subprocess.Popen, text: str, seconds: int = 100) -> Iterator[str]:
-    """The lines of its stderr up to one with the text; kills it where that does not come in time."""
-    timer = threading.Timer(seconds, process.kill)
+def read_until(process: subprocess.Popen, machine: str, text: str, seconds: int = 150) -> Iterator[str]:
+    """The lines of its stderr up to one with the text; kills all on its machine where that does not come in time."""
+    timer = threading.Timer(seconds, kill_all, [machine])
     timer.start()
     for line in process.stderr:
         yield line
@@ -123,18 +123,22 @@ def test_two_machines_are_the_run_of_one_process(machines, launcher, run_script,
         assert other == pytest.approx(line, abs=1e-4)
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 @pytest.mark.parametrize("lost", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("how", ["killed", "cable"])
-def test_a_lost_machine_ends_the_run_and_one_goes_on(machines, lost, how, run_script, tiny_model, pairs_file, tmp_path):
-    more = ("--max_steps", 150, "--save_steps", 5, "--save_total_limit", 2, "--lr_scheduler_type", "constant")
+def test_a_lost_machine_ends_the_run_and_one_goes_on(
+    machines, launcher, lost, how, run_script, tiny_model, pairs_file, tmp_path
+):
+    more = ("--max_steps", 150, "--save_steps", 50, "--save_total_limit", 2, "--lr_scheduler_type", "constant")
     flags = flags_for(tiny_model, pairs_file, tmp_path / "run", *more)
     size = ("--per_device_train_batch_size", 2, "--ddp_timeout", 20)
-    started = launch(machines, "torchrun", *flags, *size)
+    started = launch(machines, launcher, *flags, *size)
     deadline = time.monotonic() + 200
-    while not (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").is_file():
+    while not (tmp_path / "run" / "checkpoint-50" / "trainer_state.json").is_file():
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in started), finish(started)
         time.sleep(0.1)
+    time.sleep(0.3)  # it trains again: while one writes a checkpoint, the other waits for it much longer
     name, end = machines[lost]
     if how == "killed":
         kill_all(name)
@@ -142,7 +146,7 @@ def test_a_lost_machine_ends_the_run_and_one_goes_on(machines, lost, how, run_sc
         assert code == 1, err
     else:
         subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
-        err = "".join(read_until(started[1 - lost], "--resume_from_checkpoint auto"))
+        err = "".join(read_until(started[1 - lost], machines[1 - lost][0], "--resume_from_checkpoint auto"))
         for machine, _ in machines:  # its launcher still waits some minutes for the other one's
             kill_all(machine)
         subprocess.run(["ip", "-n", name, "link", "set", end, "up"], check=True)

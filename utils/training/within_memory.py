@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ class StepsWithinMemory(PairScoring):
     def _any_process_has_news(self, inputs: Mapping[str, Any]) -> bool:
         """Whether in any process the micro-batches of a step are larger than what is known to fit."""
         if self._agreement is None:
-            self._agreement = torch.distributed.new_group(backend="gloo")
+            patience = timedelta(seconds=self.args.ddp_timeout)  # else half an hour, for a machine that fell silent
+            self._agreement = torch.distributed.new_group(backend="gloo", timeout=patience)
         largest = max(tokens_of(part)[0] for part in self.micro_batches(inputs))
         news = torch.tensor(int(largest > self._proven))
         torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX, group=self._agreement)
