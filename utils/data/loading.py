@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -259,4 +260,7 @@ def _hash_values(digest: hashlib._Hash, values: pa.Array) -> None:
     else:
         texts = values.cast(pa.large_binary()).fill_null(b"")
         digest.update(pc.binary_length(texts).to_numpy().tobytes())
-        digest.update(b"".join(texts.to_pylist()))
+        _, offsets, contents = texts.buffers()
+        if len(texts) and contents is not None:
+            borders = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+            digest.update(memoryview(contents)[borders[0] : borders[-1]])
