@@ -33,7 +33,8 @@ DRAWS = 20  # optimizer steps whose lengths are drawn for each row
 COUNTS = (8, 16, 32, 64, 128, 256, 512)
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once (PyTorch's bucket_cap_mb)
 TRAININGS, LENGTHS = ("full", "LoRA"), ("dialogue", "instructions")
-STOPS = 0.5  # a run has stopped scaling where a GPU does less than this share of what it does in the smallest run
+MEASURE = (1024, 512, 512)  # tokens of the pairs by which operations and activations are counted
+STOPS = 0.5  # scaling has stopped where a GPU does less than this share of what it does in the best run
 
 SHAPES = {
     "1B": {
@@ -109,6 +110,11 @@ class Step:
     latency: float  # hops that are not
     optimizer: float
     unhidden: float = 0.0  # seconds of the whole step where no communication is hidden
+
+    @property
+    def rate_per_gpu(self) -> float:
+        """Pairs per second."""
+        return self.pairs / self.seconds / self.gpus
 
     @property
     def limit(self) -> str:
@@ -264,9 +270,11 @@ def choose_step(
 
 
 @cache
-def count_model(name: str, training: str, tokens: int = 2048) -> Model:
+def count_model(name: str, training: str) -> Model:
     """The model of a shape by walking through a step on paper, with checkpointing, in bfloat16; the reference of full
-    training is scored ahead, that of LoRA is the base with the adapter off."""
+    training is scored ahead, that of LoRA is the base with the adapter off. All gradients and activations are counted
+    as if they met, which is a little more than `plan` says.
+    """
     import warnings
 
     import torch
@@ -275,7 +283,7 @@ def count_model(name: str, training: str, tokens: int = 2048) -> Model:
     from utils.planning.estimate import MARGIN, SHARDED, walk_all_layers
     from utils.planning.hardware import find_device_by_name
     from utils.planning.paper_model import Way
-    from utils.planning.walk import attention_flops
+    from utils.planning.walk import ACTIVATIONS, GRADIENTS, LOGITS, attention_flops
     from utils.runtime import quiet_libraries, quiet_loaded_libraries
     from utils.settings import LoraSettings
 
@@ -286,37 +294,41 @@ def count_model(name: str, training: str, tokens: int = 2048) -> Model:
     lora = training == "LoRA"
     way = Way(config, torch.bfloat16, lora, False, LoraSettings(use_lora=lora), True, "policy" if lora else "ahead",
               on_gpu=True)  # fmt: skip
-    few, many = ([(tokens // 2, tokens // 4, tokens // 4)] * count for count in (1, 2))
-    small, large = (walk_all_layers(way, pairs, 1) for pairs in (few, many))
-    whole_small, whole_large = (sum(walk.parts.values()) for walk in (small, large))
-    per_token = (whole_large - whole_small) / tokens
-    share = sum(large.parts[part] for part in SHARDED["fsdp2"])
+    step = walk_all_layers(way, [MEASURE] * 4, 1)
+    # What comes with tokens is counted where hardly any gradients are: with them the peak is at another moment.
+    adapted = replace(way, use_lora=True, lora=LoraSettings(use_lora=True), reference="policy")
+    few, many = (walk_all_layers(adapted, [MEASURE] * count, 1).parts for count in (4, 8))
+    small, large = (parts[ACTIVATIONS] + parts[LOGITS] for parts in (few, many))
+    per_token = (large - small) / (4 * sum(MEASURE))
+    held = sum(step.parts[part] for part in SHARDED["fsdp2"] if part != GRADIENTS)
     reserved = find_device_by_name("H100 80GB").reserved
     return Model(
         name=name,
         training=training,
-        parameters=large.parameters,
-        trainable=large.trainable,
+        parameters=step.parameters,
+        trainable=step.trainable,
         layers=config.num_hidden_layers,
-        flops_per_token=(large.flops + attention_flops(config, many)) / large.tokens,
-        share_bytes=share * MARGIN,
-        own_bytes=(whole_large - share - per_token * 2 * tokens) * MARGIN + reserved,
+        flops_per_token=(step.flops + attention_flops(config, [MEASURE] * 4)) / step.tokens,
+        share_bytes=(held + 4 * step.trainable) * MARGIN,
+        own_bytes=(small - per_token * 4 * sum(MEASURE)) * MARGIN + reserved,
         per_token=per_token * MARGIN,
-        gathered_bytes=4 * large.largest_layer * MARGIN,  # two layers in two bytes a parameter
+        gathered_bytes=4 * step.largest_layer * MARGIN,  # two layers in two bytes a parameter
         forwards=3 if lora else 2,  # policy, its recomputation, reference
     )
 
 
 def describe_end(steps: Sequence[Step]) -> str:
-    """Where these runs, from the smallest number of GPUs on, stop scaling, and why, as a phrase."""
+    """Where these runs, by their numbers of GPUs, stop scaling, and why, as a phrase: beyond the best, the first
+    where a GPU does less than STOPS of what it does there."""
     if not steps:
         return "fits none of these numbers of GPUs"
-    first = steps[0].pairs / steps[0].seconds / steps[0].gpus
-    for step in steps[1:]:
-        if step.pairs / step.seconds / step.gpus < STOPS * first:
+    best = max(steps, key=lambda step: step.rate_per_gpu)
+    for step in steps[steps.index(best) :]:
+        if step.rate_per_gpu < STOPS * best.rate_per_gpu:
             return f"stops at {step.gpus} GPUs: {step.limit}"
-    last = steps[-1].pairs / steps[-1].seconds / steps[-1].gpus / first
-    return f"scales to {steps[-1].gpus} GPUs ({last:.0%} of the work per GPU; most is lost to {steps[-1].limit})"
+    last = steps[-1]
+    share = last.rate_per_gpu / best.rate_per_gpu
+    return f"scales to {last.gpus} GPUs ({share:.0%} of the best work per GPU; most is lost to {last.limit})"
 
 
 def main() -> None:
@@ -401,19 +413,18 @@ def make_table(title: str, steps: Sequence[Step]) -> list[str]:
     lines = [f"**{title}**: {describe_end(steps)}", ""]
     if not steps:
         return lines
-    first = steps[0].pairs / steps[0].seconds / steps[0].gpus
+    best = max(step.rate_per_gpu for step in steps)
     lines += [
-        "| GPUs | pairs a step | as | micro-batch | s a step | pairs/s | per GPU, beside the first | operations | "
+        "| GPUs | pairs a step | as | micro-batch | s a step | pairs/s | per GPU, beside the best | operations | "
         "few tokens | imbalance | communication | latency | optimizer | s, nothing hidden |",
         "|" + " --- |" * 14,
     ]
     for step in steps:
         parts = (step.ideal, step.few_tokens, step.imbalance, step.communication, step.latency, step.optimizer)
         shares = " | ".join(f"{part / step.seconds:.0%}" for part in parts)
-        rate = step.pairs / step.seconds
         lines.append(
             f"| {step.gpus} | {step.pairs:,} | {step.sharding} | {step.micro_batch} | {step.seconds:.3f} | "
-            f"{rate:,.0f} | {rate / step.gpus / first:.0%} | {shares} | {step.unhidden:.3f} |"
+            f"{step.pairs / step.seconds:,.0f} | {step.rate_per_gpu / best:.0%} | {shares} | {step.unhidden:.3f} |"
         )
     return [*lines, ""]
 

@@ -8,7 +8,8 @@ Every point is a run of the script from its command line on, on CPUs, one thread
 random words. The steps of a point are all of the same work; the first two are not counted, of the others in all rounds
 the quickest counts. Seconds of CPU are those that the process computed, which other programs on the machine lengthen
 less than seconds of the clock. Each growth is compared with that of the operations that the work needs at least, or
-with the number of pairs. Writes a table, every number and a plot to runs/bench/scaling.*.
+with the number of pairs. Writes tables, every number and a plot to runs/bench/scaling.*; with --axes, what stands there
+of the other axes is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SHAPES["125M"] = {
 }  # fmt: skip
 AXES = {
     "batch": [1, 2, 4, 8, 16, 32],  # pairs of 128 tokens
-    "length": [64, 128, 256, 512, 1024, 2048, 4096],  # tokens of a pair, two pairs
+    "length": [64, 128, 256, 512, 1024, 2048],  # tokens of a pair, two pairs; for longer ones there is long_pairs.py
     "model": ["0.3M", "3M", "31M", "125M"],  # all weights, two pairs of 128 tokens
     "pairs": [1_000, 10_000, 100_000, 1_000_000],  # in the data
     "processes": [1, 2, 4],
@@ -65,7 +66,7 @@ def main() -> None:
     options = parse_arguments()
     points = dict(QUICK if options.quick else AXES)
     points["pairs"] = options.pairs or points["pairs"]
-    results: dict[str, Any] = {"machine": describe_cores(), "rounds": options.rounds}
+    results: dict[str, Any] = read_earlier(options) | {"machine": describe_cores()}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for shape in {SMALL, MIDDLE, *(points["model"] if "model" in options.axes else ())}:
@@ -85,6 +86,15 @@ def main() -> None:
     (options.output_dir / "scaling.md").write_text(tables, encoding="utf-8")
     draw(results, options.output_dir / "scaling.svg")
     print(f"written to {options.output_dir}/scaling.md, scaling.json and scaling.svg")
+
+
+def read_earlier(options: argparse.Namespace) -> dict[str, Any]:
+    """Where some axes are asked for, what an earlier run of this machine found of the others."""
+    path = options.output_dir / "scaling.json"
+    if set(options.axes) == set(AXES) or not path.is_file():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    return earlier if earlier["machine"] == describe_cores() else {}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -47,7 +47,7 @@ def compare_growth(operations: Sequence[float], costs: Sequence[float]) -> dict[
 
 def make_tables(results: dict[str, Any]) -> str:
     """All axes as Markdown."""
-    parts = [f"{results['machine']}; each point the best of {results['rounds']} rounds.\n"]
+    parts = [f"{results['machine']}.\n"]
     parts += [_step_table(axis, results[axis]) for axis in STEP_AXES if axis in results]
     if "pairs" in results:
         parts.append(_starts_table(results["pairs"]))
