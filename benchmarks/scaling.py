@@ -152,10 +152,13 @@ def make_flags(work: Path, model: str, data: Path, batch: int, tokens: int, lora
 
 def measure_steps(work: Path, cases: list[dict[str, Any]], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Axis -> its points: seconds of a step, of the clock and of the CPU, and bytes beyond the start at the peak."""
-    answers = call_worker(work, cases * rounds)[0]
+    answers = []
+    for number in range(rounds):
+        answers.append(call_worker(work, cases)[0])
+        print(f"round {number + 1} of {rounds}: {len(cases)} points", flush=True)
     measured: dict[str, list[dict[str, Any]]] = {}
     for number, case in enumerate(cases):
-        own = answers[number :: len(cases)]
+        own = [found[number] for found in answers]
         wall, cpu = (
             min(step[kind] for answer in own for step in answer["steps"][WARM_UP:]) for kind in ("wall", "cpu")
         )

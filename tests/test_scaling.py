@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import datasets
@@ -31,6 +32,7 @@ from cluster import (
 from scaling_summary import beyond_first, compare_growth, draw, fit_exponent, make_tables
 
 from utils.data.lengths import count_row_tokens, longest_first, read_numbers
+from utils.training.batches import PAIR_IDS, PairCollator
 
 LENGTHS = [120, 300, 80, 2000, 400, 150, 700, 90]
 MODEL = Model("made up", "full", 8 * 10**9, 8 * 10**9, 32, 6.4e10, 1.3e11, 2e9, 1e6, 2e9, 2)
@@ -226,6 +228,22 @@ def test_lengths_are_those_of_the_lists():
         assert numbers.tolist() == part["length"][:]
         assert longest_first(numbers).tolist() == sorted(range(len(part)), key=lambda index: -numbers[index])
     assert longest_first(np.array([3, 9, 3])).tolist() == [1, 0, 2]
+
+
+def test_counting_lengths_holds_a_few_bytes_a_row():
+    draw = random.Random(2)
+    ids = [list(range(draw.randrange(300, 330))) for _ in range(100)]
+    rows = datasets.Dataset.from_dict(dict.fromkeys(PAIR_IDS, ids * 300))
+    collator = PairCollator(pad_token_id=0)
+    collator.packs = True
+    tracemalloc.start()
+    try:
+        counts = collator.token_counts(rows)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert list(counts[:100]) == [3 * len(row) for row in ids]
+    assert peak < 30 * len(rows)  # a list of integers alone has 36
 
 
 @pytest.mark.slow
