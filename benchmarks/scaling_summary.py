@@ -60,15 +60,15 @@ def _step_table(axis: str, points: list[dict[str, Any]]) -> str:
     label, title = STEP_AXES[axis]
     lines = [
         f"**{title}**\n",
-        f"| {label} | tokens a step | needs at least, GFLOP | s of CPU a step | s of the clock | pairs/s | tokens/s "
-        "| CPU s per TFLOP | memory beyond the start, MiB |",
+        f"| {label} | tokens a step | needs at least, GFLOP | CPU s a step | pairs per CPU s | tokens per CPU s "
+        "| CPU s per TFLOP | clock s a step | memory beyond the start, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for point in points:
         lines.append(
             f"| {point['value']} | {point['tokens']:,} | {point['flops'] / 1e9:.3g} | {point['cpu']:.3f} | "
-            f"{point['wall']:.3f} | {point['pairs'] / point['wall']:.2f} | {point['tokens'] / point['wall']:.0f} | "
-            f"{point['cpu'] / point['flops'] * 1e12:.1f} | {point['bytes'] / MIB:.0f} |"
+            f"{point['pairs'] / point['cpu']:.2f} | {point['tokens'] / point['cpu']:,.0f} | "
+            f"{point['cpu'] / point['flops'] * 1e12:.1f} | {point['wall']:.3f} | {point['bytes'] / MIB:,.0f} |"
         )
     if len(points) > 1:
         flops, tokens = ([point[name] for point in points] for name in ("flops", "tokens"))
@@ -89,7 +89,7 @@ def _step_table(axis: str, points: list[dict[str, Any]]) -> str:
 def _starts_table(points: list[dict[str, Any]]) -> str:
     lines = [
         "**Pairs in the data (until the first step; 0.3M, pairs of about 32 tokens)**\n",
-        "| pairs | file, MiB | cache | s of CPU | s of the clock | memory of its own, MiB | with mapped files, MiB |",
+        "| pairs | file, MiB | cache | CPU s | clock s | memory of its own, MiB | with mapped files, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for point in points:
@@ -117,7 +117,7 @@ def _starts_table(points: list[dict[str, Any]]) -> str:
 def _processes_table(points: list[dict[str, Any]]) -> str:
     lines = [
         "**Processes (torchrun, gloo; all weights of 3M, pairs of 128 tokens)**\n",
-        "| processes | the same work in | pairs a step | s of the clock | pairs/s | s of CPU a pair, all processes "
+        "| processes | the same work in | pairs a step | clock s a step | pairs/s | CPU s a pair, all processes "
         "| beside one process | memory of each, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -91,7 +91,7 @@ def make_results() -> dict:
 
 def test_tables_say_what_was_measured():
     text = make_tables(make_results())
-    assert "| 4 | 512 | 4 | 0.400 | 0.800 | 5.00 | 640 | 100.0 | 4 |" in text
+    assert "| 4 | 512 | 4 | 0.400 | 10.00 | 1,280 | 100.0 | 0.800 | 4 |" in text
     assert "to the power 1.00, between the last two points 1.00: linear in its operations." in text
     assert "- empty cache: 100.0 microseconds and 100 bytes a pair; beyond the start on 1,000" in text
     assert "| 2 | each | 16 | 1.000 | 16.00 | 0.1500 | 1.50x | 1 |" in text

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from utils.data.checks import CheckedRows, check_rows
 from utils.data.files import quiet
-from utils.data.identity import pair_id
+from utils.data.identity import read_pair_ids
 from utils.data.joining import Part, convert_enough, join_parts, open_source, split_joined
 from utils.data.mixing import Wish, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
@@ -230,7 +230,7 @@ def _read_held_out(
 def add_ids(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with `id`, 16 characters that name what each says, wherever it was read."""
     with quiet(0):
-        return rows.add_column("id", [pair_id(row) for row in rows])
+        return rows.add_column("id", list(read_pair_ids(rows)))
 
 
 def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None) -> str:
