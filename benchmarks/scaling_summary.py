@@ -89,7 +89,8 @@ def _step_table(axis: str, points: list[dict[str, Any]]) -> str:
 def _starts_table(points: list[dict[str, Any]]) -> str:
     lines = [
         "**Pairs in the data (until the first step; 0.3M, pairs of about 32 tokens)**\n",
-        "| pairs | file, MiB | cache | CPU s | clock s | memory of its own, MiB | with mapped files, MiB |",
+        "| pairs | file, MiB | cache | CPU s | clock s, torch loaded | memory of its own, MiB "
+        "| with mapped files, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for point in points:
@@ -107,7 +108,7 @@ def _starts_table(points: list[dict[str, Any]]) -> str:
         memory = beyond_first([point[kind]["own_peak"] for point in points])
         more = counts[-1] - counts[0]
         line = f"- {said}: {seconds[-1] / more * 1e6:.1f} microseconds and {memory[-1] / more:.0f} bytes a pair"
-        if len(points) > 3 and min(seconds[-2:]) > 0.5:
+        if len(points) > 3 and min(seconds[-2:]) > 1:
             power = fit_exponent([count - counts[0] for count in counts[-2:]], seconds[-2:])
             line += f"; beyond the start on {counts[0]:,}, seconds grow as pairs to the power {power:.2f}"
         lines.append(line)
