@@ -76,7 +76,7 @@ def test_an_unreadable_file_is_scored_anew(train):
 
 
 def test_a_reference_is_scored_ahead_where_that_pays(train, tmp_path):
-    """One pass ahead costs no more than one in every step: it saves a model, or under LoRA the steps of later passes."""
+    """One pass ahead costs no more than one in every step: it saves a model, or under LoRA the later passes'."""
     for steps, lora, ahead in ((7, [], True), (2, [], False), (7, ["--use_lora"], False), (14, ["--use_lora"], True)):
         flags = ["--max_steps", steps, *lora]
         assert ("scoring all pairs" in train(*flags)) == ahead

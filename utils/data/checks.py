@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 
 from utils.data.places import SHOWN, Place, describe_bad_rows
 from utils.data.ranking import LEFT_OUT
@@ -33,14 +34,15 @@ def check_rows(
     Raises UserError, one line per reason, for bad rows unless `on_bad_rows` is "skip"; and when no row is left. Rows
     that are left out on purpose (ties, say) are counted and never an error.
     """
-    good: list[int] = []
+    is_good = _find_good(converted)
+    good = np.flatnonzero(is_good)
+    if max_samples is not None and len(good) >= max_samples:
+        good = good[:max_samples]
+        is_good = is_good[: good[-1] + 1]
     bad: dict[str, list[int]] = {}  # reason -> rows of the source
-    for position, (row, reason) in enumerate(_iterate_reasons(converted)):
-        if len(good) == max_samples:
-            break
-        if reason is None:
-            good.append(position)
-        else:
+    if not is_good.all():
+        told = converted.select_columns(["row", "reason"]).select(np.flatnonzero(~is_good))[:]
+        for row, reason in zip(told["row"], told["reason"], strict=True):
             bad.setdefault(reason, []).append(row)
     faults = {reason: rows for reason, rows in bad.items() if reason not in LEFT_OUT}
     if faults and on_bad_rows == "error":
@@ -51,16 +53,16 @@ def check_rows(
             )
         )
     dropped = {reason: len(rows) for reason, rows in bad.items()}
-    if not good:
+    if not len(good):
         found = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there are no rows"
         raise UserError(f"{flag}: no usable row is left ({found})")
     rows = converted if len(good) == len(converted) else converted.select(good)
     return CheckedRows(rows.remove_columns("reason"), dropped)
 
 
-def _iterate_reasons(converted: datasets.Dataset) -> Iterator[tuple[int, str | None]]:
-    for batch in converted.select_columns(["row", "reason"]).iter(batch_size=1000):
-        yield from zip(batch["row"], batch["reason"], strict=True)
+def _find_good(converted: datasets.Dataset) -> np.ndarray:
+    """Whether each row has no reason against it, shape (rows,)."""
+    return converted.select_columns(["reason"]).with_format("arrow")[:]["reason"].is_null().to_numpy()
 
 
 def find_fault(row: Mapping[str, Any], labels: Mapping[str, str], prompt_may_be_empty: bool = False) -> str | None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.data.checks import CheckedRows, check_rows
 from utils.data.files import quiet
-from utils.data.identity import pair_id
+from utils.data.identity import read_pair_ids
 from utils.data.joining import Part, convert_enough, join_parts, open_source, split_joined
 from utils.data.mixing import Wish, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
@@ -229,7 +230,7 @@ def _read_held_out(
 def add_ids(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with `id`, 16 characters that name what each says, wherever it was read."""
     with quiet(0):
-        return rows.add_column("id", [pair_id(row) for row in rows])
+        return rows.add_column("id", list(read_pair_ids(rows)))
 
 
 def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None) -> str:
@@ -259,4 +260,7 @@ def _hash_values(digest: hashlib._Hash, values: pa.Array) -> None:
     else:
         texts = values.cast(pa.large_binary()).fill_null(b"")
         digest.update(pc.binary_length(texts).to_numpy().tobytes())
-        digest.update(b"".join(texts.to_pylist()))
+        _, offsets, contents = texts.buffers()
+        if len(texts) and contents is not None:
+            borders = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+            digest.update(memoryview(contents)[borders[0] : borders[-1]])

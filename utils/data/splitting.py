@@ -123,8 +123,10 @@ def _lowest(numbers: np.ndarray, held_out: np.ndarray, most: int) -> np.ndarray:
 def draw_numbers(groups: Iterable[str], seed: int) -> np.ndarray:
     """A number in [0, 1) for each group, the same for the same text and seed, whatever stands around it."""
     key = seed.to_bytes(8, "little")
-    hashes = (blake2b(group.encode(), digest_size=8, key=key).digest() for group in groups)
-    return np.frombuffer(b"".join(hashes), dtype="<u8") / 2.0**64
+    hashes = bytearray()  # joining them would hold every one as an object first
+    for group in groups:
+        hashes += blake2b(group.encode(), digest_size=8, key=key).digest()
+    return np.frombuffer(hashes, dtype="<u8") / 2.0**64
 
 
 def _groups(rows: datasets.Dataset) -> Iterator[str]:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from utils.data.lengths import read_numbers
 from utils.data.places import SHOWN, Place, list_places, row_places
 from utils.errors import UserError
 
@@ -270,20 +272,19 @@ def tokenize_rows(
         fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},
         remove_columns=rows.column_names,
     )
-    shortened, cut = tokenized["shortened"][:], tokenized["cut"][:]
-    too_long = [i for i, flags in enumerate(zip(shortened, cut, strict=True)) if any(flags)]
-    if too_long and truncation == "error":
+    shortened, cut = (read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
+    too_long = np.flatnonzero(shortened | cut)
+    if len(too_long) and truncation == "error":
         place = place or row_places("data")
-        places = [place(tokenized[index]["row"]) for index in too_long[:SHOWN]]
+        places = [place(row) for row in tokenized[too_long[:SHOWN]]["row"]]
         raise UserError(
             f"--max_length {max_length} is too short for {len(too_long)} of {len(rows)} rows "
             f"({list_places(places, len(too_long))}). "
             "Raise it, or pass --truncation shorten_prompt or drop"
         )
     if truncation == "drop":
-        left_out = set(too_long)
-        tokenized = tokenized.select([i for i in range(len(tokenized)) if i not in left_out])
+        tokenized = tokenized.select(np.flatnonzero(~(shortened | cut)))
         if len(tokenized) == 0 and len(rows) > 0:
             raise UserError(f"--max_length {max_length} with --truncation drop leaves none of {len(rows)} rows")
         return tokenized, Truncation(0, 0, len(too_long))
-    return tokenized, Truncation(sum(s and not c for s, c in zip(shortened, cut, strict=True)), sum(cut), 0)
+    return tokenized, Truncation(int((shortened & ~cut).sum()), int(cut.sum()), 0)

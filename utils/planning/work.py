@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from utils.data.lengths import count_row_tokens
 from utils.data.loading import load_pairs
 from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
 from utils.models.hub_files import read_json_file
@@ -154,5 +155,5 @@ def read_work(settings: Settings, source: ModelSource, config: PretrainedConfig)
 
 
 def _lengths(rows: Any, completions: Iterable[str]) -> list[tuple[int, ...]]:
-    columns = (rows[name] for name in ("prompt_ids", *completions))
-    return [tuple(map(len, ids)) for ids in zip(*columns, strict=True)]
+    columns = (count_row_tokens(rows, [name]).tolist() for name in ("prompt_ids", *completions))
+    return list(zip(*columns, strict=True))

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from utils.checkpoints import find_checkpoints
 from utils.data.identity import pair_id
+from utils.data.lengths import read_numbers
 from utils.data.loading import PreferenceData
 from utils.data.places import SHOWN, Place, list_places
 from utils.errors import UserError
@@ -103,10 +105,10 @@ class BadBatches:
 
     def _find_rows(self, step: int, losses: Mapping[int, float]) -> list[dict[str, Any]]:
         bad = _rows_to_blame(losses)
-        places = {row: index for index, row in enumerate(self.data.train["row"][:])}
+        numbers = read_numbers(self.data.train, "row")
         found = []
         for row in bad:
-            texts = self.data.train[places[row]]
+            texts = self.data.train[int(np.flatnonzero(numbers == row)[-1])]
             said = {name: texts[name] for name in ("prompt", "chosen", "rejected", "completion") if name in texts}
             loss = losses[row]
             why = {"loss": loss if math.isfinite(loss) else str(loss), "of": len(losses)}

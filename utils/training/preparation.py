@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.checkpoints import find_checkpoints
+from utils.data.lengths import count_row_tokens, longest_first
 from utils.data.loading import PreferenceData
 from utils.data.mixing import source_names
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
@@ -304,6 +305,5 @@ def _longest(rows: Dataset | None, settings: Settings) -> Dataset | None:
     training = settings.training
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     columns = [name for name in rows.column_names if name.endswith("_ids")]
-    lengths = [sum(map(len, ids)) for ids in zip(*(rows[name] for name in columns), strict=True)]
-    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    order = longest_first(count_row_tokens(rows, columns))
     return rows.select(order[: max(step, training.per_device_eval_batch_size)])

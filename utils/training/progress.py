@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from utils.data.lengths import count_row_tokens
+
 
 class Stopwatch:
     """Seconds of the training loop alone: it stands still within `paused`, which counts by what it was paused for."""
@@ -51,13 +53,8 @@ class Stopwatch:
 
 
 def count_tokens(rows: Dataset) -> int:
-    """Tokens of all rows, prompts and completions, without reading the ids themselves into Python."""
-    import pyarrow.compute
-
-    names = [name for name in rows.column_names if name.endswith("_ids")]
-    tables = rows.select_columns(names).with_format("arrow").iter(batch_size=10_000)
-    lengths = (pyarrow.compute.list_value_length(table[name]) for table in tables for name in names)
-    return sum(pyarrow.compute.sum(length).as_py() or 0 for length in lengths)
+    """Tokens of all rows, prompts and completions."""
+    return int(count_row_tokens(rows, [name for name in rows.column_names if name.endswith("_ids")]).sum())
 
 
 def seconds_left(args: Any, state: Any, stopwatch: Stopwatch, begun_at: int, seen: int, of_schedule: float) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -60,15 +61,15 @@ def hash_rows(dataset: Dataset, columns: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def load_columns(key: str) -> dict[str, list[float]] | None:
+def load_columns(key: str) -> dict[str, np.ndarray] | None:
     """The columns saved under `key`; None when there are none that can be read."""
     try:
-        return {name: values.tolist() for name, values in load_file(cache_folder() / f"{key}.safetensors").items()}
+        return {name: values.numpy() for name, values in load_file(cache_folder() / f"{key}.safetensors").items()}
     except (OSError, SafetensorError):
         return None
 
 
-def save_columns(key: str, columns: dict[str, list[float]]) -> None:
+def save_columns(key: str, columns: dict[str, np.ndarray]) -> None:
     """Saves columns of numbers under `key`, in one step."""
     with replacing(cache_folder() / f"{key}.safetensors") as beside:
         save_file({name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}, beside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class RunFolderTrainer(WholeCheckpoints):
         step = 2.0**-8 if self.args.bf16 else 2.0**-11 if self.args.fp16 else None
         return Trial(self.accelerator.autocast, step)
 
-    def tokens_of_rows(self) -> list[int]:
+    def tokens_of_rows(self) -> Sequence[int]:
         """What each row that is trained on puts through the model."""
         raise TypeError("a trainer of this project says what its rows take")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import pad
 
+from utils.data.lengths import read_numbers
 from utils.data.tokenizing import LENGTH, SFT_COLUMNS
 from utils.memory import freed_memory_returned
 from utils.models.proving import most_of_trial
@@ -60,9 +63,8 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
     @freed_memory_returned()
     def try_head(self) -> None:
         """Chooses how the output head is applied, by a row of middle length."""
-        lengths = self.train_dataset[LENGTH][:]
-        middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
-        row, most = self.train_dataset[middle], most_of_trial(self.model, rows=1, head=True)
+        order = np.argsort(read_numbers(self.train_dataset, LENGTH), kind="stable")
+        row, most = self.train_dataset[int(order[len(order) // 2])], most_of_trial(self.model, rows=1, head=True)
         batch = self.data_collator([row | {name: row[name][:most] for name in ("prompt_ids", *SFT_COLUMNS)}])
         self.choose_head({**batch, "completion_mask": completion_mask(batch)})
 
@@ -71,9 +73,9 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         counted = completion_mask(batch)[:, 1:].sum()
         return torch.zeros_like(counted) if UNCOUNTED in batch else counted
 
-    def tokens_of_rows(self) -> list[int]:
+    def tokens_of_rows(self) -> Sequence[int]:
         """What each row that is trained on puts through the model."""
-        return self.train_dataset[LENGTH][:]
+        return array("q", read_numbers(self.train_dataset, LENGTH).astype("int64").tobytes())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the optimizer step's mean over completion tokens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
+from utils.data.lengths import longest_first, read_numbers
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.memory import freed_memory_returned
@@ -87,7 +88,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         """The pairs of a batch."""
         return count_pairs(batch)
 
-    def tokens_of_rows(self) -> list[int]:
+    def tokens_of_rows(self) -> Sequence[int]:
         """What each pair that is trained on puts through the model."""
         return self.data_collator.token_counts(self.train_dataset)
 
@@ -122,9 +123,8 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         Raises:
             UserError: shared_prefix was asked for and the model does not compute it exactly.
         """
-        lengths = self.train_dataset[LENGTH][:]
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        examples = [self.train_dataset[index] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
+        order = longest_first(read_numbers(self.train_dataset, LENGTH))
+        examples = [self.train_dataset[int(index)] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
         brief = shortened(examples[-1], most_of_trial(self.model, rows=2, head=True))
         self.choose_head(self.data_collator.whole([brief]))
         if wish == "padded":
