@@ -14,6 +14,8 @@ from utils.runtime import say
 from utils.saving import write_json
 from utils.settings import Settings
 
+OF_A_MACHINE = 8  # GPUs, at most, in the usual ones
+
 
 def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
     """Prints the plan, or its JSON; writes --json_file.
@@ -45,3 +47,8 @@ def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
         say("nothing of this fits; take a larger device, more of them, a smaller --max_length or a smaller model")
     else:
         say(f"the best that fits:\n  {command}")
+        if devices > OF_A_MACHINE:
+            say(
+                f"  ({devices} devices are several machines: started on each with its --machine_rank, --num_machines "
+                "and --main_process_ip, as docs/scaling.md shows)"
+            )

@@ -14,6 +14,8 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
     """The lines of the terminal."""
     asked, needs, device, work = plan.asked, plan.asked.needs, plan.device, plan.work
     many = f"{devices} x " if devices > 1 else ""
+    choices = {_name(choice): choice for choice in (asked, *plan.others)}
+    width = max(34, *map(len, choices))
     lines = [
         f"model: {plan.model}, {needs.parameters:,} parameters, {needs.trainable:,} trained",
         f"data: {_describe_work(plan)}",
@@ -21,16 +23,15 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
         f"{str(plan.dtype).removeprefix('torch.')}, of which training reaches {plan.efficiency:.0%} "
         f"({'measured' if plan.measured else 'assumed; --efficiency'})",
         "",
-        f"  {'':34}{f'{work.kind} x micro-batches':>22}{'GiB':>9}{'fits':>6}{'time':>13}"
+        f"  {'':{width}}{f'{work.kind} x micro-batches':>22}{'GiB':>9}{'fits':>6}{'time':>13}"
         + (f"{'cost':>10}" if price else ""),
-        _line("as asked: " + asked.name, asked, plan, price, devices),
-        *(_line(choice.name, choice, plan, price, devices) for choice in plan.others),
+        *(_line(name.ljust(width), choice, plan, price, devices) for name, choice in choices.items()),
         "",
         "as asked, by part (GiB): " + ", ".join(f"{name} {size / GIB:.2g}" for name, size in _parts(asked) if size),
     ]
     for of, choice in (("as asked", asked), ("the best that fits", plan.best)):
         if choice is not None and choice.needs.host and (choice is not asked or of == "as asked"):
-            host = ", ".join(f"{name} {size / GIB:.2g}" for name, size in choice.needs.host.items())
+            host = ", ".join(f"{name} {size / GIB:.2g}" for name, size in choice.needs.host.items() if size)
             lines.append(f"{of}, in main memory for each device (GiB): {host}")
     lines += _left_out(plan, devices)
     if not work.known:
@@ -85,10 +86,14 @@ def _parts(choice: Choice) -> list[tuple[str, int]]:
     ]
 
 
+def _name(choice: Choice) -> str:
+    sharding = f", {choice.sharding}" if choice.sharding != "none" else ""
+    return f"{'as asked: ' if choice.asked else ''}{choice.name}{sharding}"
+
+
 def _line(name: str, choice: Choice, plan: Plan, price: float | None, devices: int) -> str:
     needs = choice.needs
-    sharding = f", {choice.sharding}" if choice.sharding != "none" else ""
-    text = f"  {name + sharding:<34}{f'{needs.batch} x {needs.micro_batches}':>22}{needs.peak / GIB:>9.1f}"
+    text = f"  {name}{f'{needs.batch} x {needs.micro_batches}':>22}{needs.peak / GIB:>9.1f}"
     text += f"{'yes' if needs.fits(plan.device) else 'no':>6}{readable_time(choice.seconds):>13}"
     if price:
         cost = cost_of(choice.seconds, price, devices)
