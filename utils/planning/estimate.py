@@ -36,8 +36,8 @@ MARGIN = 1.05  # of a GPU's memory: what its allocator leaves unused between blo
 # On a CPU, what the C library holds unused, per byte of activations and logits that a step without checkpointing has at
 # its peak (with it, as many blocks come and go). glibc before 2.38 does not put an aligned block, as all of PyTorch's
 # are, where one of the same size was freed: given the blocks of a real step one by one it takes 1.5 times what is in
-# use; unaligned, 1.05 times.
-HEAP = 0.5 if in_glibc_before(2, 38) else 0.1
+# use; unaligned, 1.05 times. Where all weights are trained, their gradients fill some of the room.
+HEAP, HEAP_ALL_WEIGHTS = (0.5, 0.35) if in_glibc_before(2, 38) else (0.1, 0.1)
 COMES_AND_GOES = (ACTIVATIONS, LOGITS)
 # What each kind of sharding divides among the devices.
 SHARDED = {
@@ -131,7 +131,8 @@ def estimate(
 def _unused_by_heap(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int, walk: Walk) -> int:
     if way.checkpointing:
         walk = walk_all_layers(replace(way, checkpointing=False), pairs, micro_batches)
-    return round(sum(walk.parts[part] for part in COMES_AND_GOES) * HEAP)
+    share = HEAP if way.use_lora else HEAP_ALL_WEIGHTS
+    return round(sum(walk.parts[part] for part in COMES_AND_GOES) * share)
 
 
 def pad_pairs(pairs: Sequence[Lengths]) -> list[Lengths]:
