@@ -20,11 +20,9 @@ from transformers import AutoConfig
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from utils.planning import estimate as estimating  # noqa: E402
 from utils.planning.estimate import Estimate, estimate  # noqa: E402
 from utils.planning.hardware import GIB, Device, find_device_by_name  # noqa: E402
 from utils.planning.paper_model import Way  # noqa: E402
-from utils.planning.walk import Walk  # noqa: E402
 from utils.settings import LoraSettings  # noqa: E402
 
 SHAPES = json.loads((HERE / "shapes.json").read_text(encoding="utf-8"))
@@ -48,23 +46,9 @@ def make_table() -> Iterator[str]:
     pairs = sorted((p for p in LENGTHS if p[0] + max(p[1:]) <= 1024 and min(p) > 1), key=sum, reverse=True)
     mean = sum(map(sum, pairs)) / len(pairs)
     yield from HEADER
-    estimating.walk_all_layers = remembered(estimating.walk_all_layers)
     for model, shape in SHAPES.items():
         for machine, (name, count) in MACHINES.items():
             yield row(model, machine, find_best(shape, find_device_by_name(name), count, pairs), count, name, mean)
-
-
-def remembered(walk):
-    """The same function, which walks each way once: what is divided among devices comes after."""
-    known: dict[tuple, Walk] = {}
-
-    def look_up(way: Way, pairs, micro_batches: int) -> Walk:
-        key = (way.config.to_json_string(), way.use_lora, way.in_4bit, way.checkpointing, len(pairs), micro_batches > 1)
-        if key not in known:
-            known[key] = walk(way, pairs, micro_batches)
-        return known[key]
-
-    return look_up
 
 
 def find_best(shape: dict, device: Device, count: int, pairs: list) -> tuple[str, str, Estimate] | None:

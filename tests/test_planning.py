@@ -408,13 +408,21 @@ def plan_and_train(folder: Path, model: Path, data: Path, flags: tuple[str, ...]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU run holds")
-@pytest.mark.parametrize("flags", [("--use_lora",), ()], ids=["lora", "full"])
+@pytest.mark.parametrize("flags", [("--use_lora",), pytest.param((), marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_a_small_run_holds_what_was_planned(tmp_path, tiny_model, flags):
     data = tmp_path / "pairs.jsonl"
     rows = ({"prompt": f"question {n}", "chosen": f" yes {n}", "rejected": f" no {n}"} for n in range(8))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     planned, measured = plan_and_train(tmp_path, tiny_model, data, flags)
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_of_the_one_that_started_it():
+    code = "from types import SimpleNamespace; from utils.runtime import peak_memory_bytes as peak; "
+    code += "print(peak(SimpleNamespace(type='cpu')))"
+    much = b"x" * 400_000_000
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < int(ended.stdout) < len(much) // 2
 
 
 @pytest.mark.slow

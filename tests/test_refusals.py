@@ -115,6 +115,7 @@ def test_terminated_while_loading_is_interrupted_and_leaves_no_folder(tiny_model
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tiny_model, pairs_file, tmp_path):
     import psutil

@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -175,16 +176,20 @@ def read_versions() -> dict[str, str]:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory used so far: of the GPU where one computes, else of this process (resident set)."""
-    import torch
-
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     import psutil
 
     info: Any = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset
-    import resource
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux, whose getrusage begins with the peak of whoever started the process
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

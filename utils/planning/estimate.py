@@ -142,7 +142,17 @@ def pad_pairs(pairs: Sequence[Lengths]) -> list[Lengths]:
 
 
 def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int) -> Walk:
-    """A step with all layers: where they are alike, by walking through few of them twice."""
+    """A step with all layers: where they are alike, by walking through few of them twice. Each is taken once."""
+    key = (repr(way), way.config.to_json_string(), tuple(pairs), min(micro_batches, 2))
+    if key not in _taken:
+        _taken[key] = _walk_all_layers(way, pairs, micro_batches)
+    return _taken[key]
+
+
+_taken: dict[Any, Walk] = {}
+
+
+def _walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int) -> Walk:
     layers = way.config.get_text_config().num_hidden_layers
     if layers <= FEW[1] or not layers_alike(way):
         return walk_step(way, pairs, micro_batches)
