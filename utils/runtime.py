@@ -63,7 +63,12 @@ def quiet_libraries() -> None:
 
 
 def quiet_loaded_libraries() -> None:
-    """The part of `quiet_libraries` that needs the libraries themselves."""
+    """The part of `quiet_libraries` that needs the libraries themselves.
+
+    What they made while they were loaded stays, half a million objects, and Python's collector need not look through it
+    each time (a third of a second).
+    """
+    import gc
     import warnings
 
     import datasets
@@ -86,6 +91,8 @@ def quiet_loaded_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 @dataclass(frozen=True)
