@@ -34,10 +34,10 @@ from utils.planning.walk import (
 FEW = (2, 3)  # layers that are walked through where all are alike: at a single one the peak may be the head's
 MARGIN = 1.05  # of a GPU's memory: what its allocator leaves unused between blocks
 # On a CPU, what the C library holds unused, per byte of activations and logits that a step without checkpointing has at
-# its peak (with it, as many blocks come and go), as measured runs have it (docs/planning.md). glibc before 2.38 does not
-# put an aligned block, as all of PyTorch's are, where one of the same size was freed. Where all weights are trained,
-# their gradients fill some of the room.
-HEAP, HEAP_ALL_WEIGHTS = (0.5, 0.35) if in_glibc_before(2, 38) else (0.1, 0.1)
+# its peak (with it, as many blocks come and go), as measured runs have it (docs/planning.md). In glibc before 2.39
+# aligned blocks, as all of PyTorch's are, leave remainders when they are freed that keep others from fitting there (its
+# bug 30723). Where all weights are trained, their gradients fill some of the room.
+HEAP, HEAP_ALL_WEIGHTS = (0.5, 0.35) if in_glibc_before(2, 39) else (0.1, 0.1)
 COMES_AND_GOES = (ACTIVATIONS, LOGITS)
 # What each kind of sharding divides among the devices.
 SHARDED = {
