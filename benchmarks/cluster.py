@@ -36,20 +36,8 @@ TRAININGS, LENGTHS = ("full", "LoRA"), ("dialogue", "instructions")
 MEASURE = (1024, 512, 512)  # tokens of the pairs by which operations and activations are counted
 STOPS = 0.5  # scaling has stopped where a GPU does less than this share of what it does in the best run
 
-SHAPES = {
-    "1B": {
-        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "8B": {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, "vocab_size": 128256,
-    },
-    "70B": {
-        "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "intermediate_size": 28672, "vocab_size": 128256,
-    },
-}  # fmt: skip
+SHAPES = json.loads((HERE / "shapes.json").read_text(encoding="utf-8"))
+USUAL = ("1B", "8B", "70B")  # of them
 
 
 @dataclass(frozen=True)
@@ -278,7 +266,7 @@ def count_model(name: str, training: str) -> Model:
     import warnings
 
     import torch
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     from utils.planning.estimate import MARGIN, SHARDED, walk_all_layers
     from utils.planning.hardware import find_device_by_name
@@ -290,7 +278,7 @@ def count_model(name: str, training: str) -> Model:
     quiet_libraries()
     quiet_loaded_libraries()
     warnings.simplefilter("ignore", FutureWarning)
-    config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192)
+    config = AutoConfig.for_model(**SHAPES[name], max_position_embeddings=8192)
     lora = training == "LoRA"
     way = Way(config, torch.bfloat16, lora, False, LoraSettings(use_lora=lora), True, "policy" if lora else "ahead",
               on_gpu=True)  # fmt: skip
@@ -364,7 +352,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(USUAL))
     parser.add_argument("--gpus", nargs="+", type=int, default=list(COUNTS), help="numbers of GPUs")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="whose lengths are drawn")
     parser.add_argument("--pairs_per_step", type=int, default=512, help="of strong scaling")

@@ -323,7 +323,9 @@ def test_the_launcher_is_told_by_flags_it_has(planner):
 def test_what_waits_in_main_memory_leaves_the_device(planner):
     plain = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero2", devices=2)
     optimizer = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero2", devices=2, offload="optimizer")
-    assert optimizer.host == {part: plain.parts[part] for part in (OPTIMIZER, GRADIENTS)}
+    trained = walk_all_layers(replace(FULL, on_gpu=True), PAIRS, 1).trainable
+    assert optimizer.host[OPTIMIZER] == plain.parts[OPTIMIZER]
+    assert 0.5 * 4 * trained / 2 < optimizer.host[GRADIENTS] <= 4 * trained / 2
     assert optimizer.parts == {part: size for part, size in plain.parts.items() if part not in (OPTIMIZER, GRADIENTS)}
     assert optimizer.peak < plain.peak
     weights = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero3", offload="weights")
@@ -341,6 +343,39 @@ def test_what_waits_in_main_memory_leaves_the_device(planner):
         else:
             assert arguments.offload_optimizer_device == "cpu"
             assert (arguments.offload_param_device == "cpu") is (offload == "weights")
+
+
+def test_most_may_be_held_at_another_moment_once_it_is_divided():
+    """Of short pairs the gradients are what a step has most of; among many devices, its activations."""
+    way, pairs = replace(FULL, on_gpu=True), [(12, 6, 6)]
+    whole = estimate(way, pairs, 1, base=0).parts
+    among_many = estimate(way, pairs, 1, base=0, sharding="fsdp2", devices=1000).parts
+    assert whole[GRADIENTS] > 0
+    most = max(parts[ACTIVATIONS] + parts[LOGITS] for parts in walk_all_layers(way, pairs, 1).moments.values())
+    assert most == among_many[ACTIVATIONS] + among_many[LOGITS] > whole[ACTIVATIONS] + whole[LOGITS]
+
+
+def test_a_reference_that_was_scored_ahead_leaves_its_head_in_main_memory(planner):
+    planned = planner()
+    assert planned._kept(FULL) == 0  # nothing is held out
+    planned.work = replace(planned.work, held_out_tokens=50)
+    assert planned._kept(FULL) == 0  # it waits beside the GPU
+    planned.device = replace(planned.device, is_gpu=False)
+    head = CONFIG.vocab_size * CONFIG.hidden_size * 4
+    kept, lora = planned._kept(FULL), planned._kept(replace(LORA, reference="ahead"))
+    assert kept - lora == head
+    assert lora == planned.work.held_out_tokens * CONFIG.hidden_size * 4
+    assert planned._kept(replace(FULL, reference="model")) == 0
+    with_it, without = (estimate(FULL, PAIRS, 1, base=0, kept=size) for size in (kept, 0))
+    assert with_it.peak - without.peak == kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("flags", [("--offload", "optimizer"), ("--activation_offloading",)], ids=" ".join)
+def test_without_a_gpu_nothing_is_moved_from_one(run_script, tiny_model, flags):
+    code, _, err = run_script("plan", "--model_name_or_path", tiny_model, *flags)
+    assert code == 2
+    assert f"{flags[0]}: moves from a GPU to main memory" in err
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_divided_made_smaller_or_left_out():
 @pytest.mark.slow
 @pytest.mark.parametrize("training", ["full", "LoRA"])
 def test_a_counted_model_is_the_planned_one(training):
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     from utils.planning.estimate import estimate
     from utils.planning.paper_model import Way
@@ -208,7 +208,7 @@ def test_a_counted_model_is_the_planned_one(training):
     import cluster
     import torch
 
-    config = LlamaConfig(**cluster.SHAPES["1B"], max_position_embeddings=8192)
+    config = AutoConfig.for_model(**cluster.SHAPES["1B"], max_position_embeddings=8192)
     way = Way(config, torch.bfloat16, lora, False, LoraSettings(use_lora=lora), True, "policy" if lora else "ahead",
               on_gpu=True)  # fmt: skip
     planned = estimate(way, [(1024, 512, 512)] * 6, 1, base=round(0.8 * 2**30))

@@ -228,7 +228,7 @@ def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> b
     if not trained:
         return True
     try:
-        with trial.on(model):
+        with trial.on(model), trial.recomputing(model):
             given = _gradient(model, batch)
     finally:
         _forget_gradients(model)

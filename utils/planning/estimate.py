@@ -104,7 +104,24 @@ def estimate(
         UserError: the model cannot be made from its config, or not be walked through.
     """
     walk = walk_all_layers(way, pairs, micro_batches)
-    parts = dict(walk.parts)
+    shares = [_share_of_device(parts, way, walk, sharding, devices, offload) for parts in walk.moments.values()]
+    parts = max((parts for parts, _ in shares), key=lambda parts: sum(parts.values()))
+    host = {part: max(waiting[part] for _, waiting in shares) for part in shares[0][1]}
+    if kept:
+        parts["kept of the reference"] = kept
+    flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
+    spare = (
+        round(sum(parts.values()) * (MARGIN - 1)) if way.on_gpu else _unused_by_heap(way, pairs, micro_batches, walk)
+    )
+    counts = (flops, walk.tokens, walk.parameters, walk.trainable)
+    return Estimate(way, len(pairs), micro_batches, parts, host, base, spare, *counts)
+
+
+def _share_of_device(
+    parts: Mapping[str, int], way: Way, walk: Walk, sharding: str, devices: int, offload: str | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What one device holds of the parts of a step at some moment, and what waits for it in main memory."""
+    parts = dict(parts)
     host = {ACTIVATIONS: walk.offloaded} if walk.offloaded else {}
     if sharding in DEEPSPEED and way.dtype != torch.float32 and not way.use_lora:
         # DeepSpeed computes on 16-bit weights with gradients in 16 bits; its optimizer has the float32 weights.
@@ -120,12 +137,7 @@ def estimate(
     if WEIGHTS in SHARDED[sharding] and (devices > 1 or WEIGHTS in host):
         width = torch.finfo(way.dtype).bits // 8
         parts["gathered layers"] = 2 * walk.largest_layer * width  # the one at work and the one that comes next
-    flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
-    spare = (
-        round(sum(parts.values()) * (MARGIN - 1)) if way.on_gpu else _unused_by_heap(way, pairs, micro_batches, walk)
-    )
-    counts = (flops, walk.tokens, walk.parameters, walk.trainable)
-    return Estimate(way, len(pairs), micro_batches, parts, host, base, spare, *counts)
+    return parts, host
 
 
 def _unused_by_heap(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int, walk: Walk) -> int:

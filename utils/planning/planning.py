@@ -114,7 +114,16 @@ def choose_device(settings: Settings) -> tuple[Device, torch.dtype]:
     plan = settings.plan
     if plan.gpu is None and plan.gpu_memory is None:
         dtype = choose_precision(settings.model.dtype, find_device()).dtype
-        return describe_this_machine(dtype), dtype
+        device = describe_this_machine(dtype)
+        offloading = {
+            "offload": plan.offload,
+            "activation_offloading": settings.trainer_fields.get("activation_offloading"),
+        }
+        given = [f"--{name}" for name, value in offloading.items() if value]
+        if given and not device.is_gpu:
+            why = "moves from a GPU to main memory; there is no GPU here, plan for one with --gpu"
+            raise UserError(*(f"{name}: {why}" for name in given))
+        return device, dtype
     if plan.gpu is not None:
         device = find_device_by_name(plan.gpu)
     else:
