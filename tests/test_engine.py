@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.models import proving, shared_prefix
 from utils.models.flex import make_block_mask
+from utils.models.last_layer import leave_out_prompts
 from utils.models.loading import turn_off_dropout
 from utils.models.proving import Trial, find_gradient_mismatch, find_mismatch
 from utils.models.scoring import score_tokens
@@ -120,6 +121,7 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
         model.gradient_checkpointing_enable()
         model.train()
         turn_off_dropout(model)
+    leave_out_prompts(model)
     with shared_prefix_active(model):
         scores = score_tokens(model, packed(pairs, multiple=filled))
         found = [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)]

@@ -26,6 +26,7 @@ from utils.models import cpu_attention
 from utils.models.flex import attend_over_row, make_block_mask
 
 NAME = "shared_prefix"
+READ_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are slower at other lengths
 LARGEST_MASK = 2**21  # numbers: a longer text attends in blocks
 Lengths = tuple[int, int, int]  # tokens of prompt, chosen and rejected
 
@@ -35,7 +36,7 @@ class PairLayout:
     """Where each pair's prompt and completions stand in the packed row.
 
     `flex` chooses one FlexAttention call over the row in place of calls for each pair. `filling` tokens that nobody
-    reads end the row. `masks` remembers the attention masks that layers share.
+    reads end the row. `masks` remembers what layers share.
     """
 
     lengths: tuple[Lengths, ...]
@@ -91,6 +92,16 @@ class PairLayout:
             chosen_parts.append(torch.arange(begin, begin + chosen))
             rejected_parts.append(torch.arange(begin + chosen, begin + chosen + rejected))
         return torch.cat(chosen_parts + rejected_parts)
+
+    def read_rows(self) -> Tensor:
+        """Row indices of the tokens whose hidden states are read in the end (`predictors`), each once and in order,
+        filled up with others to a multiple of READ_MULTIPLE where there are as many."""
+        if "read" not in self.masks:
+            read = torch.zeros(self.tokens, dtype=torch.bool)
+            read[self.predictors()] = True
+            read[(~read).nonzero()[: -int(read.sum()) % READ_MULTIPLE]] = True
+            self.masks["read"] = read.nonzero()[:, 0]
+        return self.masks["read"]
 
     def completion_lengths(self) -> Tensor:
         """Tokens of each completion, shape (2 x pairs,), chosen first."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from utils.errors import UserError
 from utils.models.adapters import speed_up_lora
 from utils.models.head import MARK, LogitShape
+from utils.models.last_layer import leave_out_prompts
 from utils.models.loading import check_target_modules
 from utils.models.scoring import output_head
 from utils.settings import LoraSettings
@@ -69,6 +70,7 @@ def make_policy(way: Way) -> torch.nn.Module:
     if way.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         keep_last_layer(model)
+    leave_out_prompts(model)
     return model.train()
 
 
@@ -82,6 +84,7 @@ def make_reference(way: Way) -> torch.nn.Module:
     head = output_head(model)
     if type(head) is torch.nn.Linear:
         setattr(head, MARK, LogitShape.of(config))
+    leave_out_prompts(model)
     return model.eval()
 
 

@@ -74,10 +74,15 @@ class RunFolderTrainer(WholeCheckpoints):
         """Everything that is computed with."""
         return [self.model]
 
+    @property
+    def compiles(self) -> bool:
+        """Whether models are compiled."""
+        return self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
     def choose_head(self, batch: Mapping[str, Any]) -> None:
         """Lets each model score completions in chunks, where a trial on this batch shows that nothing changes."""
         self._choose_exchange(batch)
-        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        if self.compiles:
             return  # a compiled model keeps its own way
         for model in self.models():
             let_head_score_in_chunks(model, batch, self.trial())

@@ -191,6 +191,7 @@ class Run:
         return {
             "shared_prefix": layout,
             "head_in_chunks": hasattr(output_head(trainer.model), MARK),
+            "last_layer_in_part": isinstance(trainer, PreferenceTrainer) and trainer.last_layer_in_part,
             "tokens_computed": trainer.tokens_computed * world,
             "tokens_padded_equivalent": trainer.tokens_padded * world,
         }

@@ -14,6 +14,7 @@ from utils.data.lengths import longest_first, read_numbers
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.memory import freed_memory_returned
+from utils.models.last_layer import leave_out_prompts
 from utils.models.loading import Reference
 from utils.models.proving import find_gradient_mismatch, find_mismatch, most_of_trial
 from utils.models.scoring import tokens_of
@@ -63,6 +64,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self._freeze_reference_adapter()
         self.end_ids = torch.tensor(sorted(end_ids))
         self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
+        self.last_layer_in_part = False  # whether it leaves out prompts
         self.pair_by_pair: str | None = None  # on a GPU, why attention is not one call over the row
         args = self.args
         parameters = LossParameters(
@@ -133,15 +135,27 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.data_collator.flex = next(self.model.parameters()).device.type == "cuda"  # else it cannot be proven
         if self.args.device.type == "cpu" and self.args.bf16 and not self.aux_loss_enabled:
             self.data_collator.multiple = ROW_MULTIPLE
-        mismatch = self._find_mismatch(examples)
+        mismatch = self._find_mismatch_of_layout(examples)
         if mismatch is not None and self.data_collator.flex:
             self.pair_by_pair = mismatch
             self.data_collator.flex = False
-            mismatch = self._find_mismatch(examples)
+            mismatch = self._find_mismatch_of_layout(examples)
         if mismatch is not None and wish == "shared_prefix":
             raise UserError(f"--engine shared_prefix: this model cannot use it: {mismatch}; pass auto or padded")
         self.shared_prefix = mismatch or True
         self.data_collator.packs = mismatch is None
+
+    def _find_mismatch_of_layout(self, examples: list[dict[str, Any]]) -> str | None:
+        """The same, where the last layer leaves out prompts, and where it does not; sets `last_layer_in_part`."""
+        undo = [] if self.compiles else list(filter(None, map(leave_out_prompts, self.models())))
+        self.last_layer_in_part = bool(undo)
+        mismatch = self._find_mismatch(examples)
+        if mismatch is not None and undo:
+            for take_back in undo:
+                take_back()
+            self.last_layer_in_part = False
+            mismatch = self._find_mismatch(examples)
+        return mismatch
 
     def _find_mismatch(self, examples: list[dict[str, Any]]) -> str | None:
         """Why the models must not compute these pairs in one row, in any process; None when they may."""
