@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,18 +47,27 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared. `lengths` names the distribution of lengths, `max_length` the longest text."""
+    """What is compared. `lengths` names the distribution of lengths, `max_length` the longest text.
+
+    With one epoch both sides score the reference in every step; with more, as each does by default, or with
+    `both_ahead` once before training on both sides.
+    """
 
     lengths: str = "dialogue"
     batch: int = 8
     max_length: int = 512
     lora: bool = True
     checkpointing: bool = False
+    epochs: int = 1
+    both_ahead: bool = False
 
     def title(self, dtype: str) -> str:
         """The case in words."""
         kind = "LoRA r16" if self.lora else "full"
-        return f"{self.lengths}, batch {self.batch}, {kind}, {dtype}{', checkpointing' if self.checkpointing else ''}"
+        more = ", checkpointing" if self.checkpointing else ""
+        if self.epochs > 1:
+            more += f", {self.epochs} epochs{', reference ahead on both sides' if self.both_ahead else ''}"
+        return f"{self.lengths}, batch {self.batch}, {kind}, {dtype}{more}"
 
 
 CASES = {
@@ -65,6 +76,8 @@ CASES = {
     "full": Case(lora=False),
     "instructions": Case(lengths="instructions", batch=4, max_length=1024),
     "batch2": Case(batch=2),
+    "epochs": Case(epochs=3),
+    "epochs_ahead": Case(epochs=3, both_ahead=True),
 }
 LORA_R = 16
 WARM_UP = 2  # steps of each side that are not counted
@@ -110,7 +123,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(case: Case, dtype: str, work: Path, steps: int, more_flags: list[str], rate: float) -> dict[str, Any]:
     """Both sides of a case, step by step in turn."""
-    pairs = choose_lengths(case, (WARM_UP + steps) * case.batch)
+    steps_per_epoch = -(-(WARM_UP + steps) // case.epochs)
+    steps = steps_per_epoch * case.epochs - WARM_UP
+    pairs = choose_lengths(case, steps_per_epoch * case.batch)
     write_pairs(work / "pairs.jsonl", pairs)
     settings = {
         "model": str(work / "model"),
@@ -124,9 +139,12 @@ def compare(case: Case, dtype: str, work: Path, steps: int, more_flags: list[str
         "lora": case.lora,
         "lora_r": LORA_R,
         "checkpointing": case.checkpointing,
+        "epochs": case.epochs,
+        "both_ahead": case.both_ahead,
         "seed": SEED,
         "more_flags": more_flags,
     }
+    shutil.rmtree(work / "cache", ignore_errors=True)  # no reference of a case before
     (work / "case.json").write_text(json.dumps(settings), encoding="utf-8")
     sides = {}
     for name in ("stock", "ours"):
@@ -142,11 +160,12 @@ def compare(case: Case, dtype: str, work: Path, steps: int, more_flags: list[str
             side.go()
             seconds[name].append(side.step())
     ends = {name: side.finish() for name, side in sides.items()}
-    counted = pairs[WARM_UP * case.batch :]  # both sides take the pairs in order
-    tokens, flops = sum(map(sum, counted)), useful_flops(counted, work / "model", case.lora)
+    counted = (pairs * case.epochs)[WARM_UP * case.batch :]  # both sides take the pairs in order
+    tokens, flops = sum(map(sum, counted)), useful_flops(counted, work / "model", case.lora, case.epochs)
     result: dict[str, Any] = {"case": case.title(dtype)}
     for name in sides:
-        total = sum(seconds[name])
+        ahead = ends[name]["seconds_of_reference"] * steps / (steps + WARM_UP)  # the share of the counted steps
+        total = sum(seconds[name]) + ahead
         result[name] = {
             "seconds": seconds[name],
             "pairs_per_second": len(counted) / total,
@@ -173,6 +192,7 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
+            env=os.environ | {"HF_DATASETS_CACHE": str(case.with_name("cache"))},
         )
 
     def go(self) -> None:
@@ -234,27 +254,30 @@ def save_model(folder: Path, shape: str) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def useful_flops(pairs: list[tuple[int, int, int]], model: Path, lora: bool) -> float:
+def useful_flops(pairs: list[tuple[int, int, int]], model: Path, lora: bool, epochs: int = 1) -> float:
     """Floating-point operations that training on these pairs needs at least: each prompt once, no padding.
 
     A forward pass takes two for each weight and token, a backward pass as many for the activations and, in full
-    fine-tuning, as many again for the weights. The policy passes forward and backward, the reference forward. The
-    output head is applied to completion tokens only; attention is counted over the causal half. Adapters, norms and
-    activation functions are left out.
+    fine-tuning, as many again for the weights. The policy passes forward and backward, the reference forward, once in
+    all epochs. The output head is applied to completion tokens only, and so are the queries, the output projection and
+    the MLP of the last layer; attention is counted over the causal half. Adapters, norms and activation functions are
+    left out.
     """
     config = AutoConfig.from_pretrained(model)
     width = config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * width * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    keys_and_values = 2 * config.hidden_size * width * config.num_key_value_heads
+    others_of_layer = 2 * config.hidden_size * width * config.num_attention_heads
+    others_of_layer += 3 * config.hidden_size * config.intermediate_size
+    layer = keys_and_values + others_of_layer
     head = config.vocab_size * config.hidden_size
     weights = others = 0.0
     for prompt, chosen, rejected in pairs:
         tokens, completion = prompt + chosen + rejected, chosen + rejected
         seen = sum((prompt + end) ** 2 / 2 for end in (chosen, rejected)) - prompt**2 / 2
-        weights += 2 * (layer * config.num_hidden_layers * tokens + head * completion)
+        weights += 2 * (layer * config.num_hidden_layers * tokens - others_of_layer * prompt + head * completion)
         others += 4 * seen * config.hidden_size * config.num_hidden_layers
     # policy forward + reference forward + backward (activations: 1, or for attention 2; weights: 1)
-    return weights * (3 if lora else 4) + others * 4
+    return weights * ((2 if lora else 3) + 1 / epochs) + others * (3 + 1 / epochs)
 
 
 def measure_product_rate(dtype: str) -> float:
