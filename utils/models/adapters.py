@@ -27,12 +27,15 @@ def _forward(layer: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     adapter = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if layer.disable_adapters or layer.merged or adapter not in layer.lora_A or arguments or options:
         return type(layer).forward(layer, x, *arguments, **options)
-    result = layer.base_layer(x)
+    flat = x.flatten(0, -2)
+    result = layer.base_layer(flat)
+    dtype = result.dtype
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if not torch.is_autocast_enabled(x.device.type):  # else the product itself casts, once
-        x = layer._cast_input_dtype(x, down.weight.dtype)
-    inner = down(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]  # here the scale meets the fewest numbers
-    flat = torch.addmm(result.flatten(0, -2).to(inner.dtype), inner.flatten(0, -2), up.weight.t())
+        flat = layer._cast_input_dtype(flat, down.weight.dtype)
+    inner = down(layer.lora_dropout[adapter](flat)) * layer.scaling[adapter]  # here the scale meets the fewest numbers
+    # In the memory of the base's output, which nothing else reads.
+    result = result.to(inner.dtype).addmm_(inner, up.weight.to(inner.dtype).t())
     if up.bias is not None:
-        flat = flat + layer.scaling[adapter] * up.bias
-    return flat.view(*result.shape[:-1], -1).to(result.dtype)
+        result = result + layer.scaling[adapter] * up.bias
+    return result.to(dtype).view(*x.shape[:-1], -1)
