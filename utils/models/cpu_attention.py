@@ -24,7 +24,7 @@ Spans = Sequence[tuple[int, Lengths]]  # the start of each pair, and its lengths
 Mask = Callable[[int, int, int], Tensor]
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
-SHORT = 320  # tokens of a pair: up to here one call with a mask is faster than one for each text
+SHORT = 256  # tokens of a pair: up to here one call with a mask is faster than one for each text
 BLOCK = 512  # queries that attend in one call under a sliding window
 Pieces = tuple[slice, ...]  # of the row
 
