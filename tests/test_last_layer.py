@@ -90,7 +90,7 @@ def test_a_last_layer_that_may_not_leave_anything_out_stays_whole(
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         made = right(self, hidden)
-        return made if self.wanted.rows is None else wrong[fault](made)
+        return made if self.wanted.layout is None else wrong[fault](made)
 
     monkeypatch.setattr(last_layer._InPart, "__call__", compute)
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 1)

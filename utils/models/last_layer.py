@@ -62,16 +62,13 @@ def _has_experts(mlp: torch.nn.Module) -> bool:
 
 
 class _Wanted:
-    """Which tokens of the row at hand are read; the layer's attention comes before all that asks."""
+    """The layout of the row at hand, which says what of it is read; None: all."""
 
-    rows: Tensor | None = None  # None: all of them
-    tokens: int = 0
+    layout: PairLayout | None = None
 
     def note(self, _module: Any, _arguments: Any, options: dict[str, Any]) -> None:
-        """Called before the attention of the layer, whenever it is computed or recomputed."""
-        layout: PairLayout | None = options.get("pair_layout")
-        self.rows = layout.read_rows() if layout is not None else None
-        self.tokens = layout.tokens if layout is not None else 0
+        """Called before the attention of the layer, whenever it is computed or recomputed; the rest comes after it."""
+        self.layout = options.get("pair_layout")
 
 
 class _InPart:
@@ -81,8 +78,9 @@ class _InPart:
         self.whole, self.wanted = whole, wanted
 
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if self.wanted.rows is None or hidden.shape[:-1] != (1, self.wanted.tokens):
+        layout = self.wanted.layout
+        if layout is None or hidden.shape[:-1] != (1, layout.tokens):
             return self.whole(hidden, *arguments, **options)
-        rows = self.wanted.rows.to(hidden.device)
+        rows = layout.read_rows(hidden.device)
         made = self.whole(hidden.index_select(1, rows), *arguments, **options)
         return made.new_zeros(1, hidden.size(1), made.size(-1)).index_copy_(1, rows, made)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,15 +94,17 @@ class PairLayout:
             rejected_parts.append(torch.arange(begin + chosen, begin + chosen + rejected))
         return torch.cat(chosen_parts + rejected_parts)
 
-    def read_rows(self) -> Tensor:
+    def read_rows(self, device: torch.device | str = "cpu") -> Tensor:
         """Row indices of the tokens whose hidden states are read in the end (`predictors`), each once and in order,
-        filled up with others to a multiple of READ_MULTIPLE where there are as many."""
-        if "read" not in self.masks:
-            read = torch.zeros(self.tokens, dtype=torch.bool)
-            read[self.predictors()] = True
-            read[(~read).nonzero()[: -int(read.sum()) % READ_MULTIPLE]] = True
-            self.masks["read"] = read.nonzero()[:, 0]
-        return self.masks["read"]
+        filled up with others to a multiple of READ_MULTIPLE where there are as many. Kept on each device."""
+        if ("read", device) not in self.masks:
+            read = np.zeros(self.tokens, dtype=bool)  # not a tensor: on paper those have no values
+            for start, (prompt, chosen, rejected) in self.spans():
+                begin = start + prompt
+                read[begin - 1 : begin + chosen - 1] = read[begin + chosen : begin + chosen + rejected - 1] = True
+            read[np.flatnonzero(~read)[: -int(read.sum()) % READ_MULTIPLE]] = True
+            self.masks["read", device] = torch.tensor(np.flatnonzero(read), device=device)
+        return self.masks["read", device]
 
     def completion_lengths(self) -> Tensor:
         """Tokens of each completion, shape (2 x pairs,), chosen first."""

@@ -31,7 +31,9 @@ from utils.planning.walk import (
     walk_step,
 )
 
-FEW = (2, 3)  # layers that are walked through where all are alike: at a single one the peak may be the head's
+# Layers that are walked through where all are alike: at a single one the peak may be the head's, at two that of the
+# first layer, whose input needs no gradient.
+FEW = (3, 4)
 MARGIN = 1.05  # of a GPU's memory: what its allocator leaves unused between blocks
 # On a CPU, what the C library holds unused, per byte of activations and logits that a step without checkpointing has at
 # its peak (with it, as many blocks come and go), as measured runs have it (docs/planning.md). In glibc before 2.39
