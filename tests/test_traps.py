@@ -380,8 +380,8 @@ class HeadRows(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
         products = (torch.ops.aten.mm, torch.ops.aten.addmm)
-        if function.overloadpacket in products and result.size(1) == self.vocabulary:
-            self.count += result.size(0)
+        if function.overloadpacket in products and self.vocabulary in result.shape:  # either may come first
+            self.count += result.numel() // self.vocabulary
         return result
 
 

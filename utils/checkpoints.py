@@ -193,8 +193,7 @@ def begin_checkpoint(folder: Path, step: int) -> None:
         OSError: it cannot be made; the folder of the run is not made again where it is gone.
     """
     partial = unfinished_checkpoint(folder, step)
-    if partial.exists():
-        shutil.rmtree(partial)
+    _remove_folder(partial)
     partial.mkdir()
 
 
@@ -238,7 +237,14 @@ def prune_checkpoints(newest: Path, most: int | None, best: Path | None, stops: 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Removes a checkpoint. Takes the name away first: what has it is whole at every moment."""
     former = checkpoint.with_name(f".{checkpoint.name}.former")
-    if former.exists():
-        shutil.rmtree(former)
+    _remove_folder(former)
     checkpoint.rename(former)
-    shutil.rmtree(former)
+    _remove_folder(former)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Removes a folder where there is one; of a link the link alone, not what it points to."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)

@@ -7,6 +7,7 @@ model of 8 layers, half of whose tokens are prompts, that is a twentieth of all 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,13 +63,19 @@ def _has_experts(mlp: torch.nn.Module) -> bool:
 
 
 class _Wanted:
-    """The layout of the row at hand, which says what of it is read; None: all."""
+    """The layout of the row at hand, which says what of it is read; None: all. It lives as long as its batch does."""
 
-    layout: PairLayout | None = None
+    _layout: weakref.ref[PairLayout] | None = None
 
     def note(self, _module: Any, _arguments: Any, options: dict[str, Any]) -> None:
         """Called before the attention of the layer, whenever it is computed or recomputed; the rest comes after it."""
-        self.layout = options.get("pair_layout")
+        layout = options.get("pair_layout")
+        self._layout = weakref.ref(layout) if layout is not None else None
+
+    @property
+    def layout(self) -> PairLayout | None:
+        """The layout of what the layer computes now."""
+        return self._layout() if self._layout is not None else None
 
 
 class _InPart:
