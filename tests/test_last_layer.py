@@ -46,7 +46,7 @@ def test_the_last_layer_computes_what_is_read(name, monkeypatch):
     model, pairs = build(name), random_pairs()
     expected, batch = one_by_one(model, pairs), packed(pairs)
     assert not {part for part in rows_computed(model, batch) if "norm" not in part and "mlp" not in part}
-    undo = leave_out_prompts(model)
+    left_out = leave_out_prompts(model)
     read = len(set(batch["layout"].predictors().tolist()))
     computed = rows_computed(model, batch)
     if name not in WHOLE_MLP:
@@ -62,9 +62,20 @@ def test_the_last_layer_computes_what_is_read(name, monkeypatch):
     for one, other in zip(expected, one_by_one(model, pairs), strict=True):
         assert torch.equal(one, other)
     plain = score_tokens(model, padded(pairs)).log_probs
-    undo()
+    left_out.undo()
     assert torch.equal(score_tokens(model, padded(pairs)).log_probs, plain)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(("prompt", "leaves_out"), [(40, True), (10, False)])
+@torch.no_grad()
+def test_where_nearly_all_is_read_nothing_is_left_out_but_for_a_trial(prompt, leaves_out):
+    model = build("llama")
+    pair = {"prompt_ids": [5] * prompt, "chosen_ids": [6] * 30, "rejected_ids": [7] * 35}
+    left_out = leave_out_prompts(model)
+    assert rows_computed(model, packed([pair]))
+    left_out.where_it_pays = True
+    assert bool(rows_computed(model, packed([pair]))) is leaves_out
 
 
 def test_rows_are_filled_up_with_tokens_that_nobody_reads():
@@ -90,7 +101,7 @@ def test_a_last_layer_that_may_not_leave_anything_out_stays_whole(
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         made = right(self, hidden)
-        return made if self.wanted.layout is None else wrong[fault](made)
+        return made if self.left_out.rows_read(hidden) is None else wrong[fault](made)
 
     monkeypatch.setattr(last_layer._InPart, "__call__", compute)
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 1)

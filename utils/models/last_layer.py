@@ -19,16 +19,17 @@ from utils.models.shared_prefix import PairLayout
 
 QUERIES, OUTPUTS = ("q_proj",), ("o_proj", "out_proj", "dense", "c_proj")  # what attention modules call them
 MLP = "mlp"
+MOST_READ = 0.75  # of a row: where more is read, the copies of what is read take more memory than leaving out saves
 
 
-def leave_out_prompts(model: torch.nn.Module) -> Callable[[], None] | None:
+def leave_out_prompts(model: torch.nn.Module) -> LeftOut | None:
     """Lets the last layer of a causal language model leave out what is not read of packed rows.
 
     Other inputs (padded batches, generation) are computed in full. An MLP of experts stays whole: its load-balancing
     loss counts all tokens.
 
     Returns:
-        What undoes it; None where the layer has no part of its own that could be left out.
+        What says where it is done, and undoes it; None where the layer has no part of its own that could be left out.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     attention = _attention_of(layers[-1]) if layers else None
@@ -36,22 +37,7 @@ def leave_out_prompts(model: torch.nn.Module) -> Callable[[], None] | None:
         return None
     parts = [child for name, child in attention.named_children() if name in QUERIES + OUTPUTS]
     parts += [child for name, child in layers[-1].named_children() if name == MLP and not _has_experts(child)]
-    if not parts:
-        return None
-    wanted = _Wanted()
-    handle = attention.register_forward_pre_hook(wanted.note, with_kwargs=True)
-    before = [part.__dict__.get("forward") for part in parts]
-    for part in parts:
-        part.forward = _InPart(part.forward, wanted)
-
-    def undo() -> None:
-        handle.remove()
-        for part, forward in zip(parts, before, strict=True):
-            del part.forward
-            if forward is not None:
-                part.forward = forward
-
-    return undo
+    return LeftOut(attention, parts) if parts else None
 
 
 def _attention_of(layer: torch.nn.Module) -> torch.nn.Module | None:
@@ -62,32 +48,48 @@ def _has_experts(mlp: torch.nn.Module) -> bool:
     return any("expert" in name for name, _ in mlp.named_modules())
 
 
-class _Wanted:
-    """The layout of the row at hand, which says what of it is read; None: all. It lives as long as its batch does."""
+class LeftOut:
+    """What the last layer leaves out; its attention comes before the parts that ask, also when it is recomputed."""
 
-    _layout: weakref.ref[PairLayout] | None = None
+    where_it_pays = False  # else everywhere, for a trial
 
-    def note(self, _module: Any, _arguments: Any, options: dict[str, Any]) -> None:
-        """Called before the attention of the layer, whenever it is computed or recomputed; the rest comes after it."""
+    def __init__(self, attention: torch.nn.Module, parts: list[torch.nn.Module]):
+        self._layout: weakref.ref[PairLayout] | None = None  # of the row at hand, which lives as long as its batch
+        self._handle = attention.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._before = [(part, part.__dict__.get("forward")) for part in parts]
+        for part in parts:
+            part.forward = _InPart(part.forward, self)
+
+    def undo(self) -> None:
+        """The layer computes everything again."""
+        self._handle.remove()
+        for part, forward in self._before:
+            del part.forward
+            if forward is not None:
+                part.forward = forward
+
+    def _note(self, _module: Any, _arguments: Any, options: dict[str, Any]) -> None:
         layout = options.get("pair_layout")
         self._layout = weakref.ref(layout) if layout is not None else None
 
-    @property
-    def layout(self) -> PairLayout | None:
-        """The layout of what the layer computes now."""
-        return self._layout() if self._layout is not None else None
+    def rows_read(self, hidden: Tensor) -> Tensor | None:
+        """Which rows of hidden states, shape (1, tokens, width), are to be computed; None: all."""
+        layout = self._layout() if self._layout is not None else None
+        if layout is None or hidden.shape[:-1] != (1, layout.tokens):
+            return None
+        rows = layout.read_rows(hidden.device)
+        return None if self.where_it_pays and len(rows) > MOST_READ * layout.tokens else rows
 
 
 class _InPart:
     """The forward of a module that treats each token on its own, for those that are read; zero for the others."""
 
-    def __init__(self, whole: Callable[..., Tensor], wanted: _Wanted):
-        self.whole, self.wanted = whole, wanted
+    def __init__(self, whole: Callable[..., Tensor], left_out: LeftOut):
+        self.whole, self.left_out = whole, left_out
 
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        layout = self.wanted.layout
-        if layout is None or hidden.shape[:-1] != (1, layout.tokens):
+        rows = self.left_out.rows_read(hidden)
+        if rows is None:
             return self.whole(hidden, *arguments, **options)
-        rows = layout.read_rows(hidden.device)
         made = self.whole(hidden.index_select(1, rows), *arguments, **options)
         return made.new_zeros(1, hidden.size(1), made.size(-1)).index_copy_(1, rows, made)

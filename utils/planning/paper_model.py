@@ -70,7 +70,7 @@ def make_policy(way: Way) -> torch.nn.Module:
     if way.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         keep_last_layer(model)
-    leave_out_prompts(model)
+    _leave_out_prompts(model)
     return model.train()
 
 
@@ -84,8 +84,14 @@ def make_reference(way: Way) -> torch.nn.Module:
     head = output_head(model)
     if type(head) is torch.nn.Linear:
         setattr(head, MARK, LogitShape.of(config))
-    leave_out_prompts(model)
+    _leave_out_prompts(model)
     return model.eval()
+
+
+def _leave_out_prompts(model: torch.nn.Module) -> None:
+    left_out = leave_out_prompts(model)
+    if left_out is not None:
+        left_out.where_it_pays = True
 
 
 def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:

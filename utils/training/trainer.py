@@ -147,15 +147,15 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
 
     def _find_mismatch_of_layout(self, examples: list[dict[str, Any]]) -> str | None:
         """The same, where the last layer leaves out prompts, and where it does not; sets `last_layer_in_part`."""
-        undo = [] if self.compiles else list(filter(None, map(leave_out_prompts, self.models())))
-        self.last_layer_in_part = bool(undo)
+        left_out = [] if self.compiles else list(filter(None, map(leave_out_prompts, self.models())))
         mismatch = self._find_mismatch(examples)
-        if mismatch is not None and undo:
-            for take_back in undo:
-                take_back()
-            self.last_layer_in_part = False
-            mismatch = self._find_mismatch(examples)
-        return mismatch
+        self.last_layer_in_part = bool(left_out) and mismatch is None
+        for part in left_out:
+            if mismatch is None:
+                part.where_it_pays = True
+            else:
+                part.undo()
+        return self._find_mismatch(examples) if left_out and mismatch is not None else mismatch
 
     def _find_mismatch(self, examples: list[dict[str, Any]]) -> str | None:
         """Why the models must not compute these pairs in one row, in any process; None when they may."""
