@@ -15,7 +15,7 @@ help:
 	@echo "make demo   train a small bundled model on bundled preference pairs (CPU, offline, about a minute)"
 	@echo "make test   lint and tests"
 	@echo "make slow   the tests that take minutes each"
-	@echo "make bench  speed and memory beside stock TRL (about a quarter of an hour; QUICK=1: two minutes)"
+	@echo "make bench  speed and memory beside stock TRL (about half an hour; QUICK=1: two minutes)"
 	@echo "make lint   ruff alone"
 	@echo "make clean  remove .venv, runs/ and caches"
 
