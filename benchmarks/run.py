@@ -123,9 +123,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(case: Case, dtype: str, work: Path, steps: int, more_flags: list[str], rate: float) -> dict[str, Any]:
     """Both sides of a case, step by step in turn."""
-    steps_per_epoch = -(-(WARM_UP + steps) // case.epochs)
-    steps = steps_per_epoch * case.epochs - WARM_UP
-    pairs = choose_lengths(case, steps_per_epoch * case.batch)
+    pairs = choose_lengths(case, (WARM_UP + steps) * case.batch)
+    if case.epochs > 1:  # of the pairs that are counted in one
+        pairs = pairs[WARM_UP * case.batch :]
+        steps = steps * case.epochs - WARM_UP
     write_pairs(work / "pairs.jsonl", pairs)
     settings = {
         "model": str(work / "model"),
