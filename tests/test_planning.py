@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from utils.planning.hardware import GIB, SHEETS, Device, find_device_by_name
 from utils.planning.launching import words_before_script
 from utils.planning.measuring import as_measured
 from utils.planning.paper_model import Way, make_policy
-from utils.planning.planning import _Planner
+from utils.planning.planning import _asked_way, _Planner
 from utils.planning.walk import (
     ACTIVATIONS,
     ADAPTER,
@@ -35,7 +36,7 @@ from utils.planning.walk import (
     take_micro_batch,
     walk_step,
 )
-from utils.planning.work import Work, place_of_reference, read_subject
+from utils.planning.work import Subject, Work, place_of_reference, read_subject
 from utils.settings import LoraSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,6 +245,16 @@ def planner(tiny_model, pairs_file):
         return _Planner(settings, find_device_by_name("L4"), Work(pairs, 0, known=True), 0)
 
     return make
+
+
+@pytest.mark.parametrize("flags", [(), ("--engine", "padded"), ("--torch_compile",)], ids=" ".join)
+def test_the_last_layer_leaves_out_prompts_where_training_does(flags, planner):
+    planned = planner(*flags)
+    subject = Subject(SimpleNamespace(adapter=None), CONFIG, None, planned.work)
+    way = _asked_way(planned.settings, subject, torch.float32, planned.device)
+    assert way.whole_last_layer is bool(flags)
+    in_part, whole = (walk_step(replace(FULL, whole_last_layer=whole), PAIRS) for whole in (False, True))
+    assert in_part.flops < whole.flops
 
 
 def test_a_limit_of_tokens_makes_smaller_micro_batches(planner):

@@ -22,11 +22,14 @@ MLP = "mlp"
 MOST_READ = 0.75  # of a row: where more is read, the copies of what is read take more memory than leaving out saves
 
 
-def leave_out_prompts(model: torch.nn.Module) -> LeftOut | None:
+def leave_out_prompts(model: torch.nn.Module, where_it_pays: bool = False) -> LeftOut | None:
     """Lets the last layer of a causal language model leave out what is not read of packed rows.
 
     Other inputs (padded batches, generation) are computed in full. An MLP of experts stays whole: its load-balancing
     loss counts all tokens.
+
+    Args:
+        where_it_pays: not in rows of which nearly all is read; a trial leaves out everywhere.
 
     Returns:
         What says where it is done, and undoes it; None where the layer has no part of its own that could be left out.
@@ -37,7 +40,7 @@ def leave_out_prompts(model: torch.nn.Module) -> LeftOut | None:
         return None
     parts = [child for name, child in attention.named_children() if name in QUERIES + OUTPUTS]
     parts += [child for name, child in layers[-1].named_children() if name == MLP and not _has_experts(child)]
-    return LeftOut(attention, parts) if parts else None
+    return LeftOut(attention, parts, where_it_pays) if parts else None
 
 
 def _attention_of(layer: torch.nn.Module) -> torch.nn.Module | None:
@@ -51,9 +54,8 @@ def _has_experts(mlp: torch.nn.Module) -> bool:
 class LeftOut:
     """What the last layer leaves out; its attention comes before the parts that ask, also when it is recomputed."""
 
-    where_it_pays = False  # else everywhere, for a trial
-
-    def __init__(self, attention: torch.nn.Module, parts: list[torch.nn.Module]):
+    def __init__(self, attention: torch.nn.Module, parts: list[torch.nn.Module], where_it_pays: bool):
+        self.where_it_pays = where_it_pays
         self._layout: weakref.ref[PairLayout] | None = None  # of the row at hand, which lives as long as its batch
         self._handle = attention.register_forward_pre_hook(self._note, with_kwargs=True)
         self._before = [(part, part.__dict__.get("forward")) for part in parts]

@@ -44,6 +44,7 @@ class Way:
     on_gpu: bool = False
     offloads_activations: bool = False  # to main memory, as --activation_offloading does
     reference_config: PretrainedConfig | None = None  # of a reference that is another model; None: the policy's
+    whole_last_layer: bool = False  # it computes prompts and padding, too, as in padded batches
 
     @property
     def imitates(self) -> bool:
@@ -70,7 +71,8 @@ def make_policy(way: Way) -> torch.nn.Module:
     if way.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         keep_last_layer(model)
-    _leave_out_prompts(model)
+    if not way.whole_last_layer:
+        leave_out_prompts(model, where_it_pays=True)
     return model.train()
 
 
@@ -84,14 +86,9 @@ def make_reference(way: Way) -> torch.nn.Module:
     head = output_head(model)
     if type(head) is torch.nn.Linear:
         setattr(head, MARK, LogitShape.of(config))
-    _leave_out_prompts(model)
+    if not way.whole_last_layer:
+        leave_out_prompts(model, where_it_pays=True)
     return model.eval()
-
-
-def _leave_out_prompts(model: torch.nn.Module) -> None:
-    left_out = leave_out_prompts(model)
-    if left_out is not None:
-        left_out.where_it_pays = True
 
 
 def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:

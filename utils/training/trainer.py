@@ -146,7 +146,10 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.data_collator.packs = mismatch is None
 
     def _find_mismatch_of_layout(self, examples: list[dict[str, Any]]) -> str | None:
-        """The same, where the last layer leaves out prompts, and where it does not; sets `last_layer_in_part`."""
+        """Tries the layout with a last layer that leaves out prompts, then with a whole one; None when either does.
+
+        Sets `last_layer_in_part`.
+        """
         left_out = [] if self.compiles else list(filter(None, map(leave_out_prompts, self.models())))
         mismatch = self._find_mismatch(examples)
         self.last_layer_in_part = bool(left_out) and mismatch is None
