@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -281,7 +282,7 @@ def shared_prefix_active(model: torch.nn.Module, name: str = NAME) -> Iterator[N
 
     `name` is that of another attention function for the same layout.
     """
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    configs = _configs_of(model)
     before = [getattr(config, "_attn_implementation", None) for config in configs]
     for config in configs:
         config._attn_implementation_internal = name
@@ -290,3 +291,14 @@ def shared_prefix_active(model: torch.nn.Module, name: str = NAME) -> Iterator[N
     finally:
         for config, former in zip(configs, before, strict=True):
             config._attn_implementation_internal = former
+
+
+_CONFIGS: weakref.WeakKeyDictionary[torch.nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def _configs_of(model: torch.nn.Module) -> list[Any]:
+    """The configs of a model's modules, each once; found in one walk, since every training step asks."""
+    if model not in _CONFIGS:
+        found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        _CONFIGS[model] = list(found.values())
+    return _CONFIGS[model]

@@ -16,8 +16,8 @@ from utils.models.head import MARK, LogitShape
 from utils.models.last_layer import leave_out_prompts
 from utils.models.loading import check_target_modules
 from utils.models.scoring import output_head
+from utils.models.switches import Switches
 from utils.settings import LoraSettings
-from utils.training.trained_weights import keep_last_layer
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 # Bytes per trained parameter that an optimizer keeps, where it is not walked through itself.
@@ -70,7 +70,7 @@ def make_policy(way: Way) -> torch.nn.Module:
         setattr(head, MARK, LogitShape.of(way.config))
     if way.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        keep_last_layer(model)
+        Switches(model).keep_last_layer()
     if not way.whole_last_layer:
         leave_out_prompts(model, where_it_pays=True)
     return model.train()

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from utils.errors import LocalError
 from utils.memory import ran_out_of_memory, release_memory
@@ -127,7 +125,7 @@ class PairScoring(RunFolderTrainer):
         comparison = Comparison(keep=True, copied=sharded) if keep and self.same_vocabulary() else None
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self.switches.nothing_recomputed(),
             self._reference_active() as model,
         ):
             scores = score_tokens(model, inputs, comparison=comparison)
@@ -139,9 +137,8 @@ class PairScoring(RunFolderTrainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None
-        with use_adapter(unwrapped, adapter_name=adapter):
+        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.switches.model.peft_config else None
+        with self.switches.adapter(adapter):
             yield self.model
 
     def same_vocabulary(self) -> bool:

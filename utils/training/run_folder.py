@@ -32,10 +32,11 @@ from utils.training.launch import KEPT_BY_DEEPSPEED
 from utils.training.progress import Stopwatch
 from utils.training.shards import load_weights, shard_optimizer_state, whole_state, whole_weights
 from utils.training.shares import StepShares
+from utils.training.stepping import SparingSteps
 from utils.training.trained_weights import float32_kept, set_lora_dropout
 
 
-class RunFolderTrainer(WholeCheckpoints):
+class RunFolderTrainer(SparingSteps, WholeCheckpoints):
     """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give.
 
     Each `counted` item (a pair, or a token to be learnt) weighs the same in the loss of its optimizer step and in the

@@ -21,7 +21,6 @@ from utils.models.proving import most_of_trial
 from utils.models.scoring import score_tokens
 from utils.training.batches import ROWS, TOKENS, UNCOUNTED, uncounted
 from utils.training.run_folder import RunFolderTrainer
-from utils.training.trained_weights import keep_last_layer
 
 
 class CompletionCollator:
@@ -86,7 +85,7 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         self.tokens_computed += inputs["input_ids"].numel()
         self.tokens_padded = self.tokens_computed
         if self.args.gradient_checkpointing:
-            keep_last_layer(self.model)
+            self.switches.keep_last_layer()
         mask = completion_mask(inputs)
         scores = score_tokens(
             model, {**inputs, "completion_mask": mask}, with_right=True, with_auxiliary=self.aux_loss_enabled

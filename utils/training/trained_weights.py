@@ -1,4 +1,4 @@
-"""How trained weights are kept: in float32, with the dropout that was asked for, and what of them is recomputed."""
+"""How trained weights are kept: in float32, with the dropout that was asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.models.loading import TRAINED_ADAPTER
 
@@ -40,11 +39,3 @@ def set_lora_dropout(model: torch.nn.Module, probability: float) -> None:
     config = getattr(model, "peft_config", {}).get(TRAINED_ADAPTER)
     if hasattr(config, "lora_dropout"):
         config.lora_dropout = probability  # an adapter that training continues was saved with its former one
-
-
-def keep_last_layer(model: torch.nn.Module) -> None:
-    """Leaves the last layer out of gradient checkpointing: the backward pass begins with it, and needs at once what
-    would be thrown away."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if layers:
-        layers[-1].gradient_checkpointing = False

@@ -31,7 +31,6 @@ from utils.training.metrics import pair_metrics
 from utils.training.pair_scoring import REFERENCE_ADAPTER
 from utils.training.reference import ReferenceAhead
 from utils.training.run_folder import RunFolderTrainer
-from utils.training.trained_weights import keep_last_layer
 from utils.training.within_memory import StepsWithinMemory
 
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
@@ -100,7 +99,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         computed, padded = tokens_of(inputs)
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         if self.args.gradient_checkpointing:
-            keep_last_layer(self.model)
+            self.switches.keep_last_layer()
         policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, self.score_reference(inputs))
         losses = self._losses(policy, pairs)
