@@ -8,14 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_engine import build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.models.adapters import speed_up_lora
 
 
-def adapted(**changes) -> torch.nn.Module:
+def adapted(architecture: str = "llama", **changes) -> torch.nn.Module:
     """A tiny model with an adapter that is not zero."""
     options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"} | changes
-    model = get_peft_model(build("llama"), LoraConfig(**options))
+    model = get_peft_model(build(architecture), LoraConfig(**options))
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -40,7 +41,16 @@ def assert_same(left, right, bound=3e-5):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_rslora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "down_proj"]}], ids=str
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_bias": True},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"architecture": "qwen2"},  # has biases
+        {"architecture": "gpt2"},  # has weights that lie the other way
+    ],
+    ids=str,
 )
 def test_outputs_and_gradients_are_those_of_peft(changes):
     model = adapted(**changes)
@@ -49,12 +59,49 @@ def test_outputs_and_gradients_are_those_of_peft(changes):
     assert_same(outcome(model), outcome(fast))
 
 
-def test_in_16_bits_too():
-    model = adapted()
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_in_16_bits_too(architecture, base):
+    model = adapted(architecture)
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = parameter.data.to(base)
     fast = copy.deepcopy(model)
     speed_up_lora(fast)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(outcome(model), outcome(fast), bound=0.06)
+        assert_same(outcome(model), outcome(fast), bound=0.06 if base == torch.float32 else 0.15)
+
+
+class Products(TorchDispatchMode):
+    """Multiplications of the matrix products that are really computed."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = arguments[-2:]
+            self.total += left.numel() * right.size(1)
+        return operation(*arguments, **(options or {}))
+
+
+def test_what_ends_a_recomputed_layer_is_not_computed_again():
+    model = adapted(target_modules=["down_proj"])
+    speed_up_lora(model)
+    model.enable_input_require_grads()  # as with checkpointing
+    ids, config = torch.arange(3, 33).view(2, 15), model.config
+
+    def products(backward: bool) -> int:
+        with Products() as counted, torch.set_grad_enabled(backward):
+            hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+            if backward:
+                hidden.sum().backward()
+        return counted.total
+
+    forward, once = products(backward=False), products(backward=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    last_products = ids.numel() * config.intermediate_size * config.hidden_size * config.num_hidden_layers
+    assert products(backward=True) - once == forward - last_products
 
 
 def test_adapters_switched_off_merged_exchanged_or_of_another_kind():

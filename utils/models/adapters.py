@@ -6,16 +6,18 @@ import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor
 
 
 def speed_up_lora(model: torch.nn.Module) -> None:
-    """Lets the plain LoRA layers of a model add their update within the product that makes it.
+    """Lets the plain LoRA layers of a model put base and update together within a product.
 
     PEFT computes W x, then B A x, then its multiple, then the sum, each a pass over memory that the backward pass
-    repeats. Here the sum is part of the second product (y = W x + (scale * A x) B^T), and the scale is put where the
-    numbers are few.
+    repeats. Here the sum is part of the last product (y = (scale * A x) B^T + W x), and the scale is put where the
+    numbers are few. The base's product, the largest, comes last: of a layer that the backward pass computes again it
+    keeps nothing, so that at the layer's end it is left out.
     """
     plain = (lora.Linear, getattr(lora, "Linear4bit", lora.Linear))  # the second only where bitsandbytes is installed
     for module in model.modules():
@@ -24,18 +26,30 @@ def speed_up_lora(model: torch.nn.Module) -> None:
 
 
 def _forward(layer: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    adapter = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if layer.disable_adapters or layer.merged or adapter not in layer.lora_A or arguments or options:
+    if layer.disable_adapters and not (layer.merged_adapters or options):
+        return layer.base_layer(x, *arguments)
+    active = layer.active_adapters
+    if len(active) != 1 or active[0] not in layer.lora_A or layer.merged_adapters or arguments or options:
         return type(layer).forward(layer, x, *arguments, **options)
-    flat = x.flatten(0, -2)
-    result = layer.base_layer(flat)
-    dtype = result.dtype
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    if not torch.is_autocast_enabled(x.device.type):  # else the product itself casts, once
-        flat = layer._cast_input_dtype(flat, down.weight.dtype)
-    inner = down(layer.lora_dropout[adapter](flat)) * layer.scaling[adapter]  # here the scale meets the fewest numbers
-    # In the memory of the base's output, which nothing else reads.
-    result = result.to(inner.dtype).addmm_(inner, up.weight.to(inner.dtype).t())
+    flat, base, scale = x.flatten(0, -2), layer.base_layer, layer.scaling[active[0]]
+    down, up, dropout = (parts[active[0]] for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    casts = torch.is_autocast_enabled(x.device.type)
+    computed_in = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    if _is_plain(base) and base.weight.dtype == computed_in and (casts or down.weight.dtype == computed_in):
+        flat = flat.to(computed_in)
+        inner = down(dropout(flat)) * scale  # here the scale meets the fewest numbers
+        # In the memory of the update, which nothing else reads.
+        result = F.linear(inner, up.weight, base.bias).addmm_(flat, base.weight.t())
+    else:
+        result = base(flat)
+        inner = down(dropout(flat if casts else layer._cast_input_dtype(flat, down.weight.dtype))) * scale
+        result = result.to(inner.dtype).addmm_(inner, up.weight.to(inner.dtype).t()).to(result.dtype)
     if up.bias is not None:
-        result = result + layer.scaling[adapter] * up.bias
-    return result.to(dtype).view(*x.shape[:-1], -1)
+        result = result + scale * up.bias.to(result.dtype)
+    return result.view(*x.shape[:-1], -1)
+
+
+def _is_plain(base: torch.nn.Module) -> bool:
+    """Whether a layer is its product and nothing else."""
+    watched = base._forward_pre_hooks or base._forward_hooks or "forward" in vars(base)
+    return type(base) is torch.nn.Linear and not watched

@@ -124,7 +124,8 @@ class Meter(TorchDispatchMode):
 
 def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of one call: of matrix products; all else is small beside them."""
-    formula = flop_registry.get(func._overloadpacket)
+    packet = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
+    formula = flop_registry.get(packet)  # which does not know products that are added in place
     return formula(*args, **kwargs, out_val=out) if formula is not None else 0
 
 
