@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import make_pairs, read_record, write_lines
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.models import proving, shared_prefix
+from utils.models import cpu_attention, proving, shared_prefix
 from utils.models.flex import make_block_mask
 from utils.models.last_layer import leave_out_prompts
 from utils.models.loading import turn_off_dropout
@@ -19,6 +20,7 @@ from utils.models.proving import Trial, find_gradient_mismatch, find_mismatch
 from utils.models.scoring import score_tokens
 from utils.models.shared_prefix import pack_pairs, shared_prefix_active
 from utils.training.batches import PairCollator
+from utils.training.trainer import PreferenceTrainer
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,9 +82,9 @@ def build(name: str, **changes) -> torch.nn.Module:
     return model.eval()
 
 
-def packed(pairs, flex=False, multiple=1):
+def packed(pairs, flex=False, multiple=1, keeps=False):
     collator = PairCollator(pad_token_id=0)
-    collator.flex, collator.multiple = flex, multiple
+    collator.flex, collator.multiple, collator.keeps = flex, multiple, keeps
     return collator.packed(pairs)
 
 
@@ -123,7 +125,7 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
         turn_off_dropout(model)
     leave_out_prompts(model)
     with shared_prefix_active(model):
-        scores = score_tokens(model, packed(pairs, multiple=filled))
+        scores = score_tokens(model, packed(pairs, multiple=filled, keeps=checkpointing))
         found = [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)]
         found_gradients = gradients(model, found)
     for one, other in zip(expected, found, strict=True):
@@ -155,6 +157,62 @@ def test_checkpointing_leaves_out_the_layer_that_the_backward_pass_needs_first(
     assert code == 0, err
     times = sorted(calls.count(layer) for layer in set(calls))
     assert times[1] - times[0] == 3  # of the two layers, the first is computed again in each of the three steps
+
+
+class AttentionCalls(TorchDispatchMode):
+    """How often the fused kernel is called forward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.count += operation.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["", "written over"])
+def test_what_is_attended_to_is_not_computed_again(changed):
+    model, pairs = build("llama"), random_pairs()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch, calls = packed(pairs, keeps=True), AttentionCalls()
+    model.train()
+    expected = gradients(model, list(one_by_one(model, pairs)))
+    with shared_prefix_active(model), calls:
+        with torch.no_grad():
+            score_tokens(model, batch)  # as the reference: nothing is kept of it
+        assert not any(kept.take() or kept._found for kept in batch["layout"].kept.values())
+        before = calls.count
+        scores = score_tokens(model, batch)
+        in_forward = calls.count - before
+        if changed:
+            for kept in batch["layout"].kept.values():
+                kept._found[0].zero_()
+        found = gradients(model, [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)])
+    assert in_forward == len(pairs) * model.config.num_hidden_layers
+    assert calls.count - before == in_forward * (2 if changed else 1)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-4 * value.abs().max()), name
+
+
+def test_what_is_attended_to_is_given_back_after_a_micro_batch(
+    run_script, tiny_model, pairs_file, tmp_path, monkeypatch
+):
+    left, kept = [], []
+    compute = PreferenceTrainer.compute_part
+
+    def compute_part(self, model, part, *arguments):
+        loss = compute(self, model, part, *arguments)
+        left.append(dict(part["layout"].kept))
+        return loss
+
+    put = cpu_attention.Kept.put
+    monkeypatch.setattr(cpu_attention.Kept, "put", lambda self, *values: (kept.append(1), put(self, *values)))
+    monkeypatch.setattr(PreferenceTrainer, "compute_part", compute_part)
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 2)
+    code, _, err = run_script(*flags, "--gradient_checkpointing", "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    assert left
+    assert not any(left)
+    assert kept
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])

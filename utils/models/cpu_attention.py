@@ -40,7 +40,14 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend_pair_by_pair(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, mask: Mask, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    mask: Mask,
+    scaling: float | None,
+    window: int | None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """The attended values, shape (1, tokens, heads, width), of a packed row of pairs.
 
@@ -49,8 +56,36 @@ def attend_pair_by_pair(
         mask: gives, from (prompt, chosen, rejected), what is added to the scores of the tokens of a whole short pair.
             Float32, shape (tokens, tokens).
         window: a token of a long pair sees only those less than so many positions before it, and itself.
+        kept: where the layer, which is computed again in the backward pass, finds what it attended to.
     """
-    return _PairByPair.apply(query, key, value, spans, mask, scaling, window)
+    return _PairByPair.apply(query, key, value, spans, mask, scaling, window, kept)
+
+
+class Kept:
+    """The attended values and normalizers of a layer from its forward pass until the backward pass computes it again.
+
+    They are as small as the layer's input, which checkpointing keeps, and attention is the slowest part to compute.
+    """
+
+    def __init__(self) -> None:
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._version = 0
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """What was kept, in a backward pass, once; None where there is nothing, or somebody wrote over it."""
+        if not _in_backward_pass() or self._found is None:
+            return None
+        found, self._found = self._found, None
+        return found if found[0]._version == self._version else None
+
+    def put(self, attended: Tensor, normalizers: Tensor) -> None:
+        """Keeps them, in a forward pass."""
+        if not _in_backward_pass():
+            self._found, self._version = (attended.detach(), normalizers), attended._version
+
+
+def _in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 @dataclass(frozen=True)
@@ -63,22 +98,12 @@ class _Text:
 
 class _PairByPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, spans, mask, scaling, window):
-        attend = getattr(torch.ops.aten, FORWARD)
-        queries, keys, values = query.float(), key.float(), value.float()
-        row = queries.new_empty(1, query.size(2), query.size(1), query.size(3))
-        attended = row.transpose(1, 2)
-        normalizers = []
-        for text in _texts(spans, mask, scaling, window):
-            found = [
-                attend(queries[:, :, text.own], _read(keys, pieces), _read(values, pieces), **options)
-                for pieces, options in text.calls
-            ]
-            attended[:, :, text.own], normalizer = found[0] if len(found) == 1 else _together(*found)
-            normalizers.append(normalizer)
-        row[:, text.own.stop :] = 0  # what fills the row up
-        row = row.to(query.dtype)
-        ctx.save_for_backward(query, key, value, row, torch.cat(normalizers, dim=-1))
+    def forward(ctx, query, key, value, spans, mask, scaling, window, kept):
+        found = kept.take() if kept is not None else None
+        row, normalizers = found or _attend(query, key, value, _texts(spans, mask, scaling, window))
+        if kept is not None and any(ctx.needs_input_grad):
+            kept.put(row, normalizers)
+        ctx.save_for_backward(query, key, value, row, normalizers)
         ctx.arguments = (spans, mask, scaling, window)
         return row
 
@@ -105,7 +130,26 @@ class _PairByPair(torch.autograd.Function):
                 by_query[:, :, own] += by_own
                 for target, gradient in zip((by_key, by_value), by_rest, strict=True):
                     _add_to(target, pieces, gradient)
-        return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), None, None, None, None
+        return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), *[None] * 5
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, texts: Iterator[_Text]) -> tuple[Tensor, Tensor]:
+    """The attended values, shape (1, tokens, heads, width), and the normalizers, (1, heads, tokens), float32."""
+    attend = getattr(torch.ops.aten, FORWARD)
+    queries, keys, values = query.float(), key.float(), value.float()
+    row = queries.new_empty(1, query.size(2), query.size(1), query.size(3))
+    attended = row.transpose(1, 2)
+    normalizers, own = [], slice(0, 0)
+    for text in texts:
+        own = text.own
+        found = [
+            attend(queries[:, :, own], _read(keys, pieces), _read(values, pieces), **options)
+            for pieces, options in text.calls
+        ]
+        attended[:, :, own], normalizer = found[0] if len(found) == 1 else _together(*found)
+        normalizers.append(normalizer)
+    row[:, own.stop :] = 0  # what fills the row up
+    return row.to(query.dtype), torch.cat(normalizers, dim=-1)
 
 
 def _texts(spans: Spans, mask: Mask, scaling: float | None, window: int | None) -> Iterator[_Text]:

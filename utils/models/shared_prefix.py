@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from utils.models import cpu_attention
+from utils.models.cpu_attention import Kept
 from utils.models.flex import attend_over_row, make_block_mask
 
 NAME = "shared_prefix"
@@ -38,13 +39,15 @@ class PairLayout:
     """Where each pair's prompt and completions stand in the packed row.
 
     `flex` chooses one FlexAttention call over the row in place of calls for each pair. `filling` tokens that nobody
-    reads end the row. `masks` remembers what layers share.
+    reads end the row. `masks` remembers what layers share; `kept`, what each attended to until the backward pass
+    computes it again (None: it does not).
     """
 
     lengths: tuple[Lengths, ...]
     flex: bool = False
     filling: int = 0
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+    kept: dict[torch.nn.Module, Kept] | None = field(default=None, compare=False)
 
     def spans(self) -> Iterator[tuple[int, Lengths]]:
         """The start of each pair in the row, with its lengths."""
@@ -52,6 +55,10 @@ class PairLayout:
         for lengths in self.lengths:
             yield start, lengths
             start += sum(lengths)
+
+    def kept_of(self, attention: torch.nn.Module) -> Kept | None:
+        """What this layer attended to, where layers are computed again."""
+        return None if self.kept is None else self.kept.setdefault(attention, Kept())
 
     @property
     def tokens(self) -> int:
@@ -118,7 +125,7 @@ class PairLayout:
 
 
 def pack_pairs(
-    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False, multiple: int = 1
+    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False, multiple: int = 1, keeps: bool = False
 ) -> tuple[Tensor, PairLayout]:
     """The packed row of token ids, shape (1, tokens), and its layout.
 
@@ -126,11 +133,13 @@ def pack_pairs(
         pairs: ids of prompt, chosen and rejected of each pair; none may be empty.
         flex: whether to attend with FlexAttention.
         multiple: of what the length of the row shall be; without FlexAttention.
+        keeps: whether what is attended to is kept for layers that are computed again.
     """
     ids = [token for pair in pairs for part in pair for token in part]
     filling = -len(ids) % multiple
     row = torch.tensor([ids + ids[:1] * filling])
-    return row, PairLayout(tuple(tuple(map(len, pair)) for pair in pairs), flex, filling)
+    lengths = tuple(tuple(map(len, pair)) for pair in pairs)
+    return row, PairLayout(lengths, flex, filling, kept={} if keeps else None)
 
 
 def shared_prefix_attention(
@@ -171,7 +180,9 @@ def shared_prefix_attention(
     if softcap is None and s_aux is None and not dropout and cpu_attention.takes(query, key, value):
         added = functools.partial(_added_to_scores, pair_layout, window=sliding_window)
         spans = list(pair_layout.spans())
-        return cpu_attention.attend_pair_by_pair(query, key, value, spans, added, scaling, sliding_window), None
+        kept = pair_layout.kept_of(module)
+        attended = cpu_attention.attend_pair_by_pair(query, key, value, spans, added, scaling, sliding_window, kept)
+        return attended, None
     key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
     attend = functools.partial(_attend_text, pair_layout, **options)

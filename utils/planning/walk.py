@@ -139,7 +139,8 @@ def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_b
     Raises:
         UserError: the model cannot be made from its config, or its code cannot be walked through.
     """
-    batch = tuple(pairs) if way.imitates else PairLayout(tuple(pairs))
+    kept: dict | None = {} if way.checkpointing and not way.on_gpu else None
+    batch = tuple(pairs) if way.imitates else PairLayout(tuple(pairs), kept=kept)
     policy, reference = make_policy(way), make_reference(way) if way.reference == "model" else None
     parameters, trained_names = count_parameters(policy), [n for n, p in policy.named_parameters() if p.requires_grad]
     layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -285,15 +286,12 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, widened):
-        copies = [part.float() for part in (query, key, value)] if widened else []
-        dtype = torch.float32 if widened else query.dtype
-        out = query.new_empty(1, query.size(2), query.size(1), value.size(3), dtype=dtype)
-        normalizer = query.new_empty(query.shape[:3], dtype=torch.float32)
-        out = out.to(query.dtype)
+    def forward(ctx, query, key, value, widened, kept):
+        out, normalizer = (kept and kept.take()) or _attended(query, key, value, widened)
+        if kept is not None and any(ctx.needs_input_grad):
+            kept.put(out, normalizer)
         ctx.save_for_backward(query, key, value, out, normalizer)
         ctx.widened = widened
-        del copies
         return out
 
     @staticmethod
@@ -304,15 +302,26 @@ class _Attention(torch.autograd.Function):
         gradients = [torch.empty_like(part, dtype=dtype) for part in (query, key, value)]
         by_parts = [gradient.to(query.dtype) for gradient in gradients]
         del copies
-        return (*by_parts, None)
+        return (*by_parts, None, None)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, widened: bool) -> tuple[Tensor, Tensor]:
+    copies = [part.float() for part in (query, key, value)] if widened else []
+    dtype = torch.float32 if widened else query.dtype
+    out = query.new_empty(1, query.size(2), query.size(1), value.size(3), dtype=dtype)
+    normalizer = query.new_empty(query.shape[:3], dtype=torch.float32)
+    out = out.to(query.dtype)
+    del copies
+    return out, normalizer
 
 
 def _fused(module, query, key, value, attention_mask, *, pair_layout=None, **_):
-    return _Attention.apply(query, key, value, False), None
+    return _Attention.apply(query, key, value, False, None), None
 
 
 def _pair_by_pair(module, query, key, value, attention_mask, *, pair_layout=None, **_):
-    return _Attention.apply(query, key, value, True), None
+    kept = pair_layout.kept_of(module) if pair_layout is not None else None
+    return _Attention.apply(query, key, value, True, kept), None
 
 
 AttentionInterface.register(ATTENTION[True], _fused)

@@ -29,6 +29,7 @@ class PairCollator(DataCollatorForPreference):
 
     packs = False
     flex = False  # whether packed rows are attended to with FlexAttention
+    keeps = False  # whether layers that are computed again find what they attended to
     max_tokens: int | None = None
     filler: Sequence[dict[str, Any]] = ()  # a pair for a process that has none left in a step
     multiple = 1  # packed rows are filled up to a multiple of so many tokens, within `max_tokens`
@@ -58,7 +59,7 @@ class PairCollator(DataCollatorForPreference):
         ids = [tuple(pair[name] for name in PAIR_IDS) for pair in pairs]
         tokens = sum(len(part) for pair in ids for part in pair)
         fits = self.max_tokens is None or tokens + -tokens % self.multiple <= self.max_tokens
-        row, layout = pack_pairs(ids, self.flex, self.multiple if fits and not self.flex else 1)
+        row, layout = pack_pairs(ids, self.flex, self.multiple if fits and not self.flex else 1, self.keeps)
         return {"input_ids": row, "layout": layout}
 
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:

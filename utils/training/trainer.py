@@ -134,6 +134,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.data_collator.flex = next(self.model.parameters()).device.type == "cuda"  # else it cannot be proven
         if self.args.device.type == "cpu" and self.args.bf16 and not self.aux_loss_enabled:
             self.data_collator.multiple = ROW_MULTIPLE
+        self.data_collator.keeps = self.args.gradient_checkpointing
         mismatch = self._find_mismatch_of_layout(examples)
         if mismatch is not None and self.data_collator.flex:
             self.pair_by_pair = mismatch
@@ -209,7 +210,10 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
             return self.step_within_memory(model, inputs, num_items_in_batch)
 
     def compute_part(self, model, part, num_items_in_batch) -> Tensor:
-        return super().training_step(model, part, num_items_in_batch)
+        loss = super().training_step(model, part, num_items_in_batch)
+        if "layout" in part and part["layout"].kept:
+            part["layout"].kept.clear()  # of layers that were not computed again
+        return loss
 
     def in_step(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Sharded models compute in step: where another process has more micro-batches, the first comes once more,
