@@ -15,6 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from utils.errors import LocalError
+from utils.interruptions import stop_if_asked
 from utils.memory import ran_out_of_memory, release_memory
 from utils.models.head import KeptLogits
 from utils.models.scoring import Comparison, score_tokens
@@ -186,6 +187,7 @@ class PairScoring(RunFolderTrainer):
         rows: dict[int, dict[str, float]] = {}
         with self._attending():
             for indices in self.share_of_batches(self._batches(dataset, limit, most)):
+                stop_if_asked()
                 rows |= self._score_within_memory(indices, score)
         return self.merge_rows(rows)
 
