@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather
 from utils.flags import acts_as
+from utils.interruptions import interrupt_on_signals, stop_if_asked
 from utils.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from utils.paths import read_path
 from utils.processes import tell_launcher
@@ -105,6 +106,7 @@ def data(settings: Settings) -> int:
     from utils.inspection.inspecting import inspect_data
     from utils.inspection.publishing import publish
 
+    stop_if_asked()
     record = inspect_data(settings)
     publish(record, settings.inspection)
     return record["exit_code"]
@@ -116,6 +118,7 @@ def make_pairs(settings: Settings) -> int:
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
+    stop_if_asked()
     make_pairs(settings)
     return 0
 
@@ -126,6 +129,7 @@ def compare(settings: Settings) -> None:
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
+    stop_if_asked()
     compare_models(settings, command_line(settings))
 
 
@@ -138,6 +142,7 @@ def plan(settings: Settings) -> None:
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
+    stop_if_asked()
     run = dataclasses.replace(settings, verb=acts_as(settings.verb))
     (device, dtype), subject = gather(lambda: choose_device(run), lambda: read_subject(run))
     measured = read_measurement(run_training(as_measured(run, subject))) if settings.plan.measure else None
@@ -152,6 +157,7 @@ def merge(settings: Settings) -> None:
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
+    stop_if_asked()
     merge(settings)
 
 
@@ -161,6 +167,7 @@ def chat(settings: Settings) -> int:
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
+    stop_if_asked()
     return chat(settings)
 
 
@@ -170,6 +177,7 @@ def evaluate(settings: Settings) -> None:
     from utils.runtime import quiet_loaded_libraries
 
     quiet_loaded_libraries()
+    stop_if_asked()
     evaluate_model(settings, command_line(settings))
 
 
@@ -222,6 +230,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
 
     learns_pairs = settings.verb == "train"
     quiet_loaded_libraries()
+    stop_if_asked()
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
     join_processes(settings, precision)
@@ -237,12 +246,14 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         check_adapter_flags(settings, source.adapter is not None)
         tokenizer = load_tokenizer(source, settings.model)
         rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS if learns_pairs else SFT_COLUMNS)
+    stop_if_asked()
     describe_data(data, rows)
     resume_from = choose_checkpoint(folder, settings)
     continuation = check_continuation(folder, resume_from, data, rows, source, settings, precision)
 
     policy = load_policy(source, settings, precision)
     reference = build_reference(source, settings, precision) if learns_pairs else None
+    stop_if_asked()
     if folder is not None:
         prepare_trackers(settings, folder)
     with tempfile.TemporaryDirectory() as nowhere:
@@ -285,5 +296,5 @@ VERBS: dict[str, Callable[[Settings], int | None]] = {
 }
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be terminated is to be interrupted
+    interrupt_on_signals()
     sys.exit(main())

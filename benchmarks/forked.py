@@ -120,7 +120,9 @@ def _run(arguments: Sequence[object], output: Path, environment: dict[str, str],
         number = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(number, 1)
         os.dup2(number, 2)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from utils.interruptions import interrupt_on_signals
+
+        interrupt_on_signals()
         if before is not None:
             before()
         import advanced_dpo_script

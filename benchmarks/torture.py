@@ -39,10 +39,6 @@ TIMING = {"tokens_per_second", "peak_memory_bytes"}
 STEPS = 18
 MOST_STOPS = 9  # of one run
 ENDED = "it had ended"
-# A signal that met Python in a finalizer or a callback, whose exceptions it prints and drops; the run then goes on.
-SWALLOWED = re.compile(
-    r"Exception ignored in.*\nTraceback \(most recent call last\):\n(?: .*\n)*KeyboardInterrupt.*\n?"
-)
 COMMON = ["--per_device_train_batch_size", 2, "--max_steps", STEPS, "--dtype", "float32",
           "--save_total_limit", 2, "--max_length", 64]  # fmt: skip
 # Names of ways to train -> flags. Between them: every file that a checkpoint may hold, dropout, an early stop.
@@ -165,7 +161,6 @@ def _stop(torture: Torture, started: Started, folder: Path, moment: str, of: tup
     allowed = {0, -signal.SIGKILL, 130, -signal.SIGTERM, -signal.SIGINT} | ({1} if processes > 1 else set())
     if not set(codes) <= allowed | {None}:
         torture.fail(f"{folder.name}: exit codes {codes} while {doing}", said)
-    said = SWALLOWED.sub("", said)
     if processes == 1 and "Traceback" in said:
         torture.fail(f"{folder.name}: a traceback while {doing}", said[max(0, said.index("Traceback") - 500) :][:3000])
     if not ran:

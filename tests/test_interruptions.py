@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_metrics, read_record
+from conftest import ROOT, read_metrics, read_record
 from safetensors.torch import load_file
 
 from utils.errors import ProcessLost
@@ -106,6 +106,71 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monk
     if step not in (4, 8, 12):
         shutil.rmtree(tmp_path / "part" / f"checkpoint-{step}")
     assert_same_run(whole, tmp_path / "part")
+
+
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+
+
+@pytest.fixture
+def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
+    """Runs the script in `part`, asked to stop where Python drops what is raised: (place) -> the process that ended."""
+
+    def go(place: str) -> subprocess.CompletedProcess[str]:
+        arguments = [place, *flags(tiny_model, pairs_file, tmp_path / "part"), "--precompute_ref_log_probs"]
+        command = [sys.executable, "tests/dropped_signal.py", *map(str, arguments)]
+        own = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}  # where no scores lie
+        return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120, check=False)
+
+    return go
+
+
+@needs_signals
+@pytest.mark.parametrize(
+    ("place", "next_said"),
+    [
+        ("peft", "data:"),
+        slow("utils.models.loading.load_tokenizer", "data:"),
+        slow("utils.models.loading.build_reference", "scoring"),
+        slow("utils.training.reference.ReferenceAhead.score_reference", "model:"),
+        ("utils.training.running.attach_trackers", "held out before"),
+    ],
+)
+def test_a_stop_that_python_drops_while_the_run_starts_ends_it(run_with_dropped_signal, tmp_path, place, next_said):
+    done = run_with_dropped_signal(place)
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert done.stdout.endswith("interrupted; nothing was lost that had been saved before\n")
+    assert next_said not in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "part").exists()
+
+
+@needs_signals
+def test_a_stop_that_python_drops_while_the_run_finishes_ends_it(run_with_dropped_signal, tmp_path):
+    done = run_with_dropped_signal("utils.training.finishing.evaluate_last")
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "interrupted at step 12, its state is saved; to go on:" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert read_record(tmp_path / "part")["status"] == "interrupted"
+    assert not (tmp_path / "part" / "model.safetensors").exists()
+
+
+def test_signals_are_noted_and_nothing_else_is_silenced():
+    code = """
+import signal
+from utils.interruptions import interrupt_on_signals
+class Failing:
+    def __del__(self):
+        raise KeyboardInterrupt if interrupting else ValueError("of a finalizer")
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+interrupt_on_signals()
+assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a shell's background"
+for interrupting in (False, True):  # the interruption is no signal's
+    Failing()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ValueError: of a finalizer" in done.stderr
+    assert "KeyboardInterrupt" in done.stderr
 
 
 def test_what_was_counted_since_the_last_line_goes_to_the_processes_that_go_on(tmp_path):

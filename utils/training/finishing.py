@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from utils.interruptions import stop_if_asked
 from utils.runtime import readable_seconds, say
 from utils.saving import EXAMPLES, PAIRS, REPORT, write_json_lines
 from utils.tracking import say_how_to_upload
@@ -32,6 +33,7 @@ def _finish(run: Run) -> None:
     metrics = {"train": training_metrics(trainer.state.log_history)}
     if trainer.eval_dataset is not None:
         metrics["held_out"] = evaluate_last(run)
+    stop_if_asked()
     if run.folder is None:
         say("dry run: every stage works; nothing was saved")
         return

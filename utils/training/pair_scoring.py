@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from utils.errors import LocalError
+from utils.interruptions import stop_if_asked
 from utils.memory import ran_out_of_memory, release_memory
 from utils.models.head import KeptLogits
 from utils.models.scoring import Comparison, score_tokens
@@ -183,6 +184,7 @@ class PairScoring(RunFolderTrainer):
         rows: dict[int, dict[str, float]] = {}
         with self._attending():
             for indices in self.share_of_batches(self._batches(dataset, limit, most)):
+                stop_if_asked()
                 rows |= self._score_within_memory(indices, score)
         return self.merge_rows(rows)
 

@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from utils.checkpoints import checkpoint_step, find_checkpoints
 from utils.data.loading import PreferenceData
 from utils.errors import Interrupted, ProcessLost, UserError
+from utils.interruptions import stop_if_asked
 from utils.models.head import MARK
 from utils.models.loading import Reference
 from utils.models.scoring import output_head
@@ -64,6 +65,7 @@ class Run:
             StopInGoodOrder(self.watcher),
             refusals_explained(self.settings, lambda: self.watcher.begun),
         ):
+            stop_if_asked()  # before; from here on signals are the watcher's
             self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
         if self.watcher.interrupted:
             self.end("interrupted")
