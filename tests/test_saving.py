@@ -336,6 +336,21 @@ def test_fresh_and_empty_folders_are_fine(resume, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_in_its_first_write_leaves_a_folder_to_begin_in(
+    resume, run_script, tiny_model, pairs_file, tmp_path
+):
+    for name in (".run.json.4711.tmp", ".run.lock.4711.tmp"):
+        (tmp_path / name).write_text('{"sta')
+    check(tmp_path, resume=resume)
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 1)
+    resuming = ("--resume_from_checkpoint", "auto") if resume else ()
+    code, _, err = run_script(*flags, *resuming, "--output_dir", tmp_path)
+    assert code == 0, err
+    assert read_record(tmp_path)["status"] == "finished"
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
 def test_folder_with_other_files_is_refused(resume, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     (fault,) = faults(tmp_path, resume=resume)

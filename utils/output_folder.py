@@ -90,8 +90,10 @@ def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bo
 
 
 def _content(folder: Path) -> list[Path]:
-    """What lies in a folder, the lock of a run left out: of a run that is beginning, or was killed as it began."""
-    return [path for path in folder.iterdir() if not re.fullmatch(rf"{LOCK}|\.{LOCK}\.\d+\.tmp", path.name)]
+    """What lies in a folder, without what a run that is beginning, or was killed as it began, has there: its lock, and
+    the lock or the record half written."""
+    begun = re.compile(rf"{LOCK}|\.({LOCK}|{RECORD})\.\d+\.tmp")
+    return [path for path in folder.iterdir() if not begun.fullmatch(path.name)]
 
 
 def check_writable(output_dir: Path) -> None:
