@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.models import cpu_attention, proving, shared_prefix
-from utils.models.flex import make_block_mask
 from utils.models.last_layer import leave_out_prompts
 from utils.models.loading import turn_off_dropout
 from utils.models.proving import Trial, find_gradient_mismatch, find_mismatch
@@ -232,39 +231,6 @@ def test_long_texts_without_a_kernel_are_attended_to_in_blocks(name, monkeypatch
     test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, False, 1)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@torch.no_grad()
-def test_log_probs_by_flex_attention_are_the_same(name):
-    """On a CPU it has no backward pass; there its rules are what can be tested."""
-    model, pairs = build(name), random_pairs()
-    with shared_prefix_active(model):
-        scores = score_tokens(model, packed(pairs, flex=True))
-    for one, row, mask in zip(one_by_one(model, pairs), scores.log_probs, scores.mask, strict=True):
-        assert torch.allclose(one, row[mask.bool()], atol=5e-6)
-
-
-@pytest.mark.parametrize("window", [None, 50, 300])
-def test_blocks_that_a_mask_leaves_out_hold_nothing(window):
-    """The block mask against the rule itself, over rows of several blocks."""
-    draw = random.Random(1)
-    lengths = tuple(tuple(draw.randint(1, 120) for _ in range(3)) for _ in range(9))
-    layout = shared_prefix.PairLayout(lengths)
-    pair, part = layout.pair_and_part()
-    position = layout.position_ids()[0]
-    mask = make_block_mask(pair, part, position, window, torch.device("cpu"))
-    index = torch.arange(layout.tokens)
-    by_rule = mask.mask_mod(0, 0, index[:, None], index[None, :])
-    for start, (prompt, chosen, rejected) in layout.spans():
-        inside = by_rule[start : start + prompt + chosen + rejected]
-        assert not inside[:, :start].any()
-        assert not inside[prompt + chosen :, start + prompt : start + prompt + chosen].any()
-        if window is None:
-            assert inside[-1].sum() == prompt + rejected
-            assert inside[prompt + chosen - 1].sum() == prompt + chosen
-    occupied = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
-    assert not (by_rule & ~occupied[: layout.tokens, : layout.tokens]).any()
-
-
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gemma2"])
 def test_no_dropout_is_left_on(name):
     model, pairs = build(name, attention_dropout=0.5), random_pairs()
@@ -282,7 +248,11 @@ def test_the_layout_by_hand():
     # chosen: 3 after 2; 7 after 6, 8 after 7. rejected: 4 after 2, 5 after 4; 9 after 6
     assert row[0, layout.predictors()].tolist() == [2, 6, 7, 2, 4, 6]
     assert row[0, layout.targets()].tolist() == [3, 7, 8, 4, 5, 9]
-    assert layout.completion_mask().tolist() == [[True, False], [True, True], [True, True], [True, False]]
+    tables = layout.tables(torch.device("cpu"))
+    assert tables.lengths.tolist() == [1, 2, 2, 1]
+    # in a matrix of [3, .], [7, 8], [4, 5], [9, .]
+    assert tables.places.tolist() == [0, 2, 3, 4, 5, 6]
+    assert row[0, tables.targets[tables.ends]].tolist() == [3, 8, 5, 9]
     assert (layout.tokens, layout.tokens_padded) == (9, 16)
 
 

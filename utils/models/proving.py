@@ -153,7 +153,7 @@ def find_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch, trial: T
         if ran_out_of_memory(error):
             raise
         # Whatever a model's own code makes of a layout it does not know, the padded batches remain.
-        return f"its attention does not take the layout ({type(error).__name__})"
+        return f"its attention does not take the layout ({_named(error)})"
     return fault and f"{fault} from those of plain rows"
 
 
@@ -206,7 +206,7 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        return f"its backward pass does not take the layout ({type(error).__name__})"
+        return f"its backward pass does not take the layout ({_named(error)})"
     finally:
         _forget_gradients(model)
     share = _apart(plain, shared)
@@ -233,6 +233,12 @@ def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> b
     finally:
         _forget_gradients(model)
     return all(name in given for name in trained)
+
+
+def _named(error: Exception) -> str:
+    """An error in a phrase: its kind, and how its message begins."""
+    first = str(error).strip().split("\n", 1)[0]
+    return f"{type(error).__name__}: {first:.160}" if first else type(error).__name__
 
 
 def _log_probs(model: torch.nn.Module, batch: Batch) -> Tensor:

@@ -72,7 +72,7 @@ def score_tokens(
         comparison: also keep the logits, or also give `divergence` from another model's.
     """
     read = _read_packed if "layout" in batch else _read_padded
-    inputs, mask, labels, last_ids, select = read(batch)
+    inputs, mask, places, labels, last_ids, select = read(batch)
     options: dict[str, Any] = {"output_router_logits": True} if with_auxiliary else {}
     asked = {"with_right": with_right, "with_squares": with_squares}
     head = output_head(model)
@@ -92,12 +92,12 @@ def score_tokens(
         scores.log_probs = scores.log_probs + 0.0 * outputs.logits.view(-1).float()
     return TokenScores(
         mask=mask.long(),
-        log_probs=_spread(scores.log_probs, mask),
-        right=_spread(scores.right, mask) if with_right else None,
-        log_sum_sq_probs=_spread(scores.log_sum_sq_probs, mask) if with_squares else None,
+        log_probs=_spread(scores.log_probs, places, mask),
+        right=_spread(scores.right, places, mask) if with_right else None,
+        log_sum_sq_probs=_spread(scores.log_sum_sq_probs, places, mask) if with_squares else None,
         last_ids=last_ids,
         auxiliary=outputs.aux_loss if with_auxiliary else None,
-        divergence=_spread(scores.divergence, mask) if scores.divergence is not None else None,
+        divergence=_spread(scores.divergence, places, mask) if scores.divergence is not None else None,
         logits=scores.logits,
     )
 
@@ -134,11 +134,12 @@ class LogProbsOf(torch.autograd.Function):
         return gradient.scatter_add_(1, labels.unsqueeze(1), grad.unsqueeze(1)), None
 
 
-Read = tuple[dict[str, Any], Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]
+Read = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
 def _read_padded(batch: Batch) -> Read:
-    """Inputs of the model, mask, labels and last ids, and what of the hidden states the head shall see."""
+    """Inputs of the model; mask of completion tokens, and their places in it; labels and last ids; and what of the
+    hidden states the head shall see."""
     ids, attended = batch["input_ids"], batch["attention_mask"]
     mask = batch["completion_mask"][:, 1:].bool()
     rows, before = batch[PLACES] if PLACES in batch else mask.nonzero(as_tuple=True)
@@ -149,23 +150,28 @@ def _read_padded(batch: Batch) -> Read:
         return hidden[rows.to(hidden.device), before.to(hidden.device) + in_front]
 
     last_ids = ids.gather(1, attended.sum(dim=1, keepdim=True) - 1).squeeze(1)
-    return {"input_ids": ids, "attention_mask": attended}, mask, ids[rows, before + 1], last_ids, select
+    places = rows * mask.size(1) + before
+    return {"input_ids": ids, "attention_mask": attended}, mask, places, ids[rows, before + 1], last_ids, select
 
 
 def _read_packed(batch: Batch) -> Read:
     """The same for pairs in one row; the order of the tokens is the layout's, chosen completions first."""
     ids, layout = batch["input_ids"], batch["layout"]
-    device = ids.device
-    mask, predictors = layout.completion_mask().to(device), layout.predictors().to(device)
-    labels = ids[0, layout.targets().to(device)]
-    last_ids = labels[layout.completion_lengths().cumsum(0).to(device) - 1]
-    inputs = {"input_ids": ids, "position_ids": layout.position_ids().to(device), "pair_layout": layout}
-    return inputs, mask, labels, last_ids, lambda hidden: hidden[0, predictors.to(hidden.device)]
+    tables = layout.tables(ids.device)
+    mask = torch.arange(layout.longest_completion, device=ids.device) < tables.lengths.unsqueeze(1)
+    labels = ids[0].index_select(0, tables.targets)
+    inputs = {"input_ids": ids, "position_ids": tables.positions, "pair_layout": layout}
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[0].index_select(0, tables.predictors.to(hidden.device))
+
+    return inputs, mask, tables.places, labels, labels.index_select(0, tables.ends), select
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """The values of the masked positions, in the shape of the mask, zero elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+def _spread(values: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+    """The values at their places in the mask, counted row by row, zero elsewhere. Not by the mask itself, whose sum a
+    GPU would have to be waited for."""
+    return values.new_zeros(mask.numel()).index_copy(0, places.to(values.device), values).view(mask.shape)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from utils.models import cpu_attention
 from utils.models.cpu_attention import Kept
 from utils.models.flex import attend_over_row, make_block_mask
+from utils.models.tables import RowTables, send
 
 NAME = "shared_prefix"
 READ_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are slower at other lengths
@@ -78,12 +79,6 @@ class PairLayout:
             parts += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
         return torch.cat([*parts, torch.zeros(self.filling, dtype=torch.long)]).unsqueeze(0)
 
-    def pair_and_part(self) -> tuple[Tensor, Tensor]:
-        """Of each token the number of its pair, and 0 in a prompt, 1 in a chosen, 2 in a rejected completion."""
-        sizes, tokens = torch.tensor(self.lengths), self.tokens - self.filling
-        pairs = torch.arange(len(sizes)).repeat_interleave(sizes.sum(dim=1), output_size=tokens)
-        return pairs, torch.arange(3).repeat(len(sizes)).repeat_interleave(sizes.flatten(), output_size=tokens)
-
     def predictors(self) -> Tensor:
         """Row index of the token that predicts each completion token, chosen completions of all pairs first."""
         chosen_parts, rejected_parts = [], []
@@ -111,32 +106,42 @@ class PairLayout:
                 begin = start + prompt
                 read[begin - 1 : begin + chosen - 1] = read[begin + chosen : begin + chosen + rejected - 1] = True
             read[np.flatnonzero(~read)[: -int(read.sum()) % READ_MULTIPLE]] = True
-            self.masks["read", device] = torch.tensor(np.flatnonzero(read), device=device)
+            self.masks["read", device] = send([torch.from_numpy(np.flatnonzero(read))], torch.device(device))[0]
         return self.masks["read", device]
 
     def completion_lengths(self) -> Tensor:
         """Tokens of each completion, shape (2 x pairs,), chosen first."""
         return torch.tensor([pair[1] for pair in self.lengths] + [pair[2] for pair in self.lengths])
 
-    def completion_mask(self) -> Tensor:
-        """Which places of a (2 x pairs, longest completion) matrix hold a token, chosen completions first."""
-        longest = max(max(chosen, rejected) for _, chosen, rejected in self.lengths)
-        return torch.arange(longest) < self.completion_lengths().unsqueeze(1)
+    @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion."""
+        return max(max(chosen, rejected) for _, chosen, rejected in self.lengths)
+
+    def tables(self, device: torch.device) -> RowTables:
+        """Where the tokens stand, on a device; made once for each."""
+        if ("tables", device) not in self.masks:
+            longest = self.longest_completion
+            completions = [pair[side] for side in (1, 2) for pair in self.lengths]
+            places = [torch.arange(row * longest, row * longest + size) for row, size in enumerate(completions)]
+            lengths = self.completion_lengths()
+            own = [self.predictors(), self.targets(), torch.cat(places), lengths.cumsum(0) - 1, lengths]
+            self.masks["tables", device] = RowTables(*send([self.position_ids(), *own], device))
+        return self.masks["tables", device]
 
 
 def pack_pairs(
-    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False, multiple: int = 1, keeps: bool = False
+    pairs: Sequence[tuple[list[int], list[int], list[int]]], flex: bool = False, filling: int = 0, keeps: bool = False
 ) -> tuple[Tensor, PairLayout]:
     """The packed row of token ids, shape (1, tokens), and its layout.
 
     Args:
         pairs: ids of prompt, chosen and rejected of each pair; none may be empty.
         flex: whether to attend with FlexAttention.
-        multiple: of what the length of the row shall be; without FlexAttention.
+        filling: tokens that nobody reads, at the end of the row.
         keeps: whether what is attended to is kept for layers that are computed again.
     """
     ids = [token for pair in pairs for part in pair for token in part]
-    filling = -len(ids) % multiple
     row = torch.tensor([ids + ids[:1] * filling])
     lengths = tuple(tuple(map(len, pair)) for pair in pairs)
     return row, PairLayout(lengths, flex, filling, kept={} if keeps else None)
@@ -172,8 +177,8 @@ def shared_prefix_attention(
         raise ValueError("the shared-prefix attention needs the layout of the packed row")
     if pair_layout.flex and not dropout:
         if ("flex", sliding_window) not in pair_layout.masks:
-            tokens = (*pair_layout.pair_and_part(), pair_layout.position_ids()[0])
-            pair_layout.masks["flex", sliding_window] = make_block_mask(*tokens, sliding_window, query.device)
+            mask = make_block_mask(pair_layout.lengths, pair_layout.filling, sliding_window, query.device)
+            pair_layout.masks["flex", sliding_window] = mask
         mask = pair_layout.masks["flex", sliding_window]
         attended = attend_over_row(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=s_aux)
         return attended.transpose(1, 2), None
@@ -226,8 +231,8 @@ def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int
     name = ("added", prompt, chosen, rejected, window)
     if name in layout.masks:
         return layout.masks[name]
-    pair = PairLayout(((prompt, chosen, rejected),))
-    part, position = pair.pair_and_part()[1], pair.position_ids()[0]
+    part = torch.cat([torch.full((size,), number) for number, size in enumerate((prompt, chosen, rejected))])
+    position = PairLayout(((prompt, chosen, rejected),)).position_ids()[0]
     seen = ((part == 0) | (part == part.unsqueeze(1))) & (position <= position.unsqueeze(1))
     if window is not None:
         seen &= position.unsqueeze(1) - position < window

@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from utils.data.lengths import count_row_tokens, read_numbers
 from utils.data.tokenizing import LENGTH
+from utils.models.flex import fewest_filling, filling_of
 from utils.models.shared_prefix import pack_pairs
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -58,8 +59,10 @@ class PairCollator(DataCollatorForPreference):
         """The pairs in one row of tokens."""
         ids = [tuple(pair[name] for name in PAIR_IDS) for pair in pairs]
         tokens = sum(len(part) for pair in ids for part in pair)
-        fits = self.max_tokens is None or tokens + -tokens % self.multiple <= self.max_tokens
-        row, layout = pack_pairs(ids, self.flex, self.multiple if fits and not self.flex else 1, self.keeps)
+        filling = filling_of(tokens) if self.flex else -tokens % self.multiple
+        if self.max_tokens is not None and tokens + filling > self.max_tokens:
+            filling = fewest_filling(tokens) if self.flex else 0
+        row, layout = pack_pairs(ids, self.flex, filling, self.keeps)
         return {"input_ids": row, "layout": layout}
 
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:

@@ -76,6 +76,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         # A loss that is not finite must be seen, not replaced; and looking for it would wait for the GPU every step.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": precision.device.type == "cuda",
+        "accelerator_config": {"non_blocking": precision.device.type == "cuda"},  # batches are not waited for
         "remove_unused_columns": True,
         "ddp_timeout": PATIENCE,
     }

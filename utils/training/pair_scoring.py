@@ -68,6 +68,7 @@ class PairScoring(RunFolderTrainer):
     """The part of the preference trainer that scores pairs, in the layout that its collator makes."""
 
     _most_scored: int | None = None  # pairs at once, since memory ran out
+    _columns: Tensor | None = None  # in an evaluation, the reference's head on the device
     kept_reference: Mapping[tuple[int, ...], KeptLogits] = {}  # of batches of held-out pairs, where it is scored ahead
 
     def models(self) -> list[torch.nn.Module]:
@@ -102,7 +103,8 @@ class PairScoring(RunFolderTrainer):
             # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
             aligned = (scores.log_probs - scores.log_sum_sq_probs).detach().sum(dim=1)
             weight = torch.exp(aligned / length)
-        ended = torch.isin(scores.last_ids, self.end_ids.to(scores.last_ids.device))
+        self.end_ids = self.end_ids.to(scores.last_ids.device)  # and there they stay
+        ended = torch.isin(scores.last_ids, self.end_ids)
         return CompletionLogProbs(
             summed=sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha),
             mean_negative=-scores.log_probs.sum(dim=1) / length,
@@ -166,6 +168,7 @@ class PairScoring(RunFolderTrainer):
     def measure_held_out(self) -> dict[str, float]:
         """Means over the held-out pairs; the pairs themselves stay in `held_out_rows`."""
         self.held_out_rows = self.score_dataset(self.eval_dataset)
+        self._columns = None
         return summarise(self.held_out_rows)
 
     def score_dataset(self, dataset: Dataset) -> list[dict[str, float | None]]:
@@ -265,12 +268,18 @@ class PairScoring(RunFolderTrainer):
         """The pairs with these indices, on the device."""
         return self._prepare_inputs(self.data_collator.whole([dataset[index] for index in indices]))
 
+    def _on_device(self, logits: KeptLogits) -> KeptLogits:
+        """What is kept of the reference for a batch; the head's weight, of all batches the same, is moved once."""
+        moved = logits.at(self.args.device, self._columns)
+        self._columns = moved.columns
+        return moved
+
     def _score_batch(self, model, dataset: Dataset, indices: list[int]) -> dict[int, dict[str, float | None]]:
         """Metrics of the pairs with these indices; what does not apply to a pair is None."""
         inputs = self._batch(dataset, indices)
         if REFERENCE_COLUMNS[0] in inputs:
             reference, logits = self.score_reference(inputs), self.kept_reference.get(tuple(indices))
-            logits = logits and logits.at(self.args.device)
+            logits = logits and self._on_device(logits)
         else:
             reference, logits = self.compute_reference(inputs, keep=True)
         policy = self.score_completions(model, inputs, reference=logits)

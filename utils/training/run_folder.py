@@ -132,7 +132,7 @@ class RunFolderTrainer(SparingSteps, WholeCheckpoints):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The items of this optimizer step, over all its micro-batches and processes; asked for as it begins."""
         self._before_step = self._tr_loss.clone(), dict(self._sums)
-        count = torch.as_tensor(sum(map(self.count_items, batch_samples)), device=device)
+        count = _made_on(device, sum(map(self.count_items, batch_samples)))
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def share_of_step(self, num_items_in_batch: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class RunFolderTrainer(SparingSteps, WholeCheckpoints):
 
     def add_to_log(self, sums: dict[str, Tensor], count: int | Tensor) -> None:
         """Adds a micro-batch to the sums that the next log line divides by its items. Stays on the device."""
-        for name, value in (sums | {self.counted: torch.as_tensor(count).float()}).items():
+        for name, value in (sums | {self.counted: _made_on(self.args.device, count).float()}).items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().to(self.args.device)
 
     def note_rows(self, batch: Mapping[str, Any], losses: Tensor) -> None:
@@ -173,11 +173,12 @@ class RunFolderTrainer(SparingSteps, WholeCheckpoints):
     def _find_faults(self, parts: list[tuple[list[int], Tensor]], norm: Any) -> tuple[bool, bool]:
         """Whether any row's loss, and whether the gradient, is not finite; the same in all processes."""
         finite = [torch.isfinite(losses).all() for _, losses in parts]
-        finite.append(torch.tensor(True, device=self.args.device))  # a process may have had no rows of its own
+        # A process may have had no rows of its own.
+        finite.append(torch.ones((), dtype=torch.bool, device=self.args.device))
         bad = (~torch.stack(finite)).any().float()
         if self.args.world_size > 1:
             bad = self.accelerator.reduce(bad, "sum")
-        # One look per optimizer step waits for a GPU no more than the copies of the batch to it do.
+        # The one wait for a GPU in an optimizer step, at its end.
         return bool(bad), norm is not None and not math.isfinite(norm)
 
     def _leave_out(self, model: torch.nn.Module) -> None:
@@ -342,3 +343,10 @@ class RunFolderTrainer(SparingSteps, WholeCheckpoints):
         if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
             with restoring(Path(checkpoint), name):
                 set_random_state(load_state(Path(checkpoint), name))
+
+
+def _made_on(device: torch.device, count: int | Tensor) -> Tensor:
+    """A number on a device: made there, since one that is copied there is waited for."""
+    if isinstance(count, Tensor):
+        return count.to(device)
+    return torch.full((), count, dtype=torch.int64, device=device)

@@ -1,0 +1,147 @@
+"""FlexAttention over the packed row: its rules, and that it is compiled a few times for all rows and layers.
+
+On a CPU it has no compiled backward pass; there it is traced, as for a GPU, and computed the plain way.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_engine import ARCHITECTURES, build, gradients, one_by_one, packed, random_pairs
+from torch._dynamo.utils import counters
+
+from utils.models import flex
+from utils.models.flex import BLOCK, make_block_mask
+from utils.models.scoring import score_tokens
+from utils.models.shared_prefix import shared_prefix_active
+from utils.models.tables import send
+
+CPU = torch.device("cpu")
+
+
+def sees(lengths, window) -> torch.Tensor:
+    """Which token of a row sees which, one by one."""
+    tokens = []  # pair, part, position
+    for pair, (prompt, chosen, rejected) in enumerate(lengths):
+        tokens += [(pair, 0, i) for i in range(prompt)]
+        tokens += [(pair, part, prompt + i) for part, size in ((1, chosen), (2, rejected)) for i in range(size)]
+    rule = [
+        [
+            pair == other and seen in (0, part) and 0 <= position - before < (window or 10**6)
+            for other, seen, before in tokens
+        ]
+        for pair, part, position in tokens
+    ]
+    return torch.tensor(rule)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, 300])
+def test_the_mask_holds_what_tokens_see_and_its_blocks_little_else(window):
+    draw = random.Random(1)
+    lengths = tuple(tuple(draw.randint(1, 120) for _ in range(3)) for _ in range(6))
+    filling = flex.filling_of(sum(map(sum, lengths)))
+    mask, expected = make_block_mask(lengths, filling, window, CPU), sees(lengths, window)
+    index = torch.arange(sum(map(sum, lengths)) + filling)
+    by_rule = mask.mask_mod(0, 0, index[:, None], index[None, :])
+    assert torch.equal(by_rule[: len(expected), : len(expected)], expected)
+    filled = by_rule[len(expected) :]
+    assert torch.equal(filled, torch.eye(len(index), dtype=torch.bool)[len(expected) :])  # each sees itself
+    blocks = len(index) // BLOCK
+    held = by_rule.view(blocks, BLOCK, blocks, BLOCK).any(dim=3).any(dim=1)
+    named = mask.to_dense()[0, 0].bool()
+    assert not (held & ~named).any()
+    # A block of queries reads from the first key that one of them sees on.
+    first = held.int().argmax(dim=1)
+    assert torch.equal(
+        named, torch.stack([(torch.arange(blocks) >= f) & (torch.arange(blocks) <= i) for i, f in enumerate(first)])
+    )
+
+
+def test_rows_have_whole_blocks_and_never_one():
+    for tokens in (3, 100, 127, 128, 129, 256, 300, 1000):
+        filled = tokens + flex.filling_of(tokens)
+        assert filled % BLOCK == 0
+        assert filled >= 2 * BLOCK
+        assert filled - tokens < max(BLOCK, 2 * BLOCK - tokens + 1)
+        assert tokens + flex.fewest_filling(tokens) > BLOCK
+    assert packed(random_pairs(), flex=True)["input_ids"].shape == (1, 2 * BLOCK)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_log_probs_by_flex_attention_are_the_same(name):
+    model, pairs = build(name), random_pairs()
+    with shared_prefix_active(model):
+        scores = score_tokens(model, packed(pairs, flex=True))
+    for one, row, mask in zip(one_by_one(model, pairs), scores.log_probs, scores.mask, strict=True):
+        assert torch.allclose(one, row[mask.bool()], atol=5e-6)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """FlexAttention as it is compiled for a GPU, as far as that goes here: traced, its backward pass too."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_, **__: None)
+    torch._dynamo.reset()
+    counters.clear()
+    kernel = flex.compile_kernel(backend="aot_eager")
+    monkeypatch.setattr(flex, "_kernel", lambda _compiled: kernel)
+    yield counters
+    torch._dynamo.reset()
+
+
+def rows_of_many_sizes() -> list:
+    """Pairs in rows of 2 to 9 blocks, of 1 to 8 pairs."""
+    draw = random.Random(2)
+    batches = []
+    for count in (1, 3, 1, 8, 2, 5, 8, 4):
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        batches.append(
+            [{n: [draw.randrange(3, 97) for _ in range(draw.randint(1, 60))] for n in names} for _ in range(count)]
+        )
+    return batches
+
+
+# Windows beside full attention, soft-capping, sinks, and what of the two is in a model.
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_few_kernels_serve_all_rows_and_layers(name, precision, traced):
+    model = build(name)
+    for pairs in rows_of_many_sizes():
+        batch = packed(pairs, flex=True)
+        with shared_prefix_active(model), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            with torch.no_grad():
+                score_tokens(model, batch)
+            score_tokens(model, batch).log_probs.sum().backward()
+    assert 1 <= traced["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_gradients_of_the_traced_kernel_are_those_of_one_text_at_a_time(name, traced):
+    model, pairs = build(name), random_pairs()
+    expected = gradients(model, one_by_one(model, pairs))
+    with shared_prefix_active(model):
+        scores = score_tokens(model, packed(pairs, flex=True))
+        found = gradients(model, [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)])
+    norm = sum(g.double().pow(2).sum() for g in expected.values()).sqrt()
+    assert sum((g - found[n]).double().pow(2).sum() for n, g in expected.items()).sqrt() / norm < 1e-5
+    assert traced["stats"]["unique_graphs"] >= 1
+
+
+def test_where_torch_would_give_up_compiling_it_says_so(traced, monkeypatch):
+    """Instead of computing in memory that grows with the square of the tokens, without a word."""
+    model, batch = build("llama"), packed(random_pairs(), flex=True)
+    with shared_prefix_active(model):
+        score_tokens(model, batch).log_probs.sum().backward()
+        monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+        with torch.no_grad(), pytest.raises(Exception, match="fullgraph"):
+            score_tokens(model, batch)
+
+
+def test_tables_arrive_as_they_were_sent():
+    tensors = [torch.arange(5), torch.arange(21).view(3, 7), torch.arange(0)]
+    for device in ("cpu", "meta"):
+        for sent, tensor in zip(send(tensors, torch.device(device)), tensors, strict=True):
+            assert (sent.shape, sent.dtype, sent.device.type) == (tensor.shape, tensor.dtype, device)
+            assert device == "meta" or torch.equal(sent, tensor)
