@@ -10,10 +10,13 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 from conftest import make_pairs, read_record, write_lines
+
+from utils.tracking import say_how_to_upload
 
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3, "--max_steps", 6,
          "--save_steps", 2, "--eval_steps", 3]  # fmt: skip
@@ -86,6 +89,16 @@ def test_a_resumed_run_continues_its_wandb_record(resumed):
     assert before[4]["train/loss"] == after[4]["train/loss"]
     folders = " ".join(str(path.parent) for path in parts)
     assert f"wandb sync {folders}" in (resumed.parent / "out.txt").read_text()
+
+
+def test_parts_that_begin_in_one_second_are_all_uploaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = ("offline-run-20260101_000000-abc", "offline-run-20260101_000000-abc-1", "offline-run-20260101_000000-abcd")
+    for name in names:
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    say_how_to_upload(SimpleNamespace(run=SimpleNamespace(use_wandb=True)), tmp_path, "abc")
+    said = capsys.readouterr().out.split()
+    assert [Path(word).name for word in said if "offline-run" in word] == list(names[:2])
 
 
 def test_time_and_cost_are_those_of_all_parts(resumed):

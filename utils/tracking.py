@@ -64,7 +64,8 @@ def say_how_to_upload(settings: Settings, folder: Path, run_id: str | None) -> N
     """Prints the one command that uploads a run that W&B recorded offline, all its parts in order."""
     if not settings.run.use_wandb or os.environ.get("WANDB_MODE") != "offline":
         return
-    runs = sorted((folder / "wandb").glob(f"offline-run-*-{run_id}"))
+    # Parts that begin in the same second get a number behind.
+    runs = sorted(path for end in ("", "-[0-9]*") for path in (folder / "wandb").glob(f"offline-run-*-{run_id}{end}"))
     if runs:
         say(f"W&B: to upload the run later: {shlex.join(['wandb', 'sync', *map(str, runs)])}")
 
