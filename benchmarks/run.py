@@ -263,6 +263,8 @@ def save_model(folder: Path, shape: str) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 def useful_flops(pairs: list[tuple[int, int, int]], model: Path, lora: bool, epochs: int = 1) -> float:

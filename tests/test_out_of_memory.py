@@ -129,6 +129,34 @@ def test_a_micro_batch_that_does_not_fit_is_computed_in_parts(train, monkeypatch
         assert a["tokens_computed"] == b["tokens_computed"], "what was thrown away is not counted"
 
 
+def test_rows_that_are_filled_up_are_divided_to_the_last_pair(
+    run_script, tiny_model, pairs_file, tmp_path, monkeypatch
+):
+    """What fills a row up stays as its pairs get fewer: to halve it with them would divide nothing, for ever."""
+    monkeypatch.setattr("utils.training.trainer.ROW_MULTIPLE", 512)
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", lambda *_, **__: no_memory())
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 1, "--dtype", "bfloat16")
+    code, _, err = run_script(*flags, "--output_dir", tmp_path / "run")
+    assert code == 2
+    assert "a single pair cannot be divided" in err
+
+
+def test_what_was_kept_for_a_part_that_did_not_fit_is_given_back(train, monkeypatch):
+    kept, compute = [], PreferenceTrainer.compute_part
+
+    def compute_part(self, model, part, *arguments):
+        try:
+            return compute(self, model, part, *arguments)
+        finally:
+            kept.append(len(part["layout"].kept))
+
+    fail_once(monkeypatch, "forward", 2)
+    monkeypatch.setattr(PreferenceTrainer, "compute_part", compute_part)
+    train("--gradient_checkpointing", folder="run")
+    assert len(kept) > 3
+    assert not any(kept)
+
+
 def test_an_optimizer_step_that_found_no_memory_is_taken_again(train, monkeypatch):
     whole, _ = train(folder="whole")
     fail_once(monkeypatch, "optimizer", 3)

@@ -32,5 +32,5 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     together = torch.zeros(sum(sizes), dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
     for tensor, piece in zip(tensors, together.split(sizes), strict=True):
         piece[: tensor.numel()] = tensor.flatten()
-    pieces = together.to(device, non_blocking=True).split(sizes)
+    pieces = together.to(device, non_blocking=together.is_pinned()).split(sizes)  # else it could be gone too soon
     return [piece[: tensor.numel()].view(tensor.shape) for tensor, piece in zip(tensors, pieces, strict=True)]

@@ -210,10 +210,11 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
             return self.step_within_memory(model, inputs, num_items_in_batch)
 
     def compute_part(self, model, part, num_items_in_batch) -> Tensor:
-        loss = super().training_step(model, part, num_items_in_batch)
-        if "layout" in part and part["layout"].kept:
-            part["layout"].kept.clear()  # of layers that were not computed again
-        return loss
+        try:
+            return super().training_step(model, part, num_items_in_batch)
+        finally:
+            if "layout" in part and part["layout"].kept:
+                part["layout"].kept.clear()  # of layers that were not computed again, or not any more
 
     def in_step(self, parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Sharded models compute in step: where another process has more micro-batches, the first comes once more,

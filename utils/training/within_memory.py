@@ -133,8 +133,9 @@ class StepsWithinMemory(PairScoring):
             self._repeated_alone = True
             return
         collator = self.data_collator
-        largest = max(collator.tokens_of_example(example) for example in examples_of(self._part))
-        self.most_tokens = max(tokens // 2, largest)
+        sizes = [collator.tokens_of_example(example) for example in examples_of(self._part)]
+        # Half of the pairs' own tokens: what fills a row up is not divided.
+        self.most_tokens = max(min(tokens, sum(sizes)) // 2, max(sizes))
         self._proven = min(self._proven, self.most_tokens)
         self.warn(
             f"{self._where()}: memory ran out in a micro-batch of {tokens:,} tokens ({pairs} pairs). The step was "
