@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_engine import build
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import use_adapter
 
@@ -111,14 +112,23 @@ def test_a_step_does_not_walk_through_the_modules_again_and_again(
     from utils.training.trainer import PreferenceTrainer
 
     counts, modes = collections.Counter(), []
-    walk = torch.nn.Module.named_modules
-    step = PreferenceTrainer.training_step
+    walk, set_mode, count = torch.nn.Module.named_modules, torch.nn.Module.train, PreTrainedModel.num_parameters
+    step, others = PreferenceTrainer.training_step, []
 
     def counted(self, memo=None, *arguments, **options):
         counts["walks"] += memo is None and any(True for _ in self.children())
         yield from walk(self, memo, *arguments, **options)
 
+    def train(self, *arguments):
+        counts["modes"] += 1
+        return set_mode(self, *arguments)
+
+    def num_parameters(self, *arguments, **options):
+        counts["parameters"] += 1
+        return count(self, *arguments, **options)
+
     def taken(self, model, *arguments):
+        others.append((counts["modes"], counts["parameters"]))
         before = counts["walks"]
         loss = step(self, model, *arguments)
         modes.append(all(module.training for _, module in walk(model)))
@@ -126,10 +136,14 @@ def test_a_step_does_not_walk_through_the_modules_again_and_again(
         return loss
 
     monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    monkeypatch.setattr(torch.nn.Module, "train", train)
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", num_parameters)
     monkeypatch.setattr(PreferenceTrainer, "training_step", taken)
     common = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--validation_split", 0.2)
     code, _, err = run_script(*common, *flags, "--max_steps", 3, "--output_dir", tmp_path / "run")
     assert code == 0, err
     assert len(modes) == 3
     assert all(modes)
+    if "--eval_steps" not in flags:  # after an evaluation all modules are set
+        assert others[1] == others[2], "nor set their mode, or count their weights (utils/training/stepping.py)"
     assert counts["in_step"] <= 1, "look for modules once, not in every step (utils/models/switches.py)"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM outside of the training loop: raised as KeyboardInterrupt, and noted, so that none is lost.
+"""Ctrl-C and SIGTERM outside of the training loop: raised as KeyboardInterrupt, and noted.
 
 What a handler raises in a finalizer, or in a callback of a weak reference or of the locks of imports, Python prints and
 drops. So the note is looked at too: between the stages of a run, and between the batches that it scores.
