@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from conftest import read_record
+from peft import IA3Config, LoraConfig, get_peft_model
 from test_engine import build
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from utils.models.adapters import speed_up_lora
 
@@ -142,3 +145,18 @@ def test_dora_is_left_alone():
     fast = copy.deepcopy(model)
     speed_up_lora(fast)
     assert_same(outcome(model), outcome(fast))
+
+
+def test_the_reference_of_an_adapter_that_is_not_lora_is_a_copy_of_it(run_script, tiny_model, pairs_file, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), IA3Config(task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.save_pretrained(tmp_path / "start")
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--validation_split", 0.2)
+    more = ("--adapter_name_or_path", tmp_path / "start", "--max_steps", 2, "--dtype", "float32")
+    code, _, err = run_script(*flags, *more, "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    before = read_record(tmp_path / "run")["metrics"]["held_out_before"]
+    assert before["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["margin"] == pytest.approx(0, abs=1e-6)

@@ -15,7 +15,7 @@ from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.memory import freed_memory_returned
 from utils.models.last_layer import leave_out_prompts
-from utils.models.loading import Reference
+from utils.models.loading import TRAINED_ADAPTER, Reference
 from utils.models.proving import find_gradient_mismatch, find_mismatch, most_of_trial
 from utils.models.scoring import tokens_of
 from utils.training.batches import (
@@ -75,8 +75,13 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.objective = Objective(tuple(args.loss_type), tuple(self.loss_weights), parameters)
 
     def _freeze_reference_adapter(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if f".{REFERENCE_ADAPTER}." in name:
+        """Freezes the copy of an adapter that training continues; of those whose weights end in the adapter's name
+        (IA3, LoKr), which its maker leaves as they were made, it makes the copy."""
+        weights = dict(self.model.named_parameters())
+        for name, parameter in weights.items():
+            if name.endswith(f".{REFERENCE_ADAPTER}"):
+                parameter.data.copy_(weights[f"{name.removesuffix(REFERENCE_ADAPTER)}{TRAINED_ADAPTER}"].data)
+            if f".{REFERENCE_ADAPTER}." in f"{name}.":
                 parameter.requires_grad_(False)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
