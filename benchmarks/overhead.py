@@ -29,6 +29,7 @@ def main() -> None:
     """Measures with and without checkpointing, and prints milliseconds a step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="steps that are counted")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the layers on this project's side")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the sides
     logging.disable_progress_bar()
@@ -40,9 +41,10 @@ def main() -> None:
         run.save_model(work / "model", "narrow")
         for checkpointing in (False, True):
             case = run.Case(lengths="narrow", checkpointing=checkpointing)
-            result = run.compare(case, "bfloat16", work, options.steps, [], rate=1.0)
+            flags = ["--torch_compile"] if options.torch_compile else []
+            result = run.compare(case, "bfloat16", work, options.steps, flags, rate=1.0)
             stock, ours = (1000 * statistics.median(result[name]["seconds"]) for name in ("stock", "ours"))
-            title = "checkpointing" if checkpointing else "no checkpointing"
+            title = ("" if checkpointing else "no ") + "checkpointing" + (", ours compiled" if flags else "")
             print(f"| {title} | {stock:.0f} | {ours:.0f} | {stock / ours:.1f}x |", flush=True)
 
 

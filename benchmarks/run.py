@@ -58,13 +58,14 @@ class Case:
     max_length: int = 512
     lora: bool = True
     checkpointing: bool = False
+    compiled: bool = False
     epochs: int = 1
     both_ahead: bool = False
 
     def title(self, dtype: str) -> str:
         """The case in words."""
         kind = "LoRA r16" if self.lora else "full"
-        more = ", checkpointing" if self.checkpointing else ""
+        more = (", checkpointing" if self.checkpointing else "") + (", torch_compile" if self.compiled else "")
         if self.epochs > 1:
             more += f", {self.epochs} epochs{', reference ahead on both sides' if self.both_ahead else ''}"
         return f"{self.lengths}, batch {self.batch}, {kind}, {dtype}{more}"
@@ -75,6 +76,7 @@ CASES = {
     "checkpointing": Case(checkpointing=True),
     "full": Case(lora=False),
     "instructions": Case(lengths="instructions", batch=4, max_length=1024),
+    "compiled": Case(compiled=True),
     "batch2": Case(batch=2),
     "batch32": Case(batch=32),
     "epochs": Case(epochs=3),
@@ -148,6 +150,7 @@ def compare(case: Case, dtype: str, work: Path, steps: int, more_flags: list[str
         "lora": case.lora,
         "lora_r": LORA_R,
         "checkpointing": case.checkpointing,
+        "compiled": case.compiled,
         "epochs": case.epochs,
         "both_ahead": case.both_ahead,
         "seed": SEED,

@@ -105,6 +105,7 @@ def train_stock(case: dict[str, Any]) -> None:
             per_device_train_batch_size=case["batch"],
             learning_rate=case["learning_rate"],
             gradient_checkpointing=case["checkpointing"],
+            torch_compile=case["compiled"],
             max_length=case["max_length"],
             bf16=case["dtype"] == "bfloat16",
             fp16=case["dtype"] == "float16",
@@ -148,6 +149,8 @@ def train_ours(case: dict[str, Any]) -> None:
     }
     if case["epochs"] == 1:
         flags["precompute_ref_log_probs"] = "false"  # the reference counts in both sides' steps
+    if case["compiled"]:
+        flags["torch_compile"] = "true"
     if case["lora"]:
         flags |= {"use_lora": "true", "lora_r": case["lora_r"], "lora_alpha": 2 * case["lora_r"]}
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]

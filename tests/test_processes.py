@@ -35,6 +35,8 @@ WAYS = {
         *["--ref_model_name_or_path", "OTHER", "--engine", "padded"],
     ],
     "lora on 4 bits": ["--use_lora", "--use_4bit"],
+    "lora, compiled": ["--use_lora", "--torch_compile", "--torch_compile_backend", "aot_eager"],
+    "full, compiled": [*FULL, "--gradient_checkpointing", "--torch_compile", "--torch_compile_backend", "aot_eager"],
     # Now one process, now the other has more micro-batches; gradients are exchanged once all the same.
     "lora, by tokens": ["--use_lora", "--max_tokens_per_batch", 44],
 }

@@ -195,6 +195,9 @@ class TrainingSettings:
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass to save memory (default: on a GPU yes, on a CPU no)"
     )
+    torch_compile: bool = flag(
+        False, "compile the model's layers: less time between the arithmetic, after a minute or two at the start"
+    )
     warmup_steps: float = flag(
         0.1, "steps of learning-rate warm-up; below 1: a share of all steps", bound=AT_LEAST_ZERO
     )

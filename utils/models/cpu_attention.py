@@ -100,7 +100,7 @@ class _PairByPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, spans, mask, scaling, window, kept):
         found = kept.take() if kept is not None else None
-        row, normalizers = found or _attend(query, key, value, _texts(spans, mask, scaling, window))
+        row, normalizers = found or attend(query, key, value, spans, mask, scaling, window)
         if kept is not None and any(ctx.needs_input_grad):
             kept.put(row, normalizers)
         ctx.save_for_backward(query, key, value, row, normalizers)
@@ -110,46 +110,68 @@ class _PairByPair(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, key, value, row, normalizers = ctx.saved_tensors
-        attend_backward = getattr(torch.ops.aten, BACKWARD)
-        grad, attended = grad.transpose(1, 2).float(), row.transpose(1, 2).float()
-        queries, keys, values = query.float(), key.float(), value.float()
-        by_query, by_key, by_value = (torch.zeros_like(part, dtype=torch.float32) for part in (query, key, value))
-        for text in _texts(*ctx.arguments):
-            own = text.own
-            for pieces, options in text.calls:
-                by_own, *by_rest = attend_backward(
-                    grad[:, :, own],
-                    queries[:, :, own],
-                    _read(keys, pieces),
-                    _read(values, pieces),
-                    attended[:, :, own],
-                    normalizers[:, :, own].contiguous(),
-                    **{"dropout_p": 0.0, "is_causal": False} | options,
-                )
-                by_query[:, :, own] += by_own
-                for target, gradient in zip((by_key, by_value), by_rest, strict=True):
-                    _add_to(target, pieces, gradient)
-        return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), *[None] * 5
+        return *attend_backward(grad, ctx.saved_tensors, *ctx.arguments), *[None] * 5
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, texts: Iterator[_Text]) -> tuple[Tensor, Tensor]:
-    """The attended values, shape (1, tokens, heads, width), and the normalizers, (1, heads, tokens), float32."""
-    attend = getattr(torch.ops.aten, FORWARD)
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, mask: Mask, scaling: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The attended values, shape (1, tokens, heads, width), and the normalizers, (1, heads, tokens), float32.
+
+    Arguments as in `attend_pair_by_pair`; without gradient.
+    """
+    kernel = getattr(torch.ops.aten, FORWARD)
     queries, keys, values = query.float(), key.float(), value.float()
     row = queries.new_empty(1, query.size(2), query.size(1), query.size(3))
     attended = row.transpose(1, 2)
     normalizers, own = [], slice(0, 0)
-    for text in texts:
+    for text in _texts(spans, mask, scaling, window):
         own = text.own
         found = [
-            attend(queries[:, :, own], _read(keys, pieces), _read(values, pieces), **options)
+            kernel(queries[:, :, own], _read(keys, pieces), _read(values, pieces), **options)
             for pieces, options in text.calls
         ]
         attended[:, :, own], normalizer = found[0] if len(found) == 1 else _together(*found)
         normalizers.append(normalizer)
     row[:, own.stop :] = 0  # what fills the row up
+    normalizers.append(queries.new_zeros(*queries.shape[:2], query.size(2) - own.stop))
     return row.to(query.dtype), torch.cat(normalizers, dim=-1)
+
+
+def attend_backward(
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    spans: Spans,
+    mask: Mask,
+    scaling: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient by query, key and value, from that of the attended values.
+
+    Args:
+        saved: query, key and value, the attended values and the normalizers.
+    """
+    query, key, value, row, normalizers = saved
+    kernel = getattr(torch.ops.aten, BACKWARD)
+    grad, attended = grad.transpose(1, 2).float(), row.transpose(1, 2).float()
+    queries, keys, values = query.float(), key.float(), value.float()
+    by_query, by_key, by_value = (torch.zeros_like(part, dtype=torch.float32) for part in (query, key, value))
+    for text in _texts(spans, mask, scaling, window):
+        own = text.own
+        for pieces, options in text.calls:
+            by_own, *by_rest = kernel(
+                grad[:, :, own],
+                queries[:, :, own],
+                _read(keys, pieces),
+                _read(values, pieces),
+                attended[:, :, own],
+                normalizers[:, :, own].contiguous(),
+                **{"dropout_p": 0.0, "is_causal": False} | options,
+            )
+            by_query[:, :, own] += by_own
+            for target, gradient in zip((by_key, by_value), by_rest, strict=True):
+                _add_to(target, pieces, gradient)
+    return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype)
 
 
 def _texts(spans: Spans, mask: Mask, scaling: float | None, window: int | None) -> Iterator[_Text]:

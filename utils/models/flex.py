@@ -69,10 +69,13 @@ def attend_over_row(
         query, key, value = (part.to(dtype) for part in (query, key, value))
     options = {"block_mask": mask, "scale": scaling, "enable_gqa": True}
     if softcap is not None:
-        options["score_mod"] = _capping(softcap, device)
+        # Traced, it is made in what is compiled around it.
+        capping = _capping.__wrapped__ if torch.compiler.is_compiling() else _capping
+        options["score_mod"] = capping(softcap, device)
+    kernel = flex_attention if torch.compiler.is_compiling() else _kernel(query.is_cuda)
     if sinks is None:
-        return _kernel(query.is_cuda)(query, key, value, **options)
-    attended, found = _kernel(query.is_cuda)(query, key, value, **options, return_aux=AuxRequest(lse=True))
+        return kernel(query, key, value, **options)
+    attended, found = kernel(query, key, value, **options, return_aux=AuxRequest(lse=True))
     # A sink takes part in the softmax and adds no value: the rest keeps the share exp(lse) / (exp(lse) + exp(sink)).
     share = torch.sigmoid(found.lse - sinks.float().view(1, -1, 1))
     return attended * share.unsqueeze(-1).to(attended.dtype)

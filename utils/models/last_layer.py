@@ -7,7 +7,6 @@ model of 8 layers, half of whose tokens are prompts, that is a twentieth of all 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,7 @@ def leave_out_prompts(model: torch.nn.Module, where_it_pays: bool = False) -> Le
         return None
     parts = [child for name, child in attention.named_children() if name in QUERIES + OUTPUTS]
     parts += [child for name, child in layers[-1].named_children() if name == MLP and not _has_experts(child)]
-    return LeftOut(attention, parts, where_it_pays) if parts else None
+    return LeftOut(layers[-1], attention, parts, where_it_pays) if parts else None
 
 
 def _attention_of(layer: torch.nn.Module) -> torch.nn.Module | None:
@@ -54,9 +53,12 @@ def _has_experts(mlp: torch.nn.Module) -> bool:
 class LeftOut:
     """What the last layer leaves out; its attention comes before the parts that ask, also when it is recomputed."""
 
-    def __init__(self, attention: torch.nn.Module, parts: list[torch.nn.Module], where_it_pays: bool):
-        self.where_it_pays = where_it_pays
-        self._layout: weakref.ref[PairLayout] | None = None  # of the row at hand, which lives as long as its batch
+    def __init__(
+        self, layer: torch.nn.Module, attention: torch.nn.Module, parts: list[torch.nn.Module], where_it_pays: bool
+    ):
+        self.layer, self.where_it_pays = layer, where_it_pays
+        self._rows: Tensor | None = None  # of the row at hand that are computed; None: all
+        self._tokens = 0  # of that row
         self._handle = attention.register_forward_pre_hook(self._note, with_kwargs=True)
         self._before = [(part, part.__dict__.get("forward")) for part in parts]
         for part in parts:
@@ -70,17 +72,29 @@ class LeftOut:
             if forward is not None:
                 part.forward = forward
 
-    def _note(self, _module: Any, _arguments: Any, options: dict[str, Any]) -> None:
-        layout = options.get("pair_layout")
-        self._layout = weakref.ref(layout) if layout is not None else None
+    def _note(self, _module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        layout: PairLayout | None = options.get("pair_layout")
+        if torch.compiler.is_compiling():  # it was noted before, and is taken from what a call is given
+            self._rows = layout.rows_of_last if layout is not None else None
+            return
+        hidden = next(value for value in (*arguments, *options.values()) if isinstance(value, Tensor))
+        self.note(layout, hidden.device)
+
+    def note(self, layout: PairLayout | None, device: torch.device) -> None:
+        """Says which row the layer is about to compute; None: something else."""
+        self._rows, self._tokens = None, 0
+        if layout is not None:
+            rows = layout.read_rows(device)
+            if not self.where_it_pays or len(rows) <= MOST_READ * layout.tokens:
+                self._rows, self._tokens = rows, layout.tokens
+            object.__setattr__(layout, "rows_of_last", self._rows)
 
     def rows_read(self, hidden: Tensor) -> Tensor | None:
         """Which rows of hidden states, shape (1, tokens, width), are to be computed; None: all."""
-        layout = self._layout() if self._layout is not None else None
-        if layout is None or hidden.shape[:-1] != (1, layout.tokens):
+        if self._rows is None or hidden.dim() != 3 or hidden.size(0) != 1:
             return None
-        rows = layout.read_rows(hidden.device)
-        return None if self.where_it_pays and len(rows) > MOST_READ * layout.tokens else rows
+        # Compiled code, which is made for rows of any length, takes it from what it was made from.
+        return self._rows if torch.compiler.is_compiling() or hidden.size(1) == self._tokens else None
 
 
 class _InPart:

@@ -153,7 +153,7 @@ def find_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch, trial: T
         if ran_out_of_memory(error):
             raise
         # Whatever a model's own code makes of a layout it does not know, the padded batches remain.
-        return f"its attention does not take the layout ({_named(error)})"
+        return f"its attention does not take the layout ({describe_error(error)})"
     return fault and f"{fault} from those of plain rows"
 
 
@@ -206,13 +206,44 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        return f"its backward pass does not take the layout ({_named(error)})"
+        return f"its backward pass does not take the layout ({describe_error(error)})"
     finally:
         _forget_gradients(model)
     share = _apart(plain, shared)
     if not share <= allowed:
         return f"its gradient differs by {share:.2g} of its norm from that of plain rows"
     return None
+
+
+def find_fault_of_compiled(model: torch.nn.Module, batch: Batch, trial: Trial, plain: Callable[[], Any]) -> str | None:
+    """Computes a batch by compiled layers and by the model's own code; None when they agree to rounding, else why not.
+
+    Args:
+        batch: in the layout that is trained in.
+        plain: gives the context within which layers compute their own code.
+    """
+    attending = shared_prefix_active(model) if "layout" in batch else contextlib.nullcontext()
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    try:
+        with trial.on(model), trial.recomputing(model), attending:
+            with torch.no_grad(), plain():
+                expected = _log_probs(model, batch)
+            with torch.no_grad():
+                found = _log_probs(model, batch)
+                fault = trial.disagree(model, expected, found, lambda: _log_probs(model, batch))
+            if fault is None and trained:
+                with plain():
+                    gradient = _gradient(model, batch)
+                    allowed = trial.gradient_rounding(model, gradient, lambda: _gradient(model, batch))
+                share = _apart(gradient, _gradient(model, batch))
+                fault = None if share <= allowed else f"its gradient differs by {share:.2g} of its norm"
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        return describe_error(error)
+    finally:
+        _forget_gradients(model)
+    return fault and f"{fault} from those of the model's own code"
 
 
 def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> bool:
@@ -235,8 +266,9 @@ def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> b
     return all(name in given for name in trained)
 
 
-def _named(error: Exception) -> str:
-    """An error in a phrase: its kind, and how its message begins."""
+def describe_error(error: Exception) -> str:
+    """An error in a phrase: its kind, and how its message begins. Of a compiler's error, what it met."""
+    error = getattr(error, "inner_exception", error)
     first = str(error).strip().split("\n", 1)[0]
     return f"{type(error).__name__}: {first:.160}" if first else type(error).__name__
 

@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 
 from utils.models import cpu_attention
 from utils.models.cpu_attention import Kept
-from utils.models.flex import attend_over_row, make_block_mask
+from utils.models.flex import BlockMask, attend_over_row, make_block_mask
 from utils.models.tables import RowTables, send
 
 NAME = "shared_prefix"
@@ -48,7 +48,14 @@ class PairLayout:
     flex: bool = False
     filling: int = 0
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False)  # by window
+    table: Tensor = field(init=False, compare=False)  # the lengths, and behind them (filling, 0, 0): for operators
+    # For compiled code: the rows that the last layer computes, where those are fewer than all.
+    rows_of_last: Tensor | None = field(init=False, default=None, compare=False)
     kept: dict[torch.nn.Module, Kept] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", torch.tensor([*self.lengths, (self.filling, 0, 0)]))
 
     def spans(self) -> Iterator[tuple[int, Lengths]]:
         """The start of each pair in the row, with its lengths."""
@@ -60,6 +67,12 @@ class PairLayout:
     def kept_of(self, attention: torch.nn.Module) -> Kept | None:
         """What this layer attended to, where layers are computed again."""
         return None if self.kept is None else self.kept.setdefault(attention, Kept())
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """The mask for FlexAttention, made once for all layers with this window."""
+        if window not in self.block_masks:
+            self.block_masks[window] = make_block_mask(self.lengths, self.filling, window, device)
+        return self.block_masks[window]
 
     @property
     def tokens(self) -> int:
@@ -176,20 +189,28 @@ def shared_prefix_attention(
     if pair_layout is None:
         raise ValueError("the shared-prefix attention needs the layout of the packed row")
     if pair_layout.flex and not dropout:
-        if ("flex", sliding_window) not in pair_layout.masks:
-            mask = make_block_mask(pair_layout.lengths, pair_layout.filling, sliding_window, query.device)
-            pair_layout.masks["flex", sliding_window] = mask
-        mask = pair_layout.masks["flex", sliding_window]
+        mask = pair_layout.block_mask(sliding_window, query.device)
         attended = attend_over_row(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=s_aux)
         return attended.transpose(1, 2), None
     if softcap is None and s_aux is None and not dropout and cpu_attention.takes(query, key, value):
-        added = functools.partial(_added_to_scores, pair_layout, window=sliding_window)
+        if torch.compiler.is_compiling():  # utils/models/compiled.py
+            arguments = (query, key, value, pair_layout.table, scaling, sliding_window)
+            return torch.ops.preference.attend(*arguments)[0], None
+        added = functools.partial(added_to_scores, pair_layout, window=sliding_window)
         spans = list(pair_layout.spans())
         kept = pair_layout.kept_of(module)
         attended = cpu_attention.attend_pair_by_pair(query, key, value, spans, added, scaling, sliding_window, kept)
         return attended, None
-    key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    return _attend_pair_by_pair(pair_layout, query, key, value, sliding_window, options), None
+
+
+@torch.compiler.disable
+def _attend_pair_by_pair(
+    pair_layout: PairLayout, query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None, options: dict
+) -> Tensor:
+    """The same by calls for each text, for what no faster way takes: soft-capping, sinks, dropout, some GPUs."""
+    key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
     attend = functools.partial(_attend_text, pair_layout, **options)
     # Split, not sliced: the gradients of all pieces are then put together once, instead of added up one by one.
     pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)] + [pair_layout.filling]
@@ -203,7 +224,7 @@ def shared_prefix_attention(
         )
         parts.append(attend(queries[second], seen_keys, seen_values, prompt, sliding_window))
     parts.append(torch.zeros_like(queries[-1][..., :1]).expand(-1, -1, -1, value.size(-1)))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def _mask(layout: PairLayout, offset: int, length: int, like: Tensor, window: int | None) -> Tensor | None:
@@ -225,7 +246,7 @@ def _seen(offset: int, length: int, window: int | None, device: torch.device) ->
     return seen if window is None else seen & (queries - keys < window)
 
 
-def _added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int, window: int | None) -> Tensor:
+def added_to_scores(layout: PairLayout, prompt: int, chosen: int, rejected: int, window: int | None) -> Tensor:
     """What is added to the scores of a pair's tokens so that each sees what it may, float32: 0 there, minus infinity
     elsewhere."""
     name = ("added", prompt, chosen, rejected, window)

@@ -154,7 +154,7 @@ def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device:
         optim=str(settings.trainer_fields.get("optim") or "adamw_torch_fused"),
         on_gpu=device.is_gpu,
         offloads_activations=device.is_gpu and bool(settings.trainer_fields.get("activation_offloading")),
-        whole_last_layer=settings.training.engine == "padded" or bool(settings.trainer_fields.get("torch_compile")),
+        whole_last_layer=settings.training.engine == "padded",
     )
 
 

@@ -58,6 +58,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "per_device_eval_batch_size": training.per_device_eval_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_checkpointing": checkpoints_activations(settings, precision),
+        "torch_compile": training.torch_compile,
         "warmup_steps": training.warmup_steps,
         "lr_scheduler_type": training.lr_scheduler_type,
         "logging_steps": training.logging_steps,

@@ -125,5 +125,6 @@ def describe_layout(trainer: PreferenceTrainer) -> str:
     """How batches are laid out, as a phrase."""
     if trainer.shared_prefix is True:
         slower = f"; attention pair by pair: with FlexAttention {trainer.pair_by_pair}" if trainer.pair_by_pair else ""
-        return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower})"
+        compiled = "; layers compiled" if trainer.compiled_layers else ""
+        return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower}{compiled})"
     return f"padded batches: {trainer.shared_prefix}"

@@ -102,6 +102,12 @@ def _check_fsdp() -> None:
 def _check_deepspeed(settings: Settings) -> None:
     if not with_deepspeed(settings):
         return
+    compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if settings.trainer_fields.get(name)]
+    if settings.training.torch_compile or compiles:
+        raise UserError(
+            f"--{(compiles or ['torch_compile'])[0]}: DeepSpeed fetches weights from within the layers, which cannot "
+            f"be compiled then; leave it out, or launch with {FSDP_CONFIG}"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"DeepSpeed is asked for and not installed: run `pip install deepspeed`, or launch with {FSDP_CONFIG}"

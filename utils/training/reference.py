@@ -57,6 +57,8 @@ class ReferenceAhead(PairScoring):
             layout = {"shared_prefix": self.shared_prefix, "flex": self.data_collator.flex}
             layout["head"] = hasattr(output_head(self.ref_model or self.model), MARK)
             layout["last_layer"] = self.last_layer_in_part
+            if self.compiles:
+                layout["compiled"] = True
             how = {**how, **layout, "ld_alpha": self.ld_alpha}
             key = hash_model(weights, (self.ref_model or self.model).config, how)
         self.train_dataset, found = self._with_reference(self.train_dataset, key)

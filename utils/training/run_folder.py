@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
@@ -27,6 +26,7 @@ from utils.state import load_state, read_random_state, restoring, save_state, se
 from utils.training.bad_batches import BadBatches, losses_by_row
 from utils.training.batches import ROWS, TOKENS
 from utils.training.checkpointing import WholeCheckpoints
+from utils.training.compiling import CompilesLayers
 from utils.training.history import fold_history
 from utils.training.launch import KEPT_BY_DEEPSPEED
 from utils.training.progress import Stopwatch
@@ -36,7 +36,7 @@ from utils.training.stepping import SparingSteps
 from utils.training.trained_weights import float32_kept, set_lora_dropout
 
 
-class RunFolderTrainer(SparingSteps, WholeCheckpoints):
+class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
     """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give.
 
     Each `counted` item (a pair, or a token to be learnt) weighs the same in the loss of its optimizer step and in the
@@ -75,16 +75,9 @@ class RunFolderTrainer(SparingSteps, WholeCheckpoints):
         """Everything that is computed with."""
         return [self.model]
 
-    @property
-    def compiles(self) -> bool:
-        """Whether models are compiled."""
-        return self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-
     def choose_head(self, batch: Mapping[str, Any]) -> None:
         """Lets each model score completions in chunks, where a trial on this batch shows that nothing changes."""
         self._choose_exchange(batch)
-        if self.compiles:
-            return  # a compiled model keeps its own way
         for model in self.models():
             let_head_score_in_chunks(model, batch, self.trial())
 

@@ -65,7 +65,9 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         order = np.argsort(read_numbers(self.train_dataset, LENGTH), kind="stable")
         row, most = self.train_dataset[int(order[len(order) // 2])], most_of_trial(self.model, rows=1, head=True)
         batch = self.data_collator([row | {name: row[name][:most] for name in ("prompt_ids", *SFT_COLUMNS)}])
-        self.choose_head({**batch, "completion_mask": completion_mask(batch)})
+        batch = {**batch, "completion_mask": completion_mask(batch)}
+        self.choose_head(batch)
+        self.compile_layers(batch)
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The completion tokens of a batch that something stands before. Stays on the device."""

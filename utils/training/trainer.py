@@ -14,7 +14,7 @@ from utils.data.lengths import longest_first, read_numbers
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
 from utils.memory import freed_memory_returned
-from utils.models.last_layer import leave_out_prompts
+from utils.models.last_layer import LeftOut, leave_out_prompts
 from utils.models.loading import TRAINED_ADAPTER, Reference
 from utils.models.proving import find_gradient_mismatch, find_mismatch, most_of_trial
 from utils.models.scoring import tokens_of
@@ -64,6 +64,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.end_ids = torch.tensor(sorted(end_ids))
         self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
         self.last_layer_in_part = False  # whether it leaves out prompts
+        self._left_out: dict[torch.nn.Module, LeftOut] = {}  # what last layers leave out
         self.pair_by_pair: str | None = None  # on a GPU, why attention is not one call over the row
         args = self.args
         parameters = LossParameters(
@@ -133,13 +134,17 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         examples = [self.train_dataset[int(index)] for index in dict.fromkeys((order[0], order[len(order) // 2]))]
         brief = shortened(examples[-1], most_of_trial(self.model, rows=2, head=True))
         self.choose_head(self.data_collator.whole([brief]))
+        self._choose_layout(wish, examples)
+        self.compile_layers(self.data_collator.whole([brief]), self._left_out)
+
+    def _choose_layout(self, wish: str, examples: list[dict[str, Any]]) -> None:
         if wish == "padded":
             self.shared_prefix = "padded batches were asked for"
             return
         self.data_collator.flex = next(self.model.parameters()).device.type == "cuda"  # else it cannot be proven
         if self.args.device.type == "cpu" and self.args.bf16 and not self.aux_loss_enabled:
             self.data_collator.multiple = ROW_MULTIPLE
-        self.data_collator.keeps = self.args.gradient_checkpointing
+        self.data_collator.keeps = self.args.gradient_checkpointing and not self.compiles
         mismatch = self._find_mismatch_of_layout(examples)
         if mismatch is not None and self.data_collator.flex:
             self.pair_by_pair = mismatch
@@ -155,7 +160,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
 
         Sets `last_layer_in_part`.
         """
-        left_out = [] if self.compiles else list(filter(None, map(leave_out_prompts, self.models())))
+        left_out = list(filter(None, map(leave_out_prompts, self.models())))
         mismatch = self._find_mismatch(examples)
         self.last_layer_in_part = bool(left_out) and mismatch is None
         for part in left_out:
@@ -163,6 +168,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
                 part.where_it_pays = True
             else:
                 part.undo()
+        self._left_out = {part.layer: part for part in left_out} if self.last_layer_in_part else {}
         return self._find_mismatch(examples) if left_out and mismatch is not None else mismatch
 
     def _find_mismatch(self, examples: list[dict[str, Any]]) -> str | None:

@@ -1,0 +1,182 @@
+"""--torch_compile: layers compiled one by one compute the same, and once for rows of any length."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from conftest import read_metrics, read_record
+from test_engine import ARCHITECTURES, build, gradients, one_by_one, packed, padded, random_pairs
+from test_flex import rows_of_many_sizes
+from torch._dynamo.utils import counters
+
+from utils.models.compiled import CompiledLayers
+from utils.models.last_layer import leave_out_prompts
+from utils.models.scoring import score_tokens
+from utils.models.shared_prefix import shared_prefix_active
+
+PLAINLY = {"gemma2", "gpt_oss", "deepseek_v3"}  # attend in plain products where attention is pair by pair
+TRACED = {"backend": "aot_eager"}  # traced as for a compiler, its backward pass too, and computed by torch
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the compiler counts; it has nothing from before. FlexAttention may be traced without a GPU."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_, **__: None)
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+def compile_layers(model, **options) -> CompiledLayers:
+    left_out = leave_out_prompts(model)
+    return CompiledLayers(model, {left_out.layer: left_out} if left_out else {}, False, TRACED | options)
+
+
+# Windows, soft-capping and sinks, experts; the others take their time.
+TRIED = [("llama", False), ("llama", True), ("mistral", True), ("gemma2", True), ("gpt_oss", False), ("mixtral", False)]
+ALL = [(name, flex) for name in ARCHITECTURES for flex in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "flex"), [pytest.param(*one, marks=[] if one in TRIED else pytest.mark.slow) for one in ALL]
+)
+def test_compiled_layers_compute_the_same(name, flex, seen):
+    model, pairs = build(name), random_pairs()
+    expected = one_by_one(model, pairs)
+    expected_gradients = gradients(model, expected)
+    compile_layers(model)
+    with shared_prefix_active(model):
+        scores = score_tokens(model, packed(pairs, flex=flex))
+        found = [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)]
+        found_gradients = gradients(model, found)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, atol=5e-6)
+    norm = sum(g.double().pow(2).sum() for g in expected_gradients.values()).sqrt()
+    difference = sum((g - found_gradients[n]).double().pow(2).sum() for n, g in expected_gradients.items()).sqrt()
+    assert difference / norm < 1e-5
+    assert seen["stats"]["unique_graphs"] >= 1
+    whole = flex or name not in PLAINLY
+    assert not seen["graph_break"] or not whole, dict(seen["graph_break"])
+
+
+@pytest.mark.parametrize(("name", "flex"), [("llama", False), ("gemma3_text", True)])
+def test_what_is_compiled_serves_layers_and_rows_of_any_length(name, flex, seen):
+    model = build(name, num_hidden_layers=5)
+    compile_layers(model)
+    for pairs in rows_of_many_sizes():
+        batch = packed(pairs, flex=flex)
+        with shared_prefix_active(model):
+            with torch.no_grad():
+                score_tokens(model, batch)
+            score_tokens(model, batch).log_probs.sum().backward()
+    assert seen["stats"]["unique_graphs"] == 4  # with gradient and without, the last layer and the others
+    assert not seen["graph_break"]
+
+
+def test_padded_rows_and_generation_compute_the_models_own_code(seen):
+    model, pairs = build("llama"), random_pairs()
+    compile_layers(model)
+    expected = score_tokens(model, padded(pairs)).log_probs
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert not seen["stats"]
+    layers = CompiledLayers(model, {}, True, TRACED)  # of a run that computes padded rows
+    assert torch.allclose(score_tokens(model, padded(pairs)).log_probs, expected, atol=5e-6)
+    graphs = seen["stats"]["unique_graphs"]
+    assert graphs >= 1
+    with layers.plain():
+        score_tokens(model, padded(random_pairs(seed=1)[:2])).log_probs.sum().backward()
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert seen["stats"]["unique_graphs"] == graphs
+
+
+RUNS = {
+    "lora": ["--use_lora"],
+    "lora, by a compiler": ["--use_lora", "--torch_compile_backend", "inductor"],
+    "checkpointing, another reference": ["--gradient_checkpointing", "--ref_model_name_or_path", "OTHER"],
+    "padded": ["--use_lora", "--engine", "padded"],
+    "4 bits": ["--use_lora", "--use_4bit"],
+    "sft": [],
+}
+SLOW = ("lora, by a compiler", "padded", "4 bits")
+
+
+@pytest.fixture
+def run(run_script, tiny_model, other_model, pairs_file, tmp_path, seen):
+    """Runs the script for a few steps, and gives what it says; the folder is named in its place."""
+
+    def run(verb: str, name: str, *flags) -> tuple[int, str, str]:
+        flags = [other_model if flag == "OTHER" else flag for flag in flags]
+        return run_script(
+            *(verb, "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / name),
+            *("--max_steps", 5, "--learning_rate", 5e-3, "--logging_steps", 1, "--max_samples", 60, *flags),
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in SLOW else way for way in RUNS])
+def test_a_compiled_run_trains_alike(way, run, tmp_path, seen, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")  # as accelerate launch sets it
+    verb = "sft" if way == "sft" else "train"
+    flags = [flag for flag in RUNS[way] if flag not in ("--torch_compile_backend", "inductor")]
+    code, out, err = run(verb, "eager", *flags)
+    assert code == 0, out + err
+    # What is traced is the same; a compiler takes its time.
+    code, out, err = run(verb, "compiled", "--torch_compile", "--torch_compile_backend", "aot_eager", *RUNS[way])
+    assert code == 0, out + err
+    assert "compiling the layers" in out
+    for one, other in zip(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True):
+        assert all(other[name] == pytest.approx(value, abs=2e-5) for name, value in one.items() if "loss" in name)
+    engines = [read_record(tmp_path / name)["engine"] for name in ("eager", "compiled")]
+    assert [engine["compiled_layers"] for engine in engines] == [0, 2]
+    del engines[0]["compiled_layers"], engines[1]["compiled_layers"]
+    assert engines[0] == engines[1], "nothing else of the engine is given up"
+    assert 0 < seen["stats"]["unique_graphs"] <= 16
+    assert not seen["graph_break"] or way == "4 bits"
+
+
+def test_layers_that_compute_something_else_end_the_run(run, monkeypatch):
+    monkeypatch.setattr(
+        "utils.models.compiled.torch.compile", lambda forward, **_: lambda *a, **o: forward(*a, **o) * 2
+    )
+    code, out, err = run("train", "run", "--use_lora", "--torch_compile")
+    assert code == 2, out + err
+    assert "--torch_compile" in err
+    assert "from those of the model's own code" in err
+    assert "Traceback" not in out + err
+
+
+def test_layers_that_cannot_be_compiled_end_the_run(run, monkeypatch):
+    def refuse(graph, inputs):
+        raise RuntimeError("no compiler found")
+
+    by_refusing = functools.partial(compile_by, refuse, torch.compile)
+    monkeypatch.setattr("utils.models.compiled.torch.compile", by_refusing)
+    code, out, err = run("train", "run", "--use_lora", "--torch_compile")
+    assert code == 2, out + err
+    assert "no compiler found" in err
+    assert "Traceback" not in out + err
+
+
+def compile_by(chosen, compiling, forward, **options):
+    """torch.compile by another backend."""
+    return compiling(forward, **{**options, "backend": chosen})
+
+
+def test_deepspeed_is_refused(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    code, out, err = run("train", "run", "--use_lora", "--torch_compile")
+    assert code == 2, out + err
+    assert "--torch_compile: DeepSpeed" in err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("backend", "nobody"), ("backend", "ipex"), ("mode", "nothing")])
+def test_a_backend_or_mode_that_is_not_there_is_named(flag, value, run):
+    code, out, err = run("train", "run", "--use_lora", f"--torch_compile_{flag}", value)
+    assert code == 2, out + err
+    assert "--torch_compile" in err
+    assert value in err.lower()
+    assert "Traceback" not in out + err

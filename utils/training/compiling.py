@@ -1,0 +1,72 @@
+"""--torch_compile: the layers of policy and reference are compiled, and proven before they train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend
+from transformers import Trainer
+
+from utils.errors import UserError
+from utils.models.compiled import CompiledLayers
+from utils.models.last_layer import LeftOut
+from utils.models.proving import describe_error, find_fault_of_compiled
+from utils.runtime import say
+
+
+class CompilesLayers(Trainer):
+    """The part of both trainers that compiles layers one by one, where their parent would compile the whole model."""
+
+    compiled_layers = 0  # of the policy
+    _compile_options: dict[str, Any] | None = None  # what torch.compile is given, where it is asked for
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As its parent, but what wraps models does not compile them as a whole."""
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO:
+            self._compile_options = plugin.to_kwargs()
+            plugin.backend = DynamoBackend.NO
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled."""
+        return self._compile_options is not None
+
+    def compile_layers(
+        self, batch: Mapping[str, Any], left_out: Mapping[torch.nn.Module, LeftOut] | None = None
+    ) -> None:
+        """Compiles the layers of each model where that is asked for, and computes a batch both ways.
+
+        Args:
+            batch: in the layout that is trained in.
+            left_out: what last layers leave out, by layer.
+
+        Raises:
+            UserError: they cannot be compiled, or compute something else then.
+        """
+        if self._compile_options is None:
+            return
+        say("compiling the layers, once for rows of any length (--torch_compile); this takes a minute or two")
+        fault = next(filter(None, (self._compile(model, batch, left_out or {}) for model in self.models())), None)
+        if self.args.world_size > 1:
+            verdicts: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(verdicts, fault)
+            if self.is_fsdp_enabled:
+                verdicts = verdicts[:1]  # the others may hold no weights yet
+            fault = next((verdict for verdict in verdicts if verdict is not None), None)
+        if fault is not None:
+            raise UserError(
+                f"--torch_compile: the layers of this model cannot be compiled here ({fault}); leave it out"
+            )
+
+    def _compile(self, model: torch.nn.Module, batch: Mapping[str, Any], left_out: Mapping[Any, LeftOut]) -> str | None:
+        try:
+            layers = CompiledLayers(model, left_out, "layout" not in batch, self._compile_options)
+        except Exception as error:  # what torch makes of a backend or a mode, too
+            return describe_error(error)
+        if model is self.model:
+            self.compiled_layers = layers.count
+        return find_fault_of_compiled(model, batch, self.trial(), layers.plain)
