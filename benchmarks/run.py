@@ -86,7 +86,7 @@ CASES = {
 # (overhead.py), and scoring ahead is mostly reading and hashing weights.
 USUAL = {
     "cpu": ["lora", "checkpointing", "full", "instructions", "batch2", "epochs", "epochs_ahead"],
-    "cuda": ["lora", "instructions", "checkpointing", "batch32", "full", "batch2"],
+    "cuda": ["lora", "instructions", "checkpointing", "batch32", "full", "batch2", "compiled"],
 }
 LORA_R = 16
 WARM_UP = 2  # steps of each side that are not counted
