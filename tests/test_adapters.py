@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from conftest import read_record
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoKrConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_engine import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -147,11 +148,25 @@ def test_dora_is_left_alone():
     assert_same(outcome(model), outcome(fast))
 
 
-def test_the_reference_of_an_adapter_that_is_not_lora_is_a_copy_of_it(run_script, tiny_model, pairs_file, tmp_path):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), IA3Config(task_type="CAUSAL_LM"))
+NOT_ALL_LORA = {
+    "ia3": (IA3Config(), "ia3_l"),
+    "lokr": (LoKrConfig(r=4, target_modules=["q_proj", "down_proj"]), "lokr_w"),
+    "embeddings of some tokens": (
+        LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[*range(3, 40)]),
+        "_",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ALL_LORA)
+def test_an_adapter_that_is_not_all_lora_is_continued(kind, run_script, tiny_model, pairs_file, tmp_path):
+    """Against a copy of it."""
+    config, own = copy.deepcopy(NOT_ALL_LORA[kind])
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
     for name, parameter in model.named_parameters():
-        if "ia3_l" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
+        if parameter.requires_grad and own in name:
+            torch.nn.init.normal_(parameter, 1.0 if kind == "ia3" else 0.1, 0.3)
     model.save_pretrained(tmp_path / "start")
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--validation_split", 0.2)
     more = ("--adapter_name_or_path", tmp_path / "start", "--max_steps", 2, "--dtype", "float32")
@@ -160,3 +175,6 @@ def test_the_reference_of_an_adapter_that_is_not_lora_is_a_copy_of_it(run_script
     before = read_record(tmp_path / "run")["metrics"]["held_out_before"]
     assert before["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert before["margin"] == pytest.approx(0, abs=1e-6)
+    weights = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("start", "run")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -194,7 +194,8 @@ def new_adapter_config(settings: LoraSettings, source: ModelSource, model: PreTr
 
 def check_embeddings(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
     """Refuses a tokenizer with more tokens than the model has embeddings for."""
-    size = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()  # which an adapter may have wrapped
+    size = getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)
     if len(tokenizer) > size:
         raise UserError(
             f"--model_name_or_path {source.name}: its tokenizer has {len(tokenizer)} tokens, the model {size}; "
