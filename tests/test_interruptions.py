@@ -145,6 +145,30 @@ def test_a_stop_that_python_drops_while_the_run_starts_ends_it(run_with_dropped_
 
 
 @needs_signals
+@pytest.mark.parametrize("verb", ["merge", slow("compare"), slow("generate")])
+def test_a_stop_that_python_drops_in_another_verb_ends_it(verb, tiny_model, pairs_file, tmp_path, run):
+    """Before it has written anything."""
+    code, out, err = run("--use_lora")
+    assert code == 0, out + err
+    made, named = tmp_path / "made.jsonl", ["--model_name_or_path", tmp_path / "part"]
+    sampling = ["--num_prompts", 4, "--max_new_tokens", 4]
+    place, *words = {
+        "compare": ["utils.comparing.comparing.choose_fitting", "compare", *named, *sampling, "--output_dir", made],
+        "merge": ["utils.merging.merging.score_texts", "merge", *named, "--output_dir", made],
+        "generate": [
+            *["utils.making._sample", "data", *named, "--generate", "--dataset_name", pairs_file, *sampling],
+            *["--scorer", ROOT / "examples/demo/scorer.py:score", "--output_file", made],
+        ],
+    }[verb]
+    command = [sys.executable, "tests/dropped_signal.py", *map(str, (place, *words))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert done.stdout.endswith("interrupted; nothing was lost that had been saved before\n")
+    assert "Traceback" not in done.stderr
+    assert not made.exists()
+
+
+@needs_signals
 def test_a_stop_that_python_drops_while_the_run_finishes_ends_it(run_with_dropped_signal, tmp_path):
     done = run_with_dropped_signal("utils.training.finishing.evaluate_last")
     assert done.returncode == 130, done.stdout + done.stderr

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.data.tokenizing import PromptEncoder, Turns
 from utils.drawing import DrawnToken, FiniteScores, PenaltyOnText, draw_numbers
+from utils.interruptions import stop_if_asked
 from utils.use_settings import SamplingSettings
 
 BATCH_SIZE = 64
@@ -76,6 +77,7 @@ def sample_continuations(
     waiting = sorted(range(len(prompts)), key=lambda place: len(prompt_ids[place]))
     continuations: dict[int, Continuation] = {}
     while waiting:
+        stop_if_asked()
         places = waiting[:batch_size]
         rows = [prompt_ids[place] for place in places]
         draws = [draw_numbers(seed, *keys[place], sampling.max_new_tokens) for place in places]

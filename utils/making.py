@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.generation import find_fitting, sample_continuations
 from utils.inspection.cleaning import write_pairs
 from utils.inspection.prompts import read_prompts
+from utils.interruptions import stop_if_asked
 from utils.judging import EndpointJudge, JudgeLimits
 from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import find_policy, read_end_ids
@@ -77,6 +78,7 @@ def make_pairs(settings: Settings) -> None:
         samples.add(_sample(model, tokenizer, scorer, batch, end_ids, room, settings))
         if start // PROMPTS_PER_BATCH % SAID_EVERY == 0:
             say(f"      {samples.count:,} of {len(prompts):,}")
+    stop_if_asked()
     _write(output, samples, judge)
 
 

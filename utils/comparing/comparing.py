@@ -29,6 +29,7 @@ from utils.comparing.sides import (
 from utils.comparing.summary import OWN_REWARD, summarize
 from utils.errors import UserError, gather
 from utils.generation import Continuation
+from utils.interruptions import stop_if_asked
 from utils.models.side_by_side import Contender, load_side_by_side
 from utils.processes import count_processes
 from utils.runs import as_in_run
@@ -64,6 +65,7 @@ def compare_models(settings: Settings, arguments: list[str]) -> None:
     _describe(sides, readers, questions, len(prompts), judges, settings, precision)
 
     written, rewarded = _compute(sides, readers, prompts, judges, settings, precision)
+    stop_if_asked()
     texts = [[row.text for row in side] for side in written]
     judgements = [
         rewarded if judge.name == OWN_REWARD else ask(judge, prompts, *texts, folder, settings) for judge in judges

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from utils.errors import UserError, gather
+from utils.interruptions import stop_if_asked
 from utils.merging.folder import MERGE_RECORD, find_merge_folder, folder_beside, push_folder, read_merge_record
 from utils.merging.pairs import CheckedTexts, load_texts
 from utils.merging.verifying import (
@@ -151,6 +152,7 @@ def write_merged(plan: Plan, folder: Path, settings: Settings) -> dict[str, Any]
         adapted = score_texts(model, plan.texts)
         with model.disable_adapter():
             without = score_texts(model, plan.texts)
+    stop_if_asked()  # before anything is written
     modules = {plain_name(name) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
     merged = merge_adapter(model, plan.trained.source, plan.saved, settings.merging.safe_merge)
     code = save_merged(merged, plan.tokenizer, plan.trained.source, folder, settings.merging.max_shard_size)

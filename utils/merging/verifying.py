@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.interruptions import stop_if_asked
 from utils.merging.pairs import CheckedTexts
 from utils.models.scoring import score_tokens
 from utils.training.batches import consecutive_batches
@@ -94,6 +95,7 @@ def score_texts(model: torch.nn.Module, texts: CheckedTexts) -> Tensor:
     found: dict[int, Tensor] = {}
     sizes = [len(prompt) + len(completion) for prompt, completion in rows]
     for indices in consecutive_batches(sizes, TOKENS_PER_BATCH, len(rows), padded=True):
+        stop_if_asked()
         batch = {name: value.to(device) for name, value in _pad([rows[index] for index in indices]).items()}
         scores = score_tokens(model, batch)
         for index, row, mask in zip(indices, scores.log_probs.cpu(), scores.mask.bool().cpu(), strict=True):

@@ -16,6 +16,7 @@ from trl.trainer.utils import pad
 
 from utils.data.lengths import read_numbers
 from utils.data.tokenizing import LENGTH, SFT_COLUMNS
+from utils.interruptions import stop_if_asked
 from utils.memory import freed_memory_returned
 from utils.models.proving import most_of_trial
 from utils.models.scoring import score_tokens
@@ -125,6 +126,7 @@ class ImitationTrainer(RunFolderTrainer, SFTTrainer):
         size = self.args.per_device_eval_batch_size
         rows: dict[int, dict[str, float]] = {}
         for indices in self.share_of_batches([order[i : i + size] for i in range(0, len(order), size)]):
+            stop_if_asked()
             inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
             rows |= dict(zip(indices, self._score_batch(inputs), strict=True))
         return self.merge_rows(rows)
