@@ -5,20 +5,30 @@ On a CPU it has no compiled backward pass; there it is traced, as for a GPU, and
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 
 import pytest
 import torch
+from conftest import read_metrics, read_record
 from test_engine import ARCHITECTURES, build, gradients, one_by_one, packed, random_pairs
 from torch._dynamo.utils import counters
 
 from utils.models import flex
 from utils.models.flex import BLOCK, make_block_mask
+from utils.models.kernel_proof import attention_calls, find_fault_of_kernel
+from utils.models.proving import Trial
 from utils.models.scoring import score_tokens
 from utils.models.shared_prefix import shared_prefix_active
 from utils.models.tables import send
+from utils.training.trainer import PreferenceTrainer
 
 CPU = torch.device("cpu")
+TRIALS = {
+    torch.float32: Trial(contextlib.nullcontext),
+    torch.bfloat16: Trial(functools.partial(torch.autocast, "cpu", torch.bfloat16), 2.0**-8),
+}
 
 
 def sees(lengths, window) -> torch.Tensor:
@@ -80,9 +90,14 @@ def test_log_probs_by_flex_attention_are_the_same(name):
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """FlexAttention as it is compiled for a GPU, as far as that goes here: traced, its backward pass too."""
+def backward_too(monkeypatch):
+    """FlexAttention computed the plain way gives gradients on a CPU as well; torch refuses those for its kernels."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_, **__: None)
+
+
+@pytest.fixture
+def traced(monkeypatch, backward_too):
+    """FlexAttention as it is compiled for a GPU, as far as that goes here: traced, its backward pass too."""
     torch._dynamo.reset()
     counters.clear()
     kernel = flex.compile_kernel(backend="aot_eager")
@@ -129,14 +144,84 @@ def test_gradients_of_the_traced_kernel_are_those_of_one_text_at_a_time(name, tr
     assert traced["stats"]["unique_graphs"] >= 1
 
 
-def test_where_torch_would_give_up_compiling_it_says_so(traced, monkeypatch):
+def test_where_torch_would_give_up_compiling_it_says_so(traced):
     """Instead of computing in memory that grows with the square of the tokens, without a word."""
     model, batch = build("llama"), packed(random_pairs(), flex=True)
     with shared_prefix_active(model):
         score_tokens(model, batch).log_probs.sum().backward()
-        monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
-        with torch.no_grad(), pytest.raises(Exception, match="fullgraph"):
+        with (
+            torch._dynamo.config.patch(recompile_limit=1),
+            torch.no_grad(),
+            pytest.raises(Exception, match="fullgraph"),
+        ):
             score_tokens(model, batch)
+
+
+# What is not the kernel's own: grouped heads, heads of two widths, windows beside full attention, soft-capping, sinks.
+NAMES = {"llama": 1, "deepseek_v3": 1, "gemma2": 2, "gemma3_text": 1, "gpt_oss": 2}  # and the calls that differ
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_alone_is_proven(name, precision, backward_too):
+    trial = TRIALS[precision]
+    batch = packed(random_pairs())
+    calls = attention_calls(build(name), batch, trial)
+    assert len(calls) == NAMES[name]  # each different one once
+    assert find_fault_of_kernel(calls, batch["layout"].lengths, CPU, trial) is None
+
+
+FAULTS = {
+    "a rejected completion sees the chosen one": ("own", lambda own: torch.zeros_like(own)),
+    "a prompt's end is not seen": ("end", lambda end: end - 1),
+    "a token too many is seen": ("first", lambda first: (first - 1).clamp(min=0)),
+}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_computes_something_else_is_found_out(fault, precision, backward_too, monkeypatch):
+    bounds, (name, change) = flex.bounds, FAULTS[fault]
+
+    def wrong(*arguments):
+        found = dict(zip(("first", "end", "own"), bounds(*arguments), strict=True))
+        found[name] = change(torch.from_numpy(found[name])).numpy()
+        return tuple(found.values())
+
+    trial, batch = TRIALS[precision], packed(random_pairs())
+    calls = attention_calls(build("llama"), batch, trial)
+    monkeypatch.setattr(flex, "bounds", wrong)
+    said = find_fault_of_kernel(calls, batch["layout"].lengths, CPU, trial)
+    assert said.startswith("its attention differs by")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_models_that_come_to_the_device_later_attend_by_flex_there(
+    broken, backward_too, run_script, tiny_model, pairs_file, tmp_path, monkeypatch
+):
+    """As those that are sharded. The device is played by the CPU, where the kernel is computed the plain way."""
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 3, "--logging_steps", 1)
+    assert run_script(*flags, "--output_dir", tmp_path / "one")[0] == 0
+    attended = []
+
+    def attend(*arguments, **options):
+        attended.append(arguments)
+        if broken:
+            raise RuntimeError("no kernel for heads of this width")
+        return attend_over_row(*arguments, **options)
+
+    attend_over_row = flex.attend_over_row
+    monkeypatch.setattr("utils.models.shared_prefix.attend_over_row", attend)
+    monkeypatch.setattr(PreferenceTrainer, "device_to_come", lambda _: CPU)
+    code, out, err = run_script(*flags, "--output_dir", tmp_path / "other")
+    assert code == 0, err
+    engine = read_record(tmp_path / "other")["engine"]
+    assert engine["shared_prefix"] is True
+    assert (engine["pair_by_pair"] is not None) is broken
+    assert ("no kernel for heads of this width" in out) is broken
+    assert len(attended) == 1 if broken else len(attended) > 20
+    for one, other in zip(*(read_metrics(tmp_path / name) for name in ("one", "other")), strict=True):
+        assert all(other[name] == pytest.approx(value, abs=1e-5) for name, value in one.items() if "loss" in name)
 
 
 def test_tables_arrive_as_they_were_sent():

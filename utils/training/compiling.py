@@ -51,12 +51,7 @@ class CompilesLayers(Trainer):
             return
         say("compiling the layers, once for rows of any length (--torch_compile); this takes a minute or two")
         fault = next(filter(None, (self._compile(model, batch, left_out or {}) for model in self.models())), None)
-        if self.args.world_size > 1:
-            verdicts: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(verdicts, fault)
-            if self.is_fsdp_enabled:
-                verdicts = verdicts[:1]  # the others may hold no weights yet
-            fault = next((verdict for verdict in verdicts if verdict is not None), None)
+        fault = self.agree(fault)
         if fault is not None:
             raise UserError(
                 f"--torch_compile: the layers of this model cannot be compiled here ({fault}); leave it out"

@@ -93,6 +93,16 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
         step = 2.0**-8 if self.args.bf16 else 2.0**-11 if self.args.fp16 else None
         return Trial(self.accelerator.autocast, step)
 
+    def agree(self, fault: str | None) -> str | None:
+        """What the processes found, so that all go on in the same way."""
+        if self.args.world_size == 1:
+            return fault
+        faults: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(faults, fault)
+        if self.is_fsdp_enabled:
+            faults = faults[:1]  # the others may hold no weights yet
+        return next((fault for fault in faults if fault is not None), None)
+
     def tokens_of_rows(self) -> Sequence[int]:
         """What each row that is trained on puts through the model."""
         raise TypeError("a trainer of this project says what its rows take")

@@ -13,10 +13,11 @@ from trl import DPOTrainer
 from utils.data.lengths import longest_first, read_numbers
 from utils.data.tokenizing import LENGTH
 from utils.errors import UserError
-from utils.memory import freed_memory_returned
+from utils.memory import freed_memory_returned, ran_out_of_memory
+from utils.models.kernel_proof import attention_calls, find_fault_of_kernel
 from utils.models.last_layer import LeftOut, leave_out_prompts
 from utils.models.loading import TRAINED_ADAPTER, Reference
-from utils.models.proving import find_gradient_mismatch, find_mismatch, most_of_trial
+from utils.models.proving import describe_error, find_gradient_mismatch, find_mismatch, most_of_trial
 from utils.models.scoring import tokens_of
 from utils.training.batches import (
     PAIR_IDS,
@@ -136,6 +137,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.choose_head(self.data_collator.whole([brief]))
         self._choose_layout(wish, examples)
         self.compile_layers(self.data_collator.whole([brief]), self._left_out)
+        self._choose_kernel(examples)
 
     def _choose_layout(self, wish: str, examples: list[dict[str, Any]]) -> None:
         if wish == "padded":
@@ -154,6 +156,27 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
             raise UserError(f"--engine shared_prefix: this model cannot use it: {mismatch}; pass auto or padded")
         self.shared_prefix = mismatch or True
         self.data_collator.packs = mismatch is None
+
+    def device_to_come(self) -> torch.device | None:
+        """The GPU that will compute, where the weights are not there yet: before they are sharded."""
+        own = self.args.device
+        return own if own.type == "cuda" and next(self.model.parameters()).device.type != "cuda" else None
+
+    def _choose_kernel(self, examples: list[dict[str, Any]]) -> None:
+        """Chooses FlexAttention for a device that the models come to later, if it computes there what they ask for."""
+        device = self.device_to_come()
+        if device is None or not self.data_collator.packs:
+            return
+        batch = self.data_collator.packed(examples)
+        try:
+            calls = set().union(*(attention_calls(model, batch, self.trial()) for model in self.models()))
+            fault = find_fault_of_kernel(calls, batch["layout"].lengths, device, self.trial())
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            fault = describe_error(error)  # of a process that holds no weights yet
+        self.pair_by_pair = self.agree(fault)
+        self.data_collator.flex = self.pair_by_pair is None
 
     def _find_mismatch_of_layout(self, examples: list[dict[str, Any]]) -> str | None:
         """Tries the layout with a last layer that leaves out prompts, then with a whole one; None when either does.
@@ -182,13 +205,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         if mismatch is None and any(parameter.requires_grad for parameter in self.model.parameters()):
             brief = shortened(examples[-1], most_of_trial(self.model, rows=2))
             mismatch = prove(find_gradient_mismatch, self.model, [brief])
-        if self.args.world_size > 1:
-            verdicts: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(verdicts, mismatch)
-            if self.is_fsdp_enabled:
-                verdicts = verdicts[:1]  # the others may hold no weights yet
-            mismatch = next((verdict for verdict in verdicts if verdict is not None), None)
-        return mismatch
+        return self.agree(mismatch)
 
     def limit_tokens(self, most: int) -> None:
         """Makes micro-batches of at most `most` tokens, once the layout is chosen.
