@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.models import cpu_attention
@@ -52,12 +53,15 @@ class CompiledLayers:
             raise ValueError("the model has no layers that can be compiled one by one")
         self.count = len(layers)
         self.padded, self.active = padded, True
+        self.served = 0  # calls of layers that were computed by compiled code
         # Where attention looks for its window; a mask that no layer needs is made in vain.
         modules = [module for layer in layers for module in layer.modules()]
         configs = [module.config for module in modules if hasattr(module, "config")]
         self.windows = {getattr(place, "sliding_window", None) for place in (*modules, *configs)}
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
         torch._dynamo.config.optimize_ddp = False  # which cuts graphs at the buckets of gradients
+        # What belongs to modules may have another size each time: the rows that the last layer computes.
+        torch._dynamo.config.force_nn_module_property_static_shapes = False
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance would be taken to be one
         for layer in layers:
             layer.forward = _CompiledForward(layer, self, left_out.get(layer), {**options, "dynamic": True})
@@ -71,11 +75,13 @@ class CompiledLayers:
         finally:
             self.active = True
 
-    def serve(self, options: dict[str, Any]) -> bool:
-        """Whether compiled code computes a layer that is called with these keyword arguments."""
-        if not self.active or options.get("past_key_values") is not None:
+    def serve(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether compiled code computes a layer that is called with these arguments."""
+        caching = any(isinstance(value, Cache) for value in (*arguments, *options.values()))
+        if not self.active or caching or not (self.padded or options.get("pair_layout") is not None):
             return False
-        return self.padded or options.get("pair_layout") is not None
+        self.served += 1
+        return True
 
 
 class _CompiledForward:
@@ -89,7 +95,7 @@ class _CompiledForward:
         self.compiled = torch.compile(types.MethodType(own.__wrapped__ if self.recomputes else own, layer), **options)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if not self.layers.serve(options):
+        if not self.layers.serve(arguments, options):
             return type(self.layer).forward(self.layer, *arguments, **options)
         if self.recomputes and self.layer.gradient_checkpointing and self.layer.training:
             return self.layer._gradient_checkpointing_func(functools.partial(self._compute, **options), *arguments)
@@ -106,7 +112,7 @@ class _CompiledForward:
         return self.compiled(*arguments, **options)
 
 
-@functools.lru_cache(maxsize=2)  # for all layers of a batch, and for those of the reference
+@functools.lru_cache(maxsize=1)  # for all layers, forward and backward
 def _layout_of(lengths: tuple[tuple[int, int, int], ...], filling: int) -> PairLayout:
     return PairLayout(lengths, filling=filling)
 

@@ -119,6 +119,8 @@ class _Search:
     def find(self) -> tuple[Attempt, str]:
         """The size that is chosen, and why no other."""
         with _left_as_it_was(self.trainer):
+            if self.trainer.compiles:
+                self._compile()
             for tokens in self._doubled():
                 self.attempts.append(self._try(tokens))
                 if not self.attempts[-1].fits or self._is_slower_than_before():
@@ -134,6 +136,13 @@ class _Search:
             return chosen, f"{max(a.tokens for a in larger if a.fits):,} fit too and are no faster"
         least = min(larger, key=lambda attempt: attempt.tokens)
         return chosen, f"{least.tokens:,} do not fit ({least.bytes / 2**30:.2f} GiB)"
+
+    def _compile(self) -> None:
+        """Has layers compiled that are yet to be, so that no size is timed and measured with its compiler."""
+        for index in (self.order[-1], self.order[0]):  # prompts are left out of some rows and not of others
+            with contextlib.suppress(Exception):  # what cannot be computed is found out by its size
+                self._compute(self.trainer.data_collator.whole([self._example(index)]))
+            self.trainer.model.zero_grad(set_to_none=True)
 
     def _doubled(self) -> Iterator[int]:
         """Sizes from an eighth of the longest pair to the longest pairs of a whole optimizer step."""
@@ -195,17 +204,22 @@ class _Search:
 
     def _measure_speed(self, batch: dict[str, Any]) -> float:
         """Tokens per second of forward and backward passes, the best of a few."""
-        trainer, seconds = self.trainer, []
-        count = torch.tensor(count_pairs(batch) * trainer.args.world_size, device=self.device)
+        seconds: list[float] = []
         while len(seconds) < MOST_TIMES and sum(seconds) < TIMED_SECONDS:
             begun = time.perf_counter()
-            with trainer._attending():
-                trainer.compute_part(trainer.model, dict(batch), count)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self._compute(batch)
             seconds.append(time.perf_counter() - begun)
         filling = batch["layout"].filling if "layout" in batch else 0  # nobody gains by that
         return (batch["input_ids"].numel() - filling) / min(seconds)
+
+    def _compute(self, batch: dict[str, Any]) -> None:
+        """Forward and backward pass."""
+        trainer = self.trainer
+        count = torch.tensor(count_pairs(batch) * trainer.args.world_size, device=self.device)
+        with trainer._attending():
+            trainer.compute_part(trainer.model, dict(batch), count)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _longest_within(self, tokens: int) -> list[int]:
         """Indices of the longest pairs that make one micro-batch within so many tokens; the shortest if none does."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
+from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from utils.errors import UserError
@@ -20,6 +21,7 @@ class CompilesLayers(Trainer):
     """The part of both trainers that compiles layers one by one, where their parent would compile the whole model."""
 
     compiled_layers = 0  # of the policy
+    compiled_in_pieces = False  # with parts in between that the compiler does not take
     _compile_options: dict[str, Any] | None = None  # what torch.compile is given, where it is asked for
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -50,8 +52,10 @@ class CompilesLayers(Trainer):
         if self._compile_options is None:
             return
         say("compiling the layers, once for rows of any length (--torch_compile); this takes a minute or two")
+        breaks = counters["graph_break"].total()
         fault = next(filter(None, (self._compile(model, batch, left_out or {}) for model in self.models())), None)
         fault = self.agree(fault)
+        self.compiled_in_pieces = counters["graph_break"].total() > breaks
         if fault is not None:
             raise UserError(
                 f"--torch_compile: the layers of this model cannot be compiled here ({fault}); leave it out"
@@ -64,4 +68,5 @@ class CompilesLayers(Trainer):
             return describe_error(error)
         if model is self.model:
             self.compiled_layers = layers.count
-        return find_fault_of_compiled(model, batch, self.trial(), layers.plain)
+        fault = find_fault_of_compiled(model, batch, self.trial(), layers.plain)
+        return fault if fault or layers.served else "they are called with a cache"

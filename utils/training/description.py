@@ -123,8 +123,9 @@ def preference_step(checkpoint: Path) -> int | None:
 
 def describe_layout(trainer: PreferenceTrainer) -> str:
     """How batches are laid out, as a phrase."""
+    compiled = f"layers compiled{' in pieces' if trainer.compiled_in_pieces else ''}" if trainer.compiled_layers else ""
     if trainer.shared_prefix is True:
         slower = f"; attention pair by pair: with FlexAttention {trainer.pair_by_pair}" if trainer.pair_by_pair else ""
-        compiled = "; layers compiled" if trainer.compiled_layers else ""
-        return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower}{compiled})"
-    return f"padded batches: {trainer.shared_prefix}"
+        more = f"; {compiled}" if compiled else ""
+        return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower}{more})"
+    return f"padded batches: {trainer.shared_prefix}{f' ({compiled})' if compiled else ''}"

@@ -39,6 +39,7 @@ SIGNS = (
     "tcpstore",
 )
 KEPT_BY_DEEPSPEED = "optimizer.json"  # in a checkpoint: says so, where DeepSpeed keeps the optimizer
+COMPILING = ("torch_compile_backend", "torch_compile_mode")
 FSDP_CONFIG = "examples/accelerate/fsdp2.yaml"
 
 
@@ -102,10 +103,12 @@ def _check_fsdp() -> None:
 def _check_deepspeed(settings: Settings) -> None:
     if not with_deepspeed(settings):
         return
-    compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if settings.trainer_fields.get(name)]
-    if settings.training.torch_compile or compiles:
+    compiles = [f"--{name}" for name in COMPILING if settings.trainer_fields.get(name)]
+    compiles += ["--torch_compile"] if settings.training.torch_compile else []
+    compiles += ["dynamo_backend"] if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" else []
+    if compiles:
         raise UserError(
-            f"--{(compiles or ['torch_compile'])[0]}: DeepSpeed fetches weights from within the layers, which cannot "
+            f"{compiles[0]}: DeepSpeed fetches weights from within the layers, which cannot "
             f"be compiled then; leave it out, or launch with {FSDP_CONFIG}"
         )
     if importlib.util.find_spec("deepspeed") is None:

@@ -195,6 +195,7 @@ class Run:
             "head_in_chunks": hasattr(output_head(trainer.model), MARK),
             "last_layer_in_part": isinstance(trainer, PreferenceTrainer) and trainer.last_layer_in_part,
             "compiled_layers": trainer.compiled_layers,
+            "compiled_in_pieces": trainer.compiled_in_pieces,
             "pair_by_pair": trainer.pair_by_pair if isinstance(trainer, PreferenceTrainer) else None,
             "tokens_computed": trainer.tokens_computed * world,
             "tokens_padded_equivalent": trainer.tokens_padded * world,
