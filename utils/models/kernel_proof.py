@@ -93,7 +93,7 @@ def find_fault_of_kernel(
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        return f"it cannot be used ({describe_error(error)})"
+        return f"it fails ({describe_error(error)})"
     return None
 
 

@@ -137,7 +137,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.choose_head(self.data_collator.whole([brief]))
         self._choose_layout(wish, examples)
         self.compile_layers(self.data_collator.whole([brief]), self._left_out)
-        self._choose_kernel(examples)
+        self._choose_kernel(brief, examples)
 
     def _choose_layout(self, wish: str, examples: list[dict[str, Any]]) -> None:
         if wish == "padded":
@@ -162,15 +162,20 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         own = self.args.device
         return own if own.type == "cuda" and next(self.model.parameters()).device.type != "cuda" else None
 
-    def _choose_kernel(self, examples: list[dict[str, Any]]) -> None:
-        """Chooses FlexAttention for a device that the models come to later, if it computes there what they ask for."""
+    def _choose_kernel(self, brief: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+        """Chooses FlexAttention for a device that the models come to later, if it computes there what they ask for.
+
+        A brief pair shows what that is; it is computed for a row of the examples.
+        """
         device = self.device_to_come()
         if device is None or not self.data_collator.packs:
             return
-        batch = self.data_collator.packed(examples)
+        most = most_of_trial(self.model, rows=2)
+        row = self.data_collator.packed([shortened(pair, most) for pair in examples])["layout"]
+        batch = self.data_collator.packed([brief])
         try:
             calls = set().union(*(attention_calls(model, batch, self.trial()) for model in self.models()))
-            fault = find_fault_of_kernel(calls, batch["layout"].lengths, device, self.trial())
+            fault = find_fault_of_kernel(calls, row.lengths, device, self.trial())
         except Exception as error:
             if ran_out_of_memory(error):
                 raise
