@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -152,6 +153,15 @@ def test_a_compiled_run_trains_alike(way, run, tmp_path, seen, monkeypatch):
     assert 0 < seen["stats"]["unique_graphs"] <= (60 if way == "dora" else 16)
     assert not seen["graph_break"] or way == "dora"
     assert ("layers compiled" in out) is (verb == "train")
+
+
+@pytest.mark.slow
+def test_policy_and_reference_round_alike(run, tmp_path):
+    """In 16 bits, by the compiler: before anything is learnt they are the same model, to the last bit."""
+    code, out, err = run("train", "run", "--use_lora", "--torch_compile", "--dtype", "bfloat16")
+    assert code == 0, out + err
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_layers_that_compute_something_else_end_the_run(run, monkeypatch):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -62,6 +63,9 @@ class CompiledLayers:
         torch._dynamo.config.optimize_ddp = False  # which cuts graphs at the buckets of gradients
         # What belongs to modules may have another size each time: the rows that the last layer computes.
         torch._dynamo.config.force_nn_module_property_static_shapes = False
+        # Numbers between two operations keep the format that they have without a compiler: otherwise policy and
+        # reference, compiled apart, would round apart.
+        inductor.emulate_precision_casts = True
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance would be taken to be one
         for layer in layers:
             layer.forward = _CompiledForward(layer, self, left_out.get(layer), {**options, "dynamic": True})
