@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import read_metrics, read_record
-from test_engine import ARCHITECTURES, build, gradients, one_by_one, packed, padded, random_pairs
+from test_engine import ARCHITECTURES, assert_same, build, gradients, one_by_one, packed, padded, random_pairs
 from test_flex import rows_of_many_sizes
 from torch._dynamo.utils import counters
 
@@ -31,9 +31,9 @@ def seen(monkeypatch):
     torch._dynamo.reset()
 
 
-def compile_layers(model, **options) -> CompiledLayers:
+def compile_layers(model) -> CompiledLayers:
     left_out = leave_out_prompts(model)
-    return CompiledLayers(model, {left_out.layer: left_out} if left_out else {}, False, TRACED | options)
+    return CompiledLayers(model, {left_out.layer: left_out} if left_out else {}, False, TRACED)
 
 
 # For every day: windows, soft-capping and sinks.
@@ -53,11 +53,7 @@ def test_compiled_layers_compute_the_same(name, flex, seen):
         scores = score_tokens(model, packed(pairs, flex=flex))
         found = [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)]
         found_gradients = gradients(model, found)
-    for one, other in zip(expected, found, strict=True):
-        assert torch.allclose(one, other, atol=5e-6)
-    norm = sum(g.double().pow(2).sum() for g in expected_gradients.values()).sqrt()
-    difference = sum((g - found_gradients[n]).double().pow(2).sum() for n, g in expected_gradients.items()).sqrt()
-    assert difference / norm < 1e-5
+    assert_same(expected, found, expected_gradients, found_gradients)
     assert seen["stats"]["unique_graphs"] >= 1
     whole = flex or name not in PLAINLY
     assert not seen["graph_break"] or not whole, dict(seen["graph_break"])

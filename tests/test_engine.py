@@ -110,6 +110,15 @@ def gradients(model, log_probs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(expected, found, expected_gradients, found_gradients) -> None:
+    """Log-probs of each completion, and gradients by weight, are the same up to rounding in float32."""
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, atol=5e-6)
+    norm = sum(g.double().pow(2).sum() for g in expected_gradients.values()).sqrt()
+    difference = sum((g - found_gradients[n]).double().pow(2).sum() for n, g in expected_gradients.items()).sqrt()
+    assert difference / norm < 1e-5
+
+
 @pytest.mark.parametrize(
     ("checkpointing", "filled"), [(False, 1), (True, 1), (False, 32)], ids=["", "checkpointing", "filled up"]
 )
@@ -127,11 +136,7 @@ def test_log_probs_and_gradients_are_those_of_one_text_at_a_time(name, checkpoin
         scores = score_tokens(model, packed(pairs, multiple=filled, keeps=checkpointing))
         found = [row[mask.bool()] for row, mask in zip(scores.log_probs, scores.mask, strict=True)]
         found_gradients = gradients(model, found)
-    for one, other in zip(expected, found, strict=True):
-        assert torch.allclose(one, other, atol=5e-6)
-    norm = sum(g.double().pow(2).sum() for g in expected_gradients.values()).sqrt()
-    difference = sum((g - found_gradients[n]).double().pow(2).sum() for n, g in expected_gradients.items()).sqrt()
-    assert difference / norm < 1e-5
+    assert_same(expected, found, expected_gradients, found_gradients)
     assert set(found_gradients) == set(expected_gradients)
 
 
