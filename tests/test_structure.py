@@ -82,8 +82,3 @@ def test_the_floor_imports_nothing_of_ours(name):
 def test_only_the_script_knows_all_stages():
     for path in FILES:
         assert len({"data", "models", "training", "arguments"} & imported_rooms(path)) < 4, path
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_readable(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 360, "what second thing does this file do?"
