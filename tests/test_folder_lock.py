@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import psutil
 import pytest
 from conftest import ROOT, make_pairs, read_record, start_script, write_lines
 
+from utils.checkpoints import begin_checkpoint
 from utils.errors import UserError
 from utils.folder_lock import FolderLock, check_not_held, read_owner
-from utils.processes import identify_process
-from utils.saving import LOCK, RunRecord, now
+from utils.output_folder import clear_run
+from utils.processes import identify_process, is_alive
+from utils.saving import LOCK, REPORT, FolderLost, RunRecord, append_metrics, now, write_text
+from utils.training.callbacks import RunWatcher
 
 STARTER = """
 import sys, time
@@ -46,6 +50,18 @@ def start_together(folder: Path, count: int) -> list[subprocess.Popen]:
 
 def owner(**changes) -> dict:
     return {**identify_process(), "since": now(), "command": "advanced_dpo_script.py train", **changes}
+
+
+def ticks_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def of_parent() -> dict:
+    """What identifies the process that started this one."""
+    pid = os.getppid()
+    return {"pid": pid, "started": psutil.Process(pid).create_time()} | (
+        {"ticks": ticks_of(pid)} if sys.platform.startswith("linux") else {}
+    )
 
 
 def elsewhere(**changes) -> dict:
@@ -161,12 +177,100 @@ def test_a_dead_owner_is_no_owner_and_is_said(gone, tmp_path, capsys):
 
 
 def test_another_process_of_the_same_number_is_no_owner(tmp_path):
-    parent = psutil.Process(os.getppid())
-    leave_lock(tmp_path, owner(pid=parent.pid, started=parent.create_time() - 1000))
+    parent = os.getppid()
+    leave_lock(tmp_path, owner(**of_parent() | {"ticks": ticks_of(parent) - 1}))
     check_not_held(tmp_path)
-    leave_lock(tmp_path, owner(pid=parent.pid, started=parent.create_time()))
-    assert f"process {parent.pid} on" in refusal(tmp_path)
-    assert read_owner(tmp_path)["pid"] == parent.pid
+    leave_lock(tmp_path, owner(**of_parent()))
+    assert f"process {parent} on" in refusal(tmp_path)
+    assert read_owner(tmp_path)["pid"] == parent
+
+
+@pytest.mark.parametrize("seconds", [-3600, -5, 5, 3600])
+def test_a_clock_that_was_set_makes_no_live_run_a_dead_one(seconds, tmp_path):
+    lock = owner(**of_parent())
+    leave_lock(tmp_path, lock | {"started": lock["started"] + seconds})
+    assert f"process {os.getppid()} on" in refusal(tmp_path)
+    assert is_alive(lock | {"started": lock["started"] + seconds})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="namespaces are Linux's")
+def test_a_run_in_another_container_is_seen_by_its_lock_and_taken_over_when_it_was_killed(tmp_path, capsys):
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespace may be made here")
+    command = [*inside, sys.executable, "-c", STARTER, str(tmp_path), "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "taken\n"
+        lock = json.loads((tmp_path / LOCK).read_text())
+        assert (lock["pid"], lock["locked"]) == (1, True)
+        assert is_alive(lock) is None
+        assert "process 1 on" in refusal(tmp_path)
+        assert read_owner(tmp_path) == lock
+        process.kill()
+    assert (tmp_path / LOCK).is_file()
+    for _ in range(200):  # the namespace ends a moment after the process that made it
+        if read_owner(tmp_path) is None:
+            break
+        time.sleep(0.02)
+    with FolderLock() as own:
+        own.take(tmp_path)
+    assert "lock: process 1, which wrote into" in capsys.readouterr().out
+
+
+def test_of_a_folder_that_was_removed_and_made_again_nothing_more_is_written(tmp_path):
+    folder = tmp_path / "run"
+    with FolderLock() as lock:
+        lock.take(folder)
+        record = RunRecord({"status": "running"})
+        record.write_to(folder)
+        shutil.rmtree(folder)
+        with pytest.raises(FileNotFoundError):
+            record.update(step=1)
+        (other,) = start_together(folder, 1)
+        assert other.stdout.readline() == "taken\n"
+        before = (folder / LOCK).read_bytes()
+        writes = {
+            "record": lambda: record.update(step=1),
+            "metrics": lambda: append_metrics(folder, {"step": 1}),
+            "page": lambda: write_text(folder / REPORT, "page"),
+            "checkpoint": lambda: begin_checkpoint(folder, 1),
+            "former": lambda: clear_run(folder),
+        }
+        for name, write in writes.items():
+            with pytest.raises(FolderLost, match=r"its run.lock is that of another run, which writes there now"):
+                write()
+            assert [path.name for path in folder.iterdir()] == [LOCK], name
+        other.communicate("", timeout=60)
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(FolderLost, match=r"its run\.lock is gone"):
+            record.update(step=1)
+        leave_lock(folder, before.decode())
+    assert (folder / LOCK).read_bytes() == before, "only one's own lock is removed"
+
+
+def test_a_run_whose_folder_was_given_to_another_stops_with_one_message(
+    run_script, tiny_model, pairs_file, tmp_path, monkeypatch
+):
+    folder, kept = tmp_path / "run", {}
+    log = RunWatcher.on_log
+
+    def replace_then_log(self, args, state, control, **more):
+        if state.global_step == 3 and not kept:
+            shutil.rmtree(folder)
+            leave_lock(folder, elsewhere())
+            (folder / "run.json").write_text('{"verb": "train", "status": "running", "settings": {}}')
+            kept.update({path.name: path.read_bytes() for path in folder.iterdir()})
+        return log(self, args, state, control, **more)
+
+    monkeypatch.setattr(RunWatcher, "on_log", replace_then_log)
+    code, _, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 6,
+                                "--logging_steps", 1, "--save_steps", 2, "--output_dir", folder)  # fmt: skip
+    assert code == 2
+    (line,) = err.splitlines()
+    assert (
+        f"--output_dir {folder}: its run.lock is that of another run, which writes there now. This run stopped " in line
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def test_an_owner_on_another_machine_is_respected_and_described(tmp_path):
@@ -220,11 +324,10 @@ def test_a_lock_with_odd_content_ends_in_no_traceback(junk, tmp_path):
 def test_status_shows_a_run_that_loads_before_it_goes_on(run_script, tmp_path):
     RunRecord({"verb": "train", "status": "interrupted", "settings": {}, "arguments": []}).write_to(tmp_path)
     assert "interrupted" in run_script("status", tmp_path)[1]
-    parent = psutil.Process(os.getppid())
-    leave_lock(tmp_path, owner(pid=parent.pid, started=parent.create_time()))
+    leave_lock(tmp_path, owner(**of_parent()))
     out = run_script("status", tmp_path)[1]
     assert "running" in out
-    assert f"process {parent.pid} has the folder" in out
+    assert f"process {os.getppid()} has the folder" in out
     assert "to go on" not in out
     leave_lock(tmp_path, elsewhere(pid=77, started=1.0))
     out = run_script("status", tmp_path)[1]
@@ -293,7 +396,7 @@ def test_a_run_killed_before_its_first_step_leaves_a_folder_that_can_be_used(run
 def test_a_refusal_ends_all_processes(tiny_model, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(24))
     parent = psutil.Process(os.getpid())
-    folder = leave_lock(tmp_path / "run", owner(pid=parent.pid, started=parent.create_time()))
+    folder = leave_lock(tmp_path / "run", owner())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                "advanced_dpo_script.py", "train", "--model_name_or_path", tiny_model, "--dataset_name", data,
                "--output_dir", folder]  # fmt: skip

@@ -13,18 +13,22 @@ from safetensors.torch import save_file
 
 from utils.checkpoints import find_checkpoints, find_resume_point
 from utils.errors import UserError
+from utils.folder_lock import FolderLock
 from utils.output_folder import check_output_folder, clear_run
 from utils.saving import (
+    HALF_WRITTEN,
     LOCK,
     OWN_FILES,
     RunRecord,
     append_metrics,
+    create_file,
     keep_rows_until,
     now,
     read_json_lines,
     read_record,
     remove_leftovers,
     restore_metrics,
+    unused_name,
     write_json,
     write_json_lines,
     write_text,
@@ -481,3 +485,22 @@ def test_clearing_nothing_is_no_fault(tmp_path):
     clear_run(tmp_path / "nowhere")
     clear_run(tmp_path)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_nothing_is_written_through_a_link_that_another_planted(tmp_path):
+    victim = tmp_path / "another person's"
+    victim.write_text("kept")
+    planted = tmp_path / "planted"
+    planted.symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        create_file(planted)
+    for name in (f".run.json.{os.getpid()}.tmp", f".run.lock.{os.getpid()}.tmp"):  # what could once be foreseen
+        (tmp_path / name).symlink_to(victim)
+    write_json(tmp_path / "run.json", {"status": "running"})
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        assert not (tmp_path / "run.lock").is_symlink()
+    assert victim.read_text() == "kept"
+    assert not (tmp_path / "run.json").is_symlink()
+    assert len({unused_name(tmp_path / "x") for _ in range(100)}) == 100
+    assert all(HALF_WRITTEN.fullmatch(unused_name(tmp_path / "x").name) for _ in range(100))

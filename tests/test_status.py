@@ -251,7 +251,10 @@ def test_the_time_of_a_run_that_goes_on_is_that_of_all_its_parts(finished):
 def test_a_process_is_known_again_and_another_of_its_id_is_not():
     own = identify_process()
     assert is_alive(own)
-    assert is_alive(own | {"started": own["started"] - 60}) is False
+    assert is_alive(own | {"ticks": own["ticks"] - 1}) is False
+    assert is_alive(own | {"started": own["started"] - 60}), "the clock was set since"
+    assert is_alive(own | {"ticks": None}), "as an earlier version recorded it, and where there are no ticks"
+    assert is_alive(own | {"ticks": None, "started": own["started"] - 60}) is False
     assert is_alive(own | {"machine": ["other", None, None]}) is None
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how: a zombie

@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.manifests import MANIFEST, find_damage, forget_cached, write_manifest
 from utils.runtime import say
-from utils.saving import CHECKPOINT, SET_ASIDE, TRAINER_STATE, flush_folder
+from utils.saving import CHECKPOINT, SET_ASIDE, TRAINER_STATE, check_held, flush_folder
 
 # Of the training alone: whoever only uses the model does not read them.
 OF_TRAINING = ("optimizer", "scheduler", "scaler", "random_state", "log_state", TRAINER_STATE)
@@ -192,6 +192,7 @@ def begin_checkpoint(folder: Path, step: int) -> None:
     Raises:
         OSError: it cannot be made; the folder of the run is not made again where it is gone.
     """
+    check_held(folder)
     partial = unfinished_checkpoint(folder, step)
     _remove_folder(partial)
     partial.mkdir()
@@ -201,6 +202,7 @@ def finish_checkpoint(folder: Path, step: int) -> Path:
     """Gives the checkpoint its name, once everything in it is on the disk. Returns its path."""
     partial, checkpoint = unfinished_checkpoint(folder, step), folder / f"checkpoint-{step}"
     write_manifest(partial, step)
+    check_held(folder)
     if checkpoint.exists():  # of a former try at this step
         remove_checkpoint(checkpoint)
     partial.rename(checkpoint)

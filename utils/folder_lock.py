@@ -1,7 +1,10 @@
 """One run per folder: a file in it says which process writes there, and goes with that process.
 
-The lock is made in one step, so that of two runs that start together one has it. A run whose process is gone leaves its
-lock behind; the next run takes it over. Whether a process on another machine lives cannot be seen: its lock holds.
+The file is made in one step, so that of two runs that start together one has it, and is held open under a lock of the
+system (flock) for as long as the process lives. A run whose process is gone leaves its file behind; the next run takes
+it over. A process is known again by its number and by when it began, counted since the machine was switched on; one in
+another container of this machine by the system's lock. Whether a process on another machine lives cannot be seen: its
+file holds.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.processes import identify_process, is_alive, patience_seconds
+from utils.processes import identify_process, is_alive, on_same_kernel, patience_seconds
 from utils.runtime import is_main_process, readable_seconds, say
-from utils.saving import LOCK, MEANINGS, now, read_record, seconds_at
+from utils.saving import HELD, LOCK, MEANINGS, create_file, now, read_record, seconds_at, unused_name
 
 GRACE = 30.0  # seconds in which a lock that cannot be read may be in the making
 PATIENT = 10.0  # seconds to wait for another run that looks at the lock just now
@@ -32,6 +35,7 @@ class FolderLock:
     def __init__(self) -> None:
         self._path: Path | None = None
         self._content: dict[str, Any] = {}
+        self._handle: int | None = None  # of the file, open and locked for the life of the run
         self._made: list[Path] = []  # folders
 
     def __enter__(self) -> FolderLock:
@@ -53,23 +57,29 @@ class FolderLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                former = _take(folder / LOCK, self._content)
+                former, self._handle = _take(folder / LOCK, self._content)
         except OSError as error:
-            what, remedy = MEANINGS.get(error.errno, (f"cannot be written ({error.strerror})", "Mend that"))
+            what, remedy = MEANINGS.get(error.errno, (f"cannot be written ({error.strerror or error})", "Mend that"))
             raise UserError(
                 f"--output_dir {folder}: {what}; nothing in it was changed. {remedy}, then run again; a run that had "
                 "begun there goes on with --resume_from_checkpoint auto"
             ) from None
         self._path = folder / LOCK
+        HELD[folder.absolute()] = self._path.read_bytes()
         if former is not None:
             say(f"lock: {former}; its lock is taken over")
 
     def release(self) -> None:
         """Gives the folder back; one that was made for the lock and holds nothing goes too."""
         path, self._path = self._path, None
-        if path is not None and self._content.get("pid") == os.getpid() and _read(path) == self._content:
+        if path is not None and self._content.get("pid") == os.getpid():
+            own = HELD.pop(path.parent.absolute(), None)
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                if path.read_bytes() == own:
+                    path.unlink()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -98,24 +108,31 @@ def read_owner(folder: Path) -> dict[str, Any] | None:
     return owner if owner is not None and not _is_gone(folder, owner) else None
 
 
-def _take(path: Path, content: Mapping[str, Any]) -> str | None:
-    """Makes the lock; says of the one in whose place it came that it was left behind, if there was one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    former = None
+def _take(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """Makes the file and locks it. Says of the one in whose place it came, if there was one, that it was left behind;
+    and gives the descriptor that holds the system's lock, None where there is no such lock."""
+    beside, former = unused_name(path), None
+    handle: int | None = create_file(beside)
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        locked = _lock(handle)
+        text = json.dumps({**content, "locked": locked}, indent=2)
+        _write(handle, text)
+        if not locked:
+            os.close(handle)
+            handle = None
         while not _place(beside, path):
             check_not_held(path.parent)
             owner = _read(path) or {}
             former = f"process {owner.get('pid')}, which wrote into {path.parent} since {owner.get('since')}, is gone"
             former = former if owner else f"nothing can be read in {path}"
             path.unlink(missing_ok=True)
+        return former, handle
+    except BaseException:
+        if handle is not None:
+            os.close(handle)
+        raise
     finally:
         beside.unlink(missing_ok=True)
-    return former
 
 
 def _place(beside: Path, path: Path) -> bool:
@@ -124,14 +141,53 @@ def _place(beside: Path, path: Path) -> bool:
         os.link(beside, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without links
+    except OSError:  # a file system without links: the file is written once more, without the system's lock
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            handle = create_file(path)
         except FileExistsError:
             return False
-        with open(handle, "wb") as file:
-            file.write(beside.read_bytes())
+        content = json.loads(beside.read_text(encoding="utf-8")) | {"locked": False}
+        _write(handle, json.dumps(content, indent=2))
+        os.close(handle)
     return True
+
+
+def _write(handle: int, text: str) -> None:
+    content = text.encode()
+    while content:
+        content = content[os.write(handle, content) :]
+    os.fsync(handle)
+
+
+def _lock(handle: int, way: str = "LOCK_EX") -> bool:
+    """Locks an open file until it is closed or the process ends; False where the system cannot.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(handle, getattr(fcntl, way) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # Windows, some network file systems
+        return False
+    return True
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock of a file; None where that cannot be seen."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return None if not _lock(handle, "LOCK_SH") else False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -174,7 +230,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_fresh(path: Path) -> bool:
     """Whether a lock that cannot be read is so young that it may be in the making."""
     try:
-        return time.time() - path.stat().st_mtime < GRACE
+        return abs(time.time() - path.stat().st_mtime) < GRACE
     except OSError:
         return False
 
@@ -186,6 +242,10 @@ def _is_gone(folder: Path, owner: Mapping[str, Any]) -> bool:
     alive = is_alive(owner)
     if alive is not None:
         return not alive or owner.get("pid") == os.getpid()
+    if owner.get("locked") is True and on_same_kernel(owner):  # in another container, whose processes are not seen
+        locked = _is_locked(folder / LOCK)
+        if locked is not None:
+            return not locked
     # After a power cut: it ran on a machine of this name, of which nothing was heard since this one was switched on.
     heard, _ = _last_heard(folder, owner)
     return owner.get("host") == socket.gethostname() and heard is not None and heard < psutil.boot_time()

@@ -11,12 +11,14 @@ from utils.checkpoints import find_checkpoints, remove_checkpoint
 from utils.errors import UserError
 from utils.saving import (
     CHECKPOINT,
+    HALF_WRITTEN,
     LOCK,
     OWN_FILES,
     RECORD,
     RESULT_FOLDER,
     RESULTS,
     SET_ASIDE,
+    check_held,
     is_result,
     read_record,
     remove_leftovers,
@@ -92,8 +94,12 @@ def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bo
 def _content(folder: Path) -> list[Path]:
     """What lies in a folder, without what a run that is beginning, or was killed as it began, has there: its lock, and
     the lock or the record half written."""
-    begun = re.compile(rf"{LOCK}|\.({LOCK}|{RECORD})\.\d+\.tmp")
-    return [path for path in folder.iterdir() if not begun.fullmatch(path.name)]
+
+    def is_begun(name: str) -> bool:
+        half = HALF_WRITTEN.fullmatch(name)
+        return name == LOCK or (half is not None and half[1] in (LOCK, RECORD))
+
+    return [path for path in folder.iterdir() if not is_begun(path.name)]
 
 
 def check_writable(output_dir: Path) -> None:
@@ -122,6 +128,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
     """
     if not output_dir.is_dir():
         return
+    check_held(output_dir)
     record = read_record(output_dir)
     if record is not None and record.get("status") == "finished":
         left = {

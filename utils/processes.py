@@ -27,6 +27,8 @@ def identify_process() -> dict[str, Any]:
     """This process, as run.json holds it.
 
     `machine` is equal in processes that see each other's ids: on one host, since it was switched on, in one container.
+    `ticks` is when the process began, counted since then, which no change of the clock moves; None where the system
+    does not tell. `started` is the same by the clock, in seconds since 1970.
     """
     import psutil
 
@@ -35,6 +37,7 @@ def identify_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _identify_machine(),
         "started": psutil.Process().create_time(),
+        "ticks": _read_ticks(os.getpid()),
         "working_folder": os.getcwd(),
         "script": path_from_here(SCRIPT),
         "processes": count_processes(),
@@ -85,11 +88,30 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
         return None
     try:
         found = psutil.Process(process["pid"])
-        began = abs(found.create_time() - float(process.get("started") or 0))
-        return began < 2 and found.status() != psutil.STATUS_ZOMBIE
+        if process.get("ticks") is not None:
+            same = _read_ticks(found.pid) == process["ticks"]
+        else:  # not Linux, or a record of an earlier version
+            same = abs(found.create_time() - float(process.get("started") or 0)) < 2
+        return same and found.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError, OverflowError):
         return False
     except (psutil.AccessDenied, TypeError):
+        return None
+
+
+def on_same_kernel(process: Mapping[str, Any]) -> bool:
+    """Whether a process that was identified ran on this machine since it was switched on, in whatever container."""
+    machine, boot = process.get("machine"), _identify_machine()[1]
+    return boot is not None and isinstance(machine, list) and machine[1:2] == [boot]
+
+
+def _read_ticks(pid: int) -> int | None:
+    """When a process began, in clock ticks since the machine was switched on; None where the system does not tell."""
+    try:
+        # The name of the program, in parentheses, may hold spaces and parentheses itself.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return int(fields[19])
+    except (OSError, ValueError, IndexError):
         return None
 
 

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SET_ASIDE = re.compile(r"checkpoint-\d+\.damaged(-\d+)?")
 UNFINISHED_MODEL = ".model.partial"
 HALF_MADE = re.compile(rf"\.checkpoint-\d+(\.damaged(-\d+)?)?\.(partial|former)|{re.escape(UNFINISHED_MODEL)}")
-HALF_WRITTEN = re.compile(r"\.(.+)\.\d+\.tmp")
+HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")  # see `unused_name`
 STANDS_FOR = "lines"  # the key of a line of metrics in the place of others: how many they were
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
@@ -49,7 +50,12 @@ MEANINGS = {
     errno.EACCES: ("writing is no longer allowed", "Allow it"),
     errno.EPERM: ("writing is no longer allowed", "Allow it"),
     errno.EIO: ("the disk fails", "Look at the disk"),
+    errno.EFBIG: ("a file would become larger than is allowed", "Raise that limit (ulimit -f)"),
+    errno.EMFILE: ("too many files are open", "Raise that limit (ulimit -n)"),
 }
+
+# Folders that this process writes into alone, each with the bytes of its run.lock.
+HELD: dict[Path, bytes] = {}
 
 # What a run of this script puts into its folder, and so what --overwrite_output_dir may remove from it.
 OWN_FILES = (
@@ -79,16 +85,55 @@ OWN_FILES = (
 )
 
 
+class FolderLost(OSError):
+    """The folder of the run is another run's by now, or was emptied: nothing more may be written there."""
+
+
+def check_held(path: Path) -> None:
+    """Makes sure, before something is written at `path`, that a folder around it which this process holds is its own
+    still.
+
+    Raises:
+        FolderLost: its lock is gone, or another's. FileNotFoundError where the whole folder is gone.
+    """
+    path = path.absolute()
+    for folder in (path, *path.parents) if HELD else ():
+        if folder in HELD:
+            try:
+                found = (folder / LOCK).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                if not folder.is_dir():
+                    raise FileNotFoundError(errno.ENOENT, "the folder of the run is gone", str(folder)) from None
+                raise FolderLost(f"its {LOCK} is gone: what the folder held was removed") from None
+            if found != HELD[folder]:
+                raise FolderLost(f"its {LOCK} is that of another run, which writes there now")
+
+
+def unused_name(path: Path) -> Path:
+    """A name beside `path` for what is to take its place. Nobody can foresee it, so nobody has put a link there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def create_file(path: Path) -> int:
+    """Makes an empty file that did not exist, and opens it to read and write; never follows a link. Returns its
+    descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, 0o666)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; what was written there takes the place of `path` in one step, or nothing does."""
+    check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = unused_name(path)
+    os.close(create_file(beside))
     try:
         yield beside
         let_umask_decide(beside)
         with open(beside, "r+b") as file:
             os.fsync(file.fileno())
+        check_held(path)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -119,6 +164,7 @@ def flush_folder(folder: Path) -> None:
 def move_into_place(made: Path, folder: Path) -> None:
     """Moves what stands in `made` into `folder`, each file in one step, flushed before; `made` is gone afterwards."""
     paths = sorted(made.rglob("*"))
+    check_held(folder)
     for path in paths:
         if path.is_file():
             with open(path, "r+b") as file:
@@ -266,6 +312,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
     """Adds one line to metrics.jsonl, or nothing of it where it cannot be written whole."""
+    check_held(folder)
     with open(folder / METRICS, "ab", buffering=0) as file:
         size, content = file.tell(), (json.dumps(line) + "\n").encode()
         try:

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.processes import command_to_go_on
 from utils.runtime import is_main_process, say
-from utils.saving import BAD_PAIRS, RunRecord, append_metrics
+from utils.saving import BAD_PAIRS, FolderLost, RunRecord, append_metrics, check_held
 
 KEY = "left_out"  # in what a checkpoint keeps: the steps
 SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches
@@ -98,8 +98,11 @@ class BadBatches:
             return
         lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in self._find_rows(step, losses)]
         try:
+            check_held(self.folder)
             with open(self.folder / BAD_PAIRS, "a", encoding="utf-8") as file:
                 file.writelines(lines)
+        except FolderLost:
+            raise
         except OSError as error:
             self.record.warn(f"{BAD_PAIRS} could not be written ({error.strerror})", aloud=True)
 

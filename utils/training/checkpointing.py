@@ -22,7 +22,14 @@ from utils.checkpoints import (
 )
 from utils.errors import UserError
 from utils.kept import kept_in_checkpoint
-from utils.saving import TRAINER_STATE, UNFINISHED_MODEL, find_disk_fault, move_into_place
+from utils.saving import (
+    TRAINER_STATE,
+    UNFINISHED_MODEL,
+    FolderLost,
+    check_held,
+    find_disk_fault,
+    move_into_place,
+)
 from utils.state import load_state, save_state
 from utils.training.launch import gather_from_all
 
@@ -83,6 +90,7 @@ class WholeCheckpoints(Trainer):
                 newest = folder / f"checkpoint-{self.state.global_step}"
                 if newest.is_dir():  # a run that was killed after saving it may not have come to this
                     self._prune(newest)
+                check_held(folder)
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
         with self._together(made):
@@ -106,13 +114,15 @@ class WholeCheckpoints(Trainer):
             yield
         except Exception as error:
             fault = find_disk_fault(error)
+            if isinstance(fault, FolderLost) and self.args.world_size == 1:
+                raise  # what is there by now is not this run's to remove
             if fault is None or self.args.world_size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 shutil.rmtree(made, ignore_errors=True)
                 raise fault or error from None
         if self.args.world_size > 1:
             first = next((one for one in gather_from_all(fault) if one is not None), None)
             if first is not None:
-                if self.args.should_save:
+                if self.args.should_save and not isinstance(first, FolderLost):
                     shutil.rmtree(made, ignore_errors=True)
                 raise first
 

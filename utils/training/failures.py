@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.errors import LocalError, UserError
 from utils.memory import LESS_MEMORY, ran_out_of_memory
-from utils.saving import MEANINGS, find_disk_fault
+from utils.saving import MEANINGS, FolderLost, find_disk_fault
 
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
 
@@ -21,6 +21,11 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
         safe: what is saved, as a sentence.
         to_go_on: the command.
     """
+    if isinstance(error, FolderLost) and folder is not None:
+        return UserError(
+            f"--output_dir {folder}: {error}. This run stopped after step {step}, and wrote nothing more there; what "
+            "it had saved is gone. To train it again, choose another folder"
+        )
     fault = find_disk_fault(error)
     if fault is not None and folder is not None and _is_of(fault, folder):
         what, remedy = GONE if not folder.is_dir() else MEANINGS.get(fault.errno, (_reason(fault), "Mend that"))
@@ -39,16 +44,17 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
 
 
 def _is_of(fault: OSError, folder: Path) -> bool:
-    """Whether a file in the folder could not be written; a library may not say which file it was."""
-    if fault.filename is None:
-        return fault.errno in MEANINGS
-    path = Path(str(fault.filename)).absolute()
-    return folder == path or folder in path.parents
+    """Whether a file in the folder could not be written. Libraries may not say which file it was, or name it as it is
+    called within its own folder."""
+    if fault.errno is None or isinstance(fault, ConnectionError):
+        return False
+    path = Path(str(fault.filename or ""))
+    return not path.is_absolute() or folder == path or folder in path.parents
 
 
 def _reason(fault: OSError) -> str:
     name = f" {Path(str(fault.filename)).name}" if fault.filename else ""
-    return f"{(fault.strerror or str(fault)).lower()}{name}"
+    return f"{(fault.strerror or str(fault) or type(fault).__name__).lower()}{name}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from utils.report.run_page import make_run_page
-from utils.saving import REPORT, RunRecord, write_text
+from utils.saving import REPORT, FolderLost, RunRecord, write_text
 
 EVERY_SECONDS = 20.0
 LARGEST_SHARE = 0.02  # of the time, for pages that take long to write
@@ -28,6 +28,8 @@ class ReportFile:
         try:
             page = make_run_page(self.folder)  # which fails where the folder is gone: it is not made again
             write_text(self.folder / REPORT, page)
+        except FolderLost:
+            raise
         except Exception as error:
             with contextlib.suppress(OSError):  # run.json, which has the same reason
                 self.record.warn(f"{REPORT} could not be written: {type(error).__name__}: {error}", aloud=True)
