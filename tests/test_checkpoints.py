@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from utils.checkpoints import (
     begin_checkpoint,
@@ -23,7 +23,7 @@ from utils.checkpoints import (
     unfinished_checkpoint,
 )
 from utils.errors import UserError
-from utils.manifests import MANIFEST
+from utils.manifests import MANIFEST, write_manifest
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer_state.json", "shards/0.distcp", MANIFEST)
 
@@ -223,3 +223,65 @@ def test_a_checkpoint_of_before_there_were_manifests_is_taken_where_its_files_ar
         os.truncate(checkpoint / "model.safetensors", length)
         assert "model.safetensors is cut off" in find_fault(checkpoint)
         assert find_resume_point(tmp_path, "auto").checkpoint is None
+
+
+STATE = {"global_step": 3, "epoch": 1.5, "max_steps": 9, "log_history": [{"step": 1, "loss": 0.7, "margin": None}],
+         "best_metric": 0.5, "best_model_checkpoint": None, "stateful_callbacks": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"epoch": "1"}, {"epoch": -1}, {"epoch": 1e400}, {"global_step": 4}, {"global_step": 3.5}, {"global_step": []},
+        {"max_steps": []}, {"best_model_checkpoint": 5}, {"best_model_checkpoint": ["a"]}, {"best_global_step": "x"},
+        {"best_metric": {}}, {"log_history": {}}, {"log_history": [3]}, {"log_history": [{"loss": 1.0}]},
+        {"log_history": [{"step": 1, "loss": "x"}]}, {"log_history": [{"step": [], "loss": 1.0}]},
+        {"stateful_callbacks": []}, {"stateful_callbacks": {"dpo_run": []}},
+        {"stateful_callbacks": {"dpo_run": {"attributes": {"stops": 5}}}},
+        {"stateful_callbacks": {"dpo_run": {"attributes": {"identity": []}}}},
+        {"train_batch_size": "8"}, {"another": 1}, {"trial_params": 3}, {"num_train_epochs": None, "total_flos": "x"},
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+def test_a_state_that_no_trainer_writes_is_damage(tmp_path, odd):
+    begin_checkpoint(tmp_path, 3)
+    partial = unfinished_checkpoint(tmp_path, 3)
+    (partial / "optimizer.safetensors").write_bytes(b"x")
+    (partial / "trainer_state.json").write_text(json.dumps(STATE))
+    assert find_fault(finish_checkpoint(tmp_path, 3)) is None
+    begin_checkpoint(tmp_path, 3)
+    (partial / "optimizer.safetensors").write_bytes(b"x")
+    (partial / "trainer_state.json").write_text(json.dumps(STATE | odd))
+    assert find_fault(finish_checkpoint(tmp_path, 3)).startswith("trainer_state.json ")
+    assert find_resume_point(tmp_path, "auto").checkpoint is None
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_weights_that_are_not_finite_are_not_saved(run_script, tiny_model, pairs_file, tmp_path, verb):
+    code, _, err = run_script(
+        verb, "--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 4, "--save_steps", 1,
+        "--learning_rate", 3e38, "--lr_scheduler_type", "constant", "--warmup_steps", 0,
+        "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 2
+    assert "finite after step 1; nothing is saved from there on. Try a smaller --learning_rate (it is 3e+38)" in err
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        if "optimizer" not in path.name and "state" not in path.name:
+            assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_a_checkpoint_of_odd_identity_is_one_message(run_script, tiny_model, pairs_file, tmp_path):
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--save_steps", 1, "--output_dir")
+    assert run_script(*flags, tmp_path / "run", "--max_steps", 1)[0] == 0
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    identity = state["stateful_callbacks"]["dpo_run"]["attributes"]["identity"]
+    for odd in ({"model": 3}, {"settings": []}, {"batch": [1]}, {"rows": "x", "data": 0}):
+        state["stateful_callbacks"]["dpo_run"]["attributes"]["identity"] = identity | odd
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        (checkpoint / MANIFEST).unlink()
+        write_manifest(checkpoint, 1)
+        more = ("--max_steps", 2, "--resume_from_checkpoint", "auto", "--allow_changes", "max_steps")
+        code, _, err = run_script(*flags, tmp_path / "run", *more)
+        assert (code, err.count("\n")) == (2, 1), (odd, err)
+        assert f"{checkpoint}: its trainer_state.json cannot be read back" in err, odd

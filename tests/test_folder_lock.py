@@ -120,7 +120,7 @@ def test_a_folder_is_made_for_the_lock_and_goes_with_it_when_nothing_is_in_it(tm
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "the disk fails"),
-                                              (errno.ENOTCONN, "cannot be written (Transport endpoint")])  # fmt: skip
+                                              (errno.ENOTCONN, "transport endpoint is not connected")])  # fmt: skip
 def test_a_disk_that_takes_no_lock_is_one_message(number, said, tmp_path, monkeypatch):
     def fail(handle):
         raise OSError(number, os.strerror(number))

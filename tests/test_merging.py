@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,7 +15,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import save_tiny_model, save_tiny_tokenizer, write_lines
+from conftest import ROOT, save_tiny_model, save_tiny_tokenizer, write_lines
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -465,3 +469,51 @@ def test_a_difference_is_told_in_nats():
     assert str(Difference.between(torch.tensor([0.0, -1.0]), torch.tensor([0.0, -1.5]))) == (
         "0.25 on average, 0.5 at most"
     )
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "pathlib.Path.mkdir", "utils.merging.weights.save"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.ESTALE])
+def test_a_disk_that_fails_while_it_merges_is_one_message_and_leaves_nothing(
+    runs, run_script, tmp_path, monkeypatch, call, number
+):
+    def fail(*arguments, **options):
+        if call == "utils.merging.weights.save":  # as safetensors says it
+            raise RuntimeError(f"Error while serializing: I/O error: ... (os error {number})")
+        raise OSError(number, os.strerror(number))
+
+    if call == "utils.merging.weights.save":
+        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    else:
+        monkeypatch.setattr(call, fail)
+    folder = tmp_path / "new" / "m"
+    code, _, err = run_script("merge", "--model_name_or_path", runs["lora"], "--output_dir", folder)
+    monkeypatch.undo()
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: --output_dir {folder}: ")
+    assert line.endswith("then run again")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_merge_left_is_removed_and_other_folders_stay(runs, run_script, tmp_path):
+    gone = subprocess.run(
+        [sys.executable, "-c", "import json; from utils.processes import *; print(json.dumps(identify_process()))"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    places = [".m.0123456789abcdef.tmp", f".m.{os.getpid()}.tmp", ".other.0123456789abcdef.tmp", ".m.txt.tmp"]
+    for name in places:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("of somebody")
+    for name in (places[0], places[2]):
+        (tmp_path / name / "run.lock").write_text(gone)
+    former = tmp_path / ".m.0123456789abcdef.old"
+    former.mkdir()
+    (former / "merge.json").write_text(json.dumps({"adapter": "an earlier one", "files": ["config.json"]}))
+    flags = ("merge", "--model_name_or_path", runs["lora"], "--output_dir", tmp_path / "m", "--skip_verification")
+    code, out, err = run_script(*flags, "--overwrite_output_dir")
+    assert code == 0, err
+    assert f"removed {tmp_path / places[0]}, which a merge that was killed left behind" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["m", *places[1:]])
+    assert read_merge(tmp_path / "m")["adapter"] == str(runs["lora"])
+    assert "run.lock" not in read_merge(tmp_path / "m")["files"]
+    assert not (tmp_path / "m" / "run.lock").exists()

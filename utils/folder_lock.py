@@ -23,7 +23,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.processes import identify_process, is_alive, on_same_kernel, patience_seconds
 from utils.runtime import is_main_process, readable_seconds, say
-from utils.saving import HELD, LOCK, MEANINGS, create_file, now, read_record, seconds_at, unused_name
+from utils.saving import HELD, LOCK, create_file, explain_fault, now, read_record, seconds_at, unused_name
 
 GRACE = 30.0  # seconds in which a lock that cannot be read may be in the making
 PATIENT = 10.0  # seconds to wait for another run that looks at the lock just now
@@ -57,9 +57,9 @@ class FolderLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                former, self._handle = _take(folder / LOCK, self._content)
+                former, self._handle = take_lock(folder / LOCK, self._content)
         except OSError as error:
-            what, remedy = MEANINGS.get(error.errno, (f"cannot be written ({error.strerror or error})", "Mend that"))
+            what, remedy = explain_fault(error)
             raise UserError(
                 f"--output_dir {folder}: {what}; nothing in it was changed. {remedy}, then run again; a run that had "
                 "begun there goes on with --resume_from_checkpoint auto"
@@ -108,7 +108,7 @@ def read_owner(folder: Path) -> dict[str, Any] | None:
     return owner if owner is not None and not _is_gone(folder, owner) else None
 
 
-def _take(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int | None]:
+def take_lock(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int | None]:
     """Makes the file and locks it. Says of the one in whose place it came, if there was one, that it was left behind;
     and gives the descriptor that holds the system's lock, None where there is no such lock."""
     beside, former = unused_name(path), None

@@ -150,6 +150,24 @@ def find_disk_fault(error: BaseException) -> OSError | None:
     return None
 
 
+def explain_fault(fault: OSError) -> tuple[str, str]:
+    """What a failure to write or read means, and what to do about it."""
+    name = f" {Path(str(fault.filename)).name}" if fault.filename else ""
+    reason = f"{(fault.strerror or str(fault) or type(fault).__name__).lower()}{name}"
+    return MEANINGS.get(fault.errno, (reason, "Mend that"))
+
+
+def flush_files(folder: Path) -> None:
+    """Brings every file and every name in a folder to the disk."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_file():
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+    for path in (*(path for path in paths if path.is_dir()), folder):
+        flush_folder(path)
+
+
 def flush_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk: what was made, renamed or removed in it outlives a power cut."""
     if os.name == "nt":  # which has no such call, and needs none

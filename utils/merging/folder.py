@@ -5,18 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.folder_lock import check_not_held
+from utils.folder_lock import check_not_held, read_owner, take_lock
 from utils.output_folder import check_writable
 from utils.paths import read_path
+from utils.processes import identify_process
 from utils.runs import TrainedModel
+from utils.runtime import say
+from utils.saving import (
+    HALF_WRITTEN,
+    LOCK,
+    explain_fault,
+    find_disk_fault,
+    flush_files,
+    flush_folder,
+    unused_name,
+)
 
 MERGE_RECORD = "merge.json"
+FORMER = re.compile(r"\.(.+)\.[0-9a-f]+\.old")  # a model that is being replaced
 
 
 def read_merge_record(folder: Path) -> dict[str, Any] | None:
@@ -68,32 +81,73 @@ def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -
 
 @contextlib.contextmanager
 def folder_beside(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `folder` at the end; after a failure nothing of it is left."""
+    """A folder to write to, which takes the place of `folder` at the end; after a failure nothing of it is left.
+
+    What a call that was killed left of its own is removed, and a model that it had moved aside is put back.
+
+    Raises:
+        UserError: something could not be written.
+    """
     made = [parent for parent in folder.parents if not parent.exists()]
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside = None
     try:
-        beside.mkdir(parents=True)
-        yield beside
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        beside = unused_name(folder)
+        beside.mkdir()
+        _, handle = take_lock(beside / LOCK, identify_process())
+        try:
+            yield beside
+        finally:
+            (beside / LOCK).unlink(missing_ok=True)
+            if handle is not None:
+                os.close(handle)
+        flush_files(beside)
         _replace(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+    except BaseException as error:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        raise
+        fault = find_disk_fault(error)
+        if fault is None or fault.errno is None:
+            raise
+        what, remedy = explain_fault(fault)
+        read = Path(str(fault.filename or ""))
+        place = read if read.is_absolute() and folder.parent not in read.parents else f"--output_dir {folder}"
+        raise UserError(f"{place}: {what}; nothing of the merge is left. {remedy}, then run again") from None
+
+
+def _tidy(folder: Path) -> None:
+    for path in folder.parent.iterdir():
+        half, former = HALF_WRITTEN.fullmatch(path.name), FORMER.fullmatch(path.name)
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if half is not None and half[1] == folder.name and (path / LOCK).is_file() and read_owner(path) is None:
+            shutil.rmtree(path)
+            say(f"removed {path}, which a merge that was killed left behind")
+        if former is not None and former[1] == folder.name and read_merge_record(path) is not None:
+            if folder.exists():
+                shutil.rmtree(path)
+            else:
+                os.replace(path, folder)
+                say(f"put back {folder}, which a merge that was killed had moved aside")
 
 
 def _replace(beside: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(beside, folder)
+        flush_folder(folder.parent)
         return
-    former = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    former = unused_name(folder).with_suffix(".old")
     os.replace(folder, former)
     try:
         os.replace(beside, folder)
     except OSError:
         os.replace(former, folder)
         raise
+    flush_folder(folder.parent)
     shutil.rmtree(former)
 
 

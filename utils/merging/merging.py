@@ -41,7 +41,7 @@ from utils.merging.weights import (
 from utils.models.loading import check_4bit, load_tokenizer
 from utils.runs import TrainedModel, as_in_run, find_trained
 from utils.runtime import Precision, device_name, read_versions, say
-from utils.saving import now, write_json
+from utils.saving import LOCK, now, write_json
 from utils.settings import Settings
 
 WORTH_MENTION = 0.05  # of what the adapter changes
@@ -242,7 +242,7 @@ def _describe_merge(plan: Plan, folder: Path, settings: Settings) -> dict[str, A
         "dtype": _name(plan.saved),
         "settings": settings.flat(),
         "versions": read_versions(),
-        "files": sorted(path.name for path in folder.iterdir()),
+        "files": sorted(path.name for path in folder.iterdir() if path.name != LOCK),
     }
 
 

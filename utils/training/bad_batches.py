@@ -121,7 +121,11 @@ class BadBatches:
     def _advise(self, step: int, losses: Mapping[int, float]) -> str:
         """What is safe, and what to try."""
         checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
-        safe = f"the newest checkpoint, {checkpoints[-1]}, is sound" if checkpoints else "no checkpoint was saved yet"
+        safe = (
+            f"the weights of the newest checkpoint, {checkpoints[-1]}, are finite"
+            if checkpoints
+            else "no checkpoint was saved yet"
+        )
         taken = f"That step was not taken: the weights stayed as after step {step - 1}; {safe}."
         if self.left_out:
             taken += f" {len(self.left_out)} such steps were left out before (--skip_bad_batches {self.allowed})."

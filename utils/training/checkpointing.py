@@ -49,12 +49,14 @@ class WholeCheckpoints(Trainer):
         # Pruned here; the trainer's own way looks at names alone, also at those of folders that are no checkpoints.
         self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self._sums: dict[str, torch.Tensor] = {}
+        self.broken_before = 0  # trained weights that were not finite when training began
 
     def _save_checkpoint(self, model, trial) -> None:
         step, folder = self.state.global_step, Path(self.args.output_dir)
         partial = unfinished_checkpoint(folder, step)
         with self.stopwatch.paused("saving"):
             self.store_flos()
+            self.check_weights()
             if self.state.best_global_step:
                 self._note_best(folder)
             with self._together(partial):
@@ -72,6 +74,25 @@ class WholeCheckpoints(Trainer):
         best, stops = self.state.best_model_checkpoint, kept_in_checkpoint(self.state, STOPS) or ()
         prune_checkpoints(newest, self.most_checkpoints, Path(best) if best else None, stops)
 
+    def count_broken(self) -> int:
+        """How many of the trained weights are not finite, in all processes."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        local = [getattr(weight, "_local_tensor", weight).detach() for weight in trained]  # of a sharded one its part
+        count = sum(int((~torch.isfinite(part)).sum()) for part in local if part.numel())
+        return sum(gather_from_all(count)) if self.args.world_size > 1 else count
+
+    def check_weights(self) -> None:
+        """Raises:
+        UserError: more of the trained weights are not finite than when training began; nothing is saved of them.
+        """
+        broken = self.count_broken() - self.broken_before
+        if broken > 0:
+            raise UserError(
+                f"{broken:,} of the trained weights are no longer finite after step {self.state.global_step}; nothing "
+                f"is saved from there on. Try a smaller --learning_rate (it is {self.args.learning_rate:g}), a smaller "
+                "--max_grad_norm, or --dtype float32"
+            )
+
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
@@ -85,6 +106,7 @@ class WholeCheckpoints(Trainer):
     def save_at_root(self, folder: Path) -> None:
         """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step."""
         made = folder / UNFINISHED_MODEL
+        self.check_weights()
         with self._together(made):
             if self.args.should_save:
                 newest = folder / f"checkpoint-{self.state.global_step}"

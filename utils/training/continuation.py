@@ -29,6 +29,7 @@ from utils.processes import count_processes
 from utils.runtime import Precision, is_main_process, read_versions, say
 from utils.saving import read_record
 from utils.settings import Settings
+from utils.state import restoring
 from utils.training.launch import gather_from_all, with_deepspeed
 from utils.training.preparation import Rows
 from utils.training.reference_cache import hash_rows
@@ -107,16 +108,19 @@ def check_continuation(
         return Continuation(now)
     kept = read_kept(checkpoint)
     before = kept.get(IDENTITY) or identify_by_record(read_record(folder) or {})
-    found = find_changes(before, now)
+    with restoring(checkpoint, "trainer_state.json"):
+        found = find_changes(before, now)
     passed = {name: text for name, text in found.items() if _is_allowed(name, allowed)}
     refused = [_refuse(name, text, checkpoint) for name, text in found.items() if name not in passed]
     if refused:
         raise UserError(*refused)
-    for text in describe_free_changes(before, now):
+    with restoring(checkpoint, "trainer_state.json"):
+        notes, versions = list(describe_free_changes(before, now)), list(differing_versions(before, now))
+    for text in notes:
         say(f"note: {text}")
     new = tuple(f"from {checkpoint.name} on, by --allow_changes: {text}" for text in passed.values())
     changes = (*kept.get(CHANGES, ()), *new)
-    warnings = (*changes, *differing_versions(before, now))
+    warnings = (*changes, *versions)
     for warning in warnings:
         say(f"warning: {warning}")
     _say_unused(allowed, frozenset(passed))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.errors import LocalError, UserError
 from utils.memory import LESS_MEMORY, ran_out_of_memory
-from utils.saving import MEANINGS, FolderLost, find_disk_fault
+from utils.saving import FolderLost, explain_fault, find_disk_fault
 
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
 
@@ -28,7 +28,7 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
         )
     fault = find_disk_fault(error)
     if fault is not None and folder is not None and _is_of(fault, folder):
-        what, remedy = GONE if not folder.is_dir() else MEANINGS.get(fault.errno, (_reason(fault), "Mend that"))
+        what, remedy = GONE if not folder.is_dir() else explain_fault(fault)
         if fault.errno == errno.EIO and fault.strerror:
             what = f"{what}: {fault.strerror}"
         return UserError(
@@ -50,11 +50,6 @@ def _is_of(fault: OSError, folder: Path) -> bool:
         return False
     path = Path(str(fault.filename or ""))
     return not path.is_absolute() or folder == path or folder in path.parents
-
-
-def _reason(fault: OSError) -> str:
-    name = f" {Path(str(fault.filename)).name}" if fault.filename else ""
-    return f"{(fault.strerror or str(fault) or type(fault).__name__).lower()}{name}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -242,8 +242,10 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
     def _run_epoch(self, *arguments, epoch: int, **options) -> None:
         if self._shares is not None:  # which the trainer does not reach through what it wraps around it on a resume
             self._shares.set_epoch(epoch)
-        if options["resume_from_checkpoint"] is not None and epoch == options["epochs_trained"]:
-            self.load_log_state(options["resume_from_checkpoint"])
+        if epoch == options["epochs_trained"]:
+            self.broken_before = self.count_broken()
+            if options["resume_from_checkpoint"] is not None:
+                self.load_log_state(options["resume_from_checkpoint"])
         # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*arguments, epoch=epoch, **options)
