@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from conftest import make_pairs, read_record, write_lines
+from conftest import make_pairs, read_record, start_script, write_lines
 
 from utils.tracking import say_how_to_upload
 
@@ -171,3 +172,25 @@ def test_samples_are_a_table_in_wandb_and_a_text_in_tensorboard(tmp_path, monkey
     (text,) = events.Tensors("samples/text_summary")
     assert text.step == 4
     assert b"Hello <b>" in text.tensor_proto.string_val[0]
+
+
+def test_trackers_that_cannot_write_are_a_line_each_and_the_run_goes_on(tiny_model, pairs_file, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(full)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        (full / "fill").write_bytes(bytes(4096))
+        where = {"TENSORBOARD_LOGGING_DIR": str(full / "tb"), "WANDB_DIR": str(full), "WANDB_MODE": "offline"}
+        names = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "run")
+        process = start_script(*names, "--report_to", "tensorboard", "--use_wandb", *QUICK, **where)
+        out, err = process.communicate(timeout=240)
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+    assert process.returncode == 0, err
+    assert "Traceback" not in out + err
+    assert "Logging error" not in out + err
+    said = [line for line in (out + err).splitlines() if "failed and gets nothing more" in line]
+    assert sorted(line.split()[1] for line in said) == ["tensorboard", "wandb"]
+    assert read_record(tmp_path / "run")["status"] == "finished"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,17 @@ def attach_trackers(
     for callback in trainer.callback_handler.callbacks:
         if type(callback) in TRACKERS or isinstance(callback, StepwiseWandb):
             _let_fail(callback, record)
+    # What their threads and their own logs cannot write comes back at the next call, which fails and is said in a line.
+    threading.excepthook = _report_thread
+    logging.raiseExceptions = False
     return run_id
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Prints what ended a thread, as Python does; but not of TensorBoard's writer, whose next call has the reason."""
+    of_tracker = type(failure.thread).__module__.startswith("tensorboard")
+    if not (of_tracker and isinstance(failure.exc_value, OSError)):
+        threading.__excepthook__(failure)
 
 
 def _let_fail(callback: TrainerCallback, record: RunRecord) -> None:
