@@ -13,7 +13,6 @@ from conftest import KEY, make_pairs, save_tiny_reward_model, write_lines
 
 from utils.errors import UserError
 from utils.inspection.prompts import read_prompts
-from utils.judging import EndpointJudge, JudgeLimits, read_verdict
 from utils.making import Sampled, Samples, _hash_files, pick_pair
 from utils.scorers import load_reward_model, load_scorer
 from utils.settings import DataSettings
@@ -89,25 +88,6 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_p
     code, _, err = generate(run_script, tiny_model, other, parted, *scorer)
     assert code == 2
     assert "holds samples of other prompts" in err
-
-
-def test_a_folder_is_told_by_what_its_files_hold_and_large_ones_by_size_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.making.LARGEST_READ_BYTES", 8)
-    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
-
-    def hash_after(path: Path, text: str, time: int) -> str | None:
-        path.write_text(text, encoding="utf-8")
-        os.utime(path, ns=(time, time))
-        return _hash_files(str(tmp_path))
-
-    hash_after(small, "{}", 1)
-    first = hash_after(large, "many weights", 1)
-    assert hash_after(small, "{}", 2) == first
-    assert hash_after(small, "[]", 1) != first
-    assert hash_after(small, "{}", 1) == first
-    assert hash_after(large, "many weights", 2) != first
-    assert hash_after(large, "more weights than that", 1) != first
-    assert _hash_files("org/name") is None
 
 
 def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):
@@ -213,6 +193,86 @@ def test_samples_are_kept_on_disk_by_whole_batches(tmp_path):
     assert path.read_bytes() == b"".join(written.splitlines(keepends=True)[:9])
 
 
+def test_wherever_a_kill_cuts_the_file_the_same_call_ends_in_the_same_pairs(
+    run_script, tmp_path, tiny_model, scorer_file
+):
+    data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in make_pairs(10)])
+    output, samples = tmp_path / "made.jsonl", tmp_path / "made.jsonl.samples.jsonl"
+
+    def make() -> bytes:
+        output.unlink(missing_ok=True)
+        code, _, err = generate(run_script, tiny_model, data, output, "--scorer", f"{scorer_file}:longest")
+        assert code == 0, err
+        return output.read_bytes()
+
+    expected, written = make(), samples.read_bytes()
+    ends = [len(b"".join(written.splitlines(keepends=True)[:count])) for count in range(11)]
+    for cut in (0, 1, 5, 8, ends[0] - 1, ends[0], ends[0] + 9, ends[8] - 1, ends[8], ends[9] + 3, len(written) - 1):
+        samples.write_bytes(written[:cut])
+        assert (make(), samples.read_bytes()) == (expected, written), cut
+    samples.write_bytes(written[: ends[9]] + bytes(40) + b"\n")  # what a power cut may leave of the last line
+    assert (make(), samples.read_bytes()) == (expected, written)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"scores": [1.0, 2.0, 3.0, 4.0]},
+        {"scores": [1.0, "2", 3.0]},
+        {"scores": [1.0, None, 3.0]},
+        {"scores": [1.0, float("nan"), 3.0]},
+        {"scores": 3},
+        {"responses": ["a", "b", 3]},
+        {"responses": ["a", "b"], "scores": [1.0, 2.0]},
+        {"prompt": "another"},
+        {"more": 1},
+    ],
+)
+def test_a_sample_that_was_changed_is_named_and_nothing_behind_it_is_lost(tmp_path, changed):
+    path, prompts = tmp_path / "samples.jsonl", [f"prompt {i}" for i in range(30)]
+    samples = Samples(path, {"num_generations": 3}, prompts)
+    samples.add([Sampled(prompt, ["a", "b", "c"], [0.0, 1.0, 2.0]) for prompt in prompts])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[4] = json.dumps(json.loads(lines[4]) | changed)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before = path.read_bytes()
+    fault = "holds samples of other prompts" if "prompt" in changed else "line 5: holds no sample of this script"
+    with pytest.raises(UserError, match=fault):
+        Samples(path, {"num_generations": 3}, prompts)
+    assert path.read_bytes() == before
+
+
+def test_samples_that_cannot_be_appended_are_one_message_and_those_before_are_kept(tmp_path, monkeypatch):
+    path, prompts = tmp_path / "samples.jsonl", [f"prompt {i}" for i in range(20)]
+    samples = Samples(path, {}, prompts)
+    samples.add([Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[:8]])
+
+    def fail(number):
+        raise OSError(28, "No space left on device")
+
+    more = [Sampled(prompt, ["a", "b"], [0.0, 1.0]) for prompt in prompts[8:12]]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.making.os.fsync", fail)
+        with pytest.raises(UserError, match=r"No space left.*it keeps 8 prompts"):
+            samples.add(more)
+    assert Samples(path, {}, prompts).count == 8
+
+
+def test_samples_of_another_model_are_not_gone_on_with_whatever_the_time_of_its_files(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    weights, record = model / "model.safetensors", model / "run.json"
+    weights.write_bytes(b"one")
+    record.write_text("{}", encoding="utf-8")
+    os.utime(weights, (1, 1))
+    former = _hash_files("--model_name_or_path", str(model))
+    record.write_text('{"status": "finished"}', encoding="utf-8")  # evaluating the model changes what lies beside it
+    assert _hash_files("--model_name_or_path", str(model)) == former
+    weights.write_bytes(b"two")
+    os.utime(weights, (1, 1))
+    assert _hash_files("--model_name_or_path", str(model)) != former
+
+
 def test_what_makes_no_pair():
     assert pick_pair(Sampled("p", ["a", "a "], [1.0, 2.0])) == "fewer than two different responses"
     assert pick_pair(Sampled("p", ["a", " "], [1.0, 2.0])) == "fewer than two different responses"
@@ -263,111 +323,6 @@ def test_a_reward_model_scores_prompt_and_response(tmp_path):
         load_reward_model(str(folder))([[{"role": "user", "content": "hi"}]], ["yes"])
     with pytest.raises(UserError, match="no reward model can be loaded"):
         load_reward_model(str(tmp_path / "nothing"))
-
-
-def make_judge(endpoint, cache: Path, waits: list[float] | None = None, **limits) -> EndpointJudge:
-    keep = [] if waits is None else waits
-    return EndpointJudge(endpoint.url, "judge-1", cache, JudgeLimits(**limits), sleep=keep.append)
-
-
-def test_a_judge_is_asked_in_both_orders_and_only_once(endpoint, tmp_path):
-    judge = make_judge(endpoint, tmp_path)
-    prompts, responses = ["p"] * 3 + ["q"] * 2, ["aaa", "bb", "c", "dd", "ee"]
-    # "dd" and "ee" are equally long: the answer goes by the order, and both orders together say neither.
-    assert judge.score(prompts, responses) == [1.0, 0.5, 0.0, 0.5, 0.5]
-    assert judge.asked == len(endpoint.seen) == 8
-    path, authorization, body = endpoint.seen[0]
-    assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
-    assert (body["model"], body["temperature"]) == ("judge-1", 0)
-    again = make_judge(endpoint, tmp_path)
-    assert again.score(prompts, responses) == [1.0, 0.5, 0.0, 0.5, 0.5]
-    assert (again.asked, len(endpoint.seen)) == (0, 8)
-
-
-def test_passing_failures_are_tried_again_after_longer_waits(endpoint, tmp_path):
-    endpoint.failures = [(503, {}), (500, {}), (429, {"Retry-After": "7"})]
-    waits: list[float] = []
-    assert make_judge(endpoint, tmp_path, waits)._ask("p", "longer", "short") == 1.0
-    assert waits == [1.0, 2.0, 7.0]
-    endpoint.failures = [(502, {})] * 6
-    with pytest.raises(UserError, match="no answer in 6 attempts"):
-        make_judge(endpoint, tmp_path)._ask("p", "other", "one")
-
-
-@pytest.mark.parametrize(("code", "fault"), [(401, "refused .401"), (400, "400 Bad Request: no: Bearer ...$")])
-def test_lasting_failures_are_said_at_once_and_without_the_key(endpoint, tmp_path, code, fault):
-    endpoint.failures = [(code, {})]
-    with pytest.raises(UserError, match=fault) as caught:
-        make_judge(endpoint, tmp_path)._ask("p", "longer", "short")
-    assert KEY not in str(caught.value)
-    assert len(endpoint.seen) == 1
-
-
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(endpoint, tmp_path, code):
-    elsewhere = endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"
-    endpoint.failures = [(code, {"Location": f"{elsewhere}?key={KEY}"})]
-    with pytest.raises(UserError, match=f"sends elsewhere .*{elsewhere}.*give the URL that answers") as caught:
-        make_judge(endpoint, tmp_path)._ask("p", "longer", "short")
-    assert KEY not in str(caught.value)
-    assert [path for path, *_ in endpoint.seen] == ["/v1/chat/completions"]
-
-
-def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):
-    waits: list[float] = []
-    judge = make_judge(endpoint, tmp_path, waits, requests=3, requests_per_minute=60)
-    for text in ("aa", "bbb", "cccc"):
-        judge._ask("p", text, "d")
-    with pytest.raises(UserError, match="--max_judge_requests 3 are used up"):
-        judge._ask("p", "eeeee", "d")
-    assert len(endpoint.seen) == 3
-    assert waits == [pytest.approx(1, abs=0.2), pytest.approx(2, abs=0.3)]
-
-
-@pytest.mark.parametrize(
-    ("answer", "verdict"),
-    [
-        ("A", 1.0),
-        ("B", 0.0),
-        ("TIE", 0.5),
-        (" **B**\n", 0.0),
-        ("Response A.", 1.0),
-        ("Answer: 'B'", 0.0),
-        ("**Answer:** Response A", 1.0),
-        ("Tie.", 0.5),
-        ("B. It gives a better answer", 0.0),
-        ("B\n\nResponse A is a list.", 0.0),
-        ("A - the other one is a guess.", 1.0),
-        ("B is slightly better.", 0.0),
-        ("A better answer is given by B", None),
-        ("A and B are alike.", None),
-        ("B is worse.", None),
-        ("a", None),
-        ("Both have a point; B is fine", None),
-        ("Banana", None),
-        ("", None),
-    ],
-)
-def test_a_verdict_is_the_first_word_of_an_answer(answer, verdict):
-    assert read_verdict(answer) == verdict
-
-
-def test_an_answer_without_a_verdict_is_counted_and_is_neither(endpoint, tmp_path):
-    endpoint.answer = "Both have their merits."
-    judge = make_judge(endpoint, tmp_path)
-    assert judge.prefer("p", "one", "two") == 0.5
-    assert (judge.unreadable, judge.unreadable_example) == (2, "Both have their merits.")
-
-
-def test_the_beginning_of_a_long_answer_is_read_and_kept_without_thoughts_and_key(endpoint, tmp_path):
-    endpoint.answer = f"<think>A. or B? {KEY}</think>\nB. {KEY} {'It is a better answer. ' * 40}A"
-    for _ in range(2):
-        judge = make_judge(endpoint, tmp_path)
-        assert judge._ask("p", "one", "two") == 0.0
-    assert len(endpoint.seen) == 1
-    kept = "".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
-    assert KEY not in kept
-    assert "B. ... It is" in kept
 
 
 def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model, endpoint):

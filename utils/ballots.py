@@ -78,7 +78,7 @@ def read_ballots(folder: Path) -> dict[str, Ballot]:
             if outcome not in (0, 0.5, 1):
                 raise ValueError(outcome)
             ballots[match.key] = Ballot(match, outcome)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: holds no votes of this script; {advice}") from None
     return ballots
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -30,17 +31,19 @@ from utils.inspection.prompts import read_prompts
 from utils.interruptions import stop_if_asked
 from utils.judging import EndpointJudge, JudgeLimits
 from utils.models.loading import context_length, load_policy, load_tokenizer
-from utils.models.sources import find_policy, read_end_ids
+from utils.models.sources import ModelSource, find_policy, read_end_ids
 from utils.models.templates import set_chat_template
 from utils.paths import read_path
 from utils.runtime import choose_precision, find_device, say
+from utils.saving import COMPARISON_FILES, EVALUATION_FILES, RECORD, write_text
 from utils.scorers import FUNCTION, Prompt, Scorer, are_equal, load_reward_model, load_scorer
 from utils.settings import Settings
 
 PROMPTS_PER_BATCH = 8
 SAID_EVERY = 10  # batches
 SAMPLED_BY = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-LARGEST_READ_BYTES = 64 * 2**20
+BLOCK_BYTES = 2**20
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def make_pairs(settings: Settings) -> None:
     model = load_policy(source, settings, precision).to(precision.device, precision.dtype).eval()
     say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
 
-    samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings), prompts)
+    samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings, source), prompts)
     if samples.count:
         say(f"going on after {samples.count:,} prompts that {samples.path.name} holds")
     room, end_ids = context_length(source, settings.model), read_end_ids(source.base, source.revision, tokenizer)
@@ -115,35 +118,46 @@ def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:
     return load_reward_model(wish, settings.model.trust_remote_code), None
 
 
-def _describe_run(settings: Settings) -> dict[str, Any]:
+def _describe_run(settings: Settings, source: ModelSource) -> dict[str, Any]:
     """What the samples depend on; a file of other samples is not gone on with."""
-    model = {name: getattr(settings.model, name) for name in ("model_name_or_path", "model_revision", "chat_template")}
+    names = ("model_name_or_path", "adapter_name_or_path", "model_revision", "chat_template")
+    model = {name: getattr(settings.model, name) for name in names}
     function = FUNCTION.fullmatch(settings.generation.scorer)
     contents = {
-        "scorer_content": _hash_files(function[1] if function else settings.generation.scorer),
-        "model_content": _hash_files(settings.model.model_name_or_path),
-        "chat_template_content": _hash_files(settings.model.chat_template or ""),
+        "scorer_content": _hash_files("--scorer", function[1] if function else settings.generation.scorer),
+        "model_content": _hash_files("--model_name_or_path", source.base),
+        "adapter_content": _hash_files("--model_name_or_path", source.adapter),
+        "chat_template_content": _hash_files("--chat_template", settings.model.chat_template),
     }
     kept = ("scorer", "num_generations", "judge_model", *SAMPLED_BY, "seed")
     return {name: value for name, value in settings.flat().items() if name in kept} | model | contents
 
 
-def _hash_files(name: str) -> str | None:
-    """A hash of the file, or of the files at the top of the folder, of that name; None where there is none here.
+def _hash_files(flag: str, name: str | None) -> str | None:
+    """A hash of the file of that name, or of a folder's files that make a model; None where there is none here.
 
-    Of a file too large to read each time, such as weights, the size and the time of its last change count.
+    Raises:
+        UserError: a file cannot be read.
     """
-    path = read_path(name)
+    path = read_path(name or "")
     if not name or not path.exists():
         return None
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            state = file.stat()
-            read = state.st_size <= LARGEST_READ_BYTES
-            content = file.read_bytes() if read else f"{state.st_size} {state.st_mtime_ns}".encode()
-            digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    try:
+        for file in sorted(filter(_is_of_model, path.iterdir())) if path.is_dir() else [path]:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb") as content:
+                while block := content.read(BLOCK_BYTES):
+                    digest.update(block)
+    except OSError as error:
+        raise UserError(f"{flag} {name}: {error.filename or name} cannot be read ({error.strerror})") from None
     return digest.hexdigest()
+
+
+def _is_of_model(file: Path) -> bool:
+    """Whether a file in a model's folder decides what it writes, rather than records a run or its results."""
+    records = (RECORD, *EVALUATION_FILES, *COMPARISON_FILES)
+    return file.is_file() and file.suffix in MODEL_SUFFIXES and file.name not in records
 
 
 def _sample(
@@ -171,40 +185,60 @@ def _sample(
 
 
 class Samples:
-    """The finished samples, in the order of the prompts, in a file that grows by whole batches; `count` of them."""
+    """The finished samples, in the order of the prompts, in a file that grows by whole batches; `count` of them.
+
+    Args:
+        path: of the file. One that exists is gone on with.
+        run: what the samples depend on, which is kept in the file's first line.
+        prompts: in order.
+
+    Raises:
+        UserError: the file cannot be written, holds samples of another run, or has a line that was changed.
+    """
 
     def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]):
         self.path = path
         self.prompts = prompts
         self.count = 0
+        self._most = run.get("num_generations")
         try:
             if path.is_file():
                 self._go_on(run)
             else:
                 self._begin(run)
         except OSError as error:
-            raise UserError(f"--output_file: {path} cannot be written ({error.strerror})") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        kept = f"; it keeps {self.count:,} prompts: run again to go on" if self.count else ""
+        return UserError(f"--output_file: {self.path} cannot be written ({error.strerror or error}){kept}")
 
     def _begin(self, run: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+        write_text(self.path, json.dumps({"run": run}) + "\n")
 
     def _go_on(self, run: dict[str, Any]) -> None:
         with open(self.path, "rb") as file:
             first = file.readline()
             end = file.tell()
-            if not file.read(1) and b'"run"' in first:  # stopped before any sample was there: nothing to go on with
-                return self._begin(run)
+            more = file.read(1)
+            if not more and (b'"run"' in first or b'{"run"'.startswith(first.strip(b"\0"))):
+                return self._begin(run)  # stopped before any sample was there: nothing to go on with
             file.seek(end)
             self._check(first, run)
-            count, whole = 0, 0
+            count, whole, damaged = 0, 0, None
             for sampled in self._read(file):
-                if sampled.prompt != self.prompts[count]:
+                damaged = damaged or (sampled is None and count + 2)  # the number of its line
+                if damaged and count >= whole + PROMPTS_PER_BATCH:
+                    raise UserError(
+                        f"{self.path} line {damaged}: holds no sample of this script, and more follow; restore that "
+                        "line, or remove the file to start afresh"
+                    )
+                if sampled is not None and sampled.prompt != self.prompts[count]:
                     raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
                 count += 1
-                if count % PROMPTS_PER_BATCH == 0:
+                if count % PROMPTS_PER_BATCH == 0 and not damaged:
                     whole, end = count, file.tell()
-        if count == len(self.prompts):
+        if count == len(self.prompts) and not damaged:
             self.count = count
             return
         self.count = whole
@@ -215,39 +249,58 @@ class Samples:
             if not first.endswith(b"\n"):
                 raise ValueError("cut off")
             former = json.loads(first)["run"]
-        except (ValueError, LookupError, TypeError):
+            other = [name for name in run if former.get(name) != run[name]]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.path} holds no samples of this script; move it away") from None
-        other = [name for name in run if former.get(name) != run[name]]
         if other:
             raise UserError(
                 f"{self.path} holds samples made with another {', '.join(other)}; remove it to start afresh, or give "
                 "the same flags to go on"
             )
 
-    def _read(self, file: BinaryIO) -> Iterator[Sampled]:
-        """The samples from there on, no more than there are prompts."""
+    def _read(self, file: BinaryIO) -> Iterator[Sampled | None]:
+        """The samples from there on, no more than there are prompts; None for a line that holds none."""
         for _ in self.prompts:
             line = file.readline()
             if not line.endswith(b"\n"):
                 return  # the end, or the line that was being written
-            try:
-                sampled = Sampled(**json.loads(line))
-            except (ValueError, TypeError):
-                return
-            yield sampled
+            yield _read_sampled(line, self._most)
 
     def __iter__(self) -> Iterator[Sampled]:
         with open(self.path, "rb") as file:
             file.readline()
-            yield from islice(self._read(file), self.count)
+            for sampled in islice(self._read(file), self.count):
+                if sampled is None:
+                    raise UserError(f"{self.path} was changed while it was read; run again")
+                yield sampled
 
     def add(self, batch: list[Sampled]) -> None:
-        """Appends a batch and has it on the disk."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
-            file.flush()
-            os.fsync(file.fileno())
+        """Appends a batch and has it on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from None
         self.count += len(batch)
+
+
+def _read_sampled(line: bytes, most: int | None) -> Sampled | None:
+    """The sample of a line, with so many responses, or none for a prompt that is too long; None where it holds none."""
+    try:
+        sampled = Sampled(**json.loads(line))
+        texts = all(isinstance(text, str) for text in sampled.responses)
+        finite = all(isinstance(score, int | float) and math.isfinite(score) for score in sampled.scores)
+        whole = texts and finite and len(sampled.responses) == len(sampled.scores)
+        whole = whole and (most is None or len(sampled.responses) in (0, most))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return None
+    return sampled if whole else None
 
 
 def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
@@ -280,11 +333,18 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
             say(f"      such as: {judge.unreadable_example[:100]!r}; they count as ties")
     if not pairs:
         raise UserError(f"--output_file {output}: not written, for not one pair came of {samples.count:,} prompts")
-    with tempfile.TemporaryDirectory() as folder, quiet(0):
-        made = datasets.Dataset.from_generator(
-            _make_rows, cache_dir=folder, gen_kwargs={"samples": samples}, fingerprint="made"
-        )
-        write_pairs(output, made)
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet(0):
+            made = datasets.Dataset.from_generator(
+                _make_rows, cache_dir=folder, gen_kwargs={"samples": samples}, fingerprint="made"
+            )
+            write_pairs(output, made)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise UserError(
+            f"--output_file {output}: not written, for temporary files cannot be written in {tempfile.gettempdir()} "
+            f"({getattr(reason, 'strerror', None) or reason}); the samples are kept: run again"
+        ) from None
     say(f"wrote {pairs:,} pairs to {output}; all responses and scores are in {samples.path.name}")
 
 
