@@ -205,3 +205,31 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, name):
 def test_a_port_that_is_taken_is_refused_before_anything_is_computed():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose another port"):
         check_port(taken.getsockname()[1])
+
+
+def test_an_address_with_a_place_of_thousands_of_digits_shows_the_next_match(voting):
+    address, *_ = voting()
+    path = urllib.parse.urlsplit(address).path
+    code, page = ask(address, path=f"{path}?at={'9' * 5000}")
+    assert code == 200
+    assert "Match 1 of 3" in page
+
+
+def test_many_votes_at_once_are_all_taken(voting, tmp_path):
+    matches = [Match(f"prompt {n}", f"one {n}", f"other {n}") for n in range(100)]
+    address, outcome, thread, *_ = voting(matches)
+    together, answers = threading.Barrier(99), []
+
+    def vote(match):
+        together.wait()
+        answers.append(ask(address, "POST", {"match": match.key, "choice": "tie"})[0])
+
+    voters = [threading.Thread(target=vote, args=(match,)) for match in matches[:99]]
+    for voter in voters:
+        voter.start()
+    for voter in voters:
+        voter.join(60)
+    assert answers == [303] * 99
+    assert ask(address, "POST", {"match": matches[99].key, "choice": "tie"})[0] == 200
+    thread.join(60)
+    assert outcome == [[0.5] * 100]

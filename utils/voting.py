@@ -135,6 +135,7 @@ class _Server(http.server.ThreadingHTTPServer):
     """Serves one voting; a browser that goes away in the middle of an answer is no fault."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections that wait to be taken; beyond that they are reset
     page: Voting
 
     def handle_error(self, *request: Any) -> None:
@@ -154,7 +155,8 @@ class _Page(http.server.BaseHTTPRequestHandler):
             return
         ballots = self._voting.ballots
         at = urllib.parse.parse_qs(address.query).get("at", [""])[0]
-        place = int(at) if at.isdecimal() and int(at) < len(ballots.shown) else ballots.next_place()
+        known = at.isdecimal() and len(at) < 10 and int(at) < len(ballots.shown)
+        place = int(at) if known else ballots.next_place()
         self._send(200, self._voting.render(place))
 
     def do_POST(self) -> None:
