@@ -245,7 +245,7 @@ def test_types_and_columns_that_differ_between_rows_are_kept(tmp_path):
     ]
     filler = [{"prompt": "p" * 1000, "chosen": "a", "rejected": "b"}] * 10_500  # beyond the reader's first 10 MB
     columns = ("prompt", "chosen", "rejected", "extra")
-    loaded = load(write(tmp_path / "pairs.jsonl", json_lines(rows))).rows.to_list()
+    loaded = list(load(write(tmp_path / "pairs.jsonl", json_lines(rows))).rows)
     assert loaded == [{name: row.get(name) for name in columns} for row in rows]
     late = load(write(tmp_path / "late.jsonl", json_lines(filler + rows)))
     assert late.rows[len(filler) + 2]["extra"] == [1, "x"]

@@ -6,24 +6,65 @@ UserError is raised for every file that cannot be read, with the file, the line 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.features.features import register_feature
 
 from utils.data.places import FileLines, FilePlaces, Place, describe_bad_rows
-from utils.data.scanning import Scan, is_safe_for_arrow, line_numbers, peek_csv, scan_csv, scan_json, whole_rows
+from utils.data.scanning import (
+    Scan,
+    is_safe_for_arrow,
+    iterate_json,
+    line_numbers,
+    peek_csv,
+    scan_csv,
+    scan_json,
+    whole_rows,
+)
 from utils.errors import UserError
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20
+TOOLS = ("tools", "functions")  # JSON schemas, in which a null or 1 for 1.0 is another schema
+
+
+@dataclass
+class AnyJson:
+    """The type of a column that holds values of any type, each as its JSON text.
+
+    The library's own `Json` stores texts as they are and decodes every one, so that '"Yes"' loses its quotes and '42'
+    becomes a number; it also rounds numbers.
+    """
+
+    pa_type: ClassVar[Any] = pa.string()
+    _type: str = field(default="AnyJson", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str | None:
+        """The JSON text of a value."""
+        return None if value is None else json.dumps(value)
+
+    def decode_example(self, text: str | None, token_per_repo_id: Any = None) -> Any:
+        """The value of a JSON text."""
+        return None if text is None else json.loads(text)
+
+
+with warnings.catch_warnings():  # the library calls the function experimental
+    warnings.simplefilter("ignore")
+    register_feature(AnyJson, "AnyJson")
 
 
 @dataclass(frozen=True)
@@ -79,7 +120,9 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
         rows.data.table.validate(full=True)  # the JSON reader lets invalid UTF-8 through
     except Exception:
         return None
-    return None if kind == "json" and _is_misread(rows, paths) else rows
+    if kind == "json" and (_is_misread(rows, paths) or not is_exact(rows.features)):
+        return None
+    return rows
 
 
 def _csv_options(header: Sequence[str]) -> dict[str, Any]:
@@ -88,14 +131,34 @@ def _csv_options(header: Sequence[str]) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False}
 
 
-def stream_file(path: Path) -> dict[str, datasets.IterableDataset]:
-    """The rows of one file as its split train, none of them read yet."""
-    kind = file_kind(path)
-    if kind == "json" and not is_safe_for_arrow(path):
-        raise ValueError("it has rows that are null, or does not begin with a row")
-    options = {"json": lambda: {"parse_agent_traces": False}, "csv": lambda: _csv_options(peek_csv(path)[0])}
-    made = options[kind]() if kind in options else {}
-    return datasets.load_dataset(kind, data_files={"train": [str(path)]}, streaming=True, **made)
+def stream_files(paths: Sequence[Path]) -> datasets.IterableDataset:
+    """The rows of files of one kind, none of them read yet. Raises ValueError where a JSON file holds no row first."""
+    kind = file_kind(paths[0])
+    if kind == "json":  # not through the library, which takes the types of the first rows for those of all
+        for path in paths:
+            next(iterate_json(path), None)
+        return datasets.IterableDataset.from_generator(_iterate_files, gen_kwargs={"paths": list(paths)})
+    options = _csv_options(peek_csv(paths[0])[0]) if kind == "csv" else {}
+    files = {"train": [str(path) for path in paths]}
+    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+
+
+def _iterate_files(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        yield from iterate_json(path)
+
+
+def is_exact(features: Any, name: str = "") -> bool:
+    """Whether values of these types are what their file says.
+
+    False where the library holds values of several types in one column, and where nested tools become columns of a
+    table: that adds nulls for what other rows have, and turns 1 into 1.0.
+    """
+    if isinstance(features, dict):
+        return name not in TOOLS and all(is_exact(kind, name) for name, kind in features.items())
+    if hasattr(features, "feature"):
+        return is_exact(features.feature, name)
+    return type(features).__name__ != "Json"
 
 
 def _is_misread(rows: datasets.Dataset, paths: Sequence[Path]) -> bool:
@@ -167,11 +230,11 @@ def _scan(kind: str, path: Path) -> Scan:
 
 
 def json_or_text(table: list[dict]) -> datasets.Dataset:
-    """A table of any mixture of types: columns that are not all text are held as JSON."""
+    """A table of any mixture of types: columns that are not all text are held as JSON, so nothing in it changes."""
     columns = list(dict.fromkeys(name for row in table for name in row))
     values = {name: [row.get(name) for row in table] for name in columns}
     features = {
-        name: datasets.Value("string") if all(v is None or isinstance(v, str) for v in column) else datasets.Json()
+        name: datasets.Value("string") if all(v is None or isinstance(v, str) for v in column) else AnyJson()
         for name, column in values.items()
     }
     return datasets.Dataset.from_dict(values, features=datasets.Features(features))

@@ -170,27 +170,57 @@ def scan_json(path: Path) -> Scan:
 
 def _scan_json_lines(path: Path) -> Scan:
     scan = Scan(path.name, "line")
+    for number, line in _filled_lines(path):
+        _add_line(scan, number, line)
+    return scan
+
+
+def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_binary(path) as handle:
         for number, line in enumerate(handle, start=1):
             if number == 1:
                 _refuse_utf16(path, line)
                 line = line.removeprefix(BOM)
-            if not line.strip():
-                continue
-            try:
-                row = _parse(line.decode("utf-8"), object_pairs_hook=_unique_keys)
-            except UnicodeDecodeError as error:
-                scan.faults.append(Fault(number, "text that is not UTF-8", f"byte {error.start + 1}: {error.reason}"))
-            except json.JSONDecodeError as error:
-                scan.faults.append(Fault(number, "invalid JSON", _describe(error)))
-            except ValueError as error:
-                scan.faults.append(Fault(number, "invalid JSON", str(error)))
-            else:
-                if SURROGATE.search(line) and not _is_encodable(row):
-                    scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
-                else:
-                    scan.add(number, row)
-    return scan
+            if line.strip():
+                yield number, line
+
+
+def _add_line(scan: Scan, number: int, line: bytes) -> None:
+    try:
+        row = _parse(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        scan.faults.append(Fault(number, "text that is not UTF-8", f"byte {error.start + 1}: {error.reason}"))
+    except json.JSONDecodeError as error:
+        scan.faults.append(Fault(number, "invalid JSON", _describe(error)))
+    except ValueError as error:
+        scan.faults.append(Fault(number, "invalid JSON", str(error)))
+    else:
+        if SURROGATE.search(line) and not _is_encodable(row):
+            scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
+        else:
+            scan.add(number, row)
+
+
+def iterate_json(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON file one after the other; those of a file of lines without reading on.
+
+    Raises ValueError at a line (or row) that holds no row.
+    """
+    if json_layout(path) == "whole":
+        scan = scan_json(path)
+        _raise_fault(scan)
+        yield from scan.rows
+        return
+    for number, line in _filled_lines(path):
+        scan = Scan(path.name, "line")
+        _add_line(scan, number, line)
+        _raise_fault(scan)
+        yield from scan.rows
+
+
+def _raise_fault(scan: Scan) -> None:
+    for fault in scan.faults:
+        raise ValueError(f"{scan.unit} {fault.number}: {fault.reason}{fault.detail and ', ' + fault.detail}")
 
 
 def _describe(error: json.JSONDecodeError) -> str:

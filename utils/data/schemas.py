@@ -95,13 +95,18 @@ def choice_of(settings: DataSettings, verb: str) -> Choice:
     )
 
 
+def take_rows(rows: datasets.Dataset) -> list[dict[str, Any]]:
+    """The first rows, as a sample of how all of them are written."""
+    return list(rows.select(range(min(SAMPLED_ROWS, len(rows)))))  # to_list() would leave values as they are stored
+
+
 def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> Reading:
     """How to read these rows, from their columns, the first of their values, and the flags.
 
     Raises UserError when a named column does not exist, no known shape fits, the format asked for does not, or a label
     of any row is a number that the columns' names do not explain.
     """
-    sample = rows.select(range(min(SAMPLED_ROWS, len(rows)))).to_list()
+    sample = take_rows(rows)
     columns = list(dict.fromkeys([*rows.column_names, *list_columns(sample)]))
     wishes = {part: f"{part}_column" for part in FLAGS[verb]} | {"group": "group_by"}
     named = {flag: path for flag in wishes.values() if (path := getattr(settings, flag)) is not None}

@@ -14,7 +14,7 @@ import datasets
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils.data.files import FileRows, file_kind, first_line, quiet, read_files, stream_file
+from utils.data.files import FileRows, file_kind, first_line, quiet, read_files, stream_files
 from utils.data.places import Place, row_places
 from utils.data.strangers import check_data_folder, check_reader
 from utils.errors import UserError, gather
@@ -122,8 +122,7 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
             if path.is_dir():
                 check_data_folder(flag, path)
             with quiet(0):
-                whole = str(path.resolve())
-                splits = stream_file(path) if path.is_file() else datasets.load_dataset(whole, streaming=True)
+                splits = {"train": stream_files([path])} if path.is_file() else _stream_folder(path)
         except UserError:
             raise
         except Exception as error:
@@ -134,6 +133,15 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     train = _training_split(settings, verb, collection)
     held_out = _held_out_split(settings, train, collection)
     return streams[train], streams[held_out] if held_out else None
+
+
+def _stream_folder(path: Path) -> Mapping[str, datasets.IterableDataset]:
+    whole = str(path.resolve())
+    files = datasets.load_dataset_builder(whole).config.data_files or {}
+    splits = {split: [Path(file) for file in paths] for split, paths in files.items()}
+    if splits and all(file_kind(file) == "json" for paths in splits.values() for file in paths):
+        return {split: stream_files(paths) for split, paths in splits.items()}
+    return datasets.load_dataset(whole, streaming=True)
 
 
 def held_out_wish(validation_split: str | None) -> float | str | None:

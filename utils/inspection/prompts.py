@@ -17,7 +17,7 @@ from utils.data.conversion import MESSAGE_FEATURES, convert_rows
 from utils.data.files import cache_file, quiet
 from utils.data.layouts import ANY_PROMPT, CONVERSATION
 from utils.data.ranking import Choice, add_context, expand_history
-from utils.data.schemas import SAMPLED_ROWS, find_reading
+from utils.data.schemas import find_reading, take_rows
 from utils.data.sources import Source, load_source
 from utils.data.turns import BadRow, prepend_system, read_turns
 from utils.errors import UserError
@@ -85,7 +85,7 @@ def read_prompts(settings: DataSettings, flag: str = "--dataset_name") -> Prompt
 
 def _read_bare_prompts(source: Source, settings: DataSettings, flag: str, fault: UserError | None) -> Prompts:
     """The prompts of rows that hold no responses. `fault` is why they cannot be read as rows that do."""
-    sample = source.rows.select(range(min(SAMPLED_ROWS, len(source.rows)))).to_list()
+    sample = take_rows(source.rows)
     if settings.dataset_adapter is not None:
         sample = [parts for row in sample for parts in _run_adapter(settings.dataset_adapter, row)]
     columns = list(dict.fromkeys(list_columns(sample)))

@@ -1,0 +1,108 @@
+"""A text stays the text that the file holds, whatever stands in other rows: in quotes, a number, an object."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+from conftest import write_lines
+
+from utils.data.loading import load_pairs
+from utils.settings import DataSettings
+
+TEXTS = ['"Yes"', "42", "true", "null", "NaN", "[1, 2]", '{"n": 3}', "1e5", " 7 ", '"', "2024-01-01", "0.10", "\\n"]
+OTHERS = {
+    "number": 99,
+    "parts": [{"type": "text", "text": "parts"}],
+    "list": ["a", "b"],
+    "object": {"a": 1},
+    "true": True,
+    "big": 10**30,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def load(path, **settings):
+    settings = {"dataset_name": str(path), "validation_split": "none", "on_bad_rows": "skip"} | settings
+    return load_pairs(DataSettings(**settings), "train", 0, wanted=10**9 if settings.get("streaming") else None)
+
+
+def replies(rows) -> list[str]:
+    return [value if isinstance(value, str) else value[0]["content"] for value in rows["chosen"][:]]
+
+
+def as_texts(text: str) -> dict:
+    return {"prompt": text, "chosen": text, "rejected": "no"}
+
+
+def as_messages(text: str) -> dict:
+    sides = {"prompt": ("user", text), "chosen": ("assistant", text), "rejected": ("assistant", "no")}
+    return {name: [{"role": role, "content": said}] for name, (role, said) in sides.items()}
+
+
+def as_answers(text: str) -> dict:
+    return {"prompt": text, "responses": [text, "no"], "scores": [2, 1]}
+
+
+def odd(make, other) -> dict:
+    """A row in which one place, where other rows have a text, holds something else."""
+    row = make("odd")
+    if make is as_texts:
+        return row | {"chosen": other}
+    if make is as_answers:
+        return row | {"responses": [other, "no"]}
+    return row | {"chosen": [{"role": "assistant", "content": other}]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("make", [as_texts, as_messages, as_answers])
+def test_texts_stay_texts_beside_a_row_of_another_type(make, other, ending, streaming, tmp_path):
+    rows = [make(text) for text in TEXTS]
+    rows.insert(5, odd(make, OTHERS[other]))
+    path = tmp_path / f"rows{ending}"
+    path.write_text(json.dumps(rows), encoding="utf-8") if ending == ".json" else write_lines(path, rows)
+    data = load(path, streaming=streaming)
+    found = [text for text in replies(data.train) if text in TEXTS]
+    assert found == TEXTS
+    assert len(data.train) - len(TEXTS) in (0, 1)  # the odd row itself is read, or counted
+    assert sum(data.dropped.values()) == len(rows) - len(data.train)
+    prompts = [value if isinstance(value, str) else value[0]["content"] for value in data.train["prompt"]]
+    assert [text for text in prompts if text in TEXTS] == TEXTS
+
+
+def test_texts_stay_texts_in_csv_parquet_and_among_several_sources(tmp_path):
+    rows = [as_texts(text) for text in TEXTS]
+    mixed = [as_texts(text + " ") for text in TEXTS] + [odd(as_texts, 5)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "a.csv")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
+    write_lines(tmp_path / "c.jsonl", mixed)
+    for name in ("a.csv", "b.parquet"):
+        assert replies(load(tmp_path / name).train) == TEXTS
+    joined = load(",".join(str(tmp_path / name) for name in ("a.csv", "b.parquet", "c.jsonl")))
+    assert replies(joined.train) == TEXTS + TEXTS + [text + " " for text in TEXTS]
+
+
+def test_an_adapter_gets_the_texts_of_the_file(tmp_path):
+    (tmp_path / "adapt.py").write_text(
+        "def pairs(row):\n    return {'prompt': row['ask'], 'chosen': row['good'], 'rejected': 'no'}\n",
+        encoding="utf-8",
+    )
+    rows = [{"ask": text, "good": text} for text in TEXTS] + [{"ask": "odd", "good": 3}]
+    data = load(write_lines(tmp_path / "rows.jsonl", rows), dataset_adapter=f"{tmp_path / 'adapt.py'}:pairs")
+    assert replies(data.train) == TEXTS
+
+
+def test_data_writes_the_texts_that_it_read_and_reads_them_again(run_script, tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [as_messages(text) for text in TEXTS] + [odd(as_messages, {"a": 1})])
+    for name in ("clean.jsonl", "clean.parquet"):
+        run_script("data", "--dataset_name", path, "--output_file", tmp_path / name)
+        assert replies(load(tmp_path / name).train) == TEXTS
+    written = (tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["chosen"][0]["content"] for line in written] == TEXTS
