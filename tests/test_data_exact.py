@@ -106,3 +106,45 @@ def test_data_writes_the_texts_that_it_read_and_reads_them_again(run_script, tmp
         assert replies(load(tmp_path / name).train) == TEXTS
     written = (tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["chosen"][0]["content"] for line in written] == TEXTS
+
+
+def tool(**properties) -> dict:
+    schema = {"type": "object", "properties": properties, "required": []}
+    return {"type": "function", "function": {"name": "f", "description": None, "parameters": schema}}
+
+
+TOOLS = [
+    [tool(x={"type": ["string", "null"], "default": None, "enum": ["a", None]})],
+    [tool(x={"type": "number", "default": 0.7, "minimum": 1, "maximum": 1.0, "const": 10**20})],
+    [tool(), tool(y={"type": "string"})],
+]
+
+
+def tool_rows(tools: list) -> list[dict]:
+    return [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad", "tools": value} for i, value in enumerate(tools)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("tools", [TOOLS, TOOLS[:1] * 3, TOOLS[1:2] * 3], ids=["mixed", "alike", "numbers"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_tools_of_a_json_file_keep_their_nulls_and_numbers(ending, tools, streaming, tmp_path):
+    path, rows = tmp_path / f"rows{ending}", tool_rows(tools)
+    path.write_text(json.dumps(rows), encoding="utf-8") if ending == ".json" else write_lines(path, rows)
+    assert load(path, streaming=streaming).train["tools"][:] == [json.dumps(value) for value in tools]
+
+
+def test_the_nulls_that_a_table_adds_to_tools_go_and_those_of_an_adapter_stay(tmp_path):
+    tools = [[tool(x={"type": "string", "default": "a"})], [tool(y={"type": "string"})]]
+    for value in tools:
+        del value[0]["function"]["description"]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(tool_rows(tools)).to_parquet(path)
+    (tmp_path / "adapt.py").write_text(
+        "def pairs(row):\n    return row | {'tools': [*row['tools'], {'name': 'own', 'default': None}]}\n"
+    )
+    adapter = f"{tmp_path / 'adapt.py'}:pairs"
+    for streaming in (False, True):
+        found = [json.loads(text) for text in load(path, streaming=streaming).train["tools"]]
+        assert found == tools
+        made = load(path, streaming=streaming, dataset_adapter=adapter).train["tools"]
+        assert [json.loads(text) for text in made] == [[*value, {"name": "own", "default": None}] for value in tools]

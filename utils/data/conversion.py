@@ -8,7 +8,7 @@ source; `reason`, why the row cannot be trained on (else null). Where the source
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
             convert_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs={"reading": reading},
+            fn_kwargs={"reading": reading, "padded": padded_columns(source.features)},
             remove_columns=source.column_names,
             features=features_of(reading),
             num_proc=num_proc,
@@ -101,13 +101,27 @@ def _hash_code() -> str:
     return Hasher.hash([Path(file).read_bytes() for file in files])
 
 
-def convert_batch(batch: Mapping[str, list], indices: list[int], reading: Reading) -> dict[str, list]:
-    """Columns of converted rows, from columns of the source; `indices` are the rows' own."""
+def padded_columns(features: datasets.Features | None) -> tuple[str, ...]:
+    """The columns in which a table adds nulls: all of its objects have the fields of each."""
+    return tuple(name for name, kind in (features or {}).items() if _has_fields(kind))
+
+
+def _has_fields(kind: Any) -> bool:
+    return isinstance(kind, dict) or (hasattr(kind, "feature") and _has_fields(kind.feature))
+
+
+def convert_batch(
+    batch: Mapping[str, list], indices: list[int], reading: Reading, padded: Sequence[str] = ()
+) -> dict[str, list]:
+    """Columns of converted rows, from columns of the source; `indices` are the rows' own.
+
+    `padded`: columns whose objects have nulls that are the table's, not the user's.
+    """
     names = (*reading.labels, *_extras(reading))
     output: dict[str, list] = {name: [] for name in (*names, "row", "reason")}
     for position, index in enumerate(indices):
         row = {name: column[position] for name, column in batch.items()}
-        for converted, reason in _convert_row(row, reading):
+        for converted, reason in _convert_row(row, reading, padded):
             for name in names:
                 output[name].append(converted.get(name))
             output["row"].append(index)
@@ -115,7 +129,9 @@ def convert_batch(batch: Mapping[str, list], indices: list[int], reading: Readin
     return output
 
 
-def _convert_row(row: Mapping[str, Any], reading: Reading) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _convert_row(
+    row: Mapping[str, Any], reading: Reading, padded: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], str | None]]:
     """What one row becomes, each with the reason why it cannot be trained on, or None."""
     group = {"group": _group_text(reach(row, reading.group))} if reading.group else {}
     try:
@@ -124,6 +140,8 @@ def _convert_row(row: Mapping[str, Any], reading: Reading) -> Iterator[tuple[dic
         yield {}, str(error)
         return
     for parts in simple:
+        if isinstance(parts.get("tools"), list | Mapping):
+            parts["tools"] = _without_padding(parts["tools"], _list_objects([row.get(name) for name in padded]))
         try:
             converted = _read_parts(parts, reading)
             converted |= group
@@ -194,13 +212,22 @@ def _group_text(value: Any) -> str | None:
 
 
 def _tools_text(tools: Any) -> str | None:
-    """Tools as a JSON text; the nulls that a table adds for the fields of other rows are taken out again."""
+    """Tools as a JSON text, key for key."""
     if tools is None or isinstance(tools, str):
         return tools or None
-    return json.dumps(_without_nulls(tools), ensure_ascii=False) if tools else None
+    return json.dumps(tools, ensure_ascii=False) if tools else None
 
 
-def _without_nulls(value: Any) -> Any:
+def _list_objects(value: Any) -> set[int]:
+    """The identities of all objects in a value."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    own = {id(value)} if isinstance(value, Mapping) else set()
+    return own.union(*map(_list_objects, inner))
+
+
+def _without_padding(value: Any, padded: set[int]) -> Any:
+    """The value without the nulls of those objects; a null that a user or an adapter wrote stays."""
     if isinstance(value, Mapping):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        kept = value.items() if id(value) not in padded else [item for item in value.items() if item[1] is not None]
+        return {name: _without_padding(item, padded) for name, item in kept}
+    return [_without_padding(item, padded) for item in value] if isinstance(value, list) else value

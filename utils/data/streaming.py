@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from utils.data.conversion import convert_batch, features_of
+from utils.data.conversion import convert_batch, features_of, padded_columns
 from utils.data.files import first_line, json_or_text, quiet
 from utils.data.labels import label_column, read_numbers
 from utils.data.places import SHOWN, describe_bad_rows
@@ -55,6 +55,7 @@ class _Intake:
     label: str
     on_bad_rows: str
     features: datasets.Features
+    padded: tuple[str, ...] = ()
     dropped: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
     numbers: set[str] = field(default_factory=set)  # among the labels of two answers
@@ -67,7 +68,7 @@ class _Intake:
             self.numbers |= read_numbers(labels, self.reading.columns)
         except UserError as error:
             raise UserError(*(f"--dataset_name {self.label}: {fault}" for fault in error.faults)) from None
-        output = convert_batch(batch, list(range(first, first + count)), self.reading)
+        output = convert_batch(batch, list(range(first, first + count)), self.reading, self.padded)
         self.rows_read += count
         bad: dict[str, list[int]] = {}
         for row, reason in zip(output["row"], output["reason"], strict=True):
@@ -104,7 +105,8 @@ def read_stream(
     if reading.layout.pairs_up:
         raise UserError("--streaming: answers in rows of their own are paired across the whole data; leave it out")
     features = datasets.Features({n: kind for n, kind in features_of(reading).items() if n != "reason"})
-    intake = _Intake(reading, stream.label, settings.on_bad_rows, features)
+    padded = padded_columns(stream.rows.features)
+    intake = _Intake(reading, stream.label, settings.on_bad_rows, features, padded)
     folder = _temporary_folder()
     fraction = None if held_out is not None else _fraction(settings.validation_split)
     most = None if fraction is not None and settings.validation_split is not None else DEFAULT_MOST_ROWS
@@ -123,7 +125,13 @@ def read_stream(
     exhausted = train.count < wanted
     if held_out is not None:
         other_intake = _Intake(
-            reading, held_out.label, settings.on_bad_rows, features, intake.dropped, numbers=intake.numbers
+            reading,
+            held_out.label,
+            settings.on_bad_rows,
+            features,
+            padded_columns(held_out.rows.features),
+            intake.dropped,
+            numbers=intake.numbers,
         )
         for rows in _good_batches(held_out, other_intake, seed):
             for row in rows[: DEFAULT_MOST_ROWS - other.count]:
