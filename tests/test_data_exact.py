@@ -9,6 +9,7 @@ import pytest
 from conftest import write_lines
 
 from utils.data.loading import load_pairs
+from utils.errors import UserError
 from utils.settings import DataSettings
 
 TEXTS = ['"Yes"', "42", "true", "null", "NaN", "[1, 2]", '{"n": 3}', "1e5", " 7 ", '"', "2024-01-01", "0.10", "\\n"]
@@ -87,6 +88,28 @@ def test_texts_stay_texts_in_csv_parquet_and_among_several_sources(tmp_path):
         assert replies(load(tmp_path / name).train) == TEXTS
     joined = load(",".join(str(tmp_path / name) for name in ("a.csv", "b.parquet", "c.jsonl")))
     assert replies(joined.train) == TEXTS + TEXTS + [text + " " for text in TEXTS]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_stay_texts_in_a_folder(streaming, tmp_path):
+    rows = [as_texts(text) for text in [*TEXTS, "None", "N/A"]]
+    for name, write in (("csv", "to_csv"), ("json", "to_json"), ("parquet", "to_parquet")):
+        (tmp_path / name).mkdir()
+        getattr(datasets.Dataset.from_list(rows), write)(tmp_path / name / f"train.{name.replace('json', 'jsonl')}")
+        assert replies(load(tmp_path / name, streaming=streaming).train) == [*TEXTS, "None", "N/A"]
+
+
+def test_texts_that_the_library_has_changed_are_refused(tmp_path, monkeypatch):
+    """Of a data set of the hub the library's own reading is all there is."""
+    mixed = write_lines(tmp_path / "rows.jsonl", [as_messages("Yes"), odd(as_messages, OTHERS["parts"])])
+    library = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: library("json", data_files=str(mixed)))
+    with pytest.raises(UserError, match="'chosen' holds texts beside values of other types"):
+        load("org/pairs")
+    extra = [as_messages("one"), as_messages("two")]
+    extra[0]["chosen"][0]["tool_calls"] = None  # other fields, but no other types
+    write_lines(mixed, extra)
+    assert replies(load("org/other").train) == ["one", "two"]
 
 
 def test_an_adapter_gets_the_texts_of_the_file(tmp_path):

@@ -24,6 +24,7 @@ from datasets.features.features import register_feature
 from utils.data.places import FileLines, FilePlaces, Place, describe_bad_rows
 from utils.data.scanning import (
     Scan,
+    csv_separator,
     is_safe_for_arrow,
     iterate_json,
     line_numbers,
@@ -111,7 +112,9 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
         # pandas would take the first of the surplus fields for an index and shift every column
         if len(set(header)) < len(header) or len(first) > len(header):
             return None
-        options = _csv_options(header)
+        options = _csv_options(header, {csv_separator(path) for path in paths})
+        if options is None:
+            return None
     else:
         options = {"parse_agent_traces": False}
     try:
@@ -125,10 +128,43 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
     return rows
 
 
-def _csv_options(header: Sequence[str]) -> dict[str, Any]:
-    """Without these, "None" and "N/A" become nulls and "42" a number: a response is always text."""
+def find_changed_texts(rows: datasets.Dataset) -> str | None:
+    """A column of JSON files that the library itself read in which it may have changed texts.
+
+    Where a field holds values of several types it decodes those that are texts: '"Yes"' is then Yes, '42' a number.
+    """
+    if rows.builder_name != "json":
+        return None
+    for name, kind in rows.features.items():
+        for chunk in rows.data.column(name).chunks:
+            for stored in _stored_json(chunk, kind):
+                if any(
+                    text is not None and text[:1] not in ("{", "[") for text in stored.cast(pa.string()).to_pylist()
+                ):
+                    return name
+    return None
+
+
+def _stored_json(array: pa.Array, kind: Any) -> Iterator[pa.Array]:
+    """The arrays in which the library holds values of several types as JSON."""
+    if isinstance(kind, dict):
+        for name, inner in kind.items():
+            yield from _stored_json(array.field(name), inner)
+    elif hasattr(kind, "feature"):
+        yield from _stored_json(array.flatten(), kind.feature)
+    elif type(kind).__name__ == "Json":
+        yield array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def _csv_options(header: Sequence[str], separators: set[str]) -> dict[str, Any] | None:
+    """Without these, "None" and "N/A" become nulls and "42" a number: a response is always text.
+
+    None for files whose fields are separated in several ways, which the library cannot read together.
+    """
+    if len(separators) > 1:
+        return None
     features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {"features": features, "keep_default_na": False}
+    return {"features": features, "keep_default_na": False, "sep": separators.pop()}
 
 
 def stream_files(paths: Sequence[Path]) -> datasets.IterableDataset:
@@ -138,7 +174,9 @@ def stream_files(paths: Sequence[Path]) -> datasets.IterableDataset:
         for path in paths:
             next(iterate_json(path), None)
         return datasets.IterableDataset.from_generator(_iterate_files, gen_kwargs={"paths": list(paths)})
-    options = _csv_options(peek_csv(paths[0])[0]) if kind == "csv" else {}
+    options = _csv_options(peek_csv(paths[0])[0], set(map(csv_separator, paths))) if kind == "csv" else {}
+    if options is None:
+        raise ValueError("its files separate their fields in several ways")
     files = {"train": [str(path) for path in paths]}
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 

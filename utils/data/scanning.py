@@ -23,6 +23,7 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # What the library turns into a row that is null: in a file of lines, and in one that is an array.
 NULL_LINE = re.compile(rb"\n\s*(?:null|NaN|-?Infinity)\b")
 NULL_ITEM = re.compile(rb"[\n\[,]\s*(?:null|NaN|-?Infinity)\b")
+CSV_SEPARATORS = (",", "\t", ";", "|")
 MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 
 
@@ -244,13 +245,20 @@ def _is_encodable(value: Any) -> bool:
     return True
 
 
+def csv_separator(path: Path) -> str:
+    """What stands between the fields: a comma, or, where the header has none, a tab, semicolon or bar that it has."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as handle:
+        header = next((line for line in handle if line.strip()), "")
+    return next((mark for mark in CSV_SEPARATORS if mark in header), ",")
+
+
 @contextlib.contextmanager
 def _csv_records(path: Path) -> Iterator[Any]:
     """A csv reader that notes bad bytes instead of stopping; the module's field limit is lifted meanwhile."""
     limit = csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            yield csv.reader(handle, strict=True)
+            yield csv.reader(handle, strict=True, delimiter=csv_separator(path))
     finally:
         csv.field_size_limit(limit)
 

@@ -14,7 +14,7 @@ import datasets
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils.data.files import FileRows, file_kind, first_line, quiet, read_files, stream_files
+from utils.data.files import FileRows, file_kind, find_changed_texts, first_line, quiet, read_files, stream_files
 from utils.data.places import Place, row_places
 from utils.data.strangers import check_data_folder, check_reader
 from utils.errors import UserError, gather
@@ -139,9 +139,11 @@ def _stream_folder(path: Path) -> Mapping[str, datasets.IterableDataset]:
     whole = str(path.resolve())
     files = datasets.load_dataset_builder(whole).config.data_files or {}
     splits = {split: [Path(file) for file in paths] for split, paths in files.items()}
-    if splits and all(file_kind(file) == "json" for paths in splits.values() for file in paths):
-        return {split: stream_files(paths) for split, paths in splits.items()}
-    return datasets.load_dataset(whole, streaming=True)
+    every_file = [file for paths in splits.values() for file in paths]
+    kinds = set(map(file_kind, every_file))
+    if len(kinds) != 1 or None in kinds or any(set("*?[]") & set(str(file)) for file in every_file):
+        return datasets.load_dataset(whole, streaming=True)
+    return {split: stream_files(paths) for split, paths in splits.items()}
 
 
 def held_out_wish(validation_split: str | None) -> float | str | None:
@@ -254,7 +256,16 @@ def _prepare(builder: datasets.DatasetBuilder, flag: str, label: str) -> _Collec
 
 def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> _Collection:
     def reader(name: str, rows: datasets.Dataset) -> ReadSplit:
-        return lambda: FileRows(rows, row_places(f"{label}[{name}]"), {})
+        def read() -> FileRows:
+            column = find_changed_texts(rows)
+            if column is not None:
+                raise UserError(
+                    f"{label}[{name}]: '{column}' holds texts beside values of other types, and the datasets library "
+                    "changes such texts as it reads them; download the files and give their folder"
+                )
+            return FileRows(rows, row_places(f"{label}[{name}]"), {})
+
+        return read
 
     return _Collection({str(name): reader(str(name), rows) for name, rows in splits.items()})
 
