@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.data.turns import ROLES, is_message, is_transcript
+from utils.data.turns import as_messages, is_message, is_transcript, role_of
 
 TEXT = ("text", "transcript")
 MESSAGES = ("messages", "message", "replies")
@@ -67,14 +67,15 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return _kind_of_list(value)
     if isinstance(value, Mapping):
-        return "message" if is_message(value) else "object"
+        messages = as_messages(value)
+        return "object" if messages is None else "message" if messages == [value] else _kind_of_list(messages)
     return "other"
 
 
 def _kind_of_list(value: list) -> str:
     if not all(is_message(item) for item in value):
         return "list"
-    roles = {ROLES.get(str(item.get("role") or item.get("from")).lower()) for item in value}
+    roles = set(map(role_of, value))
     return "replies" if value and roles == {"assistant"} else "messages"
 
 

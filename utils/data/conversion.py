@@ -23,7 +23,7 @@ from utils.data.files import cache_file, quiet
 from utils.data.labels import check_labels, read_number, read_yes_or_no
 from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
 from utils.data.schemas import Reading
-from utils.data.turns import BadRow
+from utils.data.turns import BadRow, unpack
 from utils.data.unpaired import pair_up
 from utils.errors import UserError
 
@@ -74,7 +74,7 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
 def _key_of(reading: Reading) -> tuple:
     """What of a reading decides the converted rows, in values that hash alike in every process."""
     how = (reading.layout.name, sorted(reading.columns.items()), reading.shape.name, reading.replies)
-    return (*how, repr(reading.choice), reading.group, reading.adapter, reading.scored)
+    return (*how, repr(reading.choice), reading.group, reading.adapter, reading.scored, reading.packed)
 
 
 def features_of(reading: Reading) -> datasets.Features:
@@ -154,6 +154,8 @@ def _expand(row: Mapping[str, Any], reading: Reading) -> list[dict[str, Any]]:
     """The row's parts; for one that holds several answers, the parts of each pair."""
     if reading.adapter is not None:
         return run_adapter(reading.adapter, row)
+    if reading.packed:
+        row = {**row, **{name: unpack(row.get(name), name) for name in reading.packed}}
     parts = {part: reach(row, path) for part, path in reading.columns.items()}
     return [parts] if reading.layout.expand is None else reading.layout.expand(parts, reading.columns, reading.choice)
 
@@ -174,11 +176,27 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]
+    prompt = _without_reply(prompt, [answer for _, answer in sides])
     values = dict(zip(reading.labels, (prompt, *(answer for _, answer in sides)), strict=True))
     converted = {**values, **_read_extras(parts, reading)}
     if reading.adapter is not None:  # what is read from a table is Unicode already
         _check_unicode(converted)
     return converted
+
+
+def _without_reply(prompt: Any, answers: Sequence[Any]) -> Any:
+    """A prompt's turns, without the reply that a dialogue ends with where it is one of the answers."""
+    if not isinstance(prompt, list):
+        return prompt
+    for answer in answers:
+        end = prompt[-len(answer) :] if isinstance(answer, list) and answer else []
+        if end and [_said(turn) for turn in end] == [_said(turn) for turn in answer]:
+            return prompt[: -len(end)]
+    return prompt
+
+
+def _said(turn: Mapping[str, str]) -> tuple[str, str]:
+    return turn["role"], turn["content"].strip()
 
 
 def _check_unicode(converted: Mapping[str, Any]) -> None:

@@ -125,6 +125,7 @@ def join_parts(parts: Sequence[Part]) -> Joined:
         name="mixed",
         description=_describe_mixture(parts, len(is_text) > 1),
         shape=dataclasses.replace(shape, is_text=is_text == {True}),
+        remarks=tuple(remark for part in parts for remark in part.reading.remarks),
     )
     place = MixedPlaces(starts, places)
     return Joined(

@@ -68,7 +68,9 @@ def _label_is_no_text_of_its_own(sample: Sequence[Row], names: Names) -> bool:
 
 SYSTEM = {"system": ("system", "system_prompt"), "tools": ("tools",)}
 PROMPT = {"prompt": ("prompt", "question")} | SYSTEM
-REPLIES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
+REPLY_NAMES = ("{}", "{}_response", "{}_answer", "{}_output", "{}_completion", "{}_text", "{}_messages", "response_{}")
+SIDES = {"chosen": ("chosen", "preferred", "accepted"), "rejected": ("rejected", "dispreferred", "non_preferred")}
+REPLIES = {part: tuple(name.format(word) for word in words for name in REPLY_NAMES) for part, words in SIDES.items()}
 SCORES = {
     "chosen_score": ("score_chosen", "chosen_score", "chosen_rating"),
     "rejected_score": ("score_rejected", "rejected_score", "rejected_rating"),
@@ -96,6 +98,13 @@ OPENAI = Layout(
     shapes=ANY_SHAPE[:3],
 )
 SHAREGPT = Layout("sharegpt", {"prompt": CONVERSATION} | SYSTEM | REPLIES | SCORES, shapes=("messages with a prompt",))
+ANSWERED = Layout(
+    "sharegpt",
+    {"prompt": CONVERSATION} | SYSTEM | {"rejected": REPLIES["rejected"]} | SCORES,
+    shapes=("messages with a prompt",),
+    expand=ranking.expand_answered,
+    says="a dialogue that ends with the chosen reply",
+)
 HISTORY = Layout(
     "alpaca",
     INSTRUCTION | REPLIES | SCORES | {"history": ("history",)},
@@ -255,7 +264,7 @@ WHOLE_TEXT = Layout("text", {"text": ("text",)}, shapes=("whole texts",))
 PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STACK_PAIRED)
 RATED = (WEBGPT, SHP, STACK_EXCHANGE, SCORE_LIST, RANK_LIST, SCORED, TREE, *TWO_ANSWERS)
 LAYOUTS = {
-    "train": (*PAIRS, *RATED, UNPAIRED, RANKED),
+    "train": (*PAIRS, ANSWERED, *RATED, UNPAIRED, RANKED),
     "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION_HISTORY, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
 }
 ONLY_ASKED_FOR = (RANKED,)

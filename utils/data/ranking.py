@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.data.html_text import html_to_text
 from utils.data.labels import SIGNED_LABELS, find_better, read_number
-from utils.data.turns import ROLES, BadRow, is_message
+from utils.data.turns import BadRow, as_messages, check_fields, is_message, role_of
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
 SCORE_KEYS = ("overall_score", "fine-grained_score", "pm_score", "score", "rating", "reward")
@@ -136,6 +136,7 @@ def _answer_text(value: Any, names: Mapping[str, str]) -> Any:
     if value is None or isinstance(value, str | list) or is_message(value):
         return value
     if isinstance(value, Mapping):
+        check_fields(value, names["answers"])
         return next((value[key] for key in TEXT_KEYS if value.get(key) is not None), None)
     raise BadRow(f"'{names['answers']}' is not a list of answers")
 
@@ -228,9 +229,10 @@ def _walk(parts: Mapping[str, Any]) -> Iterator[tuple[list[dict[str, str]], list
     waiting: deque[tuple[list[dict[str, str]], Any]] = deque([([], parts)])
     while waiting:
         path, node = waiting.popleft()
-        role = ROLES.get(str(node.get("role")).lower())
+        role = role_of(node)
         if role not in ("user", "assistant"):
             raise BadRow("the tree has a message of unknown role")
+        check_fields(node, "the tree")
         path = [*path, {"role": role, "content": node["text"]}]
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
@@ -265,3 +267,19 @@ def expand_history(parts: Mapping[str, Any], names: Mapping[str, str], choice: C
         prompt = add_context(prompt, parts.get("context"))
         prompt = [*turns, {"role": "user", "content": prompt}] if prompt.strip() else None
     return [dict(parts) | {"prompt": prompt}]
+
+
+def expand_answered(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choice) -> list[dict[str, Any]]:
+    """A dialogue whose last reply is the chosen one, beside a rejected one."""
+    messages = parts.get("prompt")
+    if messages is None:
+        raise BadRow(f"'{names['prompt']}' is missing")
+    messages = as_messages(messages)
+    if messages is None:
+        raise BadRow(f"'{names['prompt']}' is not a list of messages")
+    start = len(messages)
+    while start > 0 and role_of(messages[start - 1]) == "assistant":
+        start -= 1
+    if messages and start == len(messages):
+        raise BadRow(f"'{names['prompt']}' ends with a turn of the {role_of(messages[-1])}: there is no reply to learn")
+    return [dict(parts) | {"prompt": messages[:start], "chosen": messages[start:]}]

@@ -6,6 +6,7 @@ of those parts are written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,14 +22,16 @@ from utils.data.columns import (
     describe_missing,
     kind_of_column,
     list_columns,
+    list_heads,
     list_names,
     reach,
 )
 from utils.data.labels import check_labels
 from utils.data.layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
 from utils.data.ranking import Choice
+from utils.data.remarks import Remark, find_remarks, list_unused
 from utils.data.shapes import Names, Shape, find_shape
-from utils.data.turns import BadRow
+from utils.data.turns import BadRow, holds_messages, unpack
 from utils.errors import UserError
 from utils.settings import DataSettings
 
@@ -50,6 +53,8 @@ class Reading:
     group: str | None = None  # the column of --group_by
     adapter: str | None = None  # --dataset_adapter
     scored: bool = False
+    packed: tuple[str, ...] = ()  # columns whose texts are message lists
+    remarks: tuple[Remark, ...] = ()  # what of the source is not used as its columns suggest
 
     @property
     def is_text(self) -> bool:
@@ -115,6 +120,8 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
         raise UserError(*(describe_missing(f"--{flag}", path, columns) for flag, path in lost.items()))
     if settings.dataset_adapter is not None:
         return _read_with_adapter(sample, settings, verb)
+    packed = tuple(name for name in rows.column_names if is_packed(sample, name))
+    sample = [_unpack_sample(row, packed) for row in sample]
     mapped = {part: named[flag] for part, flag in wishes.items() if flag in named and part != "group"}
     for layout in _layouts(settings, verb):
         replies = _replies(layout, verb)
@@ -123,7 +130,7 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
             continue
         reading = _match(layout, found, replies, sample, settings, verb)
         if reading is not None:
-            return _with_labels(reading, rows, settings)
+            return _with_remarks(_with_labels(reading, rows, settings), rows, packed)
     if settings.dataset_format is not None:
         raise UserError(*_describe_misfit(settings, verb, mapped, columns, sample))
     raise UserError(_describe_unknown(settings, verb, mapped, columns, sample))
@@ -135,6 +142,35 @@ def _with_labels(reading: Reading, rows: datasets.Dataset, settings: DataSetting
     except UserError as error:
         raise UserError(*(f"--dataset_name {settings.dataset_name}: {fault}" for fault in error.faults)) from None
     return replace(reading, choice=replace(reading.choice, numbered=numbered))
+
+
+def is_packed(sample: Rows, name: str) -> bool:
+    """Whether most texts of a column are message lists, as in files that have texts alone."""
+    texts = [value for row in sample if isinstance(value := row.get(name), str)]
+    return 2 * sum(map(holds_messages, texts)) > len(texts)
+
+
+def _unpack_sample(row: dict[str, Any], packed: Sequence[str]) -> dict[str, Any]:
+    unpacked = dict(row)
+    for name in packed:
+        with contextlib.suppress(BadRow):
+            unpacked[name] = unpack(row[name], name)
+    return unpacked
+
+
+def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str]) -> Reading:
+    """The reading, with what is read as messages and what is not read said in its description."""
+    used = {head for path in (*reading.columns.values(), reading.group) if path for head in list_heads(path)}
+    if reading.is_transcript:
+        used |= set(PROMPT["prompt"])  # its text stands in the transcripts too
+    packed = tuple(name for name in packed if name in used)
+    says = [reading.description]
+    if packed:
+        says.append(f"the texts in {', '.join(map(repr, packed))} are message lists")
+    unused = list_unused(rows, used)
+    if unused:
+        says.append(f"not used: {list_names(unused)}")
+    return replace(reading, description="; ".join(says), packed=packed, remarks=tuple(find_remarks(rows, unused)))
 
 
 def _layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:
@@ -248,12 +284,19 @@ def _find_columns(
         if part.removesuffix("_score") in ("chosen", "rejected") and part not in replies and len(replies) == 1:
             continue
         taken = (*mapped.values(), *found.values())
-        path = mapped.get(part) or next((name for name in candidates if name in columns and name not in taken), None)
+        path = mapped.get(part) or _find_column(candidates, columns, taken)
         if path is not None:
             found[part] = path
         elif part not in layout.optional:
             missing.append(part)
     return missing or found
+
+
+def _find_column(candidates: Sequence[str], columns: Sequence[str], taken: Sequence[str]) -> str | None:
+    """The first candidate that is a column; spaces around a name and its case do not count where no name is exact."""
+    loose = {name.strip().casefold(): name for name in reversed(columns)}
+    names = (name if name in columns else loose.get(name.casefold()) for name in candidates)
+    return next((name for name in names if name is not None and name not in taken), None)
 
 
 def _describe_misfit(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.data.columns import MESSAGES, TEXT
-from utils.data.turns import BadRow, prepend_system, read_turns, split_reply, split_transcript
+from utils.data.turns import BadRow, prepend_system, read_turns, split_reply, split_transcript, take_reply
 
 Kinds = Mapping[str, str]  # part -> kind of its values; without the parts that the source lacks
 Names = Mapping[str, str]  # part -> its column
@@ -52,13 +52,14 @@ def _split_with_prompt(row: Mapping[str, Any], reply: str, names: Names) -> Side
     if row[reply] is None:
         return prompt, None
     turns = read_turns(row[reply], names[reply], "assistant")
-    before, answer = split_reply(turns)
-    if turns[: len(prompt)] == prompt:
+    before, answer = take_reply(turns, names[reply])
+    asked, said = split_reply(prompt)
+    if turns[: len(prompt)] == prompt and len(turns) > len(prompt):
         # A prompt may end in the assistant's own words, which are then no part of the reply.
         before, answer = (before, answer) if len(before) >= len(prompt) else (prompt, turns[len(prompt) :])
     elif all(turn["role"] == "system" for turn in before):
         before = before + prompt
-    elif not isinstance(row["prompt"], str):
+    elif not isinstance(row["prompt"], str) and not (said and before == asked):  # else it ends in a reply of its own
         raise BadRow(f"'{names[reply]}' has turns before its last reply that are not those of '{names['prompt']}'")
     return prepend_system(row.get("system"), before), answer
 
@@ -66,7 +67,7 @@ def _split_with_prompt(row: Mapping[str, Any], reply: str, names: Names) -> Side
 def _split_dialogue(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
     if row[reply] is None:
         return None, None
-    turns, answer = split_reply(read_turns(row[reply], names[reply], "assistant"))
+    turns, answer = take_reply(read_turns(row[reply], names[reply], "assistant"), names[reply])
     return prepend_system(row.get("system"), turns), answer
 
 
@@ -75,7 +76,7 @@ def _split_transcripts(row: Mapping[str, Any], reply: str, names: Names) -> Side
         return None, None
     if not isinstance(row[reply], str):
         raise BadRow(f"'{names[reply]}' is not text")
-    turns, answer = split_reply(split_transcript(row[reply]))
+    turns, answer = take_reply(split_transcript(row[reply]), names[reply])
     return prepend_system(row.get("system"), turns), answer
 
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,9 @@ def _find_reading(stream: Stream, settings: DataSettings, verb: str) -> Reading:
         sample = list(stream.rows.take(SAMPLED_ROWS))
     if not sample:
         raise UserError(f"--dataset_name {stream.label}: has no rows")
-    return find_reading(json_or_text(sample), settings, verb)
+    reading = find_reading(json_or_text(sample), settings, verb)
+    first = f"; among the first {len(sample)} rows"
+    return replace(reading, remarks=tuple(replace(remark, title=remark.title + first) for remark in reading.remarks))
 
 
 def _good_batches(stream: Stream, intake: _Intake, seed: int) -> Iterator[list[dict[str, Any]]]:

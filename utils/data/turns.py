@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from utils.data.scanning import name_of
 
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 TRANSCRIPT_MARK = re.compile(r"\n\n(Human|Assistant):")
@@ -23,6 +28,18 @@ ROLES = {
     "observation": "tool",
     "function": "function",
 }
+# Roles whose text is a tool call or its result in a form of its own, which no template is given yet.
+CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_response", "function_response")
+# What a turn may say beside its text. Rows that have it are refused: the text alone would be another turn.
+CARRIED = (
+    *("tool_calls", "function_call", "tool_call_id", "name", "tool_responses", "tool_plan"),
+    *("reasoning_content", "reasoning", "thinking", "refusal"),
+    *("images", "image", "image_url", "videos", "video", "audios", "audio", "documents"),
+)
+TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_KEYS = ("text", "value")
+MESSAGE_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*['"](?:role|content|from|value)['"]\s*:""")
+MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 Turns = list[dict[str, str]]
 
@@ -32,8 +49,61 @@ class BadRow(Exception):
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value is one message: {role, content} or ShareGPT's {from, value}."""
-    return isinstance(value, dict) and ({"role", "content"} <= set(value) or {"from", "value"} <= set(value))
+    """Whether a value is one message: {role, content} or ShareGPT's {from, value}; a tool call may lack the text."""
+    if not isinstance(value, Mapping):
+        return False
+    keys = set(value)
+    said = bool(keys & (set(CARRIED) - {"name"}))
+    return any(role in keys and (text in keys or said) for role, text in MESSAGE_KEYS)
+
+
+def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
+    """The messages of a list, of a single message, or of an object of lists, as which tables hold a list; else None."""
+    if isinstance(value, list):
+        return value if all(is_message(message) for message in value) else None
+    if not is_message(value):
+        return None
+    roles = value.get("role", value.get("from"))
+    if not isinstance(roles, list):
+        return [value]
+    columns = {key: items for key, items in value.items() if items is not None}
+    if any(not isinstance(items, list) or len(items) != len(roles) for items in columns.values()):
+        return None
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+
+
+def holds_messages(text: Any) -> bool:
+    """Whether a text is a list of messages written as JSON or as Python prints it, be it whole or damaged."""
+    if not isinstance(text, str) or not MESSAGE_TEXT.match(text):
+        return False
+    try:
+        return as_messages(_parse(text)) is not None
+    except ValueError:
+        return any(all(re.search(f"""['"]{key}['"]\\s*:""", text) for key in keys) for keys in MESSAGE_KEYS)
+
+
+def unpack(value: Any, name: str) -> Any:
+    """The messages that a text holds; any other value as it is. Raises BadRow where they cannot be read."""
+    if not holds_messages(value):
+        return value
+    try:
+        return _parse(value)
+    except ValueError:
+        raise BadRow(f"'{name}' holds messages written as text that cannot be read") from None
+
+
+def _parse(text: str) -> Any:
+    """A value in JSON, or as Python or NumPy print it. Raises ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:
+        pass
+    try:  # NumPy puts a line end where a list has a comma; within a text it would be written as \\n
+        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error)) from None
 
 
 def is_transcript(text: Any) -> bool:
@@ -48,28 +118,67 @@ def read_turns(value: Any, name: str, text_role: str) -> Turns:
     """
     if isinstance(value, str):
         return [{"role": text_role, "content": value}]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not all(is_message(message) for message in value):
+    messages = as_messages(value)
+    if messages is None:
         raise BadRow(f"'{name}' is neither text nor a list of messages")
-    return [_read_message(message, name) for message in value]
+    return [_read_message(message, name) for message in messages]
 
 
-def _read_message(message: dict[str, Any], name: str) -> dict[str, str]:
-    said = message.get("role") or message.get("from")
-    role = ROLES.get(str(said).lower())
+def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
+    check_fields(message, name)
+    said, role = message.get("role") or message.get("from"), role_of(message)
+    if str(said).lower() in CALL_ROLES:
+        raise BadRow(f"'{name}' has a turn of role {str(said)!r}: tool calls are not trained on")
     if role is None:
         raise BadRow(f"'{name}' has a turn of unknown role {str(said)[:40]!r}")
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    return {"role": role, "content": _read_content(content, name)}
+
+
+def role_of(message: Mapping[str, Any]) -> str | None:
+    """The usual name of the role of a message; None for one that is not known."""
+    return ROLES.get(str(message.get("role") or message.get("from")).lower())
+
+
+def check_fields(message: Mapping[str, Any], name: str) -> None:
+    """Raises BadRow where a turn, or an answer with fields, says something beside its text."""
+    for field in CARRIED:
+        if not is_nothing(message.get(field)):
+            raise BadRow(f"'{name}' has a turn with '{field}', which is not trained on")
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value has no content: null, empty, or made of such (a table adds nulls for what other rows have)."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    return value is None or value == "" or (inner is not None and all(map(is_nothing, inner)))
+
+
+def _read_content(content: Any, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
         raise BadRow(f"'{name}' has a turn without text")
-    return {"role": role, "content": content}
+    parts = [content] if isinstance(content, Mapping) else content
+    if not isinstance(parts, list):
+        raise BadRow(f"'{name}' has a turn whose content is {name_of(content)}, not text")
+    if len(parts) == 1 and isinstance(parts[0], str):
+        return parts[0]
+    return "".join(_read_part(part, name) for part in parts)
 
 
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _read_part(part: Any, name: str) -> str:
+    """The text of one part of a turn's content. Raises BadRow for a part that is not, or not only, text."""
+    if not isinstance(part, Mapping):
+        what = "several texts, not one" if isinstance(part, str) else f"a part that is {name_of(part)}"
+        raise BadRow(f"'{name}' has a turn whose content is a list with {what}")
+    kind = part.get("type")
+    if kind is not None and kind not in TEXT_PARTS:
+        raise BadRow(f"'{name}' has a turn with a part of type {str(kind)[:40]!r}, which is not text")
+    check_fields(part, name)
+    texts = [part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)]
+    if len(texts) != 1:
+        raise BadRow(f"'{name}' has a turn with a part {'of two texts' if texts else 'without text'}")
+    return texts[0]
 
 
 def split_transcript(text: str) -> Turns:
@@ -100,6 +209,14 @@ def split_reply(turns: Turns) -> tuple[Turns, Turns]:
     while start > 0 and turns[start - 1]["role"] == "assistant":
         start -= 1
     return turns[:start], turns[start:]
+
+
+def take_reply(turns: Turns, name: str) -> tuple[Turns, Turns]:
+    """The same. Raises BadRow where there are turns and the last is not the assistant's."""
+    before, answer = split_reply(turns)
+    if turns and not answer:
+        raise BadRow(f"'{name}' ends with a turn of the {turns[-1]['role']}: there is no reply to learn")
+    return before, answer
 
 
 def prepend_system(system: Any, turns: Turns) -> Turns:

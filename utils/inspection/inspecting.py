@@ -14,7 +14,14 @@ from utils.inspection.classifier import measure_words
 from utils.inspection.cleaning import choose_clean, write_pairs
 from utils.inspection.findings import NOTE, PROBLEM, Finding, count_problems
 from utils.inspection.leaks import check_held_out, check_overlap
-from utils.inspection.pair_checks import check_bad_rows, check_copies, check_labels, check_stains
+from utils.inspection.pair_checks import (
+    check_bad_rows,
+    check_copies,
+    check_ends,
+    check_labels,
+    check_sources,
+    check_stains,
+)
 from utils.inspection.scanning import Scan, scan_pairs
 from utils.inspection.statistics import (
     check_rules,
@@ -44,7 +51,7 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
     _refuse_input_as_output(settings)
     subject = load_subject(settings)
     scan = scan_pairs(subject.pairs)
-    findings = [*check_bad_rows(subject)]
+    findings = [*check_bad_rows(subject), *check_sources(subject)]
     record: dict[str, Any] = {"source": subject.description, "reading": subject.reading.description}
     record["counts"] = count_pairs(subject, scan)
     record["sources"] = count_sources(subject, scan)
@@ -81,6 +88,7 @@ def _look_at_pairs(subject: Subject, scan: Scan, settings: Settings) -> tuple[li
     findings = [
         *check_copies(subject, scan),
         *check_labels(subject, scan),
+        *check_ends(subject, scan),
         *check_held_out(subject, scan),
         *check_stains(subject, scan),
         *check_rules(rules, len(scan)),

@@ -47,6 +47,15 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
     return findings
 
 
+def check_sources(subject: Subject) -> list[Finding]:
+    """Content that is not read, and rows whose own column calls them held out."""
+    return [
+        Finding(remark.name, PROBLEM, remark.title, remark.advice, remark.rows)
+        for origin in subject.origins
+        for remark in origin.reading.remarks
+    ]
+
+
 def _kind(reason: str) -> str:
     if " equals " in reason:
         return "identical"
@@ -142,6 +151,23 @@ def _check_swapped(subject: Subject, scan: Scan) -> list[Finding]:
             subject, "nearly_equal", NOTE, "the sides differ in case, spacing or punctuation alone",
             "They teach form, and little of it.",
             np.flatnonzero(scan.nearly_equal),
+        ),
+    ]  # fmt: skip
+
+
+def check_ends(subject: Subject, scan: Scan) -> list[Finding]:
+    """Where prompt and replies meet: replies that say the prompt again, prompts that have an answer already."""
+    return [
+        *find_pairs(
+            subject, "repeats_prompt", NOTE, "a reply begins with the whole prompt",
+            "Prompt and reply are trained on one after the other, so the prompt would stand there twice; take it out "
+            "of the replies, unless it is meant.",
+            np.flatnonzero(scan.repeats_prompt),
+        ),
+        *find_pairs(
+            subject, "answered_prompt", NOTE, "the prompt ends with an answer (a turn of the assistant, or the reply)",
+            "The replies then go on after it; if they should stand in its place, take it out of the prompt.",
+            np.flatnonzero(scan.answered_prompt),
         ),
     ]  # fmt: skip
 

@@ -17,9 +17,9 @@ from utils.data.conversion import MESSAGE_FEATURES, convert_rows
 from utils.data.files import cache_file, quiet
 from utils.data.layouts import ANY_PROMPT, CONVERSATION
 from utils.data.ranking import Choice, add_context, expand_history
-from utils.data.schemas import find_reading, take_rows
+from utils.data.schemas import find_reading, is_packed, take_rows
 from utils.data.sources import Source, load_source
-from utils.data.turns import BadRow, prepend_system, read_turns
+from utils.data.turns import BadRow, prepend_system, read_turns, unpack
 from utils.errors import UserError
 from utils.inspection.texts import Value, flatten
 from utils.settings import DataSettings
@@ -46,11 +46,13 @@ class PromptColumns:
     parts: Mapping[str, str]
     to_messages: bool
     adapter: str | None
+    packed: bool = False  # the prompts are message lists written as text
 
     @property
     def description(self) -> str:
         """For people."""
         how = ", ".join(f"{part} '{column}'" for part, column in self.parts.items())
+        how = f"{how}; its texts are message lists" if self.packed else how
         return how if self.adapter is None else f"adapter {self.adapter}: {how}"
 
 
@@ -117,8 +119,9 @@ def _find_prompt_columns(
             parts[part] = name
     if "history" in columns and prompt != "history" and kind_of_column(sample, "history") == "list":
         parts["history"] = "history"
-    to_messages = bool({"system", "history"} & set(parts)) or kind_of_column(sample, prompt) in MESSAGES
-    return PromptColumns(parts, to_messages, adapter)
+    packed = adapter is None and is_packed(sample, prompt)
+    to_messages = packed or bool({"system", "history"} & set(parts)) or kind_of_column(sample, prompt) in MESSAGES
+    return PromptColumns(parts, to_messages, adapter, packed)
 
 
 def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dataset:
@@ -166,7 +169,7 @@ def _read_prompt(row: Mapping[str, Any], how: PromptColumns) -> Value:
         raise BadRow(f"'{how.parts['system']}' is not text")
     if "history" in parts:
         parts = expand_history(parts, how.parts, Choice())[0]
-    prompt = parts["prompt"]
+    prompt = unpack(parts["prompt"], name) if how.packed else parts["prompt"]
     if isinstance(prompt, str):
         prompt = add_context(prompt, parts.get("context"))
     if prompt is None or not (prompt.strip() if isinstance(prompt, str) else prompt):

@@ -20,7 +20,7 @@ from utils.data.files import quiet
 from utils.data.splitting import prompt_key
 from utils.inspection.languages import number_language
 from utils.inspection.similarity import HASHES, sign_texts
-from utils.inspection.texts import FORMS, STAINS, Value, first_words, flatten, nearly_equal
+from utils.inspection.texts import FORMS, STAINS, Value, first_words, flatten, has_answer, nearly_equal, repeats_prompt
 
 FEW_ROWS = 20_000  # below this a second process costs more than it saves
 BATCH = 1000
@@ -47,6 +47,8 @@ class Scan:
     languages: dict[str, np.ndarray]
     turns: np.ndarray
     nearly_equal: np.ndarray
+    repeats_prompt: np.ndarray  # a reply begins with the prompt
+    answered_prompt: np.ndarray  # the prompt ends with an answer
     starts: dict[str, pa.ChunkedArray]
     pair_signatures: np.ndarray  # (pairs, HASHES)
     prompt_signatures: np.ndarray  # (pairs, HASHES)
@@ -95,6 +97,8 @@ def _scan_batch(batch: dict[str, list]) -> pa.Table:
         "stains": np.bitwise_or.reduce([_bits(list(STAINS.values()), texts[side]) for side in SIDES]),
         "turns": np.array([1 if isinstance(prompt, str) else len(prompt) for prompt in prompts], dtype=np.int32),
         "nearly_equal": np.fromiter(map(nearly_equal, texts["chosen"], texts["rejected"]), dtype=bool),
+        "repeats_prompt": np.fromiter(map(repeats_prompt, prompts, texts["chosen"], texts["rejected"]), dtype=bool),
+        "answered_prompt": np.fromiter(map(has_answer, prompts, texts["chosen"]), dtype=bool),
         "pair_signature": _as_binary(
             sign_texts([" \0 ".join(parts) for parts in zip(*(texts[side] for side in SIDES), strict=True)])
         ),
@@ -160,6 +164,8 @@ def _read_scan(table: pa.Table) -> Scan:
         languages={side: column(f"{side}_language") for side in ("prompt", "chosen")},
         turns=column("turns"),
         nearly_equal=column("nearly_equal"),
+        repeats_prompt=column("repeats_prompt"),
+        answered_prompt=column("answered_prompt"),
         starts={side: table[f"{side}_start"] for side in ("chosen", "rejected")},
         pair_signatures=signatures("pair_signature"),
         prompt_signatures=signatures("prompt_signature"),

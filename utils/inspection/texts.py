@@ -115,6 +115,21 @@ def first_words(text: str) -> str:
     return " ".join(word for word in match.groups() if word).lower()[:40] if match else ""
 
 
+def repeats_prompt(prompt: Value, *replies: str) -> bool:
+    """Whether a reply begins with all of a prompt of several words; of messages, with the last turn."""
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
+    asked = asked.strip()
+    return " " in asked and any(reply.lstrip().startswith(asked) for reply in replies)
+
+
+def has_answer(prompt: Value, reply: str) -> bool:
+    """Whether a prompt ends with a turn of the assistant; one that is a text, with a reply of several words."""
+    if isinstance(prompt, str):
+        said = reply.strip()
+        return " " in said and prompt.rstrip().endswith(said)
+    return bool(prompt) and prompt[-1]["role"] == "assistant"
+
+
 def nearly_equal(one: str, other: str) -> bool:
     """Whether two texts differ in nothing but case, spacing and punctuation."""
     if abs(len(one) - len(other)) > 8 + len(one) // 8:

@@ -40,6 +40,8 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
         say(f"          {advise_on_spare(len(rows.train) + held_out + spare)}")
     if data.shared_prompts:
         say(f"      warning: {data.shared_prompts} held-out prompts also occur in training")
+    for remark in data.reading.remarks:
+        say(f"      warning: {remark.rows:,} {remark.title}")
     for reason, count in data.dropped.items():
         if reason != SPARE:
             say(f"      dropped {count:,}: {reason}")

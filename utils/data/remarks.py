@@ -1,0 +1,90 @@
+"""What a source holds beside the parts that are read, where leaving it out may not be what is meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from utils.data.turns import CARRIED, is_nothing
+
+# Columns whose content belongs to a prompt or a reply.
+CONTENT = ("tools", "functions", "system", "system_prompt", *(field for field in CARRIED if field != "name"))
+SPLIT_COLUMNS = ("split", "subset", "partition", "fold", "data_split")
+HELD_OUT_WORDS = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout", "holdout")
+
+
+@dataclass(frozen=True)
+class Remark:
+    """`title` is what was found, to be read after the number of `rows`; `advice` what to do."""
+
+    name: str
+    title: str
+    advice: str
+    rows: int
+
+
+def list_unused(rows: datasets.Dataset, used: Collection[str]) -> list[str]:
+    """The columns that are not read, those that carry content first."""
+    unused = [name for name in rows.column_names if name not in used]
+    return sorted(unused, key=lambda name: _plain(name) not in CONTENT)
+
+
+def find_remarks(rows: datasets.Dataset, unused: Sequence[str]) -> Iterator[Remark]:
+    """Content that is not read, and rows that their own column marks as held out."""
+    for name in unused:
+        if _plain(name) in CONTENT and (count := _count_filled(rows, name)):
+            yield Remark(
+                "unused_content",
+                f"{_rows(count)} whose '{name}' is not used",
+                "The model does not see it; leave out rows whose prompt or replies need it.",
+                count,
+            )
+        if _plain(name) in SPLIT_COLUMNS and (words := _count_held_out(rows, name)):
+            listed = ", ".join(f"{count:,} {word}" for word, count in words.items())
+            count = sum(words.values())
+            yield Remark(
+                "split_column",
+                f"{_rows(count)} that '{name}' marks as held out ({listed}): it is not read, train trains on them too",
+                "Write each split to a file of its own, train.jsonl and test.jsonl in one folder.",
+                count,
+            )
+
+
+def _rows(count: int) -> str:
+    return "row" if count == 1 else "rows"
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _count_filled(rows: datasets.Dataset, name: str) -> int:
+    """How many rows have something in a column; of media, as they are stored."""
+    batches = rows.select_columns([name]).with_format("arrow").iter(batch_size=1000)
+    return sum(_count_values(batch.column(name)) for batch in batches)
+
+
+def _count_values(column: pa.ChunkedArray) -> int:
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return sum(not is_nothing(value) and value not in ("null", "[]", "{}") for value in column.to_pylist())
+    return len(column) - column.null_count
+
+
+def _count_held_out(rows: datasets.Dataset, name: str) -> dict[str, int]:
+    """The rows that each word for held-out data marks; none where all rows have one mark, so are one split."""
+    if rows.features[name] != datasets.Value("string"):
+        return {}
+    counts = Counter()
+    for batch in rows.select_columns([name]).iter(batch_size=1000):
+        counts.update(batch[name])
+    words = {word: count for word, count in counts.items() if word is not None}
+    held_out = {word: count for word, count in words.items() if _plain(word).split("_")[0] in HELD_OUT_WORDS}
+    return held_out if len(words) > 1 else {}
