@@ -171,8 +171,8 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     for reply, (_, answer) in zip(reading.replies, sides, strict=True):
         if isinstance(answer, list) and any(turn["role"] != "assistant" for turn in answer):
             raise BadRow(f"'{names[reply]}' has a turn that is not the assistant's")
-    # A missing reply is for the checks to report: its side has no prompt to compare.
-    prompts = [prompt for prompt, answer in sides if answer is not None]
+    # A reply that is missing or an empty list is for the checks to report: its side has no prompt to compare.
+    prompts = [prompt for prompt, answer in sides if answer not in (None, [])]
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]

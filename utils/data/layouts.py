@@ -265,7 +265,18 @@ PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STA
 RATED = (WEBGPT, SHP, STACK_EXCHANGE, SCORE_LIST, RANK_LIST, SCORED, TREE, *TWO_ANSWERS)
 LAYOUTS = {
     "train": (*PAIRS, ANSWERED, *RATED, UNPAIRED, RANKED),
-    "sft": (UNPAIRED, COMPLETION, *PAIRS, DIALOGUE, DEMONSTRATION_HISTORY, DEMONSTRATION, *RATED, WHOLE_TEXT, RANKED),
+    "sft": (
+        UNPAIRED,
+        COMPLETION,
+        *PAIRS,
+        DIALOGUE,
+        ANSWERED,
+        DEMONSTRATION_HISTORY,
+        DEMONSTRATION,
+        *RATED,
+        WHOLE_TEXT,
+        RANKED,
+    ),
 }
 ONLY_ASKED_FOR = (RANKED,)
 FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", "completion", "text")}

@@ -203,7 +203,7 @@ def expand_tree(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choi
     """A tree of messages: the ranked replies of the assistant to each message of a person, whose way is the prompt."""
     rows: list[dict[str, Any]] = []
     reasons: list[BadRow] = []
-    for path, replies in _walk(parts):
+    for path, replies in _walk(parts, is_sample=choice.any_two):
         answers = [
             Answer([{"role": "assistant", "content": reply["text"]}], _rank_score(reply, len(replies)))
             for reply in replies
@@ -222,7 +222,7 @@ def _rank_score(reply: Mapping[str, Any], siblings: int) -> float | None:
     return 0.0 if rank is None and siblings == 1 else None if rank is None else -rank
 
 
-def _walk(parts: Mapping[str, Any]) -> Iterator[tuple[list[dict[str, str]], list[Mapping[str, Any]]]]:
+def _walk(parts: Mapping[str, Any], is_sample: bool) -> Iterator[tuple[list[dict[str, str]], list[Mapping[str, Any]]]]:
     """Each message of a person with the way to it, and the replies that were not deleted, from the root down."""
     if not _is_said(parts):
         raise BadRow("the tree has no first message")
@@ -232,7 +232,8 @@ def _walk(parts: Mapping[str, Any]) -> Iterator[tuple[list[dict[str, str]], list
         role = role_of(node)
         if role not in ("user", "assistant"):
             raise BadRow("the tree has a message of unknown role")
-        check_fields(node, "the tree")
+        if not is_sample:
+            check_fields(node, "the tree")
         path = [*path, {"role": role, "content": node["text"]}]
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
