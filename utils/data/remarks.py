@@ -13,8 +13,15 @@ import pyarrow.compute as pc
 from utils.data.turns import CARRIED, is_nothing
 
 # Columns whose content belongs to a prompt or a reply.
-CONTENT = ("tools", "functions", "system", "system_prompt", *(field for field in CARRIED if field != "name"))
-SPLIT_COLUMNS = ("split", "subset", "partition", "fold", "data_split")
+CONTENT = (
+    "tools",
+    "functions",
+    "system",
+    "system_prompt",
+    "chat_template_kwargs",
+    *(field for field in CARRIED if field != "name"),
+)
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold", "data_split", "dataset_split")
 HELD_OUT_WORDS = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout", "holdout")
 
 
@@ -80,7 +87,7 @@ def _count_values(column: pa.ChunkedArray) -> int:
 
 def _count_held_out(rows: datasets.Dataset, name: str) -> dict[str, int]:
     """The rows that each word for held-out data marks; none where all rows have one mark, so are one split."""
-    if rows.features[name] != datasets.Value("string"):
+    if getattr(rows.features[name], "dtype", None) not in ("string", "large_string"):
         return {}
     counts = Counter()
     for batch in rows.select_columns([name]).iter(batch_size=1000):

@@ -26,6 +26,7 @@ from utils.data.columns import (
     list_names,
     reach,
 )
+from utils.data.files import AnyJson
 from utils.data.labels import check_labels
 from utils.data.layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
 from utils.data.ranking import Choice
@@ -102,7 +103,12 @@ def choice_of(settings: DataSettings, verb: str) -> Choice:
 
 def take_rows(rows: datasets.Dataset) -> list[dict[str, Any]]:
     """The first rows, as a sample of how all of them are written."""
-    return list(rows.select(range(min(SAMPLED_ROWS, len(rows)))))  # to_list() would leave values as they are stored
+    sample = rows.select(range(min(SAMPLED_ROWS, len(rows)))).to_list()  # which decodes neither images nor JSON
+    for name, kind in rows.features.items():
+        if isinstance(kind, AnyJson):
+            for row in sample:
+                row[name] = kind.decode_example(row[name])
+    return sample
 
 
 def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> Reading:

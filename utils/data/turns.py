@@ -37,9 +37,12 @@ CARRIED = (
     *("images", "image", "image_url", "videos", "video", "audios", "audio", "documents"),
 )
 TEXT_PARTS = ("text", "input_text", "output_text")
-TEXT_KEYS = ("text", "value")
-MESSAGE_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*['"](?:role|content|from|value)['"]\s*:""")
+TEXT_KEYS = ("text", "value", "content")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+# Messages written as text: how they begin, their keys, and what stands between two where NumPy prints no comma.
+WRITTEN_START = re.compile(r"\s*\[?\s*\{")
+WRITTEN_KEYS = [[re.compile(f"""['"]{key}['"]\\s*:""") for key in keys] for keys in MESSAGE_KEYS]
+BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""", re.DOTALL)
 
 Turns = list[dict[str, str]]
 
@@ -72,24 +75,28 @@ def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
     return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
-def holds_messages(text: Any) -> bool:
-    """Whether a text is a list of messages written as JSON or as Python prints it, be it whole or damaged."""
-    if not isinstance(text, str) or not MESSAGE_TEXT.match(text):
-        return False
-    try:
-        return as_messages(_parse(text)) is not None
-    except ValueError:
-        return any(all(re.search(f"""['"]{key}['"]\\s*:""", text) for key in keys) for keys in MESSAGE_KEYS)
-
-
 def unpack(value: Any, name: str) -> Any:
-    """The messages that a text holds; any other value as it is. Raises BadRow where they cannot be read."""
-    if not holds_messages(value):
+    """The messages that a text holds, as JSON or as Python or NumPy print them; any other value as it is.
+
+    Raises BadRow for a text that looks like messages and cannot be read.
+    """
+    if not isinstance(value, str) or not WRITTEN_START.match(value):
+        return value
+    if not any(all(key.search(value) for key in keys) for keys in WRITTEN_KEYS):
         return value
     try:
-        return _parse(value)
+        found = _parse(value)
     except ValueError:
         raise BadRow(f"'{name}' holds messages written as text that cannot be read") from None
+    return value if as_messages(found) is None else found
+
+
+def holds_messages(text: str) -> bool:
+    """Whether a text is a list of messages written as text, be it whole or damaged."""
+    try:
+        return unpack(text, "") is not text
+    except BadRow:
+        return True
 
 
 def _parse(text: str) -> Any:
@@ -100,8 +107,9 @@ def _parse(text: str) -> Any:
         raise ValueError("nested too deeply") from None
     except ValueError:
         pass
-    try:  # NumPy puts a line end where a list has a comma; within a text it would be written as \\n
-        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+    text = BETWEEN_OBJECTS.sub(lambda found: found[1] or "}, {", text.strip())
+    try:
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(str(error)) from None
 
