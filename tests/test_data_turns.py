@@ -111,14 +111,14 @@ def test_columns_that_are_not_used_are_named_and_content_among_them_is_a_problem
 
 
 def test_rows_that_a_column_marks_as_held_out_are_named(run_script, tiny_model, tmp_path):
-    marks = ["train", "test", "train", "validation"]
+    marks = ["train", "test_prefs", "trained", "held-out"]
     rows = [{**pair, "split": marks[i % 4]} for i, pair in enumerate(make_pairs(40))]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     _, out, _ = run_script("data", "--dataset_name", path, "--json_file", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())["findings"]
     (finding,) = [finding for finding in found if finding["name"] == "split_column"]
     assert finding["count"] == 20
-    assert "'split' marks as held out (10 test, 10 validation)" in finding["title"]
+    assert "'split' marks as held out (10 test_prefs, 10 held-out)" in finding["title"]
     flags = ("--dataset_name", path, "--output_dir", tmp_path / "run", "--max_steps", 1)
     _, out, _ = run_script("--model_name_or_path", tiny_model, *flags)
     assert "warning: 20 rows that 'split' marks as held out" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,19 +11,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.data.turns import CARRIED, is_nothing
+from utils.data.turns import MEDIA, is_nothing
 
 # Columns whose content belongs to a prompt or a reply.
-CONTENT = (
-    "tools",
-    "functions",
-    "system",
-    "system_prompt",
-    "chat_template_kwargs",
-    *(field for field in CARRIED if field != "name"),
-)
+CONTENT = ("tools", "functions", "tool_calls", "system", "system_prompt", "chat_template_kwargs", *MEDIA)
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold", "data_split", "dataset_split")
-HELD_OUT_WORDS = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout", "holdout")
+HELD_OUT = re.compile(r"(test|testing|val|valid|validation|dev|eval|evaluation|held|heldout|hold|holdout)([\W_]|$)")
 
 
 @dataclass(frozen=True)
@@ -93,5 +87,5 @@ def _count_held_out(rows: datasets.Dataset, name: str) -> dict[str, int]:
     for batch in rows.select_columns([name]).iter(batch_size=1000):
         counts.update(batch[name])
     words = {word: count for word, count in counts.items() if word is not None}
-    held_out = {word: count for word, count in words.items() if _plain(word).split("_")[0] in HELD_OUT_WORDS}
+    held_out = {word: count for word, count in words.items() if HELD_OUT.match(_plain(word))}
     return held_out if len(words) > 1 else {}

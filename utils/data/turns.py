@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.data.scanning import name_of
@@ -30,11 +30,12 @@ ROLES = {
 }
 # Roles whose text is a tool call or its result in a form of its own, which no template is given yet.
 CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_response", "function_response")
+MEDIA = ("images", "image", "image_url", "videos", "video", "audios", "audio", "documents")
 # What a turn may say beside its text. Rows that have it are refused: the text alone would be another turn.
 CARRIED = (
-    *("tool_calls", "function_call", "tool_call_id", "name", "tool_responses", "tool_plan"),
+    *("tool_calls", "function_call", "tool_call_id", "tool_responses", "tool_plan"),
     *("reasoning_content", "reasoning", "thinking", "refusal"),
-    *("images", "image", "image_url", "videos", "video", "audios", "audio", "documents"),
+    *MEDIA,
 )
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_KEYS = ("text", "value", "content")
@@ -56,8 +57,7 @@ def is_message(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     keys = set(value)
-    said = bool(keys & (set(CARRIED) - {"name"}))
-    return any(role in keys and (text in keys or said) for role, text in MESSAGE_KEYS)
+    return any(role in keys and bool(keys & {text, *CARRIED}) for role, text in MESSAGE_KEYS)
 
 
 def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
@@ -133,7 +133,7 @@ def read_turns(value: Any, name: str, text_role: str) -> Turns:
 
 
 def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
-    check_fields(message, name)
+    check_fields(message, name, (*CARRIED, "name"))
     said, role = message.get("role") or message.get("from"), role_of(message)
     if str(said).lower() in CALL_ROLES:
         raise BadRow(f"'{name}' has a turn of role {str(said)!r}: tool calls are not trained on")
@@ -148,9 +148,9 @@ def role_of(message: Mapping[str, Any]) -> str | None:
     return ROLES.get(str(message.get("role") or message.get("from")).lower())
 
 
-def check_fields(message: Mapping[str, Any], name: str) -> None:
+def check_fields(message: Mapping[str, Any], name: str, fields: Sequence[str] = CARRIED) -> None:
     """Raises BadRow where a turn, or an answer with fields, says something beside its text."""
-    for field in CARRIED:
+    for field in fields:
         if not is_nothing(message.get(field)):
             raise BadRow(f"'{name}' has a turn with '{field}', which is not trained on")
 
