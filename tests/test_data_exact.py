@@ -78,6 +78,16 @@ def test_texts_stay_texts_beside_a_row_of_another_type(make, other, ending, stre
     assert [text for text in prompts if text in TEXTS] == TEXTS
 
 
+@pytest.mark.parametrize("other", [99, True, {"a": 1}])
+def test_what_is_no_text_does_not_become_one_far_behind(other, tmp_path):
+    """The library takes the types of the first 10 MB and would write what follows as text."""
+    filler = as_texts("p" * 5000) | {"rejected": "n" * 4000}
+    path = write_lines(tmp_path / "rows.jsonl", [filler] * 800 + [filler | {"chosen": other}] * 1200)
+    assert path.stat().st_size > 11 << 20
+    data = load(path)
+    assert (len(data.train), data.dropped) == (800, {"'chosen' is not text": 1200})
+
+
 def test_texts_stay_texts_in_csv_parquet_and_among_several_sources(tmp_path):
     rows = [as_texts(text) for text in TEXTS]
     mixed = [as_texts(text + " ") for text in TEXTS] + [odd(as_texts, 5)]

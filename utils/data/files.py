@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import datasets
 import pyarrow as pa
+import pyarrow.json
 import pyarrow.parquet as pq
 from datasets.features.features import register_feature
 
@@ -28,6 +29,7 @@ from utils.data.scanning import (
     is_safe_for_arrow,
     iterate_json,
     line_numbers,
+    open_binary,
     peek_csv,
     scan_csv,
     scan_json,
@@ -37,6 +39,8 @@ from utils.errors import UserError
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20
+LIBRARY_BLOCK = 10 << 20  # of a JSON file; the types of the first are those of all
+CHECKED_BLOCK = 32 << 20
 TOOLS = ("tools", "functions")  # JSON schemas, in which a null or 1 for 1.0 is another schema
 
 
@@ -123,7 +127,7 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
         rows.data.table.validate(full=True)  # the JSON reader lets invalid UTF-8 through
     except Exception:
         return None
-    if kind == "json" and (_is_misread(rows, paths) or not is_exact(rows.features)):
+    if kind == "json" and (not is_exact(rows.features) or _is_misread(rows, paths)):
         return None
     return rows
 
@@ -200,10 +204,30 @@ def is_exact(features: Any, name: str = "") -> bool:
 
 
 def _is_misread(rows: datasets.Dataset, paths: Sequence[Path]) -> bool:
-    """Texts that look like dates become timestamps; a whole table in one object becomes a single row."""
+    """Texts that look like dates become timestamps; a whole table in one object becomes a single row; and numbers and
+    objects become texts where they stand behind a block of texts alone."""
     if any(_has_timestamp(field.type) for field in rows.data.table.schema):
         return True
+    large = [path for path in paths if path.stat().st_size > LIBRARY_BLOCK or path.suffix.lower() == ".gz"]
+    if not all(_has_types(rows.data.table.schema, path) for path in large):
+        return True
     return len(rows) == len(paths) and any(whole_rows(path) is not None for path in paths)
+
+
+def _has_types(schema: pa.Schema, path: Path) -> bool:
+    """Whether the values of a file of JSON lines have these types as they are written."""
+    known = pa.schema([field for field in schema if not pa.types.is_null(field.type)])
+    parse = pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="ignore")
+    try:
+        with open_binary(path) as file:
+            if file.read(1) == b"[":
+                return True  # an array is one block
+            file.seek(0)
+            for _ in pyarrow.json.open_json(file, pyarrow.json.ReadOptions(block_size=CHECKED_BLOCK), parse):
+                pass
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _has_timestamp(kind: pa.DataType) -> bool:
