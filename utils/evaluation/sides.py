@@ -72,7 +72,8 @@ def find_reference(settings: Settings, trained: TrainedModel) -> ModelSource:
 def load_sides(
     trained: TrainedModel, reference: ModelSource, settings: Settings, precision: Precision
 ) -> tuple[PreTrainedModel | PeftModel, Reference]:
-    """The policy and the reference, frozen. One base is loaded where the two are adapters of it, or one is itself.
+    """The policy and the reference, frozen. One base is loaded where the two are adapters of it, or one is itself,
+    unless an adapter changes its base.
 
     Full weights of a run are float32, as it trained them; whatever else is in the computing precision, or in 4 bits
     where the run held it so.
@@ -82,7 +83,8 @@ def load_sides(
     as_trained = trained.record and not adapts
     held = dataclasses.replace(precision, dtype=torch.float32) if as_trained else precision
     policy = load_frozen(MODEL_FLAG, source, settings.model, held, quantize and adapts)
-    if adapts and (source.base, source.revision) == (reference.base, reference.revision):
+    shares = adapts and not (source.changes_base or reference.changes_base)
+    if shares and (source.base, source.revision) == (reference.base, reference.revision):
         on_bits = " in 4 bits" if quantize else ""
         how = f"the base model {reference.base}{on_bits}, with the adapter switched off"
         if reference.adapter is not None:

@@ -29,10 +29,11 @@ from utils.merging.verifying import (
 )
 from utils.merging.weights import (
     FLAG,
+    adapt,
     choose_computing,
     choose_saved_dtype,
-    load_adapted,
-    load_as_trained,
+    load_base,
+    load_base_as_trained,
     merge_adapter,
     plain_name,
     read_config,
@@ -145,13 +146,14 @@ def write_merged(plan: Plan, folder: Path, settings: Settings) -> dict[str, Any]
         UserError: the merged model is not the adapter on its base, to rounding.
     """
     settings = as_in_run(settings, plan.trained, ["bnb_4bit_quant_type"])
-    load = load_as_trained if plan.into_quantized else load_adapted
+    load = load_base_as_trained if plan.into_quantized else load_base
     model = load(plan.trained, settings.model, plan.computing)
     adapted = without = None
     if plan.texts is not None:
+        without = score_texts(model, plan.texts)  # before the adapter is there, since some change their base
+    model = adapt(model, plan.trained.source)
+    if plan.texts is not None:
         adapted = score_texts(model, plan.texts)
-        with model.disable_adapter():
-            without = score_texts(model, plan.texts)
     stop_if_asked()  # before anything is written
     modules = {plain_name(name) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
     merged = merge_adapter(model, plan.trained.source, plan.saved, settings.merging.safe_merge)
@@ -204,7 +206,9 @@ def _compare_with_trained(
         except UserError as fault:
             say(f"        not compared with the model that was trained: {fault}")
             return str(fault)
-        adapted = score_texts(load_as_trained(plan.trained, settings.model, plan.computing), plan.texts)
+        trained = adapt(load_base_as_trained(plan.trained, settings.model, plan.computing), plan.trained.source)
+        adapted = score_texts(trained, plan.texts)
+        del trained
     apart = Difference.between(adapted, merged)
     found = dataclasses.asdict(apart)
     say(f"trained on 4 bits: its log-probs differ from the merged model's by {apart}")

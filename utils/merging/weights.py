@@ -72,25 +72,30 @@ def free_memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def load_adapted(trained: TrainedModel, settings: ModelSettings, computing: Precision) -> PeftModel:
-    """The adapter on its base's own weights, which `computing` says the format of."""
-    model = load_frozen(FLAG, trained.source, settings, computing, in_4bit=False)
-    return _checked(model, trained.source)
+def load_base(trained: TrainedModel, settings: ModelSettings, computing: Precision) -> PreTrainedModel:
+    """The base of an adapter with its own weights, in the format that `computing` says."""
+    base = dataclasses.replace(trained.source, adapter=None)
+    return load_frozen(FLAG, base, settings, computing, in_4bit=False)
 
 
-def load_as_trained(trained: TrainedModel, settings: ModelSettings, computing: Precision) -> PeftModel:
-    """The adapter on the 4-bit weights that it was trained on, written out in the format of `computing`.
+def load_base_as_trained(trained: TrainedModel, settings: ModelSettings, computing: Precision) -> PreTrainedModel:
+    """The base of an adapter with the 4-bit weights that it was trained on, written out in the format of `computing`.
 
     They are what the run multiplied with: quantized from the format that it computed in, and read back into it.
     """
     run = dataclasses.replace(computing, dtype=getattr(torch, trained.record.get("precision", "float32")))
     base = dataclasses.replace(trained.source, adapter=None)
     model = load_frozen(FLAG, base, settings, run, in_4bit=True).dequantize()
-    model = model.to(computing.dtype).requires_grad_(False).eval()
-    return _checked(put_adapter(model, trained.source), trained.source).eval()
+    return model.to(computing.dtype).requires_grad_(False).eval()
 
 
-def _checked(model: PeftModel, source: ModelSource) -> PeftModel:
+def adapt(model: PreTrainedModel, source: ModelSource) -> PeftModel:
+    """The base with its adapter on it.
+
+    Raises:
+        UserError: the adapter is not one of weights that are added to the base's.
+    """
+    model = put_adapter(model, source).requires_grad_(False).eval()
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         kind = source.adapter_config().get("peft_type", "adapter")
         raise UserError(f"{FLAG} {source.name}: {kind} has no weights that could be added to those of its base")
@@ -127,8 +132,20 @@ def merge_adapter(model: PeftModel, source: ModelSource, dtype: torch.dtype, saf
                 )
             parameter.data = _rounded(parameter.data, dtype, plain_name(name))
     merged = model.merge_and_unload()
+    _part_repeated_layers(merged)
     _round(merged, dtype)
     return merged
+
+
+def _part_repeated_layers(model: PreTrainedModel) -> None:
+    """Gives layers that an adapter repeated (PEFT's layer_replication) weights of their own, to be saved as such."""
+    tied = {id(model.get_input_embeddings().weight)}
+    known: set[int] = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in known - tied:
+            place, _, part = name.rpartition(".")
+            setattr(model.get_submodule(place), part, torch.nn.Parameter(parameter.clone(), requires_grad=False))
+        known.add(id(parameter))
 
 
 def plain_name(name: str) -> str:

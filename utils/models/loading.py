@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from utils.errors import UserError
+from utils.models.adapter_starts import changes_base, check_start, rewrites_weights
 from utils.models.sources import ModelSource, find_model
 from utils.models.translating import translating
 from utils.runtime import Precision
@@ -342,7 +343,22 @@ def _quantization(settings: ModelSettings, precision: Precision) -> Any:
 def put_adapter(
     model: PreTrainedModel | PeftModel, source: ModelSource, name: str = TRAINED_ADAPTER, trainable: bool = False
 ) -> PeftModel:
-    """The model with the adapter of `source` on it, under that name, beside those that it has."""
+    """The model with the adapter of `source` on it, under that name, beside those that it has.
+
+    Raises:
+        UserError: PEFT cannot put it there, or would not make the model that the adapter was trained in.
+        TypeError: the model is not to be shared: this adapter or one that it has changes the base.
+    """
+    config = source.adapter_config()
+    check_start("the adapter", str(source.adapter), config)
+    if rewrites_weights(config) and getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(
+            f"the adapter {source.adapter} takes parts out of its base's weights (its adapter_config.json says so), "
+            "which are others in 4 or 8 bits; leave --use_4bit out, or merge it first (the verb merge) and use that"
+        )
+    others = [other.to_dict() for other in model.peft_config.values()] if isinstance(model, PeftModel) else []
+    if others and any(map(changes_base, [config, *others])):
+        raise TypeError(f"{source.adapter} and the adapters beside it cannot share a base")
     options: dict[str, Any] = {"is_trainable": trainable, "use_safetensors": True}
 
     def put() -> PeftModel:

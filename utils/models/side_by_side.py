@@ -25,9 +25,10 @@ class Wanted:
     in_4bit: bool = False
 
     @property
-    def base(self) -> tuple[str, str | None, bool]:
-        """What it shares with another that has the same."""
-        return self.source.base, self.source.revision, self.in_4bit
+    def base(self) -> tuple[str, str | None, bool, str | None]:
+        """What it shares with another that has the same: its base, unless its adapter changes that."""
+        own = self.source.adapter if self.source.changes_base else None
+        return self.source.base, self.source.revision, self.in_4bit, own
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def load_side_by_side(
     Raises:
         UserError: one of them cannot be loaded.
     """
-    held: dict[tuple[str, str | None, bool], PreTrainedModel | PeftModel] = {}
+    held: dict[tuple[str, str | None, bool, str | None], PreTrainedModel | PeftModel] = {}
     contenders = {}
     # A base is loaded with its first adapter: put on later, an adapter would be one without a model to belong to.
     for name, wish in sorted(wanted.items(), key=lambda item: item[1].source.adapter is None):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+from utils.models.adapter_starts import changes_base, check_start
 from utils.models.hub_files import find_hub_file, read_json_file
 from utils.models.strangers import PICKLED, check_adapter_config, check_folder
 from utils.saving import SET_ASIDE
@@ -43,6 +44,11 @@ class ModelSource:
         if self.adapter is None:
             return {}
         return read_json_file(self.adapter, ADAPTER_CONFIG, self.adapter_revision) or {}
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether its adapter, switched off, leaves something else than the base."""
+        return changes_base(self.adapter_config())
 
     @property
     def name(self) -> str:
@@ -195,6 +201,7 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
 def _check_adapter(flag: str, name: str, revision: str | None, config: dict[str, Any]) -> None:
     """An adapter's weights must be safetensors, here or on the hub: PEFT would load a pickle where there are none."""
     check_adapter_config(flag, name, config)
+    check_start(flag, name, config)
     if os.path.isdir(name):
         found = (Path(name) / "adapter_model.safetensors").is_file()
         pickled = (Path(name) / "adapter_model.bin").is_file()

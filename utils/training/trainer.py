@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,25 @@ def shortened(pair: dict[str, Any], tokens: int) -> dict[str, Any]:
     return pair | {name: pair[name][:tokens] for name in PAIR_IDS}
 
 
+@contextlib.contextmanager
+def _copied_without_a_start(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context TRL's frozen copy of an adapter is made without changing the base as the adapter itself did.
+
+    The copy gets the adapter's values in any case. A start such as PiSSA's would take its part out of the base's
+    weights once more, under the adapter that is trained, and layers would be repeated again.
+    """
+    config = getattr(model, "peft_config", {}).get(TRAINED_ADAPTER)
+    without = {"init_lora_weights": False, "layer_replication": None}
+    before = {name: getattr(config, name) for name in without if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, without[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
 class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPOTrainer):
     """Direct preference optimization of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, `row`).
 
@@ -55,12 +75,13 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
     def __init__(
         self, *, reference: Reference, end_ids: frozenset[int], processing_class: PreTrainedTokenizerBase, **parts: Any
     ):
-        super().__init__(
-            ref_model=reference.model,
-            data_collator=PairCollator(pad_token_id=processing_class.pad_token_id),
-            processing_class=processing_class,
-            **parts,
-        )
+        with _copied_without_a_start(parts["model"]):
+            super().__init__(
+                ref_model=reference.model,
+                data_collator=PairCollator(pad_token_id=processing_class.pad_token_id),
+                processing_class=processing_class,
+                **parts,
+            )
         self._freeze_reference_adapter()
         self.end_ids = torch.tensor(sorted(end_ids))
         self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
