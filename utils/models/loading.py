@@ -20,6 +20,7 @@ from transformers import (
 
 from utils.errors import UserError
 from utils.models.adapter_starts import changes_base, check_start, rewrites_weights
+from utils.models.adapters import keep_dora_norms
 from utils.models.sources import ModelSource, find_model
 from utils.models.translating import translating
 from utils.runtime import Precision
@@ -368,4 +369,6 @@ def put_adapter(
         model.load_adapter(source.adapter, name, revision=source.adapter_revision, **options)
         return model
 
-    return translating(f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}", put)
+    adapted = translating(f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}", put)
+    keep_dora_norms(adapted)
+    return adapted

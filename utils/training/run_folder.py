@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from utils.data.places import Place, row_places
-from utils.models.adapters import speed_up_lora
+from utils.models.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
 from utils.models.loading import TRAINED_ADAPTER
 from utils.models.proving import Trial, gives_all_gradients, let_head_score_in_chunks
 from utils.runtime import peak_memory_bytes
@@ -56,6 +56,9 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
             super().__init__(model=model, args=args, **parts)
         set_lora_dropout(self.model, lora_dropout)
         speed_up_lora(self.model)
+        keep_dora_norms(self.model)
+        if parts.get("peft_config") is not None:  # an adapter of this run's own
+            start_dora_magnitudes(self.model)
         self.record = RunRecord({})  # the run's own takes its place, and what it says so far
         self.held_out_rows: list[dict[str, float]] = []
         self.tokens_computed = self.tokens_padded = 0  # in training, by this process: as computed, and as padded rows
