@@ -211,6 +211,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
     from utils.models.loading import build_reference, load_policy, load_tokenizer
     from utils.models.sources import find_policy
+    from utils.processes import count_processes
     from utils.runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
     from utils.tracking import prepare_trackers
     from utils.training.carrying_on import attach_continuation
@@ -222,10 +223,12 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     from utils.training.preparation import (
         check_settings,
         find_folder,
+        find_sharding,
         make_imitation_trainer,
         make_preference_trainer,
         prepare_rows,
     )
+    from utils.training.reference import scores_ahead
     from utils.training.running import start_run
 
     learns_pairs = settings.verb == "train"
@@ -252,7 +255,11 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     continuation = check_continuation(folder, resume_from, data, rows, source, settings, precision)
 
     policy = load_policy(source, settings, precision)
-    reference = build_reference(source, settings, precision) if learns_pairs else None
+    reference = None
+    if learns_pairs:
+        adapts = settings.lora.use_lora or source.adapter is not None
+        ahead = scores_ahead(settings, adapts, len(rows.train), count_processes())
+        reference = build_reference(source, settings, precision, ahead, sharded=bool(find_sharding(settings)))
     stop_if_asked()
     if folder is not None:
         prepare_trackers(settings, folder)

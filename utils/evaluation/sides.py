@@ -80,6 +80,8 @@ def load_sides(
     """
     source, quantize = trained.source, settings.model.use_4bit
     adapts = source.adapter is not None
+    if not adapts and quantize and settings.given.isdisjoint(("use_4bit", "ref_model_name_or_path")) and trained.record:
+        quantize = trained.reference_in_4bit  # a run that trained all weights may have kept none in 4 bits
     as_trained = trained.record and not adapts
     held = dataclasses.replace(precision, dtype=torch.float32) if as_trained else precision
     policy = load_frozen(MODEL_FLAG, source, settings.model, held, quantize and adapts)

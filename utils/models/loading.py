@@ -34,15 +34,19 @@ TRAINED_ADAPTER = "default"  # PEFT's name for the one that is trained
 class Reference:
     """What the policy is measured against.
 
-    `model` is a model of its own, or None when the policy itself gives the reference (its adapter switched off, or a
-    frozen copy of the adapter it started from). `how` says it in a phrase, for the console and run.json; `source` is
-    where its weights are, for whoever evaluates the run later.
+    `model` is a model of its own, or None when the policy itself gives the reference (its adapter switched off, a
+    frozen copy of the adapter it started from, or all its weights before they are trained). `how` says it in a phrase,
+    for the console and run.json; `source` is where its weights are, for whoever evaluates the run later. `is_start`:
+    they are those that the policy starts from, so that the two are the same before the first step, unless the
+    reference is `rounded` to 4 bits and the policy is not.
     """
 
     model: PreTrainedModel | PeftModel | None
     how: str
     source: ModelSource
     in_4bit: bool
+    is_start: bool = False
+    rounded: bool = False
 
     def in_words(self, scored_ahead: bool) -> Reference:
         """The same without its model."""
@@ -117,11 +121,18 @@ def load_policy(source: ModelSource, settings: Settings, precision: Precision) -
     return put_adapter(model, source, trainable=True)
 
 
-def build_reference(source: ModelSource, settings: Settings, precision: Precision) -> Reference:
+def build_reference(
+    source: ModelSource, settings: Settings, precision: Precision, scored_ahead: bool = False, sharded: bool = False
+) -> Reference:
     """Decides what the reference is, and loads it where it is a model of its own.
 
     In this order: --ref_model_name_or_path; a frozen copy of the adapter that training continues; the base with the
-    new adapter switched off; the starting weights once more (in 4 bits under --use_4bit).
+    new adapter switched off; the starting weights. Under --use_4bit these score themselves where that happens before
+    training; what must stay in memory is a copy in 4 bits.
+
+    Args:
+        scored_ahead: whether all pairs are scored with it before training, and it is let go of then.
+        sharded: whether the policy's weights will lie in parts in several processes: it cannot score ahead then.
     """
     quantize = settings.model.use_4bit
     # Held like the policy where nothing is quantized: both then give the same numbers for the same weights.
@@ -138,12 +149,16 @@ def build_reference(source: ModelSource, settings: Settings, precision: Precisio
         )
     if source.adapter is not None:
         how = f"a frozen copy of the adapter that training starts from ({source.adapter})"
-        return Reference(None, how, source, quantize)
+        return Reference(None, how, source, quantize, is_start=True)
     if settings.lora.use_lora:
-        return Reference(None, "the base model, with the adapter switched off", source, quantize)
+        return Reference(None, "the base model, with the adapter switched off", source, quantize, is_start=True)
+    if quantize and scored_ahead and not sharded:
+        return Reference(None, "the starting weights themselves", source, in_4bit=False, is_start=True)
+    quantize = quantize and not scored_ahead
+    dtype = precision.dtype if quantize else torch.float32
     model = _load_frozen("--model_name_or_path", source, settings.model, precision, dtype, quantize)
     how = f"a frozen copy of the starting weights{' in 4 bits' if quantize else ''}"
-    return Reference(model, how, source, quantize)
+    return Reference(model, how, source, quantize, is_start=True, rounded=quantize)
 
 
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:

@@ -22,7 +22,7 @@ from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
 from utils.settings import Settings
 from utils.training.config import rows_of_run
 from utils.training.preparation import prepare_rows
-from utils.training.reference import passes_that_pay
+from utils.training.reference import scores_ahead
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,9 @@ def place_of_reference(settings: Settings, adapts: bool, work: Work) -> str:
     """How the reference is computed, as training decides it: "ahead", "model" or "policy"; "none" in sft."""
     if settings.verb == "sft":
         return "none"
-    training = settings.training
-    own_model = not adapts or settings.model.ref_model_name_or_path is not None
-    wish = training.precompute_ref_log_probs
-    if wish is None:
-        seen = training.max_steps * pairs_per_step(settings)
-        passes = training.num_train_epochs if training.max_steps <= 0 else seen / len(work.lengths)
-        wish = passes >= passes_that_pay(own_model) and not settings.trainer_fields.get("sync_ref_model")
-    return "ahead" if wish else "model" if own_model else "policy"
+    if scores_ahead(settings, adapts, len(work.lengths), settings.plan.num_devices):
+        return "ahead"
+    return "model" if not adapts or settings.model.ref_model_name_or_path is not None else "policy"
 
 
 def pairs_per_step(settings: Settings) -> int:

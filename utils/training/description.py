@@ -74,7 +74,7 @@ def describe_start(
     if reference is not None:
         say(f"reference: {reference.how}")
     if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:
-        say("      --use_4bit without --use_lora: 4-bit weights cannot be trained, so the reference is held in 4 bits")
+        say(f"      --use_4bit without --use_lora: 4-bit weights cannot be trained; {_what_is_in_4bit(reference)}")
     if isinstance(trainer, PreferenceTrainer):
         say(f"engine: {describe_layout(trainer)}")
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -85,6 +85,12 @@ def describe_start(
     for warning in warnings:
         say(f"warning: {warning}")
     return warnings
+
+
+def _what_is_in_4bit(reference: Reference | None) -> str:
+    if reference is not None and reference.in_4bit:
+        return "the reference is held in 4 bits"
+    return "the reference was scored ahead, so that nothing is held in 4 bits, nor rounded"
 
 
 def _describe_processes(trainer: RunFolderTrainer) -> str:

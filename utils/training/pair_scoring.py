@@ -67,6 +67,7 @@ def last_values(values: Tensor, mask: Tensor) -> Tensor:
 class PairScoring(RunFolderTrainer):
     """The part of the preference trainer that scores pairs, in the layout that its collator makes."""
 
+    starts_as_reference = False  # whether all weights of the policy, none of them trained yet, are the reference
     _most_scored: int | None = None  # pairs at once, since memory ran out
     _columns: Tensor | None = None  # in an evaluation, the reference's head on the device
     kept_reference: Mapping[tuple[int, ...], KeptLogits] = {}  # of batches of held-out pairs, where it is scored ahead
@@ -124,8 +125,8 @@ class PairScoring(RunFolderTrainer):
 
     def compute_reference(self, inputs: Mapping[str, Tensor], keep: bool = False) -> tuple[Tensor, KeptLogits | None]:
         """The same, computed now; and on request its logits, unless they are over another vocabulary."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        comparison = Comparison(keep=True, copied=sharded) if keep and self.same_vocabulary() else None
+        passing = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.starts_as_reference
+        comparison = Comparison(keep=True, copied=passing) if keep and self.same_vocabulary() else None
         with (
             torch.no_grad(),
             self.switches.nothing_recomputed(),
@@ -137,8 +138,8 @@ class PairScoring(RunFolderTrainer):
     @contextlib.contextmanager
     def _reference_active(self):
         """The model that computes as the reference within the context."""
-        if self.ref_model is not None:
-            yield self.ref_model
+        if self.ref_model is not None or self.starts_as_reference:
+            yield self.ref_model or self.model
             return
         adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.switches.model.peft_config else None
         with self.switches.adapter(adapter):

@@ -42,7 +42,7 @@ from utils.tracking import check_trackers
 from utils.training.batch_size import limit_tokens_by_trying
 from utils.training.config import build_config
 from utils.training.launch import check_launch, uses, with_deepspeed
-from utils.training.reference import passes_that_pay
+from utils.training.reference import scores_ahead
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
@@ -129,10 +129,15 @@ def _check_offloading(settings: Settings) -> None:
         raise UserError("--activation_offloading moves activations from a GPU to main memory; there is no GPU here")
 
 
+def find_sharding(settings: Settings) -> list[str]:
+    """What lays the weights in parts in several processes, by name; empty where nothing does."""
+    sharded = [engine for engine in ("FSDP", "DEEPSPEED") if uses(engine)]
+    return sharded + [f"--{name}" for name in ("fsdp", "deepspeed") if settings.trainer_fields.get(name)]
+
+
 def _check_sampling(settings: Settings) -> None:
     """A model whose weights lie in parts in several processes cannot write in one of them."""
-    sharded = [engine for engine in ("FSDP", "DEEPSPEED") if uses(engine)]
-    sharded += [f"--{name}" for name in ("fsdp", "deepspeed") if settings.trainer_fields.get(name)]
+    sharded = find_sharding(settings)
     if settings.run.sample_during_eval and sharded:
         raise UserError(
             f"--sample_during_eval: with {sharded[0]} the weights lie in parts in several processes, and none of them "
@@ -227,7 +232,8 @@ def make_preference_trainer(
     with refusals_explained(settings):
         trainer = PreferenceTrainer(reference=reference, end_ids=rows.end_ids, **parts)
     trainer.choose_layout(settings.training.engine)
-    ahead = _scores_reference_ahead(trainer, settings)
+    adapts = settings.lora.use_lora or source.adapter is not None
+    ahead = scores_ahead(settings, adapts, len(rows.train), trainer.args.world_size)
     if settings.training.max_tokens_per_batch is not None:
         trainer.limit_tokens(settings.training.max_tokens_per_batch)
     elif settings.training.auto_batch_size:
@@ -240,7 +246,7 @@ def make_preference_trainer(
             "attention": settings.model.attn_implementation,
             "quantization": settings.model.bnb_4bit_quant_type if settings.model.use_4bit else None,
         }
-        if trainer.precompute_reference(how):
+        if trainer.precompute_reference(how, keep=not settings.run.dry_run):
             say("      found on the disk, from a run with the same reference and pairs")
     return trainer
 
@@ -249,18 +255,6 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
     """The record of the run that is resumed; empty where one begins."""
     wish = settings.run.resume_from_checkpoint
     return (read_record(folder) or {}) if wish is not None and find_checkpoints(folder) else {}
-
-
-def _scores_reference_ahead(trainer: PreferenceTrainer, settings: Settings) -> bool:
-    """As asked; else where it costs less than scoring in every step, or as much and lets go of a second model."""
-    wish = settings.training.precompute_ref_log_probs
-    if wish is not None:
-        return wish
-    args = trainer.args
-    seen = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = args.num_train_epochs if args.max_steps <= 0 else seen / len(trainer.train_dataset)
-    saves = passes >= passes_that_pay(trainer.ref_model is not None)
-    return saves and not args.sync_ref_model and not settings.run.dry_run
 
 
 def make_imitation_trainer(

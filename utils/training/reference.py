@@ -15,6 +15,7 @@ from utils.memory import release_memory
 from utils.models.head import MARK, KeptLogits
 from utils.models.scoring import output_head
 from utils.runtime import is_main_process
+from utils.settings import Settings
 from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS
 from utils.training.pair_scoring import PairScoring
 from utils.training.reference_cache import hash_model, hash_rows, load_columns, save_columns
@@ -22,9 +23,29 @@ from utils.training.reference_cache import hash_model, hash_rows, load_columns, 
 KEPT_BYTES = 2**27  # of each process, for the reference's hidden states
 
 
-def passes_that_pay(own_model: bool) -> int:
-    """From how many passes over the data on a reference is scored ahead; `own_model`: it then leaves memory."""
-    return 1 if own_model else 2
+def scores_ahead(settings: Settings, adapts: bool, pairs: int, processes: int) -> bool:
+    """Whether the reference scores all pairs before training.
+
+    As asked with --precompute_ref_log_probs. Else where that costs less than scoring in every step, or as much and lets
+    go of a second model; and where a reference that stays would have to be rounded to 4 bits.
+
+    Args:
+        adapts: whether the policy is an adapter on its base, which then is the reference too.
+        pairs: those that are trained on.
+        processes: those that train.
+    """
+    training = settings.training
+    if training.precompute_ref_log_probs is not None:
+        return training.precompute_ref_log_probs
+    if settings.trainer_fields.get("sync_ref_model"):
+        return False
+    named = settings.model.ref_model_name_or_path is not None
+    if settings.model.use_4bit and not adapts and not named:
+        return True
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    passes = training.num_train_epochs if training.max_steps <= 0 else training.max_steps * step / pairs
+    own_model = named or not adapts
+    return passes >= (1 if own_model else 2) and not settings.run.dry_run
 
 
 class ReferenceAhead(PairScoring):
@@ -35,24 +56,26 @@ class ReferenceAhead(PairScoring):
         """Whether the pairs carry the reference's log-probs."""
         return REFERENCE_COLUMNS[0] in self.train_dataset.column_names
 
-    def precompute_reference(self, how: Mapping[str, Any]) -> bool:
+    def precompute_reference(self, how: Mapping[str, Any], keep: bool = True) -> bool:
         """Scores every pair with the reference once, and lets go of a reference that is a model of its own.
 
         What was scored before, by the same reference on the same token ids, is read from the disk.
 
         Args:
             how: what decides how the reference computes, beside its weights, its config and the layout of batches.
+            keep: whether the disk is read and written at all.
 
         Returns:
             Whether everything was found on the disk.
         """
         key = None
-        if is_main_process() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there none has all weights
-            # A policy that also serves as reference does so with what of it is frozen.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # there no process has all weights
+        if keep and is_main_process() and not sharded:
+            # A policy with an adapter also serves as reference with what of it is frozen.
             weights = [
                 (name.removeprefix("base_model.model.").replace(".base_layer.", "."), value)
                 for name, value in (self.ref_model or self.model).state_dict(keep_vars=True).items()
-                if not getattr(value, "requires_grad", False)
+                if self.starts_as_reference or not getattr(value, "requires_grad", False)
             ]
             layout = {"shared_prefix": self.shared_prefix, "flex": self.data_collator.flex}
             layout["head"] = hasattr(output_head(self.ref_model or self.model), MARK)
@@ -67,7 +90,7 @@ class ReferenceAhead(PairScoring):
             self.eval_dataset, also_found = self._with_reference(self.eval_dataset, key)
             found = found and also_found
         self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.ref_model]
-        self.ref_model = None
+        self.ref_model, self.starts_as_reference = None, False
         release_memory()
         return found
 

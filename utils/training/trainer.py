@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
@@ -43,6 +44,10 @@ def shortened(pair: dict[str, Any], tokens: int) -> dict[str, Any]:
     return pair | {name: pair[name][:tokens] for name in PAIR_IDS}
 
 
+def _adapts(parts: dict[str, Any]) -> bool:
+    return parts.get("peft_config") is not None or isinstance(parts["model"], PeftModel)
+
+
 @contextlib.contextmanager
 def _copied_without_a_start(model: torch.nn.Module) -> Iterator[None]:
     """Within the context TRL's frozen copy of an adapter is made without changing the base as the adapter itself did.
@@ -75,7 +80,10 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
     def __init__(
         self, *, reference: Reference, end_ids: frozenset[int], processing_class: PreTrainedTokenizerBase, **parts: Any
     ):
-        with _copied_without_a_start(parts["model"]):
+        model, args = parts["model"], parts["args"]
+        self.starts_as_reference = reference.model is None and not _adapts(parts)
+        args.precompute_ref_log_probs = self.starts_as_reference  # else TRL loads the model once more
+        with _copied_without_a_start(model):
             super().__init__(
                 ref_model=reference.model,
                 data_collator=PairCollator(pad_token_id=processing_class.pad_token_id),
@@ -88,7 +96,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.last_layer_in_part = False  # whether it leaves out prompts
         self._left_out: dict[torch.nn.Module, LeftOut] = {}  # what last layers leave out
         self.pair_by_pair: str | None = None  # on a GPU, why attention is not one call over the row
-        args = self.args
+        args.precompute_ref_log_probs = False
         parameters = LossParameters(
             beta=args.beta,
             label_smoothing=args.label_smoothing,
@@ -106,6 +114,9 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
                 parameter.data.copy_(weights[f"{name.removesuffix(REFERENCE_ADAPTER)}{TRAINED_ADAPTER}"].data)
             if f".{REFERENCE_ADAPTER}." in f"{name}.":
                 parameter.requires_grad_(False)
+
+    def _precompute_ref_logps(self, dataset, *_):
+        return dataset  # `precompute_reference` scores it
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset  # tokenized already, by utils/data/tokenizing.py
