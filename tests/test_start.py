@@ -8,7 +8,7 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import read_record
+from conftest import read_record, save_tiny_model
 
 SIDES = ("chosen", "rejected")
 CHANGING = {
@@ -182,3 +182,137 @@ def test_parts_of_a_base_are_not_taken_out_of_its_4_bit_weights(run_script, tiny
     code, _, err = run_script(verb, *flags, *more, "--use_4bit")
     assert code == 2
     assert "which are others in 4 or 8 bits; leave --use_4bit out, or merge it first" in err
+
+
+def train(run_script, model, data, folder, *flags, learning_rate=1e-2):
+    """The record of a run of two steps."""
+    code, _, err = run_script(
+        *("--model_name_or_path", model, "--dataset_name", data, "--output_dir", folder, "--max_steps", 2),
+        *("--learning_rate", learning_rate, "--warmup_steps", 0, *flags),
+    )
+    assert code == 0, err
+    return read_record(folder)
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_4bit"], ["--engine", "padded"]], ids=" ".join)
+def test_dora_starts_at_its_reference_in_16_bits(run_script, tiny_model, pairs_file, tmp_path, flags):
+    dora = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
+    record = train(run_script, tiny_model, pairs_file, tmp_path / "run", *dora, *flags)
+    assert record["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert record["metrics"]["held_out_before"]["chosen_kl"] == pytest.approx(0, abs=1e-7)
+    assert record["warnings"] == []
+
+
+def test_a_dora_adapter_trained_in_16_bits_computes_the_same_in_plain_peft(
+    run_script, tiny_model, pairs_file, pairs, tokenizer, tmp_path
+):
+    run = tmp_path / "run"
+    dora = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
+    metrics = train(run_script, tiny_model, pairs_file, run, *dora, learning_rate=1e-3)["metrics"]["held_out"]
+    held_out = [pairs[row["row"]] for row in read_rows(run)]
+    chosen, rejected = (mean(side) for side in plain_log_probs(run, held_out, tokenizer))
+    assert [metrics["chosen_logps"], metrics["rejected_logps"]] == pytest.approx([chosen, rejected], abs=0.02)
+    start = [mean(side) for side in plain_log_probs(tiny_model, held_out, tokenizer)]
+    assert metrics["chosen_reward"] == pytest.approx(0.1 * (chosen - start[0]), abs=2e-3)
+    assert metrics["rejected_reward"] == pytest.approx(0.1 * (rejected - start[1]), abs=2e-3)
+
+
+def test_all_weights_with_4_bits_are_measured_against_themselves(run_script, tiny_model, pairs_file, tmp_path):
+    plain = train(run_script, tiny_model, pairs_file, tmp_path / "plain", "--precompute_ref_log_probs", "false")
+    record = train(run_script, tiny_model, pairs_file, tmp_path / "run", "--use_4bit")
+    assert record["reference"] == "the starting weights themselves, scored once before training"
+    assert record["reference_model"]["in_4bit"] is False
+    assert record["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("held_out_before", "held_out", "train"):
+        assert record["metrics"][name] == pytest.approx(plain["metrics"][name], abs=1e-5)
+    assert record["metrics"]["held_out"]["chosen_kl"] > 1e-3
+    code, out, err = run_script("evaluate", "--model_name_or_path", tmp_path / "run")
+    assert code == 0, err
+    assert "these are the figures that run.json recorded" in out
+
+
+def test_a_reference_that_stays_in_4_bits_is_said_to_be_another(run_script, tiny_model, pairs_file, tmp_path):
+    flags = ("--use_4bit", "--precompute_ref_log_probs", "false")
+    record = train(run_script, tiny_model, pairs_file, tmp_path / "run", *flags)
+    assert record["reference"] == "a frozen copy of the starting weights in 4 bits"
+    (warning,) = record["warnings"]
+    assert "the reference in 4 bits is not quite the policy: before the first step the first loss is 0." in warning
+    assert " in place of 0.6931, and log-probs of a response differ by " in warning
+
+
+LOSSES = {  # what each is where policy and reference agree
+    "sigmoid": (["--beta", 0.3], math.log(2)),
+    "sigmoid --label_smoothing": (["--label_smoothing", 0.2], math.log(2)),
+    "ipo": (["--loss_type", "ipo", "--beta", 0.25], 1 / (4 * 0.25**2)),
+    "hinge": (["--loss_type", "hinge"], 1.0),
+    "apo_zero": (["--loss_type", "apo_zero"], 1.0),
+    "sppo_hard": (["--loss_type", "sppo_hard"], 2 * (1 / (2 * 0.1)) ** 2),
+    "a sum": (["--loss_type", "sigmoid", "hinge", "--loss_weights", 1, 0.5], math.log(2) + 0.5),
+}
+
+
+@pytest.fixture
+def wrong_reference(monkeypatch):
+    """References whose log-probs of chosen responses are a little off, as many a fault would make them."""
+    from utils.training.trainer import PreferenceTrainer
+
+    compute = PreferenceTrainer.compute_reference
+
+    def compute_wrongly(self, inputs, keep=False):
+        scores, logits = compute(self, inputs, keep)
+        scores[: len(scores) // 2] += 0.2
+        return scores, logits
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_reference", compute_wrongly)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_first_loss_that_is_not_the_known_one_is_said(
+    run_script, tiny_model, pairs_file, tmp_path, loss, wrong_reference
+):
+    flags, known = LOSSES[loss]
+    record = train(run_script, tiny_model, pairs_file, tmp_path / "run", "--use_lora", *flags)
+    (warning,) = [text for text in record["warnings"] if "does not start as its reference" in text]
+    assert f" in place of {known:.4f}, and log-probs of a response differ by 0.14 nats" in warning
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_lora", "--validation_split", "none", "--dtype", "bfloat16"],
+        ["--precompute_ref_log_probs", "--validation_split", "none"],
+        ["--precompute_ref_log_probs", "false", "--max_tokens_per_batch", "80"],
+        ["--use_4bit"],
+        ["--use_lora", "--use_4bit", "--engine", "padded"],
+    ],
+    ids=" ".join,
+)
+def test_the_first_loss_is_looked_at_in_every_way_of_training(
+    run_script, tiny_model, pairs_file, tmp_path, monkeypatch, request, flags
+):
+    flags = [str(flag) for flag in flags]
+    assert train(run_script, tiny_model, pairs_file, tmp_path / "right", *flags)["warnings"] == []
+    request.getfixturevalue("wrong_reference")
+    monkeypatch.setattr("utils.training.reference.load_columns", lambda key: None)
+    warnings = train(run_script, tiny_model, pairs_file, tmp_path / "wrong", *flags)["warnings"]
+    assert ["does not start as its reference" in text for text in warnings] == [True]
+
+
+def test_a_first_loss_that_is_not_known_is_not_looked_at(
+    run_script, tiny_model, other_model, pairs_file, tmp_path, wrong_reference
+):
+    """With another model as reference, and in a run that goes on."""
+    flags = ("--use_lora", "--ref_model_name_or_path", other_model, "--save_steps", 1)
+    assert train(run_script, tiny_model, pairs_file, tmp_path / "other", *flags)["warnings"] == []
+    resumed = (*flags, "--resume_from_checkpoint", tmp_path / "other" / "checkpoint-1")
+    assert train(run_script, tiny_model, pairs_file, tmp_path / "other", *resumed)["warnings"] == []
+
+
+def test_rounding_of_norms_is_what_the_first_loss_shows(run_script, pairs_file, tmp_path, monkeypatch):
+    """DoRA as PEFT computes it in 16 bits, on a model that is as sure of its tokens as trained ones are."""
+    model = save_tiny_model(tmp_path / "model", seed=1, initializer_range=0.2)
+    for name in ("keep_dora_norms", "start_dora_magnitudes"):
+        monkeypatch.setattr(f"utils.training.run_folder.{name}", lambda model: None)
+    flags = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
+    (warning,) = train(run_script, model, pairs_file, tmp_path / "run", *flags)["warnings"]
+    assert "does not start as its reference" in warning

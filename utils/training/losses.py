@@ -9,6 +9,7 @@ Every loss is a pure function of 1-D float32 tensors, shape (pairs,), and is reg
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class PairLogProbs:
     @property
     def rejected_logratio(self) -> Tensor:
         return self.rejected - self.ref_rejected
+
+    def agreeing(self) -> PairLogProbs:
+        """The same pairs if the reference said of them what the policy says."""
+        return dataclasses.replace(self, ref_chosen=self.chosen, ref_rejected=self.rejected)
 
 
 # exp(80) is about the largest that float32 holds with room for a product.

@@ -172,6 +172,27 @@ class PairScoring(RunFolderTrainer):
         self._columns = None
         return summarise(self.held_out_rows)
 
+    def score_start(self, dataset: Dataset, most: int) -> Tensor:
+        """What a few pairs score before the first step, in batches of at most `most`; shape (2 x pairs, 5).
+
+        A row for each completion, chosen first: its log-prob by the policy and by the reference, its tokens, the loss
+        of its pair, and that loss if the two agreed.
+        """
+        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+
+        def score(indices: list[int]) -> dict[int, Any]:
+            inputs = self._batch(dataset, indices)
+            policy, reference = self.score_completions(model, inputs), self.score_reference(inputs)
+            pairs = self._pair(policy, reference)
+            losses = [self._losses(policy, compared).repeat(2) for compared in (pairs, pairs.agreeing())]
+            columns = (policy.summed, reference, policy.length, *losses)
+            rows = torch.stack([column.double() for column in columns], dim=1).view(2, len(indices), -1)
+            return {index: rows[:, place].tolist() for place, index in enumerate(indices)}
+
+        with self._as_evaluated():
+            rows = self._score_in_batches(dataset, self.max_tokens if most > 1 else None, most, score)
+        return torch.tensor(rows, dtype=torch.float64).transpose(0, 1).flatten(0, 1)
+
     def score_dataset(self, dataset: Dataset) -> list[dict[str, float | None]]:
         """One row of metrics per pair, in the order of the data set. Memory grows with the batch, not with the data.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,12 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
 
     def measure(self) -> dict[str, float]:
         """The same, with the model as it is used after training; nothing is logged."""
+        with self._as_evaluated():
+            return self.measure_held_out()
+
+    @contextlib.contextmanager
+    def _as_evaluated(self) -> Iterator[None]:
+        """Within the context the model computes as it does after training; that time is none of training."""
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
         was_training = model.training
         model.eval()
@@ -231,7 +238,7 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
                 self.accelerator.autocast(),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             ):
-                return self.measure_held_out()
+                yield
         finally:
             model.train(was_training)
 

@@ -35,6 +35,7 @@ from utils.training.progress import count_tokens, seconds_left
 from utils.training.refusals import refusals_explained
 from utils.training.run_folder import RunFolderTrainer
 from utils.training.samples import SampleWriter, choose_prompts
+from utils.training.start import StartCheck
 from utils.training.trackers import attach_trackers, close_trackers
 from utils.training.trainer import PreferenceTrainer
 
@@ -247,6 +248,8 @@ def start_run(
     trainer.bad_batches = watcher.bad_batches = bad_batches
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
+    if reference is not None:
+        trainer.add_callback(StartCheck(trainer, reference))
     patience = settings.training.early_stopping_patience
     if patience is not None and not settings.run.dry_run:
         trainer.add_callback(EarlyStopping(patience, settings.training.early_stopping_metric, record))
