@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Full fine-tuning: all weights are trained, and a frozen copy of the starting weights is the reference.
-# --use_4bit holds that reference in 4 bits; --precompute_ref_log_probs lets go of it before training starts.
+# --precompute_ref_log_probs lets go of it before training starts; with --use_4bit no second model is held at all.
 #
 #   examples/full.sh
 #   MODEL=./my-model DATA=./my-pairs.jsonl examples/full.sh --use_4bit

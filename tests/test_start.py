@@ -9,6 +9,7 @@ from itertools import chain
 import pytest
 import torch
 from conftest import read_record, save_tiny_model
+from safetensors.torch import load_file
 
 SIDES = ("chosen", "rejected")
 CHANGING = {
@@ -220,7 +221,7 @@ def test_a_dora_adapter_trained_in_16_bits_computes_the_same_in_plain_peft(
 def test_all_weights_with_4_bits_are_measured_against_themselves(run_script, tiny_model, pairs_file, tmp_path):
     plain = train(run_script, tiny_model, pairs_file, tmp_path / "plain", "--precompute_ref_log_probs", "false")
     record = train(run_script, tiny_model, pairs_file, tmp_path / "run", "--use_4bit")
-    assert record["reference"] == "the starting weights themselves, scored once before training"
+    assert record["reference"] == "the starting weights, scored once before training"
     assert record["reference_model"]["in_4bit"] is False
     assert record["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("held_out_before", "held_out", "train"):
@@ -316,3 +317,41 @@ def test_rounding_of_norms_is_what_the_first_loss_shows(run_script, pairs_file, 
     flags = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
     (warning,) = train(run_script, model, pairs_file, tmp_path / "run", *flags)["warnings"]
     assert "does not start as its reference" in warning
+
+
+def saved_in(dtype, folder):
+    """A model that is as sure of its tokens as trained ones are, saved in another format."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_model(folder, seed=1, initializer_range=0.2)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "ahead"), [(torch.float16, "true"), (torch.float16, "false"), (torch.bfloat16, "true")], ids=str
+)
+def test_a_small_step_in_16_bits_is_shown_as_small(run_script, pairs_file, tmp_path, files, ahead):
+    """Whatever the format of the files: what is computed does not run ahead of what is saved."""
+    model, run = saved_in(files, tmp_path / "model"), tmp_path / "run"
+    flags = ("--dtype", "bfloat16", "--precompute_ref_log_probs", ahead)
+    record = train(run_script, model, pairs_file, run, *flags, learning_rate=1e-6)
+    metrics = record["metrics"]
+    assert metrics["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [("half-way between two numbers of bfloat16" in text) for text in record["warnings"]] == (
+        [True] if files == torch.float16 else []
+    )
+    begun, ended = (load_file(folder / "model.safetensors") for folder in (model, run))
+    for name, value in ended.items():
+        start = begun[name].to(torch.bfloat16) if files == torch.float16 else begun[name]
+        assert value.dtype == torch.float32
+        assert (value - start.float()).abs().max() < 3e-6, "two steps of 1e-6"
+    code, out, err = run_script("evaluate", "--model_name_or_path", run)
+    assert code == 0, err
+    assert "these are the figures that run.json recorded" in out
+    flags = ("--dtype", "float32", "--output_dir", tmp_path / "exact")
+    code, out, err = run_script("evaluate", "--model_name_or_path", run, *flags)
+    assert code == 0, err
+    exact = json.loads((tmp_path / "exact" / "evaluation.json").read_text())["metrics"]
+    assert metrics["held_out"]["margin"] == pytest.approx(exact["margin"], abs=2e-3)
+    assert metrics["held_out"]["chosen_kl"] < 1e-3

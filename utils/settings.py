@@ -79,7 +79,7 @@ class ModelSettings:
     )
     use_4bit: bool = flag(
         False,
-        "hold what is frozen in 4 bits: the base under --use_lora, else the reference (compare: both models)",
+        "hold what is frozen in 4 bits: the base under --use_lora, else a reference that stays (compare: both models)",
         verbs=COMPUTES,
     )
     bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"), verbs=(*TRAINING, *CHAT))

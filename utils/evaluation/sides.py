@@ -83,8 +83,8 @@ def load_sides(
     if not adapts and quantize and settings.given.isdisjoint(("use_4bit", "ref_model_name_or_path")) and trained.record:
         quantize = trained.reference_in_4bit  # a run that trained all weights may have kept none in 4 bits
     as_trained = trained.record and not adapts
-    held = dataclasses.replace(precision, dtype=torch.float32) if as_trained else precision
-    policy = load_frozen(MODEL_FLAG, source, settings.model, held, quantize and adapts)
+    held = torch.float32 if as_trained else precision.dtype
+    policy = load_frozen(MODEL_FLAG, source, settings.model, precision, quantize and adapts, dtype=held)
     shares = adapts and not (source.changes_base or reference.changes_base)
     if shares and (source.base, source.revision) == (reference.base, reference.revision):
         on_bits = " in 4 bits" if quantize else ""
@@ -92,7 +92,8 @@ def load_sides(
         if reference.adapter is not None:
             how = f"the adapter {reference.adapter} on the same base{on_bits}"
         return policy, Reference(None, how, reference, quantize)
-    other = load_frozen(REFERENCE_FLAG, reference, settings.model, precision if quantize else held, quantize)
+    held = precision.dtype if quantize else held
+    other = load_frozen(REFERENCE_FLAG, reference, settings.model, precision, quantize, dtype=held)
     return policy, Reference(other, f"{reference.name}{' in 4 bits' if quantize else ''}", reference, quantize)
 
 

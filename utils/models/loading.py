@@ -21,6 +21,7 @@ from transformers import (
 from utils.errors import UserError
 from utils.models.adapter_starts import changes_base, check_start, rewrites_weights
 from utils.models.adapters import keep_dora_norms
+from utils.models.rounding import begin_on_steps
 from utils.models.sources import ModelSource, find_model
 from utils.models.translating import translating
 from utils.runtime import Precision
@@ -152,12 +153,13 @@ def build_reference(
         return Reference(None, how, source, quantize, is_start=True)
     if settings.lora.use_lora:
         return Reference(None, "the base model, with the adapter switched off", source, quantize, is_start=True)
-    if quantize and scored_ahead and not sharded:
-        return Reference(None, "the starting weights themselves", source, in_4bit=False, is_start=True)
-    quantize = quantize and not scored_ahead
-    dtype = precision.dtype if quantize else torch.float32
+    how = "a frozen copy of the starting weights"
+    if quantize and scored_ahead:
+        quantize, dtype, how = False, torch.float32, "the starting weights"
+        if not sharded:
+            return Reference(None, how, source, quantize, is_start=True)
     model = _load_frozen("--model_name_or_path", source, settings.model, precision, dtype, quantize)
-    how = f"a frozen copy of the starting weights{' in 4 bits' if quantize else ''}"
+    how = f"{how} in 4 bits" if quantize else how
     return Reference(model, how, source, quantize, is_start=True, rounded=quantize)
 
 
@@ -257,9 +259,10 @@ def load_frozen(
     precision: Precision,
     in_4bit: bool,
     adapter_name: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """A model to use rather than to train, in the computing precision or in 4 bits, on the device."""
-    model = _load_frozen(flag, source, settings, precision, precision.dtype, in_4bit, adapter_name)
+    """A model to use rather than to train, on the device: in `dtype` (the computing precision's) or in 4 bits."""
+    model = _load_frozen(flag, source, settings, precision, dtype or precision.dtype, in_4bit, adapter_name)
     return model if in_4bit else model.to(precision.device)  # 4-bit weights are where they were quantized
 
 
@@ -329,6 +332,8 @@ def _load_base(
             "name a folder with the whole causal language model"
         )
     keep_quantized_weights(model)
+    if dtype == torch.float32 and begin_on_steps(model, precision.dtype):
+        model.rounded_to = precision.name  # for whoever describes it
     return model
 
 

@@ -108,6 +108,13 @@ def _warnings(
         yield f"--trust_remote_code runs Python code that comes with {source.base}"
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
         yield "FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only"
+    rounded_to = getattr(trainer.model, "rounded_to", None)
+    if rounded_to is not None:
+        yield (
+            f"many weights of {source.name} lie half-way between two numbers of {rounded_to}, as in files of another "
+            f"16-bit format: training begins from weights rounded to {rounded_to}, as they are computed with; "
+            "--dtype float32 begins from the files' own"
+        )
     if reference is not None and settings.model.ref_model_name_or_path is None:
         step = preference_step(Path(source.name))
         if step is not None:
