@@ -75,7 +75,7 @@ def together(tmp_path):
 
     def run(kind: str, count: int, *flags) -> Ended:
         config, script = KINDS[kind]
-        config += "_qlora" if kind == "sharded" and "--use_4bit" in flags else ""
+        config += "_qlora" if kind == "sharded" and {"--use_lora", "--use_4bit"} <= set(flags) else ""
         done = run_together(count, tmp_path / "terminal", *flags, script=script, config=config)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done
