@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import datasets
 import pytest
+from conftest import ROOT, write_lines
 
 from utils.data.adapter import load_adapter
 from utils.data.loading import load_pairs
@@ -162,3 +165,24 @@ def test_it_runs_in_the_script(run_script, tiny_model, load, tmp_path):
     assert code == 2
     assert "rows.jsonl line 3" in err
     assert "Traceback" not in err
+
+
+def test_a_change_in_what_an_adapter_imports_is_seen(tmp_path):
+    """In a process of its own each, as Python keeps what it imported."""
+    rows = [{"q": f"q{i}", "good": f"good {i}", "bad": f"bad {i}"} for i in range(8)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "own.py").write_text(
+        "from words import FRONT\n\ndef pairs(row):\n"
+        "    return {'prompt': FRONT + row['q'], 'chosen': row['good'], 'rejected': row['bad']}\n"
+    )
+    code = (
+        "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
+        "from utils.data.loading import load_pairs; from utils.settings import DataSettings\n"
+        f"settings = DataSettings(dataset_name={str(path)!r}, dataset_adapter={str(tmp_path / 'own.py:pairs')!r})\n"
+        "print(load_pairs(settings, 'train', 0).train[0]['prompt'])\n"
+    )
+    for front in ("Say ", "Tell "):
+        (tmp_path / "words.py").write_text(f"FRONT = {front!r}\n")
+        command = [sys.executable, "-B", "-c", code, str(tmp_path / "cache")]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert said.startswith(front)

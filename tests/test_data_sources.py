@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
@@ -133,13 +135,13 @@ def test_places_in_other_files(tmp_path):
 FAULTY_LINES = {
     "null.jsonl": (b"null\n", "no JSON object"),
     "nan.jsonl": (b"NaN\n", "no JSON object"),
-    "deep.jsonl": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "invalid JSON"),
+    "deep.jsonl": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "nested too deeply"),
     "cut.jsonl": (b'{"prompt": "p", \n', "invalid JSON"),
     "list.jsonl": (b'["x"]\n', "no JSON object"),
     "text.jsonl": (b'"x"\n', "no JSON object"),
     "bytes.jsonl": (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}\n', "text that is not UTF-8"),
     "half.jsonl": (b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}\n', "a broken character"),
-    "twice.jsonl": (b'{"prompt": "p", "prompt": "q", "chosen": "a", "rejected": "b"}\n', "invalid JSON"),
+    "twice.jsonl": (b'{"prompt": "p", "prompt": "q", "chosen": "a", "rejected": "b"}\n', "a key that occurs twice"),
 }
 
 
@@ -377,3 +379,127 @@ def test_a_fault_names_places_once_per_file():
         "'x' is empty in 3 rows (a.jsonl line 1, 2; b.jsonl line 1). "
         "Fix them, or pass --on_bad_rows skip (skipped rows are counted)."
     )
+
+
+def test_what_a_file_is_in_truth_is_said(tmp_path):
+    lines = json_lines(ROWS).encode()
+    cases = {
+        "a.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "run git lfs pull"),
+        "a.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "run git lfs pull"),
+        "b.jsonl": (gzip.compress(lines), "packed with gzip; end its name in .jsonl.gz"),
+        "c.csv": (gzip.compress(lines), "packed with gzip"),
+        "d.json": (b"PAR1" + lines, "end its name in .parquet"),
+        "e.jsonl": (b"PK\x03\x04" + lines, "unpack it"),
+        "f.jsonl": (b"<!DOCTYPE html>\n<html>", "a web page and not the data"),
+    }
+    for name, (content, said) in cases.items():
+        path = write(tmp_path / name, content)
+        for settings in ({}, {"on_bad_rows": "skip"}):
+            message = fault(path, **settings)
+            assert message.startswith(f"{path} is ")
+            assert said in message
+            assert "\n" not in message
+
+
+def test_lines_without_any_row_are_named_with_their_reason(tmp_path):
+    for content, said in (
+        (json_lines(ROWS).replace("}\n", "},\n"), "line 1, 2, 3, 4; the first: a comma behind the row"),
+        ('{"a": 1, "a": 2}\n' * 7, "a key that occurs twice (x.jsonl line 1, 2, 3, 4, 5, ...; the first: the key 'a'"),
+        ("{'a': 1}\n" * 2, "invalid JSON (x.jsonl line 1, 2; the first: Expecting property name enclosed in double"),
+    ):
+        path = write(tmp_path / "x.jsonl", content)
+        message = fault(path, on_bad_rows="skip")
+        assert said in message
+        assert f"{path} holds no readable row: " in message
+
+
+def test_data_says_which_lines_cannot_be_read_and_why(run_script, tmp_path):
+    """Of several sources, of training and held-out splits alike."""
+    rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
+    lines = json_lines(rows).splitlines(keepends=True)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        twice = '{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}\n'
+        write(tmp_path / folder / "train.jsonl", "".join([*lines[:5], twice, *lines[5:]]).replace("q ", f"{folder} "))
+        write(tmp_path / folder / "test.jsonl", "".join([*lines[:2], "{,}\n"]).replace("q ", f"{folder} held out "))
+    table = "prompt,chosen,rejected\n" + "".join(f"q{i},good {i},bad {i}\n" for i in range(5)) + "q,a,b,c\n"
+    path = write(tmp_path / "ragged.csv", table)
+    names = f"{tmp_path / 'a'},{tmp_path / 'b'},{path}"
+    code, _, err = run_script("data", "--dataset_name", names, "--json_file", tmp_path / "found.json")
+    assert code == 3, err
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    unreadable = {one["title"].partition(": ")[2]: one for one in found if one["name"] == "unreadable"}
+    twice = unreadable["a key that occurs twice (the first: the key 'chosen' occurs twice)"]
+    assert (twice["count"], [Path(place).name for place in twice["places"]]) == (2, ["train.jsonl line 6"] * 2)
+    assert len(set(twice["places"])) == 2
+    (broken,) = (one for title, one in unreadable.items() if title.startswith("invalid JSON"))
+    assert [Path(place).name for place in broken["places"]] == ["test.jsonl line 3"] * 2
+    assert unreadable["too many fields (the first: 4 fields under 3 columns)"]["places"] == ["ragged.csv line 7"]
+
+
+@pytest.mark.parametrize("depth", [101, 900, 3000, 10_000, 200_000])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_deeply_nested_row_is_a_bad_row(depth, first, tmp_path):
+    deep = '{"prompt": "q", "chosen": "a", "rejected": "b", "x": ' + "[" * (depth - 1) + "]" * (depth - 1) + "}\n"
+    lines = json_lines(ROWS)
+    path = write(tmp_path / "x.jsonl", deep + lines if first else lines + deep)
+    assert fault(path).startswith(
+        f"nested too deeply (more than 100 brackets) in 1 row (x.jsonl line {1 if first else 5})"
+    )
+    assert len(load(path, on_bad_rows="skip").rows) == 4
+    whole = write(tmp_path / "x.json", f"[{deep},{json.dumps(ROWS)[1:]}")
+    assert "is nested too deeply (more than 100 brackets)" in fault(whole)
+
+
+def test_brackets_in_texts_are_no_nesting(tmp_path):
+    hostile = {
+        "prompt": "[" * 5000 + '"\\',
+        "chosen": '\\"[' * 3000,
+        "rejected": "]" * 5000,
+        "x": [[[[{"y": "{" * 500}]]]],
+    }
+    for name, content in (("x.jsonl", json_lines([*ROWS, hostile])), ("x.json", json.dumps([*ROWS, hostile]))):
+        rows = load(write(tmp_path / name, content)).rows
+        assert {column: rows[4][column] for column in ROWS[0]} == {column: hostile[column] for column in ROWS[0]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet"])
+def test_a_row_of_endless_length_is_a_bad_row(kind, tmp_path, run_script):
+    rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
+    rows[3]["chosen"] = "".join(f"{i} " for i in range(2_600_000))
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        content = (json.dumps(rows) if kind == "json" else json_lines(rows)).encode()
+        write(path, gzip.compress(content, 1) if kind.endswith("gz") else content)
+    code, _, err = run_script("train", "--model_name_or_path", "none", "--dataset_name", path, "--max_steps", 1)
+    assert code == 2
+    code, out, err = run_script("data", "--dataset_name", path)
+    assert code == 3, err
+    assert f"x.{kind} {'row' if kind in ('json', 'parquet') else 'line'} 4" in out
+    assert "more than 16" in out
+
+
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    block = json_lines(ROWS).encode() * 10_000
+    with gzip.open(path, "wb") as file:
+        for _ in range(1 + (70 << 20) // len(block)):
+            file.write(block)
+    assert "unpacks to more than 100 times its size" in fault(path)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "note.txt").write_text("a text")
+    os.replace(path, tmp_path / "mixed" / "rows.jsonl.gz")
+    assert "unpacks to more than 100 times its size" in fault(tmp_path / "mixed")
+
+
+def test_a_damaged_byte_of_a_table_is_named_by_row_and_column(tmp_path):
+    path = tmp_path / "x.parquet"
+    rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"good 7")] = 0xFF
+    path.write_bytes(content)
+    assert "damaged at x.parquet row 8, column 'chosen'" in fault(path)

@@ -20,3 +20,15 @@ def read_path(name: str | Path) -> Path:
         raise UserError(
             f"{name}: there is no user {user[1:]} here, whose home {user} would be; check the path"
         ) from None
+
+
+def is_there(name: str | Path) -> bool:
+    """Whether something of that name exists; not where it could be no name at all (too long, say).
+
+    Raises:
+        UserError: as `read_path`.
+    """
+    try:
+        return read_path(name).exists()
+    except (OSError, ValueError):
+        return False

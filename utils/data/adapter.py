@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from utils.data.ranking import ADAPTER_SKIPS
@@ -23,8 +26,32 @@ def load_adapter(spec: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def read_code(spec: str) -> bytes:
-    """What the file of an adapter says, for the key of a cache."""
-    return path_of(spec).read_bytes()
+    """What the file of an adapter says, and the files beside it that it imports, for the key of a cache."""
+    first = path_of(spec)
+    found: dict[Path, bytes] = {}
+    waiting = [first]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found[path] = path.read_bytes()
+            waiting += [file for name in _imported_names(found[path]) for file in _files_of(first.parent, name)]
+    return b"".join(content for _, content in sorted(found.items()))
+
+
+def _imported_names(code: bytes) -> Iterator[str]:
+    """The first words of what a file imports, anywhere in it."""
+    with contextlib.suppress(SyntaxError, ValueError):  # which running it says
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield node.module.partition(".")[0]
+
+
+def _files_of(folder: Path, name: str) -> list[Path]:
+    """The files of a module or package of that name in the folder."""
+    file = folder / f"{name}.py"
+    return [*([file] if file.is_file() else []), *sorted((folder / name).rglob("*.py"))]
 
 
 def run_adapter(spec: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from utils.data.places import SHOWN, Place, describe_bad_rows
 from utils.data.ranking import LEFT_OUT
 from utils.errors import UserError
 
+MOST_CHARACTERS = 16 << 20  # of a row: millions of tokens, more than any model reads, and memory for each of them
+
 
 @dataclass(frozen=True)
 class CheckedRows:
@@ -70,6 +72,8 @@ def find_fault(row: Mapping[str, Any], labels: Mapping[str, str], prompt_may_be_
 
     `labels` are the row's columns, prompt first, each with the name by which its source knows it.
     """
+    if sum(_length(row[name]) for name in labels) > MOST_CHARACTERS:
+        return f"the row has more than {MOST_CHARACTERS:,} characters"
     for name, label in labels.items():
         if name == "prompt" and prompt_may_be_empty:
             continue
@@ -80,6 +84,11 @@ def find_fault(row: Mapping[str, Any], labels: Mapping[str, str], prompt_may_be_
     if "rejected" in labels and _stripped(row["rejected"]) == _stripped(row["chosen"]):
         return f"'{labels['rejected']}' equals '{labels['chosen']}'"
     return None
+
+
+def _length(value: str | list[dict[str, str]] | None) -> int:
+    """Characters of a text, or of all turns."""
+    return len(value or "") if not isinstance(value, list) else sum(len(turn["content"]) for turn in value)
 
 
 def _is_blank(value: str | list[dict[str, str]]) -> bool:

@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.fingerprint import Hasher
 
-from utils.data import adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired
 from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
 from utils.data.columns import list_heads, reach
-from utils.data.files import cache_file, quiet
+from utils.data.files import quiet
 from utils.data.labels import check_labels, read_number, read_yes_or_no
 from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
+from utils.data.row_cache import map_rows
 from utils.data.schemas import Reading
 from utils.data.turns import BadRow, unpack
 from utils.data.unpaired import pair_up
 from utils.errors import UserError
 
-CODE = (adapter, checks, columns, html_text, labels, layouts, ranking, schemas, shapes, turns, unpaired)
 MESSAGE_FEATURES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 
 
@@ -54,19 +51,19 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
     needed = {name for names in heads.values() for name in names}
     wanted = rows.column_names if reading.adapter else [name for name in rows.column_names if name in needed]
     source = rows.select_columns(wanted)
-    code = _hash_code(), read_code(reading.adapter) if reading.adapter else b""
-    fingerprint = Hasher.hash((source._fingerprint, _key_of(reading), code))
+    own_code = read_code(reading.adapter) if reading.adapter else b""
+    padded = padded_columns(source.features)
     with quiet(source.data.nbytes):
-        return source.map(
+        return map_rows(
+            source,
             convert_batch,
+            decides=(_key_of(reading), own_code, padded),
             batched=True,
             with_indices=True,
-            fn_kwargs={"reading": reading, "padded": padded_columns(source.features)},
+            fn_kwargs={"reading": reading, "padded": padded},
             remove_columns=source.column_names,
             features=features_of(reading),
             num_proc=num_proc,
-            new_fingerprint=fingerprint,
-            cache_file_name=cache_file(source, fingerprint),
             desc="Reading the rows",
         )
 
@@ -93,12 +90,6 @@ def _extras(reading: Reading) -> dict[str, str]:
     if reading.layout.pairs_up and not reading.choice.best_only:
         extras |= {"label": "bool"}
     return extras | ({"group": "string"} if reading.group else {})
-
-
-def _hash_code() -> str:
-    """The code is part of the cache's key: the library pickles functions by name and would miss a change in them."""
-    files = (__file__, *(module.__file__ for module in CODE))
-    return Hasher.hash([Path(file).read_bytes() for file in files])
 
 
 def padded_columns(features: datasets.Features | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import warnings
 from array import array
 from collections import Counter
@@ -21,10 +22,14 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet as pq
 from datasets.features.features import register_feature
+from datasets.io.generator import GeneratorDatasetInputStream
 
-from utils.data.places import FileLines, FilePlaces, Place, describe_bad_rows
+from utils.data.places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, list_places
+from utils.data.row_cache import hash_code, hash_file, keep_rows, make_key
 from utils.data.scanning import (
     Scan,
+    check_start,
+    check_unpacked,
     csv_separator,
     is_safe_for_arrow,
     iterate_json,
@@ -73,12 +78,25 @@ with warnings.catch_warnings():  # the library calls the function experimental
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """Lines that hold no row, for one reason: where the first of them stand, and what was found in the very first."""
+
+    places: tuple[str, ...] = ()
+    detail: str = ""
+
+    def __add__(self, other: Unreadable) -> Unreadable:
+        return Unreadable((*self.places, *other.places)[:SHOWN], self.detail or other.detail)
+
+
+@dataclass(frozen=True)
 class FileRows:
-    """The rows of some files of one kind, in order. `dropped`: reason -> rows left out (--on_bad_rows skip)."""
+    """The rows of some files of one kind, in order. `dropped`: reason -> rows left out (--on_bad_rows skip), of which
+    `unreadable` says more."""
 
     rows: datasets.Dataset
     place: Place
     dropped: dict[str, int]
+    unreadable: dict[str, Unreadable] = field(default_factory=dict)
 
 
 def file_kind(path: Path) -> str | None:
@@ -96,6 +114,8 @@ def read_files(paths: Sequence[Path], on_bad_rows: str) -> FileRows:
     for path in paths:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty: nothing to read.")
+        check_start(path)
+        check_unpacked(path)
     kind = file_kind(paths[0])
     if kind == "parquet":
         return _read_parquet(paths)
@@ -109,8 +129,6 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
     """The library's reading, or None where it fails or is known to misread."""
     if any(set("*?[]") & set(str(path)) for path in paths):
         return None  # the library takes these names for patterns
-    if kind == "json" and not all(map(is_safe_for_arrow, paths)):
-        return None
     if kind == "csv":
         header, first = peek_csv(paths[0])
         # pandas would take the first of the surplus fields for an index and shift every column
@@ -123,13 +141,33 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
         options = {"parse_agent_traces": False}
     try:
         with quiet(sum(path.stat().st_size for path in paths)):
-            rows = datasets.load_dataset(kind, data_files={"train": [str(p) for p in paths]}, split="train", **options)
-        rows.data.table.validate(full=True)  # the JSON reader lets invalid UTF-8 through
+            rows = _load_kept(kind, paths, options)
+    except UserError:
+        raise
     except Exception:
         return None
     if kind == "json" and (not is_exact(rows.features) or _is_misread(rows, paths)):
         return None
     return rows
+
+
+def _load_kept(kind: str, paths: Sequence[Path], options: dict[str, Any]) -> datasets.Dataset:
+    """The library's reading of the files, kept under what they hold: dates of files can lie.
+
+    Raises whatever the library does, and ValueError where it would not survive a file.
+    """
+    how = [kind, str(options), [(path.suffix.lower(), hash_file(path)) for path in paths]]
+
+    def make(folder: Path) -> datasets.Dataset:
+        if kind == "json" and not all(map(is_safe_for_arrow, paths)):
+            raise ValueError("not for the library's reader")
+        files = {"train": [str(path) for path in paths]}
+        rows = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=str(folder), **options)
+        if kind != "parquet":  # of which it is said where
+            rows.data.table.validate(full=True)  # the JSON reader lets invalid UTF-8 through
+        return rows
+
+    return keep_rows(make_key(how, hash_code(__name__)), make)
 
 
 def find_changed_texts(rows: datasets.Dataset) -> str | None:
@@ -171,18 +209,24 @@ def _csv_options(header: Sequence[str], separators: set[str]) -> dict[str, Any] 
     return {"features": features, "keep_default_na": False, "sep": separators.pop()}
 
 
-def stream_files(paths: Sequence[Path]) -> datasets.IterableDataset:
-    """The rows of files of one kind, none of them read yet. Raises ValueError where a JSON file holds no row first."""
+def stream_files(paths: Sequence[Path], scratch: str) -> datasets.IterableDataset:
+    """The rows of files of one kind, none of them read yet. The library makes a folder in `scratch`.
+
+    Raises ValueError where a JSON file holds no row first, UserError for a file that is not what its name says.
+    """
     kind = file_kind(paths[0])
+    for path in paths:
+        check_start(path)
     if kind == "json":  # not through the library, which takes the types of the first rows for those of all
         for path in paths:
             next(iterate_json(path), None)
-        return datasets.IterableDataset.from_generator(_iterate_files, gen_kwargs={"paths": list(paths)})
+        kwargs = {"paths": list(paths)}  # not IterableDataset.from_generator, which must have a cache to write to
+        return GeneratorDatasetInputStream(_iterate_files, gen_kwargs=kwargs, streaming=True, cache_dir=scratch).read()
     options = _csv_options(peek_csv(paths[0])[0], set(map(csv_separator, paths))) if kind == "csv" else {}
     if options is None:
         raise ValueError("its files separate their fields in several ways")
     files = {"train": [str(path) for path in paths]}
-    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=scratch, **options)
 
 
 def _iterate_files(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -251,11 +295,28 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
             if any(set("*?[]") & set(str(path)) for path in paths):
                 rows = datasets.Dataset(pa.concat_tables([pq.read_table(path) for path in paths]))
             else:
-                rows = datasets.load_dataset("parquet", data_files={"train": [str(p) for p in paths]}, split="train")
+                rows = _load_kept("parquet", paths, {})
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names} cannot be read as Parquet: {first_line(error.__cause__ or error)}") from None
-    return FileRows(rows, FilePlaces(paths[0].name, len(rows), count_rows), {})
+    place = FilePlaces(paths[0].name, len(rows), count_rows)
+    check_texts(rows, place, f"{', '.join(map(str, paths))} cannot be read")
+    return FileRows(rows, place, {})
+
+
+def check_texts(rows: datasets.Dataset, place: Place, fault: str) -> None:
+    """Raises UserError where a table holds bytes that are no text, which some readers let through, and where."""
+    for name, column in zip(rows.data.table.column_names, rows.data.table.columns, strict=True):
+        before = 0
+        for chunk in column.chunks:
+            try:
+                chunk.validate(full=True)
+            except pa.ArrowException as error:
+                index = re.search(r"at string index (\d+)", str(error))
+                flat = index and (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type))
+                where = f"{place(before + int(index[1]))}, column '{name}'" if flat else f"column '{name}'"
+                raise UserError(f"{fault}: damaged at {where} ({first_line(error)}). Make or copy it again.") from None
+            before += len(chunk)
 
 
 def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows:
@@ -267,24 +328,27 @@ def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows
         for fault in scan.faults
     ]
     dropped = dict(Counter(reason for reason, _, _ in found))
+    unreadable: dict[str, Unreadable] = {}
+    for reason, place, detail in found:
+        unreadable[reason] = unreadable.get(reason, Unreadable()) + Unreadable((place,), detail)
     if found and on_bad_rows == "error":
         raise UserError(
             *(
-                describe_bad_rows(
-                    reason,
-                    [place for other, place, _ in found if other == reason],
-                    count,
-                    next(detail for other, _, detail in found if other == reason),
-                )
-                for reason, count in dropped.items()
+                describe_bad_rows(reason, lines.places, dropped[reason], lines.detail)
+                for reason, lines in unreadable.items()
             )
         )
     table = [row for scan in scans for row in scan.rows]
     if not table:
         names = ", ".join(str(path) for path in paths)
-        raise UserError(f"{names} holds no readable row{': ' + ', '.join(dropped) if dropped else ''}.")
+        faults = [
+            f"{reason} ({list_places(lines.places, dropped[reason])}{'; the first: ' * bool(lines.detail)}"
+            f"{lines.detail})"
+            for reason, lines in unreadable.items()
+        ]
+        raise UserError(f"{names} holds no readable row{': ' * bool(faults)}{', '.join(faults)}.")
     lines = [FileLines(scan.name, scan.unit, array("Q", scan.numbers)) for scan in scans]
-    return FileRows(json_or_text(table), FilePlaces(paths[0].name, len(table), lambda: lines), dropped)
+    return FileRows(json_or_text(table), FilePlaces(paths[0].name, len(table), lambda: lines), dropped, unreadable)
 
 
 def _scan(kind: str, path: Path) -> Scan:
@@ -317,15 +381,6 @@ def quiet(size_bytes: int) -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-
-
-def cache_file(rows: datasets.Dataset, fingerprint: str) -> str | None:
-    """A file in the library's own cache: left to itself it would write beside the rows, into the user's folder."""
-    if not rows.cache_files:
-        return None
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "converted_rows"
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{fingerprint}.arrow")
 
 
 def first_line(error: BaseException) -> str:

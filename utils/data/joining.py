@@ -68,7 +68,11 @@ def open_source(wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb
         path = Path(wish.name)
         folder = path if read_path(path).is_dir() else path.parent
         place, held_out_place = (_within(folder, place) for place in (source.place, source.held_out_place))
-        source = dataclasses.replace(source, place=place, held_out_place=held_out_place)
+        unreadable = {
+            reason: dataclasses.replace(lines, places=tuple(str(folder / place) for place in lines.places))
+            for reason, lines in source.unreadable.items()
+        }
+        source = dataclasses.replace(source, place=place, held_out_place=held_out_place, unreadable=unreadable)
     return source, reading
 
 

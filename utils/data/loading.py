@@ -20,6 +20,7 @@ from utils.data.identity import read_pair_ids
 from utils.data.joining import Part, convert_enough, join_parts, open_source, split_joined
 from utils.data.mixing import Wish, count_repeated, draw_rows, read_wishes
 from utils.data.places import Place
+from utils.data.row_cache import flatten_rows
 from utils.data.schemas import Reading, check_effects
 from utils.data.sources import Source, find_evaluation_split, load_source, load_streams
 from utils.data.splitting import SPARE, Split, count_shared_prompts
@@ -230,7 +231,7 @@ def _read_held_out(
 def add_ids(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with `id`, 16 characters that name what each says, wherever it was read."""
     with quiet(0):
-        return rows.add_column("id", list(read_pair_ids(rows)))
+        return flatten_rows(rows).add_column("id", list(read_pair_ids(rows)))
 
 
 def fingerprint_rows(train: datasets.Dataset, held_out: datasets.Dataset | None) -> str:

@@ -9,15 +9,15 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets.fingerprint import Hasher
 
 from utils.data.conversion import MESSAGE_FEATURES
-from utils.data.files import cache_file, quiet
+from utils.data.files import quiet
 from utils.data.identity import read_pair_ids
 from utils.data.places import Place
+from utils.data.row_cache import map_rows
 from utils.data.splitting import draw_numbers
 from utils.errors import UserError
-from utils.paths import read_path
+from utils.paths import is_there
 
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 FIRST_COLUMNS = ("prompt", "chosen", "rejected", "completion")
@@ -44,7 +44,7 @@ def read_wishes(dataset_name: str) -> list[Wish]:
     A name that exists as it is written is one source. Raises UserError for what is neither a share nor a count, and
     for a source that stands twice.
     """
-    if read_path(dataset_name).exists():
+    if is_there(dataset_name):
         return [Wish(dataset_name)]
     items = [item.strip() for item in dataset_name.split(",")]
     if "" in items:
@@ -67,7 +67,7 @@ def source_names(dataset_name: str) -> list[str]:
 
 def _read_wish(item: str) -> Wish:
     name, colon, amount = item.rpartition(":")
-    if not colon or not name or read_path(item).exists():
+    if not colon or not name or is_there(item):
         return Wish(item)
     try:
         number = float(amount)
@@ -120,17 +120,16 @@ def align(
         if len(table) == 0:  # of which map() would keep the columns that it had
             aligned.append(datasets.Dataset.from_dict({column: [] for column in features}, features=features))
             continue
-        fingerprint = Hasher.hash((table._fingerprint, name, start, sorted(features), to_messages, "1"))
         with quiet(table.data.nbytes):
             aligned.append(
-                table.map(
+                map_rows(
+                    table,
                     _align_batch,
+                    decides=(name, start, sorted(features), to_messages),
                     batched=True,
                     fn_kwargs={"source": name, "start": start, "columns": list(features), "to_messages": to_messages},
                     features=features,
                     remove_columns=table.column_names,
-                    new_fingerprint=fingerprint,
-                    cache_file_name=cache_file(table, fingerprint),
                     desc=f"Reading {name}",
                 )
             )

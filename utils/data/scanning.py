@@ -14,11 +14,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from utils.data.places import FileLines
 from utils.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
 WRAPPERS = ("data", "rows", "examples", "instances", "train")  # {"data": [rows]}
+PACKED_RATIO = 100  # text packs to a tenth or so of its size; only copies of one row pack to a hundredth
+FREE_BYTES = 64 << 20  # that any packed file may hold
+ROW_BYTES = 16 << 20  # of one row: millions of tokens
+DEPTH = 100  # of brackets within brackets in one row; the library's reader dies of some thousands
+TOO_LONG = f"a row of more than {ROW_BYTES >> 20} MiB"
+TOO_DEEP = f"nested too deeply (more than {DEPTH} brackets)"
+# How files begin that are not what their names say.
+STARTS = {
+    b"version https://git-lfs": "a pointer of Git LFS and not the data; run git lfs pull in its folder",
+    b"\x1f\x8b": "packed with gzip; end its name in .jsonl.gz or .json.gz, or unpack it",
+    b"PAR1": "a Parquet file; end its name in .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it",
+    b"\xfd7zXZ": "packed with xz; unpack it",
+    b"BZh": "packed with bzip2; unpack it",
+    b"ARROW1": "an Arrow file; save the data set as .parquet",
+    b"<!doctype html": "a web page and not the data; download the file itself",
+    b"<html": "a web page and not the data; download the file itself",
+}
+OWN_STARTS = {".gz": b"\x1f\x8b", ".parquet": b"PAR1"}
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # What the library turns into a row that is null: in a file of lines, and in one that is an array.
 NULL_LINE = re.compile(rb"\n\s*(?:null|NaN|-?Infinity)\b")
@@ -71,6 +93,49 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
             raise UserError(f"{path} is cut off: its gzip data ends early. Copy or download it again.") from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is not valid gzip data ({error}). Copy or download it again.") from None
+
+
+def check_start(path: Path) -> None:
+    """Raises UserError where the first bytes of a file say that it is of another kind than its name."""
+    with open(path, "rb") as file:
+        start = file.read(32).lower()
+    for known, what in STARTS.items():
+        if start.startswith(known.lower()) and OWN_STARTS.get(path.suffix.lower()) != known:
+            raise UserError(f"{path} is {what}.")
+
+
+def check_unpacked(path: Path) -> None:
+    """Raises UserError where a packed file holds far more than text can be packed to: it would fill memory and disk."""
+    if path.suffix.lower() != ".gz":
+        return
+    most, unpacked = max(FREE_BYTES, PACKED_RATIO * path.stat().st_size), 0
+    with open_binary(path) as file:
+        while block := file.read(1 << 20):
+            unpacked += len(block)
+            if unpacked > most:
+                raise UserError(
+                    f"{path} unpacks to more than {PACKED_RATIO} times its size, as no text of many rows does. "
+                    "If it is to be read, unpack it with gunzip and give the file that comes out."
+                )
+
+
+def is_too_deep(text: bytes) -> bool:
+    """Whether brackets stand within brackets more than DEPTH deep, outside of texts."""
+    if text.count(b"[") + text.count(b"{") <= DEPTH:
+        return False
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+    codes = np.frombuffer(b"".join(bare), np.uint8)
+    opened, closed = np.isin(codes, list(b"[{")), np.isin(codes, list(b"]}"))
+    depth = np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int32)
+    return bool(depth.max(initial=0) > DEPTH)
+
+
+def _lines(handle: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than a row may be, no more than shows it."""
+    while line := handle.readline(ROW_BYTES + 1):
+        yield line
+        while len(line) > ROW_BYTES and not line.endswith(b"\n"):
+            line = handle.readline(ROW_BYTES + 1)
 
 
 def read_text(path: Path) -> str:
@@ -153,8 +218,11 @@ def scan_json(path: Path) -> Scan:
     """
     if json_layout(path) == "lines":
         return _scan_json_lines(path)
+    text = read_text(path)
+    if is_too_deep(text.encode("utf-8", "surrogatepass")):
+        raise UserError(f"{path} is {TOO_DEEP}. Mend the file.")
     try:
-        value = _parse(read_text(path), object_pairs_hook=_unique_keys)
+        value = _parse(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not valid JSON ({_describe(error)}). Mend the file.") from None
     except ValueError as error:
@@ -178,7 +246,7 @@ def _scan_json_lines(path: Path) -> Scan:
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_binary(path) as handle:
-        for number, line in enumerate(handle, start=1):
+        for number, line in enumerate(_lines(handle), start=1):
             if number == 1:
                 _refuse_utf16(path, line)
                 line = line.removeprefix(BOM)
@@ -187,14 +255,19 @@ def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _add_line(scan: Scan, number: int, line: bytes) -> None:
+    if len(line) > ROW_BYTES or is_too_deep(line):
+        scan.faults.append(Fault(number, TOO_LONG if len(line) > ROW_BYTES else TOO_DEEP))
+        return
     try:
         row = _parse(line.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         scan.faults.append(Fault(number, "text that is not UTF-8", f"byte {error.start + 1}: {error.reason}"))
     except json.JSONDecodeError as error:
-        scan.faults.append(Fault(number, "invalid JSON", _describe(error)))
+        comma = line.rstrip().endswith(b",") and _is_json(line.rstrip().removesuffix(b","))
+        detail = "a comma behind the row, where the line must end" if comma else _describe(error)
+        scan.faults.append(Fault(number, "invalid JSON", detail))
     except ValueError as error:
-        scan.faults.append(Fault(number, "invalid JSON", str(error)))
+        scan.faults.append(Fault(number, "a key that occurs twice", str(error)))
     else:
         if SURROGATE.search(line) and not _is_encodable(row):
             scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
@@ -328,9 +401,35 @@ def line_numbers(path: Path) -> FileLines:
         return FileLines(path.name, "line", array("Q", lines))
 
 
+def _has_odd_line(file: BinaryIO) -> bool:
+    """Whether a line is longer, or nested deeper, than a row may be."""
+    rest = b""
+    while chunk := file.read(1 << 22):
+        whole, _, rest = (rest + chunk).rpartition(b"\n")
+        if len(rest) > ROW_BYTES or _has_deep_line(whole):
+            return True
+    return _has_deep_line(rest)
+
+
+def _has_deep_line(lines: bytes) -> bool:
+    codes = np.frombuffer(lines + b"\n", np.uint8)
+    ends = np.flatnonzero(codes == ord("\n"))
+    opened = np.cumsum((codes == ord("[")) | (codes == ord("{")), dtype=np.int64)[ends]
+    if np.diff(ends, prepend=-1).max() > ROW_BYTES:
+        return True
+    suspects = np.diff(opened, prepend=0).max() > DEPTH
+    return bool(suspects) and any(map(is_too_deep, lines.split(b"\n")))
+
+
 def is_safe_for_arrow(path: Path) -> bool:
-    """Whether the library's reader survives a JSON file: it dies of rows that are null at the start of a block."""
+    """Whether the library's reader survives a JSON file: it dies of rows that are null at the start of a block, and
+    of rows that are nested deeply or very long."""
     try:
+        with open_binary(path) as file:
+            is_whole = file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
+            file.seek(0)
+            if is_too_deep(file.read()) if is_whole else _has_odd_line(file):  # the library too reads such a file whole
+                return False
         with open_binary(path) as file:
             start = file.read(4096).removeprefix(BOM).lstrip()
             bare_null = NULL_ITEM if start[:1] == b"[" else NULL_LINE

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils.data.files import FileRows, file_kind, find_changed_texts, first_line, quiet, read_files, stream_files
+from utils.data.files import (
+    FileRows,
+    Unreadable,
+    check_texts,
+    file_kind,
+    find_changed_texts,
+    first_line,
+    quiet,
+    read_files,
+    stream_files,
+)
 from utils.data.places import Place, row_places
+from utils.data.row_cache import (
+    find_system_fault,
+    hash_file,
+    keep_rows,
+    know_by_content,
+    make_key,
+    make_scratch,
+    name_by_content,
+)
+from utils.data.scanning import check_start, check_unpacked
 from utils.data.strangers import check_data_folder, check_reader
 from utils.errors import UserError, gather
-from utils.paths import read_path
+from utils.paths import is_there, read_path
 from utils.settings import DataSettings
 
 ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 TRAIN_NAMES = {"train": ("train", "train_prefs"), "sft": ("train", "train_sft", "train_prefs")}
 HELD_OUT_NAMES = ("test", "validation", "val", "eval", "dev", "test_prefs")
+ANEW = "reuse_cache_if_exists"  # the library's word for: make the tables again from what was downloaded
+LONGEST_HUB_NAME = 200
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 ReadSplit = Callable[[], FileRows]
@@ -43,6 +68,7 @@ class Source:
     place: Place
     held_out_place: Place | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+    unreadable: dict[str, Unreadable] = field(default_factory=dict)  # by the reasons of `dropped`
 
 
 @dataclass(frozen=True)
@@ -78,8 +104,10 @@ def load_source(settings: DataSettings, verb: str) -> Source:
     if other is not None and len(other.rows) == 0 and settings.validation_split is None:
         other = None
     dropped = dict(main.dropped)
+    unreadable = dict(main.unreadable)
     for reason, count in (other.dropped if other else {}).items():
         dropped[reason] = dropped.get(reason, 0) + count
+        unreadable[reason] = unreadable.get(reason, Unreadable()) + other.unreadable[reason]
     return Source(
         rows=main.rows,
         held_out_rows=other.rows if other else None,
@@ -88,6 +116,7 @@ def load_source(settings: DataSettings, verb: str) -> Source:
         place=main.place,
         held_out_place=other.place if other else None,
         dropped=dropped,
+        unreadable=unreadable,
     )
 
 
@@ -111,18 +140,18 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     path = read_path(name)
     if not is_local(name) and HUB_NAME.fullmatch(name):
         splits = load_hub(name, settings.dataset_config, streaming=True)
-    elif not path.exists():
+    elif not is_there(path):
         raise UserError(_missing_path(name, path))
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        splits = {split: rows.to_iterable_dataset() for split, rows in _load_saved(path).items()}
+        splits = {split: rows.to_iterable_dataset() for split, rows in _load_saved(path).items() if len(rows)}
     elif path.is_file() and (file_kind(path) is None or set("*?[]") & set(str(path))):
         raise UserError(f"{flag}: cannot be streamed; use {ENDINGS}, without *, ?, [ or ] in the path")
     else:
         try:
             if path.is_dir():
                 check_data_folder(flag, path)
-            with quiet(0):
-                splits = {"train": stream_files([path])} if path.is_file() else _stream_folder(path)
+            with quiet(0), tempfile.TemporaryDirectory() as scratch:  # a stream needs no cache, and makes its folder
+                splits = {"train": stream_files([path], scratch)} if path.is_file() else _stream_folder(path, scratch)
         except UserError:
             raise
         except Exception as error:
@@ -135,15 +164,15 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     return streams[train], streams[held_out] if held_out else None
 
 
-def _stream_folder(path: Path) -> Mapping[str, datasets.IterableDataset]:
+def _stream_folder(path: Path, scratch: str) -> Mapping[str, datasets.IterableDataset]:
     whole = str(path.resolve())
-    files = datasets.load_dataset_builder(whole).config.data_files or {}
+    files = datasets.load_dataset_builder(whole, cache_dir=scratch).config.data_files or {}
     splits = {split: [Path(file) for file in paths] for split, paths in files.items()}
     every_file = [file for paths in splits.values() for file in paths]
     kinds = set(map(file_kind, every_file))
     if len(kinds) != 1 or None in kinds or any(set("*?[]") & set(str(file)) for file in every_file):
-        return datasets.load_dataset(whole, streaming=True)
-    return {split: stream_files(paths) for split, paths in splits.items()}
+        return datasets.load_dataset(whole, streaming=True, cache_dir=scratch)
+    return {split: stream_files(paths, scratch) for split, paths in splits.items()}
 
 
 def held_out_wish(validation_split: str | None) -> float | str | None:
@@ -170,17 +199,17 @@ def held_out_wish(validation_split: str | None) -> float | str | None:
 def is_local(name: str) -> bool:
     """Whether a dataset name means a path, which is then never looked up on the hub."""
     looks_local = name.startswith(("./", "../", "/", "~", ".\\")) or name in (".", "..") or file_kind(Path(name))
-    return bool(looks_local) or Path(name).exists()
+    return bool(looks_local) or is_there(name)
 
 
 def _find_collection(settings: DataSettings) -> _Collection:
     name = settings.dataset_name
     if not is_local(name):
-        if not HUB_NAME.fullmatch(name):
+        if not HUB_NAME.fullmatch(name) or len(name) > LONGEST_HUB_NAME:
             raise UserError(_missing_path(name, Path(name)))
         return _open_hub(name, settings.dataset_config)
     path = read_path(name)
-    if not path.exists():
+    if not is_there(path):
         raise UserError(_missing_path(name, path))
     if path.is_dir():
         return _open_folder(path, settings)
@@ -193,7 +222,7 @@ def _find_collection(settings: DataSettings) -> _Collection:
 
 def _missing_path(name: str, path: Path) -> str:
     folder = path.parent
-    if not folder.is_dir():
+    if not is_there(folder) or not folder.is_dir():
         return f"--dataset_name {name}: no such file or folder (the folder {folder} does not exist either)"
     data = sorted(item.name for item in folder.iterdir() if item.is_dir() or file_kind(item))
     near = difflib.get_close_matches(path.name, data, n=3, cutoff=0.5)
@@ -213,7 +242,7 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     check_data_folder(flag, path)
     try:
         with quiet(0):
-            builder = datasets.load_dataset_builder(str(path.resolve()), name=settings.dataset_config)
+            builder = _open_builder(path, settings.dataset_config)
         files = {str(split): [Path(p) for p in paths] for split, paths in (builder.config.data_files or {}).items()}
     except ValueError as error:
         raise UserError(_config_fault(settings.dataset_config, flag, error)) from None
@@ -222,7 +251,7 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     check_reader(flag, builder)
     kinds = {file_kind(file) for paths in files.values() for file in paths}
     if len(kinds) != 1 or None in kinds:
-        return _prepare(builder, flag, path.name)
+        return _Collection({split: _preparer(path, settings, split, paths) for split, paths in files.items()})
 
     def reader(paths: list[Path]) -> ReadSplit:
         return lambda: read_files(paths, settings.on_bad_rows)
@@ -237,42 +266,94 @@ def _open_saved(path: Path) -> _Collection:
 
 
 def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
+    """Split -> rows of a saved data set, empty ones too, known by what they hold and not by what its records say."""
     check_data_folder(f"--dataset_name {path}", path)
     try:
-        saved = datasets.load_from_disk(str(path))
+        if not (path / "dataset_dict.json").is_file():
+            return {"train": _load_saved_split(path)}
+        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {name: _load_saved_split(path / name) for name in names}
     except Exception as error:
         raise UserError(f"--dataset_name {path}: cannot be read as a saved dataset ({first_line(error)})") from None
-    return saved if isinstance(saved, dict) else {"train": saved}
 
 
-def _prepare(builder: datasets.DatasetBuilder, flag: str, label: str) -> _Collection:
-    try:
-        with quiet(0):
-            builder.download_and_prepare()
-            return _from_splits(label, builder.as_dataset())
-    except Exception as error:
-        raise UserError(f"{flag}: cannot be read ({first_line(error.__cause__ or error)}); use {ENDINGS}") from None
+def _load_saved_split(folder: Path) -> datasets.Dataset:
+    if json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        rows = datasets.load_from_disk(str(folder)).with_format(None)  # it may have been saved as tensors
+    else:  # of which the library can read no table
+        features = datasets.DatasetInfo.from_directory(str(folder)).features or datasets.Features()
+        rows = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    name_by_content(rows)
+    return rows
+
+
+def _open_builder(path: Path, config: str | None, cache: Path | None = None) -> datasets.DatasetBuilder:
+    """The library's reader of a folder. It makes its cache's folder at once: one that goes, where none is given."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return datasets.load_dataset_builder(str(path.resolve()), name=config, cache_dir=str(cache or scratch))
+
+
+def _preparer(path: Path, settings: DataSettings, split: str, files: Sequence[Path]) -> ReadSplit:
+    """Reads a split of a folder through the library, whatever kinds of files it has."""
+
+    def make(folder: Path) -> datasets.Dataset:
+        builder = _open_builder(path, settings.dataset_config, folder)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+
+    def read() -> FileRows:
+        try:
+            for file in files:
+                check_start(file)
+                check_unpacked(file)
+            records = [path / name for name in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
+            known = [(file.name, hash_file(file)) for file in (*files, *(file for file in records if file.is_file()))]
+            with quiet(0):
+                rows = keep_rows(make_key(split, settings.dataset_config, known), make)
+        except UserError:
+            raise
+        except Exception as error:
+            said = first_line(error.__cause__ or error)
+            raise UserError(f"--dataset_name {settings.dataset_name}: cannot be read ({said}); use {ENDINGS}") from None
+        return _whole_split(path.name, split, rows)
+
+    return read
 
 
 def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> _Collection:
     def reader(name: str, rows: datasets.Dataset) -> ReadSplit:
-        def read() -> FileRows:
-            column = find_changed_texts(rows)
-            if column is not None:
-                raise UserError(
-                    f"{label}[{name}]: '{column}' holds texts beside values of other types, and the datasets library "
-                    "changes such texts as it reads them; download the files and give their folder"
-                )
-            return FileRows(rows, row_places(f"{label}[{name}]"), {})
-
-        return read
+        return lambda: _whole_split(label, name, rows)
 
     return _Collection({str(name): reader(str(name), rows) for name, rows in splits.items()})
 
 
+def _whole_split(label: str, name: str, rows: datasets.Dataset) -> FileRows:
+    """A split that the library read. Raises UserError where it changed texts, or has bytes that are no text."""
+    column = find_changed_texts(rows)
+    if column is not None:
+        raise UserError(
+            f"{label}[{name}]: '{column}' holds texts beside values of other types, and the datasets library "
+            "changes such texts as it reads them; download the files and give their folder"
+        )
+    place = row_places(f"{label}[{name}]")
+    check_texts(rows, place, f"--dataset_name {label} cannot be read")
+    return FileRows(rows, place, {})
+
+
 def _open_hub(name: str, config: str | None) -> _Collection:
-    """All splits of a hub dataset, from the hub or from the local cache of an earlier download."""
-    return _from_splits(name, load_hub(name, config))
+    """All splits of a hub dataset, from the hub or from the local cache of an earlier download.
+
+    Raises UserError where the local copy is damaged and cannot be made again.
+    """
+    splits = load_hub(name, config)
+    if know_by_content(splits):
+        splits = load_hub(name, config, download_mode=ANEW)
+        if damaged := know_by_content(splits):
+            raise UserError(
+                f"--dataset_name {name}: its copy in the cache is damaged; remove {damaged.parent}, and start again "
+                "with the network on"
+            )
+    return _from_splits(name, splits)
 
 
 def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]:
@@ -280,6 +361,10 @@ def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]
     flag = f"--dataset_name {name}"
     try:
         return datasets.load_dataset(name, config, **options)
+    except pa.ArrowException as error:
+        if "download_mode" in options:
+            raise UserError(f"{flag}: its copy in the cache is damaged ({first_line(error)}); remove it") from None
+        return load_hub(name, config, **options, download_mode=ANEW)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             raise UserError(
@@ -312,7 +397,17 @@ def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]
     except ValueError as error:
         raise UserError(_config_fault(config, flag, error)) from None
     except (DatasetsError, FileNotFoundError) as error:
+        if (fault := find_system_fault(error.__cause__)) and "cache_dir" not in options:
+            return load_hub(name, config, **options, cache_dir=str(make_scratch(fault)))
         raise UserError(f"{flag}: holds no data that can be read ({first_line(error.__cause__ or error)})") from None
+    except OSError as error:
+        if error.errno is None and "download_mode" not in options:  # a table that is cut off
+            return load_hub(name, config, **options, download_mode=ANEW)
+        if error.errno is not None and "cache_dir" not in options:
+            return load_hub(name, config, **options, cache_dir=str(make_scratch(error)))
+        raise UserError(
+            f"{flag}: cannot be kept on the disk ({first_line(error)}); make room, or set HF_HOME"
+        ) from None
 
 
 def _config_fault(config: str | None, flag: str, error: ValueError) -> str:

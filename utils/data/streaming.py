@@ -25,6 +25,7 @@ from utils.data.files import first_line, json_or_text, quiet
 from utils.data.labels import label_column, read_numbers
 from utils.data.places import SHOWN, describe_bad_rows
 from utils.data.ranking import LEFT_OUT
+from utils.data.row_cache import make_scratch
 from utils.data.schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
 from utils.data.sources import Stream
 from utils.data.splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, draw_numbers, group_of, without_group
@@ -98,8 +99,25 @@ def read_stream(
     A pair is held out where the hash of its prompt says so, as without --streaming; of those that were met, 1000 at
     most are kept unless --validation_split is a fraction. Reading goes on, a batch at a time, until there is one.
 
-    Raises UserError for bad rows in any batch of 1000 (unless they are skipped), and where nothing is left.
+    Raises UserError for bad rows in any batch of 1000 (unless they are skipped), where nothing is left, and where the
+    pairs cannot be written to the disk.
     """
+    try:
+        return _read_into(_temporary_folder(), stream, held_out, settings, verb, seed, wanted)
+    except OSError as error:
+        fault = error
+    try:
+        return _read_into(make_scratch(fault), stream, held_out, settings, verb, seed, wanted)
+    except OSError as error:
+        raise UserError(
+            f"--streaming: pairs cannot be written to the disk ({error.strerror or error}); make room, or name another "
+            "disk with HF_DATASETS_CACHE or TMPDIR"
+        ) from None
+
+
+def _read_into(
+    folder: Path, stream: Stream, held_out: Stream | None, settings: DataSettings, verb: str, seed: int, wanted: int
+) -> StreamedPairs:
     reading = _find_reading(stream, settings, verb)
     check_effects([reading], settings)
     if reading.layout.pairs_up:
@@ -107,7 +125,6 @@ def read_stream(
     features = datasets.Features({n: kind for n, kind in features_of(reading).items() if n != "reason"})
     padded = padded_columns(stream.rows.features)
     intake = _Intake(reading, stream.label, settings.on_bad_rows, features, padded)
-    folder = _temporary_folder()
     fraction = None if held_out is not None else _fraction(settings.validation_split)
     most = None if fraction is not None and settings.validation_split is not None else DEFAULT_MOST_ROWS
     train, other = _Writer(folder / "train.arrow", features), _Writer(folder / "held_out.arrow", features)
@@ -228,7 +245,10 @@ class _Writer:
 def _temporary_folder() -> Path:
     """A folder beside the library's own cache, removed when the process ends."""
     base = Path(datasets.config.HF_DATASETS_CACHE) / "streamed"
-    base.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(dir=base)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=base)
+    except OSError as error:
+        return make_scratch(error)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

@@ -7,11 +7,9 @@ token, unless the completion had to be cut, in which case `cut` says so and noth
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data.lengths import read_numbers
 from utils.data.places import SHOWN, Place, list_places, row_places
+from utils.data.row_cache import map_rows
 from utils.errors import UserError
 
 # Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
@@ -58,8 +57,6 @@ class PromptEncoder:
                 "the tokenizer has no end-of-text token (eos_token): the model could not learn to stop. "
                 "Set one in its tokenizer_config.json"
             )
-        # Part of the key under which tokenized rows are cached, so that new code never reads old rows.
-        self.code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         self.tokenizer = tokenizer
         self.end_ids = frozenset(end_ids) | {tokenizer.eos_token_id}
         probe = tokenizer("a")["input_ids"]  # this also switches off any truncation and padding of its own
@@ -265,8 +262,10 @@ def tokenize_rows(
     Raises:
         UserError: rows are too long under `error`, or none is left under `drop`.
     """
-    tokenized = rows.map(
+    tokenized = map_rows(
+        rows,
         _tokenize_batch,
+        decides=(encoder, completions, max_length),
         batched=True,
         num_proc=num_proc,
         fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from itertools import product
 
 import datasets
-from datasets.fingerprint import Hasher
 
 from utils.data.checks import find_fault
-from utils.data.files import cache_file, quiet
+from utils.data.files import quiet
 from utils.data.identity import hash_value
 from utils.data.ranking import NO_OTHER_LABEL
+from utils.data.row_cache import map_rows
 from utils.data.schemas import Reading
 from utils.errors import UserError
 
@@ -32,18 +32,18 @@ def pair_up(answers: datasets.Dataset, reading: Reading) -> datasets.Dataset:
             "KTO), and no prompt has answers of both labels: no pair can be made. DPO needs a better and a worse "
             "answer to the same prompt; the verb sft can imitate those labelled true"
         )
-    fingerprint = Hasher.hash((answers._fingerprint, reading.choice.pairs_per_prompt))
     features = {name: kind for name, kind in answers.features.items() if name not in ("completion", "label")}
     completion = answers.features["completion"]
     with quiet(answers.data.nbytes):
-        return datasets.Dataset.from_dict(plan).map(
+        return map_rows(
+            datasets.Dataset.from_dict(plan),
             _join,
+            decides=(answers._fingerprint, reading.choice.pairs_per_prompt),
+            on_disk=bool(answers.cache_files),
             batched=True,
             fn_kwargs={"answers": answers},
             features=datasets.Features({"prompt": completion, "chosen": completion, "rejected": completion} | features),
             remove_columns=["first", "second", "why"],
-            new_fingerprint=fingerprint,
-            cache_file_name=cache_file(answers, fingerprint),
             desc="Pairing the answers",
         )
 

@@ -21,10 +21,13 @@ ANSWER_WORDS = 10  # from which a response counts as an answer
 def check_bad_rows(subject: Subject) -> list[Finding]:
     """Lines that hold no row, and rows that hold no pair: `train` stops at them or skips them, or, where they are
     good rows that make no pair (ties and their like), leaves them out in any case."""
-    findings = [
-        Finding("unreadable", PROBLEM, f"a line that cannot be read: {reason}", "Mend or remove them.", count)
-        for reason, count in subject.unreadable.items()
-    ]
+    findings = []
+    for reason, count in subject.unreadable.items():
+        lines = [origin.source.unreadable[reason] for origin in subject.origins if reason in origin.source.unreadable]
+        places = [place for one in lines for place in one.places][:SHOWN]
+        detail = next((one.detail for one in lines if one.detail), "")
+        title = f"a line that cannot be read: {reason}{f' (the first: {detail})' if detail else ''}"
+        findings.append(Finding("unreadable", PROBLEM, title, "Mend or remove them.", count, places))
     reasons = dict.fromkeys(reason for part in subject.parts for reason in part.bad)
     for reason in reasons:
         places, examples, count = [], [], 0

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.fingerprint import Hasher
+import numpy as np
 
 from utils.data.adapter import read_code, run_adapter
 from utils.data.columns import MESSAGES, kind_of_column, list_columns, list_names, reach
 from utils.data.conversion import MESSAGE_FEATURES, convert_rows
-from utils.data.files import cache_file, quiet
+from utils.data.files import quiet
 from utils.data.layouts import ANY_PROMPT, CONVERSATION
 from utils.data.ranking import Choice, add_context, expand_history
+from utils.data.row_cache import map_rows
 from utils.data.schemas import find_reading, is_packed, take_rows
 from utils.data.sources import Source, load_source
 from utils.data.turns import BadRow, prepend_system, read_turns, unpack
@@ -126,12 +126,13 @@ def _find_prompt_columns(
 
 def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dataset:
     """`prompt`, `row` and `reason` as in converted rows."""
-    code = Path(__file__).read_bytes(), read_code(how.adapter) if how.adapter else b""
-    fingerprint = Hasher.hash((rows._fingerprint, repr(how), code))
+    own_code = read_code(how.adapter) if how.adapter else b""
     features = {"prompt": MESSAGE_FEATURES if how.to_messages else datasets.Value("string")}
     with quiet(rows.data.nbytes):
-        return rows.map(
+        return map_rows(
+            rows,
             _convert_batch,
+            decides=(repr(how), own_code),
             batched=True,
             with_indices=True,
             fn_kwargs={"how": how},
@@ -139,8 +140,6 @@ def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dat
             features=datasets.Features(
                 {**features, "row": datasets.Value("int64"), "reason": datasets.Value("string")}
             ),
-            new_fingerprint=fingerprint,
-            cache_file_name=cache_file(rows, fingerprint),
             desc="Reading the prompts",
         )
 
@@ -194,15 +193,16 @@ def _run_adapter(spec: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _keep_prompts(converted: datasets.Dataset, source: Source, description: str) -> Prompts:
     """Those of the converted rows that have a prompt, with a count of the others."""
-    left_out, first = dict(source.dropped), {}
+    left_out, kept = dict(source.dropped), []
+    first = {reason: lines.places[0] for reason, lines in source.unreadable.items()}
     for batch in converted.select_columns(["prompt", "row", "reason"]).iter(BATCH):
         for prompt, row, reason in zip(batch["prompt"], batch["row"], batch["reason"], strict=True):
-            if not _is_prompt(prompt):
+            kept.append(_is_prompt(prompt))
+            if not kept[-1]:
                 reason = reason or "the prompt is empty"
                 left_out[reason] = left_out.get(reason, 0) + 1
                 first.setdefault(reason, source.place(row))
-    with quiet(converted.data.nbytes):
-        rows = converted.select_columns(["prompt"]).filter(_is_prompt, input_columns="prompt")
+    rows = converted.select_columns(["prompt"]).select(np.flatnonzero(kept))
     return Prompts(source.description, description, rows, left_out, first)
 
 

@@ -19,6 +19,7 @@ from utils.data import joining
 from utils.data.joining import Joined, convert_enough, join_parts, open_source, split_joined
 from utils.data.mixing import Wish, draw_positions, read_wishes
 from utils.data.places import Place
+from utils.data.row_cache import flatten_rows
 from utils.data.schemas import Reading, check_effects
 from utils.data.sources import Source
 from utils.errors import UserError, gather
@@ -149,7 +150,7 @@ def _number_pairs(origins: Sequence[Origin], parts: Sequence[Part]) -> Iterator[
     start = 0
     for part in parts:
         rows = part.converted.select(part.good).remove_columns("reason")
-        tables[part.source, part.name] = rows.add_column(POSITION, np.arange(start, start + len(rows)))
+        tables[part.source, part.name] = flatten_rows(rows).add_column(POSITION, np.arange(start, start + len(rows)))
         start += len(rows)
     for number, origin in enumerate(origins):
         rows, held_out = tables[number, TRAIN], tables.get((number, HELD_OUT))
