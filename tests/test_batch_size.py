@@ -86,7 +86,7 @@ def test_the_run_is_the_one_with_the_size_given(run, tmp_path, monkeypatch, flag
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(61, seed=len(flags)))
     limit_memory(monkeypatch, [], 300_000 if "--optim" in flags else 200_000)
     found, out = run(*flags, "--auto_batch_size", folder="found", data=data)
-    monkeypatch.setattr("utils.training.reference.load_columns", lambda _: None)
+    monkeypatch.setattr("utils.training.reference.load_columns", lambda *_: None)
     size = read_record(found)["micro_batches"]["max_tokens_per_batch"]
     assert f"--max_tokens_per_batch {size};" in out
     given, _ = run(*flags, "--max_tokens_per_batch", size, folder="given", data=data)

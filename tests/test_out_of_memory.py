@@ -218,7 +218,7 @@ def test_scoring_that_does_not_fit_is_done_in_parts(train, tmp_path, monkeypatch
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(47, seed=len(flags[0])))  # of its own: no scores on disk
     flags = (*flags, "--validation_split", "0.4", "--per_device_eval_batch_size", 16)
     whole, _ = train(*flags, folder="whole", data=data)
-    monkeypatch.setattr("utils.training.reference.load_columns", lambda _: None)
+    monkeypatch.setattr("utils.training.reference.load_columns", lambda *_: None)
 
     def small_batches_only(model, batch, **options):
         if not torch.is_grad_enabled() and len(batch["layout"].lengths) > 5:

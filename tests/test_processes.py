@@ -98,7 +98,7 @@ def run_of_one(kept_runs, run_script, monkeypatch):
         key = tuple(map(str, flags))
         if key not in runs:
             with monkeypatch.context() as patch:
-                patch.setattr("utils.training.reference.load_columns", lambda _: None)
+                patch.setattr("utils.training.reference.load_columns", lambda *_: None)
                 output = folder / f"{len(runs)}"
                 code, out, err = run_script(*flags, "--per_device_train_batch_size", 12, "--output_dir", output)
             assert code == 0, out + err

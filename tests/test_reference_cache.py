@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import read_record
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.training import reference_cache
-from utils.training.batches import consecutive_batches, fill_batches
-from utils.training.reference_cache import cache_folder, hash_rows
+from utils.training.batches import REFERENCE_COLUMNS, consecutive_batches, fill_batches
+from utils.training.reference_cache import cache_folder, hash_rows, load_columns, save_columns
 
 FOUND = "found on the disk"
 
@@ -66,12 +70,97 @@ def test_what_can_change_the_numbers_is_scored_anew(train, tiny_model, tmp_path)
         assert FOUND not in train(AHEAD, *flags), flags
 
 
-def test_an_unreadable_file_is_scored_anew(train):
-    train(AHEAD)
-    for path in cache_folder().iterdir():
-        path.write_bytes(b"not a tensor")
-    assert FOUND not in train(AHEAD)
-    assert FOUND in train(AHEAD)
+def rewrite(path: Path, change) -> None:
+    """The entry with its columns changed, by a library that knows nothing of ours but keeps what the file says."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: value.contiguous() for name, value in change(load_file(path)).items()}, path, metadata)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inner").mkdir(parents=True)
+
+
+def put_other_entry(path: Path) -> None:
+    """One of the two entries, of training and held-out pairs, in the place of both."""
+    shutil.copyfile(min(path.parent.iterdir()), path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+DAMAGES = {
+    "no safetensors": lambda path: path.write_bytes(b"not a tensor"),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 8),
+    "flipped": flip,
+    "a folder": put_folder,
+    "columns exchanged": lambda path: rewrite(path, lambda c: dict(zip(c, reversed(list(c.values())), strict=True))),
+    "float32": lambda path: rewrite(path, lambda c: {name: value.float() for name, value in c.items()}),
+    "int32": lambda path: rewrite(path, lambda c: {name: value.int() for name, value in c.items()}),
+    "fewer rows": lambda path: rewrite(path, lambda c: {name: value[1:] for name, value in c.items()}),
+    "a column less": lambda path: rewrite(path, lambda c: dict(list(c.items())[1:])),
+    "other names": lambda path: rewrite(path, lambda c: {f"{name}_": value for name, value in c.items()}),
+    "another shape": lambda path: rewrite(path, lambda c: {name: value[:, None] for name, value in c.items()}),
+    "no hash": lambda path: save_file(load_file(path), path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_entry_that_is_not_what_was_saved_is_scored_anew(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reference_cache.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    columns = {name: np.random.default_rng(i).normal(size=7) for i, name in enumerate(REFERENCE_COLUMNS)}
+    save_columns("key", columns)
+    (path,) = cache_folder().iterdir()
+    assert load_columns("other", REFERENCE_COLUMNS, 7) is None
+    assert capsys.readouterr().out == ""
+    DAMAGES[damage](path)
+    assert load_columns("key", REFERENCE_COLUMNS, 7) is None
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    save_columns("key", columns)
+    found = load_columns("key", REFERENCE_COLUMNS, 7)
+    assert all((found[name] == columns[name]).all() for name in REFERENCE_COLUMNS)
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_entries_do_not_change_what_is_trained(train, tmp_path):
+    """Each of a few bits of every entry: the run says so, and trains the same weights."""
+
+    def trained(*flags):
+        said = train(AHEAD, "--learning_rate", 1e-3, *flags)
+        return said, load_file(tmp_path / "run" / "model.safetensors")
+
+    _, sound = trained()
+    for damage in (flip, put_other_entry):
+        for path in cache_folder().iterdir():
+            damage(path)
+        said, weights = trained()
+        assert "they are scored again" in said
+        assert all(torch.equal(weights[name], value) for name, value in sound.items())
+    assert FOUND in trained()[0]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "fsync", "replace"])
+@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EROFS", "EACCES", "EDQUOT"])
+def test_scores_that_cannot_be_saved_are_used_all_the_same(call, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reference_cache.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def fail(*_, **__):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    if call == "open":
+        monkeypatch.setattr(Path, "write_bytes", fail)
+    else:
+        monkeypatch.setattr(os, call, fail)
+    save_columns("key", {name: np.zeros(3) for name in REFERENCE_COLUMNS})
+    said = capsys.readouterr().out
+    assert os.strerror(getattr(errno, code)) in said
+    assert len(said.splitlines()) == 1
 
 
 def test_a_reference_is_scored_ahead_where_that_pays(train, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from utils.data.row_cache import flatten_rows
 from utils.memory import release_memory
 from utils.models.head import MARK, KeptLogits
 from utils.models.scoring import output_head
@@ -132,12 +133,16 @@ class ReferenceAhead(PairScoring):
     def _with_reference(self, dataset: Dataset, model_key: str | None) -> tuple[Dataset, bool]:
         """The data set with the reference's log-probs, and whether they were on the disk."""
         key = f"{model_key}-{hash_rows(dataset, PAIR_IDS)}" if model_key is not None else None
-        columns = self._agree_on(load_columns(key) if key is not None and is_main_process() else None)
+        columns = None
+        if key is not None and is_main_process():
+            columns = load_columns(key, REFERENCE_COLUMNS, len(dataset))
+        columns = self._agree_on(columns)
         found = columns is not None
         if columns is None:
             columns = self._score_with_reference(dataset)
             if key is not None and is_main_process():
                 save_columns(key, columns)
+        dataset = flatten_rows(dataset)
         for name in REFERENCE_COLUMNS:
             dataset = dataset.add_column(name, columns[name])
         return dataset, found

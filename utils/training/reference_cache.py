@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,12 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from utils.runtime import read_versions
-from utils.saving import replacing
+from utils.runtime import read_versions, say
+from utils.saving import flush_folder, replacing
 
 # What a config says of where the model came from, not of what it computes.
 NAMES_IN_CONFIG = ("_name_or_path", "transformers_version", "architectures", "use_cache")
@@ -61,15 +62,56 @@ def hash_rows(dataset: Dataset, columns: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def load_columns(key: str) -> dict[str, np.ndarray] | None:
-    """The columns saved under `key`; None when there are none that can be read."""
-    try:
-        return {name: values.numpy() for name, values in load_file(cache_folder() / f"{key}.safetensors").items()}
-    except (OSError, SafetensorError):
+def load_columns(key: str, names: Sequence[str], rows: int) -> dict[str, np.ndarray] | None:
+    """The columns saved under `key`, each (rows,) in float64; None where there are none, or (which is said) where they
+    are not what was saved."""
+    path = cache_folder() / f"{key}.safetensors"
+    if not os.path.lexists(path):
         return None
+    try:
+        content = path.read_bytes()
+        columns = {name: values.numpy() for name, values in load(content).items()}
+        said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sha256"]
+        kinds = {name: (values.dtype, values.shape) for name, values in columns.items()}
+        if kinds != dict.fromkeys(names, (np.dtype(np.float64), (rows,))):
+            fault = "other columns"
+        else:
+            fault = None if said == _hash_columns(key, columns) else "its hash is another"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    except Exception as error:  # damaged bytes can make the readers raise anything
+        fault = type(error).__name__
+    if fault is None:
+        return columns
+    say(f"warning: the reference's log-probs in {path} are not what was saved ({fault}); they are scored again")
+    return None
 
 
 def save_columns(key: str, columns: dict[str, np.ndarray]) -> None:
-    """Saves columns of numbers under `key`, in one step."""
-    with replacing(cache_folder() / f"{key}.safetensors") as beside:
-        save_file({name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}, beside)
+    """Saves columns of numbers under `key`, in one step. A disk that cannot hold them is said: they are only kept to
+    save time."""
+    columns = {name: np.asarray(values, np.float64) for name, values in columns.items()}
+    path = cache_folder() / f"{key}.safetensors"
+    content = save(
+        {name: torch.from_numpy(values) for name, values in columns.items()},
+        {"sha256": _hash_columns(key, columns)},
+    )
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        with replacing(path) as beside:
+            beside.write_bytes(content)
+        flush_folder(path.parent)
+    except OSError as error:
+        say(
+            f"warning: the reference's log-probs cannot be kept in {path.parent} ({error.strerror or error}); "
+            "a later run scores them again"
+        )
+
+
+def _hash_columns(key: str, columns: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name, values in sorted(columns.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()
