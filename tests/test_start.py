@@ -294,7 +294,7 @@ def test_the_first_loss_is_looked_at_in_every_way_of_training(
     flags = [str(flag) for flag in flags]
     assert train(run_script, tiny_model, pairs_file, tmp_path / "right", *flags)["warnings"] == []
     request.getfixturevalue("wrong_reference")
-    monkeypatch.setattr("utils.training.reference.load_columns", lambda key: None)
+    monkeypatch.setattr("utils.training.reference.load_columns", lambda *_: None)
     warnings = train(run_script, tiny_model, pairs_file, tmp_path / "wrong", *flags)["warnings"]
     assert ["does not start as its reference" in text for text in warnings] == [True]
 
