@@ -487,3 +487,10 @@ def test_charts_draw_what_they_are_given():
     assert draw_bars("bars", [("up", 0.6, "60%"), ("down", 0.45, "45%")], 0.1, 0.5).count('class="bar') == 2
     assert draw_lines("lines", {"loss": [(0, 1.0), (10, 0.5)]}, "steps").count("<polyline") == 1
     assert draw_lines("lines", {}, "steps") == ""
+
+
+def test_copies_of_one_text_are_grouped_without_walks_through_all_of_them():
+    """Each copy is joined to the one before it; walking these links one at a time would take hours."""
+    two = sign_texts(["once upon a time there was a king", "and a queen who ruled the sea"])
+    signatures = np.repeat(two, 100_000, axis=0)
+    assert group_alike(signatures).tolist() == [0] * 100_000 + [100_000] * 100_000
