@@ -222,6 +222,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     from utils.training.launch import join_processes, one_first
     from utils.training.preparation import (
         check_settings,
+        choose_moment,
         find_folder,
         find_sharding,
         make_imitation_trainer,
@@ -239,6 +240,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     join_processes(settings, precision)
 
     processes = settings.trainer_fields.get("dataset_num_proc")
+    moment = choose_moment(settings)
     with one_first():  # reads and tokenizes; the others find it in the cache
         folder, source, data, _ = gather(
             lambda: find_folder(settings, lock),
@@ -248,7 +250,8 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         )
         check_adapter_flags(settings, source.adapter is not None)
         tokenizer = load_tokenizer(source, settings.model)
-        rows = prepare_rows(data, tokenizer, source, settings, PAIR_COLUMNS if learns_pairs else SFT_COLUMNS)
+        columns = PAIR_COLUMNS if learns_pairs else SFT_COLUMNS
+        rows = prepare_rows(data, tokenizer, source, settings, columns, moment)
     stop_if_asked()
     describe_data(data, rows)
     resume_from = choose_checkpoint(folder, settings)
@@ -268,7 +271,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         trainer = make_trainer(policy, reference, rows, source, settings, precision, folder or Path(nowhere))
         # The trainer holds the reference's model now, and may have let go of it.
         reference = reference and reference.in_words(trainer.scored_ahead)
-        warnings = describe_start(trainer, reference, source, settings, precision)
+        warnings = [*rows.warnings, *describe_start(trainer, reference, source, settings, precision)]
         warnings += attach_continuation(trainer, continuation)
         run = start_run(
             trainer,

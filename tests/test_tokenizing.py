@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import trl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -312,7 +313,7 @@ def test_no_space_appears_at_the_border(name, prompt, completion, load):
     assert written.removeprefix(" ") == prompt + completion
 
 
-@pytest.mark.parametrize("text", ["<b>bold</b>", "<think", "<", "\nfirst a line break", "<think>\nhm\n</think>\n\nyes"])
+@pytest.mark.parametrize("text", ["<b>bold</b>", "<think", "<", "\nfirst a line break"])
 def test_reply_that_begins_like_the_think_block_loses_nothing(text, load):
     tokenizer = load("bytes")
     tokenizer.chat_template = THINK
@@ -323,13 +324,30 @@ def test_reply_that_begins_like_the_think_block_loses_nothing(text, load):
     assert decode(tokenizer, completion_ids) == text + "<|im_end|>"
 
 
-def test_reply_with_thoughts_of_its_own_follows_the_empty_block_whole(load):
-    """MiniMind's template writes thoughts where generation begins with none; the prompt stays that of generation."""
-    tokenizer = load("minimind")
-    text = "<think>\nhm\n</think>\n\nyes"
-    prompt_ids, completion_ids = encode_one(PromptEncoder(tokenizer), user("Hello"), reply(text))
-    assert prompt_ids == tokenizer.apply_chat_template(user("Hello"), add_generation_prompt=True)["input_ids"]
-    assert decode(tokenizer, completion_ids) == text + "<|im_end|>"
+def encode_together(tokenizer, prompt, *texts: str) -> list[str]:
+    """A prompt and the replies to it, encoded as one row and decoded again."""
+    rows = PromptEncoder(tokenizer, [4]).encode_rows([prompt], [[reply(text)] for text in texts])
+    return [decode(tokenizer, ids) for (ids,) in rows]
+
+
+THOUGHTFUL = "<think>\nhm\n</think>\n\nyes"
+
+
+@pytest.mark.parametrize("name", ["bytes", "minimind"])
+def test_reply_with_thoughts_of_its_own_stands_in_place_of_the_empty_block(name, load):
+    """As the template writes prompt and reply together: one think block. Other replies keep the prompt of inference."""
+    tokenizer = load(name)
+    if name == "bytes":
+        tokenizer.chat_template = THINK
+    begin = tokenizer.apply_chat_template(user("Hello"), tokenize=False, add_generation_prompt=True)
+    assert begin.endswith("<think>\n\n</think>\n\n")
+    without = begin.removesuffix("<think>\n\n</think>\n\n")
+    assert encode_together(tokenizer, user("Hello"), "yes", "No") == [begin, "yes<|im_end|>", "No<|im_end|>"]
+    both = encode_together(tokenizer, user("Hello"), THOUGHTFUL, THOUGHTFUL + "!")
+    assert both == [without, THOUGHTFUL + "<|im_end|>", THOUGHTFUL + "!<|im_end|>"]
+    plain = tokenizer.apply_chat_template([*user("Hello"), *reply("No")], tokenize=False).removeprefix(without)
+    one = encode_together(tokenizer, user("Hello"), THOUGHTFUL, "No")
+    assert one == [without, THOUGHTFUL + "<|im_end|>", plain.removesuffix("\n")]
 
 
 @pytest.mark.parametrize(
@@ -367,11 +385,169 @@ def test_thoughtful_reply_ends_as_the_template_ends_it(load):
     tokenizer = load("bytes")
     block = "('' if m['role'] != 'assistant' or '</think>' in m['content'] else '<think>\\n\\n</think>\\n\\n')"
     tokenizer.chat_template = THINK.replace("+ m['content']", f"+ {block} + m['content']")
-    encoder = PromptEncoder(tokenizer, [4])
-    for text in ("yes", "<think>\nhm\n</think>\n\nyes"):
-        prompt_ids, completion_ids = encode_one(encoder, user("Hello"), reply(text))
-        assert prompt_ids == tokenizer.apply_chat_template(user("Hello"), add_generation_prompt=True)["input_ids"]
-        assert decode(tokenizer, completion_ids) == text + "<|im_end|>"
+    begin = tokenizer.apply_chat_template(user("Hello"), tokenize=False, add_generation_prompt=True)
+    assert encode_together(tokenizer, user("Hello"), "yes") == [begin, "yes<|im_end|>"]
+    without = begin.removesuffix("<think>\n\n</think>\n\n")
+    assert encode_together(tokenizer, user("Hello"), THOUGHTFUL) == [without, THOUGHTFUL + "<|im_end|>"]
+
+
+OPENS = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+CUTS = "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'])"
+WRITTEN = {
+    "cut out": OPENS.replace("m['content']", CUTS),
+    "as it is": OPENS,
+    "behind an empty block": OPENS.replace(
+        "+ m['content']", "+ ('<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' else '') + m['content']"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", [THOUGHTFUL, "hm\n</think>\n\nyes"])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_reasoning_goes_on_in_the_block_that_the_prompt_opens(written, text, load):
+    """As a model goes on there, whatever the template makes of the reasoning of a reply that is there."""
+    tokenizer = load("bytes")
+    tokenizer.chat_template = WRITTEN[written]
+    prompt, completion = encode_together(tokenizer, user("Hello"), text)
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert completion == "hm\n</think>\n\nyes<|im_end|>"
+
+
+def notes_of(tokenizer, prompt, *texts: str) -> list[str]:
+    sides = {f"side {place}": [reply(text)] for place, text in enumerate(texts)}
+    (row,) = PromptEncoder(tokenizer, [4]).render_rows([prompt], sides)
+    assert row.fault is None
+    return list(row.notes)
+
+
+def fault_of(tokenizer, prompt, *texts: str) -> str:
+    sides = dict(zip(("chosen", "rejected"), ([reply(text)] for text in texts), strict=True))
+    (row,) = PromptEncoder(tokenizer, [4]).render_rows([prompt], sides)
+    return row.fault or ""
+
+
+def test_answer_inside_an_open_think_block_is_said(load):
+    tokenizer = load("bytes")
+    tokenizer.chat_template = WRITTEN["cut out"]
+    (note,) = notes_of(tokenizer, user("Hello"), "yes")
+    assert "opens a think block that the reply does not close" in note
+    (note,) = notes_of(tokenizer, user("Hello"), THOUGHTFUL)
+    assert "does not write the reasoning" in note
+    # A block that the template closes in front of such a reply, with other blanks, is closed in training too.
+    block = "'<think></think>' if m['role'] == 'assistant' and '</think>' not in m['content'] else ''"
+    tokenizer.chat_template = OPENS.replace("+ m['content']", f"+ ({block}) + m['content']")
+    assert notes_of(tokenizer, user("Hello"), "yes") == []
+    assert encode_together(tokenizer, user("Hello"), "yes")[1] == "</think>yes<|im_end|>"
+
+
+ALTERED = {
+    "drops 'rejected'": ("", "No"),
+    "cuts the reasoning out of 'rejected'": ("m['content'].split('</think>')[-1]", THOUGHTFUL),
+    "leaves out or changes a part of 'rejected'": ("m['content'][:5]", "No, two dogs"),
+}
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_words_of_a_reply_that_the_template_does_not_render_are_a_fault(what, load):
+    tokenizer = load("bytes")
+    altered, text = ALTERED[what]
+    role = "m['role'] == 'assistant' and not loop.first"
+    tokenizer.chat_template = CHATML.replace("m['content']", f"({altered or repr('')} if {role} else m['content'])")
+    chosen = "" if "drops" in what else "yes"
+    assert fault_of(tokenizer, user("Say No or No, two dogs"), chosen, text) == (
+        f"the chat template {what} (--chat_template sets another template)"
+    )
+    assert fault_of(tokenizer, user("Hello"), chosen, "" if "drops" in what else "No") == ""
+
+
+def test_empty_think_block_in_front_of_reasoning_is_a_fault(load):
+    tokenizer = load("bytes")
+    block = "('<think></think>' if m['role'] == 'assistant' else '')"
+    tokenizer.chat_template = CHATML.replace("+ m['content']", f"+ {block} + m['content']")
+    assert "an empty think block in front of the reasoning of 'chosen'" in fault_of(
+        tokenizer, user("Hello"), THOUGHTFUL, "No"
+    )
+    assert fault_of(tokenizer, user("Hello"), "yes", "No") == ""
+
+
+@pytest.mark.parametrize("form", ["m['content'] | trim", "m['content'] | tojson", "m['content'] | e", "m['content']"])
+def test_words_in_other_clothes_are_not_missed(form, load):
+    tokenizer = load("bytes")
+    tokenizer.chat_template = CHATML.replace("m['content']", f"({form})")
+    prompt = [{"role": "system", "content": ' Be "brief" & <kind>é\n'}, *user("\n a < b\n\tc \\d ")]
+    assert notes_of(tokenizer, prompt, ' "x" & y\n') == []
+
+
+def test_turns_of_the_prompt_that_the_template_leaves_out_are_said(load):
+    tokenizer = load("bytes")
+    tokenizer.chat_template = CHATML.replace(LOOP, LOOP + "{%- if m['role'] not in ['system', 'tool'] -%}").replace(
+        "{%- endfor -%}", "{%- endif -%}{%- endfor -%}"
+    )
+    prompt = [{"role": "system", "content": "two dogs"}, *user("a"), {"role": "tool", "content": "x1"}, *user("Hello")]
+    assert notes_of(tokenizer, prompt, "yes") == [
+        "the chat template leaves out the system turn",
+        "the chat template leaves out a turn of the tool, or a part of it",
+    ]
+    assert notes_of(tokenizer, user("Hello"), "yes") == []
+    # Reasoning of earlier replies is left out by most templates; their words are not.
+    tokenizer.chat_template = CHATML.replace("m['content']", CUTS)
+    assert notes_of(tokenizer, [*user("a"), *reply(THOUGHTFUL), *user("Hello")], "yes") == []
+    tokenizer.chat_template = CHATML.replace(
+        "m['content']", "(m['content'] if m['role'] == 'user' or loop.last else '')"
+    )
+    (note,) = notes_of(tokenizer, [*user("a"), *reply("the dog"), *user("Hello")], "yes")
+    assert "an earlier turn of the assistant" in note
+
+
+CHAT_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+SYSTEM = {"role": "system", "content": "You are terse.\nAnswer in one line."}
+SOUND = {
+    "plain": user("  What is <b>2</b> + 2?\n"),
+    "system": [SYSTEM, *user('Say "hi" & bye')],
+    "several turns": [*user("Hello there"), *reply(" Hi!\n"), *user("And now?\n\n  indented:\n\tx = 1")],
+    "all of it": [SYSTEM, *user("Hello"), *reply("<think>\nhm\n</think>\n\nHi!"), *user("And now?")],
+}
+
+
+@pytest.mark.parametrize("file", CHAT_TEMPLATES, ids=lambda file: file.stem)
+def test_sound_rows_pass_the_templates_of_real_models(file, load):
+    tokenizer = load("bytes")
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    try:
+        set_chat_template(tokenizer, None, transcript=False)
+    except UserError:
+        pytest.skip("takes no text as content, but parts of it")
+    texts = (' Sure: x < y && "z"\n\n```py\nif a:\n    b\n```\n', "No.")
+    for name, prompt in SOUND.items():
+        (row,) = PromptEncoder(tokenizer).render_rows(
+            [prompt], {"chosen": [reply(texts[0])], "rejected": [reply(texts[1])]}
+        )
+        if row.refused:
+            assert file.stem.startswith("gemma")
+            assert name in ("system", "all of it")
+            continue
+        assert row.fault is None
+        assert all("opens a think block" in note for note in row.notes)
+        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        assert row.prompt == start
+        assert [text.strip() in written for text, written in zip(texts, row.completions, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("file", CHAT_TEMPLATES, ids=lambda file: file.stem)
+def test_reasoning_is_taught_once_or_refused_with_the_templates_of_real_models(file, load):
+    tokenizer = load("bytes")
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    try:
+        set_chat_template(tokenizer, None, transcript=False)
+    except UserError:
+        pytest.skip("takes no text as content, but parts of it")
+    text = "<think>\nzq1\n</think>\n\nzq2"
+    (row,) = PromptEncoder(tokenizer).render_rows([user("Hello")], {"chosen": [reply(text)]})
+    if row.fault is None:
+        text = row.prompt + row.completions[0]
+        parts = ("<think>", "zq1", "</think>", "zq2")
+        assert [text.count(part) for part in parts] == [1] * 4
+        assert sorted(parts, key=text.index) == list(parts)
 
 
 @pytest.mark.parametrize("template", ["chatml", "think"])
@@ -618,6 +794,12 @@ def random_rows(draw: random.Random, count: int, as_turns: bool) -> datasets.Dat
     )
 
 
+def differs_when_cut(row: dict, max_length: int) -> bool:
+    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+    _, (left, right) = fit_lengths(len(row["prompt_ids"]), [len(chosen), len(rejected)], max_length)
+    return chosen[:left] != rejected[:right]
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("as_turns", [False, True], ids=["text", "turns"])
 @pytest.mark.parametrize("name", ["bytes", "bytes-bos"])
@@ -629,6 +811,8 @@ def test_shortened_rows_fit_and_are_counted(name, as_turns, seed, load):
     rows = random_rows(draw, 40, as_turns)
     full, untouched = tokenize_rows(rows, encoder, PAIR_COLUMNS, 10_000, "error")
     assert untouched == Truncation(0, 0, 0)
+    differ = [place for place, row in enumerate(full) if differs_when_cut(row, max_length)]  # others are bad rows
+    rows, full = rows.select(differ), full.select(differ)
     tokenized, truncation = tokenize_rows(rows, encoder, PAIR_COLUMNS, max_length, "shorten_prompt")
     assert tokenized["row"][:] == rows["row"][:]
     shortened = cut = 0
@@ -657,7 +841,7 @@ def test_shortened_rows_fit_and_are_counted(name, as_turns, seed, load):
 
     too_long = shortened + cut
     if too_long == len(rows):
-        with pytest.raises(UserError, match=f"--max_length {max_length} .* leaves none of 40 rows"):
+        with pytest.raises(UserError, match=f"--max_length {max_length} .* leaves none of {len(rows)} rows"):
             tokenize_rows(rows, encoder, PAIR_COLUMNS, max_length, "drop")
     else:
         left, dropping = tokenize_rows(rows, encoder, PAIR_COLUMNS, max_length, "drop")
@@ -668,7 +852,7 @@ def test_shortened_rows_fit_and_are_counted(name, as_turns, seed, load):
         assert left["chosen_ids"][:] == [full["chosen_ids"][i] for i in fits]
     if too_long:
         first = next(row["row"] for row in tokenized if row["shortened"] or row["cut"])
-        complaint = rf"too short for {too_long} of 40 rows \(data row {first + 1}[,)]"
+        complaint = rf"too short for {too_long} of {len(rows)} rows \(data row {first + 1}[,)]"
         with pytest.raises(UserError, match=complaint):
             tokenize_rows(rows, encoder, PAIR_COLUMNS, max_length, "error")
 

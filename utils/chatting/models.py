@@ -16,7 +16,7 @@ from utils.generation import Continuation, stream_continuation
 from utils.models.loading import check_4bit, check_embeddings, context_length, load_tokenizer
 from utils.models.side_by_side import Contender, Wanted, load_side_by_side
 from utils.models.sources import read_end_ids
-from utils.models.templates import set_chat_template
+from utils.models.templates import recorded_moment, set_chat_template
 from utils.runs import TrainedModel, as_in_run, find_trained
 from utils.runtime import Precision, choose_precision, device_name, find_device, say
 from utils.settings import Settings
@@ -123,10 +123,11 @@ def _prepare(wanted: Wanted, trained: TrainedModel | None, settings: Settings) -
     source = wanted.source
     tokenizer = load_tokenizer(source, settings.model)
     record = trained.record.get("data", {}) if trained else {}
+    moment = recorded_moment(trained.record) if trained else None
     trained_on_texts = "chat_template" in record and record["chat_template"] is None
     template = None
     if settings.model.chat_template is not None or (tokenizer.chat_template and not trained_on_texts):
-        template = set_chat_template(tokenizer, settings.model.chat_template, transcript=False)
+        template = set_chat_template(tokenizer, settings.model.chat_template, transcript=False, moment=moment)
     ends = read_end_ids(source.base, source.revision, tokenizer)
     return Found(wanted, tokenizer, template, ends, context_length(source, settings.model))
 

@@ -181,11 +181,16 @@ def _reward(
 ) -> Judgement:
     say("      scoring the responses with the run's own reward")
     reader = readers[0]
-    own, other = (
+    (own, _), (other, changed) = (
         encode_responses(reader, writer, prompts, rows) for writer, rows in zip(readers, written, strict=True)
     )
     rewards = implicit_rewards(policy, reference, own + other, beta, reader.tokenizer.pad_token_id)
-    return by_scores(judge, rewards[: len(own)], rewards[len(own) :])
+    judgement = by_scores(judge, rewards[: len(own)], rewards[len(own) :])
+    if changed:
+        say(f"warning: the model's chat template leaves out a part of {changed:,} responses of the baseline;")
+        say("      they are scored without it")
+        judgement.details["responses_not_rendered_whole"] = changed
+    return judgement
 
 
 def _count(judgement: Judgement) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.comparing.sides import Reader
+from utils.errors import UserError
 from utils.generation import Continuation
 from utils.models.scoring import score_tokens
 from utils.models.side_by_side import Contender
@@ -20,22 +21,30 @@ Ids = tuple[list[int], list[int]]  # of a prompt and of the response to it
 
 def encode_responses(
     reader: Reader, writer: Reader, prompts: Sequence[Prompt], written: Sequence[Continuation]
-) -> list[Ids]:
-    """Prompts and responses as the token ids of `reader`, each response with its end where it has one.
+) -> tuple[list[Ids], int]:
+    """Prompts and responses as the token ids of `reader`, each response with its end where it has one; and how many
+    responses its chat template does not render whole.
 
     Responses of a `writer` with the same tokenizer keep the ids that were written; others are encoded as text.
+
+    Raises:
+        UserError: the chat template refuses a prompt together with its response.
     """
     encoder = reader.encoder
     if writer.tokenizer is reader.tokenizer:
         own = [row.ids if row.end is None else [*row.ids, row.end] for row in written]
-    else:
-        answers = [
-            row.text if isinstance(prompt, str) else [{"role": "assistant", "content": row.text}]
-            for prompt, row in zip(prompts, written, strict=True)
-        ]
-        ended = encoder.encode_continuations(prompts, answers)
-        own = [ids if row.ended else ids[:-1] for row, ids in zip(written, ended, strict=True)]
-    return list(zip(encoder.encode_prompts(prompts), own, strict=True))
+        return list(zip(encoder.encode_prompts(prompts), own, strict=True)), 0
+    answers = [
+        row.text if isinstance(prompt, str) else [{"role": "assistant", "content": row.text}]
+        for prompt, row in zip(prompts, written, strict=True)
+    ]
+    rendered = encoder.render_rows(prompts, {"response": answers})
+    refused = next((row.fault for row in rendered if row.refused), None)
+    if refused is not None:
+        raise UserError(refused)
+    prompt_ids, ended = encoder.encode_rendered(prompts, rendered)
+    own = [ids if row.ended else ids[:-1] for row, ids in zip(written, ended, strict=True)]
+    return list(zip(prompt_ids, own, strict=True)), sum(row.fault is not None for row in rendered)
 
 
 def implicit_rewards(

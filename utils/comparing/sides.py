@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from utils.generation import Continuation, find_fitting, sample_continuations
 from utils.models.loading import check_4bit, context_length, load_tokenizer
 from utils.models.side_by_side import Contender, Wanted
 from utils.models.sources import ModelSource, read_end_ids
-from utils.models.templates import set_chat_template
+from utils.models.templates import recorded_moment, set_chat_template
 from utils.runs import TrainedModel, find_trained
 from utils.runtime import say
 from utils.scorers import Prompt
@@ -135,10 +136,12 @@ def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bo
     shared = same and (of_the_run or of_the_base or not tokenizers[1].chat_template)
     templates: list[str | None] = [None, None]
     if with_messages:
-        templates[0] = set_chat_template(tokenizers[0], wish, transcript=False)
-        templates[1] = templates[0] if shared else set_chat_template(tokenizers[1], wish, transcript=False)
+        # Both are told the same date; that of a run is the model's, whose reward is then as it was in training.
+        moment = recorded_moment(model.trained.record) or recorded_moment(baseline.trained.record) or datetime.now()
+        for place in (0,) if shared else (0, 1):
+            templates[place] = set_chat_template(tokenizers[place], wish, transcript=False, moment=moment)
     if shared:
-        tokenizers[1] = tokenizers[0]
+        tokenizers[1], templates[1] = tokenizers[0], templates[0]
     readers = [
         Reader(
             tokenizer,

@@ -8,35 +8,42 @@ token, unless the completion had to be cut, in which case `cut` says so and noth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data.lengths import read_numbers
-from utils.data.places import SHOWN, Place, list_places, row_places
+from utils.data.places import SHOWN, Place, describe_bad_rows, list_places, row_places
+from utils.data.rendering import ADVICE, Rendered, Turns, render_chat, render_row
 from utils.data.row_cache import map_rows
 from utils.errors import UserError
 
 # Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
 PROMPT_SHARE_KEPT = 4
 
-# Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
-ANY_REPLY = "\ue000"
-
-Turns = list[dict[str, Any]]
+REASONS_SHOWN = 10
+REPLIES = {"chosen": "'chosen'", "rejected": "'rejected'", "completion": "the reply"}
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What `max_length` did to the rows of one split."""
+    """What `max_length` and the chat template did to the rows of one split.
+
+    `dropped` are rows that were too long. `bad_rows`: reason -> rows left out with --on_bad_rows skip. `warnings` are
+    sentences on rows that are trained on in another form than they seem to.
+    """
 
     prompts_shortened: int
     completions_cut: int
     dropped: int
+    bad_rows: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def truncated(self) -> int:
@@ -102,13 +109,38 @@ class PromptEncoder:
     def encode_rows(
         self, prompts: Sequence[str | Turns], sides: Sequence[Sequence[str | Turns]], tools: Sequence[Any] | None = None
     ) -> list[list[list[int]]]:
-        """What `encode_prompts` gives and, for each of `sides`, what `encode_continuations` gives, in one go."""
+        """What `encode_prompts` gives and, for each of `sides`, what `encode_continuations` gives, in one go.
+
+        Raises:
+            UserError: the chat template does not render a row, or renders it without its reply.
+        """
+        rendered = self.render_rows(prompts, dict(zip(REPLIES, sides, strict=False)), tools)
+        for row in rendered:
+            if row.fault is not None:
+                raise UserError(f"{row.fault}. Leave such rows out of the data")
+        return self.encode_rendered(prompts, rendered) if rendered else [[] for _ in (prompts, *sides)]
+
+    def render_rows(
+        self,
+        prompts: Sequence[str | Turns],
+        sides: Mapping[str, Sequence[str | Turns]],
+        tools: Sequence[Any] | None = None,
+    ) -> list[Rendered]:
+        """The rows as text, each with what is wrong with it; `sides` are columns of replies by their names."""
+        names = [REPLIES.get(name, f"'{name}'") for name in sides]
         tools = tools or [None] * len(prompts)
-        starts = [self._prompt_text(prompt, tool) for prompt, tool in zip(prompts, tools, strict=True)]
+        replies = zip(*sides.values(), strict=True) if sides else ([] for _ in prompts)
+        return [
+            self._render_row(prompt, row, tool, names)
+            for prompt, row, tool in zip(prompts, replies, tools, strict=True)
+        ]
+
+    def encode_rendered(self, prompts: Sequence[str | Turns], rendered: Sequence[Rendered]) -> list[list[list[int]]]:
+        """The ids of the prompts, then for each side those that follow them."""
+        starts = [row.prompt for row in rendered]
         start_ids = self.encode(starts)
         encoded = [[self._begin(prompt, ids) for prompt, ids in zip(prompts, start_ids, strict=True)]]
-        for side in sides:
-            rests = [self._rest_text(*parts) for parts in zip(starts, prompts, side, tools, strict=True)]
+        for rests in zip(*(row.completions for row in rendered), strict=True):
             whole = self.encode([start + rest for start, rest in zip(starts, rests, strict=True)])
             encoded.append(
                 [
@@ -124,38 +156,25 @@ class PromptEncoder:
             return self.bos_ids + ids
         return ids
 
-    def _prompt_text(self, prompt: str | Turns, tools: Any) -> str:
+    def _render_row(
+        self, prompt: str | Turns, replies: Sequence[str | Turns], tools: Any, names: Sequence[str]
+    ) -> Rendered:
         if isinstance(prompt, str):
-            return prompt
-        return self._render(prompt, tools, add_generation_prompt=True)
+            return render_row(render_chat, prompt, replies, names)
+        read = read_tools(tools)
+        shown: Turns = []
 
-    def _rest_text(self, start: str, prompt: str | Turns, completion: str | Turns, tools: Any) -> str:
-        """The text that follows, where generation starts from `start`, the text of the prompt."""
-        if isinstance(completion, str):
-            return completion
-        whole = self._render([*prompt, *completion], tools)
-        if whole.startswith(start):
-            return whole[len(start) :]
-        # The template writes something in front of a reply to come that it leaves out of a reply that is there (an
-        # empty think block, say). The prompt keeps it, as in generation; the completion begins where any reply would.
-        any_reply = self._render([*prompt, {**completion[0], "content": ANY_REPLY}], tools)
-        head, found, tail = any_reply.rpartition(ANY_REPLY)
-        if found and start.startswith(head) and whole.startswith(head):
-            return whole[len(head) :]
-        contents = "".join(str(turn.get("content") or "") for turn in completion)
-        return contents + (tail if found else "")
+        def render(turns: Turns, add_generation_prompt: bool = False) -> str:
+            shown[:] = turns
+            return render_chat(self.tokenizer, turns, tools=read, add_generation_prompt=add_generation_prompt)
 
-    def _render(self, turns: Turns, tools: Any, add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tools=read_tools(tools), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return render_row(render, prompt, replies, names)
         except Exception as error:  # a template can make Python raise anything
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise UserError(
-                f"the chat template refuses a conversation of {roles}: {' '.join(str(error).split())[:300]}. "
-                "Leave such rows out of the data, or give another template with --chat_template"
-            ) from None
+            roles = ", ".join(turn["role"] for turn in shown)
+            said = " ".join(str(error).split())[:300].rstrip(".")
+            fault = f"the chat template refuses a conversation of {roles}: {said}{ADVICE}"
+            return Rendered("", [""] * len(replies), fault, refused=True)
 
     def _encode_apart(self, completion: str) -> list[int]:
         """Ids of a completion whose first characters would merge into the prompt's last token.
@@ -224,18 +243,34 @@ def _fit_row(row: dict[str, Any], names: Sequence[str], max_length: int, opening
 def _tokenize_batch(
     batch: dict[str, list[Any]], encoder: PromptEncoder, completions: dict[str, str], max_length: int
 ) -> dict[str, list[Any]]:
-    tools = batch.get("tools")
-    prompt_ids, *sides = encoder.encode_rows(batch["prompt"], [batch[name] for name in completions.values()], tools)
+    rendered = encoder.render_rows(
+        batch["prompt"], {name: batch[name] for name in completions.values()}, batch.get("tools")
+    )
+    prompt_ids, *sides = encoder.encode_rendered(batch["prompt"], rendered)
     columns = {"prompt_ids": prompt_ids, "row": batch["row"], **dict(zip(completions, sides, strict=True))}
     columns |= {"id": batch["id"]} if "id" in batch else {}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     fitted = [_fit_row(row, list(completions), max_length, encoder.opening_ids) for row in rows]
     tokenized = {key: [row[key] for row in fitted] for key in (*columns, "shortened", "cut")}
     longest = [max(len(row[name]) for name in completions) for row in fitted]
-    return tokenized | {LENGTH: [len(row["prompt_ids"]) + end for row, end in zip(fitted, longest, strict=True)]}
+    tokenized[LENGTH] = [len(row["prompt_ids"]) + end for row, end in zip(fitted, longest, strict=True)]
+    tokenized[FAULT] = [
+        text.fault or _find_same([row[name] for name in completions], row["cut"], max_length)
+        for text, row in zip(rendered, fitted, strict=True)
+    ]
+    tokenized[NOTES] = ["\n".join(text.notes) for text in rendered]
+    return tokenized
+
+
+def _find_same(sides: Sequence[list[int]], cut: bool, max_length: int) -> str:
+    if len(sides) < 2 or sides[0] != sides[1]:
+        return ""
+    return f"{SAME_TOKENS} once cut to --max_length {max_length} (raise it)" if cut else SAME_TOKENS
 
 
 LENGTH = "length"  # tokens of the prompt with its longest completion; batches of similar length are made by it
+FAULT, NOTES = "fault", "notes"  # why a row cannot be trained on; what is to be said of it, a line each
+SAME_TOKENS = "'rejected' and 'chosen' are the same tokens"
 PAIR_COLUMNS = {"chosen_ids": "chosen", "rejected_ids": "rejected"}
 SFT_COLUMNS = {"completion_ids": "completion"}
 
@@ -248,6 +283,7 @@ def tokenize_rows(
     truncation: str,
     num_proc: int | None = None,
     place: Place | None = None,
+    on_bad_rows: str = "error",
 ) -> tuple[Dataset, Truncation]:
     """The rows as token ids, each fitting `max_length`, and what that took.
 
@@ -258,10 +294,13 @@ def tokenize_rows(
         truncation: `shorten_prompt`, `drop` or `error`, as in --truncation.
         num_proc: processes that share the work; None for this one alone.
         place: says where a row is found, by its `row`.
+        on_bad_rows: `error` or `skip`, as in --on_bad_rows, for rows that the chat template does not render whole, or
+            whose sides are the same tokens.
 
     Raises:
-        UserError: rows are too long under `error`, or none is left under `drop`.
+        UserError: rows are too long under `error`, rows cannot be trained on, or none is left.
     """
+    place = place or row_places("data")
     tokenized = map_rows(
         rows,
         _tokenize_batch,
@@ -274,16 +313,60 @@ def tokenize_rows(
     shortened, cut = (read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
     too_long = np.flatnonzero(shortened | cut)
     if len(too_long) and truncation == "error":
-        place = place or row_places("data")
         places = [place(row) for row in tokenized[too_long[:SHOWN]]["row"]]
         raise UserError(
             f"--max_length {max_length} is too short for {len(too_long)} of {len(rows)} rows "
             f"({list_places(places, len(too_long))}). "
             "Raise it, or pass --truncation shorten_prompt or drop"
         )
+    dropped = 0
     if truncation == "drop":
         tokenized = tokenized.select(np.flatnonzero(~(shortened | cut)))
         if len(tokenized) == 0 and len(rows) > 0:
             raise UserError(f"--max_length {max_length} with --truncation drop leaves none of {len(rows)} rows")
-        return tokenized, Truncation(0, 0, len(too_long))
-    return tokenized, Truncation(int((shortened & ~cut).sum()), int(cut.sum()), 0)
+        dropped = len(too_long)
+    tokenized, bad_rows = _leave_out_bad(tokenized, place, on_bad_rows)
+    warnings = tuple(_describe_notes(tokenized, place))
+    shortened, cut = (read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
+    counts = (int((shortened & ~cut).sum()), int(cut.sum()), dropped)
+    return tokenized.remove_columns([FAULT, NOTES]), Truncation(*counts, bad_rows, warnings)
+
+
+def _leave_out_bad(tokenized: Dataset, place: Place, on_bad_rows: str) -> tuple[Dataset, dict[str, int]]:
+    """The rows that can be trained on, and reason -> how many cannot."""
+    found = _find_in(tokenized, FAULT)
+    if not found:
+        return tokenized, {}
+    if on_bad_rows == "error":
+        faults = [
+            describe_bad_rows(reason, [place(row) for row in tokenized[indices[:SHOWN]]["row"]], len(indices))
+            for reason, indices in found.items()
+        ]
+        more = [f"{len(faults) - REASONS_SHOWN:,} more reasons of this kind"] if len(faults) > REASONS_SHOWN else []
+        raise UserError(*faults[:REASONS_SHOWN], *more)
+    bad = np.concatenate(list(found.values()))
+    counts = {reason: len(indices) for reason, indices in found.items()}
+    if len(bad) == len(tokenized):
+        said = "; ".join(f"{reason}: {count:,}" for reason, count in list(counts.items())[:REASONS_SHOWN])
+        raise UserError(f"--on_bad_rows skip: no usable row is left of {len(tokenized):,} ({said})")
+    return tokenized.select(np.setdiff1d(np.arange(len(tokenized)), bad)), counts
+
+
+def _describe_notes(tokenized: Dataset, place: Place) -> Iterator[str]:
+    for note, indices in _find_in(tokenized, NOTES).items():
+        places = list_places([place(row) for row in tokenized[indices[:SHOWN]]["row"]], len(indices))
+        yield f"{note}, in {len(indices):,} row{'s' if len(indices) > 1 else ''} ({places})"
+
+
+def _find_in(tokenized: Dataset, column: str) -> dict[str, np.ndarray]:
+    return find_texts(tokenized.select_columns([column]).with_format("arrow")[:][column])
+
+
+def find_texts(texts: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Each line of a column of texts -> the indices of the rows that have it, in order; most rows have an empty one."""
+    filled = pc.not_equal(texts, "")
+    found: dict[str, list[int]] = {}
+    for index, text in zip(np.flatnonzero(filled.to_numpy()), texts.filter(filled).to_pylist(), strict=True):
+        for line in text.split("\n"):
+            found.setdefault(line, []).append(int(index))
+    return {line: np.array(indices) for line, indices in found.items()}

@@ -32,6 +32,7 @@ from utils.evaluation.summary import count_pairs, describe_pairs, describe_polic
 from utils.inspection.texts import flatten
 from utils.models.loading import Reference, check_4bit, check_token_ids, load_tokenizer
 from utils.models.sources import ModelSource
+from utils.models.templates import TEMPLATE_DATE, recorded_moment
 from utils.runs import TrainedModel, find_trained
 from utils.runtime import (
     Precision,
@@ -119,7 +120,11 @@ def _check_launcher() -> None:
 def _tokenize(pairs: EvaluatedPairs, trained: TrainedModel, reference: ModelSource, settings: Settings) -> Rows:
     tokenizer = load_tokenizer(trained.source, settings.model)
     check_token_ids(tokenizer, reference, settings.model)
-    return prepare_rows(pairs.data, tokenizer, trained.source, settings, PAIR_COLUMNS)
+    if pairs.own and "on_bad_rows" not in settings.given:  # what its run left out, the evaluation leaves out
+        data = dataclasses.replace(settings.data, on_bad_rows=trained.setting("on_bad_rows", "error"))
+        settings = dataclasses.replace(settings, data=data)
+    moment = recorded_moment(trained.record)
+    return prepare_rows(pairs.data, tokenizer, trained.source, settings, PAIR_COLUMNS, moment)
 
 
 def _score(trainer: PreferenceTrainer) -> list[dict[str, float | None]]:
@@ -187,7 +192,7 @@ def _make_record(
 ) -> dict[str, Any]:
     metrics = summarise(scores)
     data = pairs.data
-    dropped = dict(data.dropped)
+    dropped = data.dropped | rows.bad_rows
     if rows.truncation.dropped:
         dropped[f"longer than {rows.max_length} tokens"] = rows.truncation.dropped
     whole = scoring.trainer_fields.get("ld_alpha") is None
@@ -202,10 +207,11 @@ def _make_record(
             "held_out_by_the_run": pairs.own,
             "unchanged_since_training": pairs.unchanged,
             "prompts_trained_on": _count_prompts(table, pairs),
-            "dropped": dropped if not pairs.own else {},
+            "dropped": dropped if not pairs.own else rows.bad_rows,
             "truncated": rows.truncation.truncated,
             "max_length": rows.max_length,
             "chat_template": rows.template,
+            TEMPLATE_DATE: rows.template_date,
             "fingerprint": data.fingerprint,
         },
         "scoring": {
@@ -217,7 +223,7 @@ def _make_record(
         "metrics": metrics,
         **measure(table, settings.evaluation.bootstrap_samples, settings.training.seed, whole),
         "recorded": compare_with_record(metrics, pairs, trained, precision),
-        "warnings": find_warnings(pairs, trained, len(np.unique(table.prompts))),
+        "warnings": [*rows.warnings, *find_warnings(pairs, trained, len(np.unique(table.prompts)))],
     }
 
 

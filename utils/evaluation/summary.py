@@ -40,6 +40,8 @@ def describe_pairs(pairs: EvaluatedPairs, rows: Rows, trained: TrainedModel) -> 
         yield f"      {count}{_describe_overlap(pairs)}"
         for reason, number in data.dropped.items():
             yield f"      left out {number:,}: {reason}"
+    for reason, number in rows.bad_rows.items():
+        yield f"      left out {number:,}: {reason}"
     cut = rows.truncation
     if cut.truncated or cut.dropped:
         yield (

@@ -23,7 +23,7 @@ REMOVES = {
     "broken_text": ("control", "encoding"),
     "held_out_prompts": ("held_out_prompt",),
     "overlap": ("overlap", "near_overlap"),
-    "too_long": ("too_long", "equal_when_cut", "template_refuses"),
+    "too_long": ("too_long", "equal_when_cut", "equal_as_tokens", "template_refuses", "template_loses"),
 }
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected", "source")
 

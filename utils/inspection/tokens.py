@@ -16,7 +16,8 @@ import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer
 
 from utils.data.files import first_line, quiet
-from utils.data.tokenizing import PromptEncoder, fit_lengths
+from utils.data.rendering import Rendered
+from utils.data.tokenizing import PromptEncoder, find_texts, fit_lengths
 from utils.errors import UserError
 from utils.inspection.findings import NOTE, PROBLEM, Finding, find_pairs
 from utils.inspection.scanning import SIDES, choose_processes
@@ -31,6 +32,7 @@ from utils.settings import Settings
 BATCH_PAIRS = 8  # per batch, where padding is compared
 TRIED_PAIRS = 200  # that are turned into tokens and back
 REFUSED = -1
+COUNTED = ("prompt", "chosen", "rejected", "unknown", "equal", "equal_when_cut")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ class TokenCounts:
 
     lengths: dict[str, np.ndarray]
     unknown: np.ndarray  # tokens that stand for what the vocabulary lacks
-    equal_when_cut: np.ndarray  # bool
+    equal: np.ndarray  # bool: both sides are the same tokens
+    equal_when_cut: np.ndarray  # bool: they are once they are cut
+    lost: dict[str, np.ndarray]  # what the chat template does to replies that it does not render whole -> pairs
+    notes: dict[str, np.ndarray]  # what else is to be said of how it renders pairs -> pairs
 
 
 def load_encoder(subject: Subject, settings: Settings) -> tuple[PromptEncoder, str | None, int]:
@@ -88,9 +93,10 @@ def count_tokens(pairs: datasets.Dataset, encoder: PromptEncoder, max_length: in
             desc="Counting tokens",
         )
         table = counted.with_format("arrow")[:]
-        columns = {name: table[name].to_numpy() for name in table.column_names}
+        columns = {name: table[name].to_numpy() for name in COUNTED}
+        texts = (find_texts(table[name]) for name in ("lost", "notes"))
     lengths = {side: columns[side] for side in ("prompt", "chosen", "rejected")}
-    return TokenCounts(lengths, columns["unknown"], columns["equal_when_cut"])
+    return TokenCounts(lengths, *(columns[name] for name in COUNTED[3:]), *texts)
 
 
 @contextlib.contextmanager
@@ -112,43 +118,52 @@ def _count_batch(batch: dict[str, list], encoder: PromptEncoder, max_length: int
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     try:
         encoded = _encode(rows, encoder)
-    except UserError:  # a row that the template refuses; the others are counted one by one
+    except UserError:  # a row that the tokenizer refuses; the others are counted one by one
         encoded = [_encode_alone(row, encoder) for row in rows]
     unknown = encoder.tokenizer.unk_token_id
     unknown = None if unknown in (*encoder.end_ids, encoder.tokenizer.bos_token_id) else unknown
+    sides = [pair.ids for pair in encoded]
+    lost = ["" if pair.ids is None else pair.text.fault or "" for pair in encoded]
+    equal = [ids is not None and ids[1] == ids[2] for ids in sides]
     return pa.table(
         {
             **{
-                side: pa.array([len(ids[number]) if ids else REFUSED for ids in encoded], type=pa.int64())
+                side: pa.array([len(ids[number]) if ids else REFUSED for ids in sides], type=pa.int64())
                 for number, side in enumerate(("prompt", "chosen", "rejected"))
             },
-            "unknown": pa.array(
-                [sum(part.count(unknown) for part in ids) if ids else 0 for ids in encoded], pa.int64()
-            ),
-            "equal_when_cut": pa.array([_equal_when_cut(ids, max_length) for ids in encoded], type=pa.bool_()),
+            "unknown": pa.array([sum(part.count(unknown) for part in ids) if ids else 0 for ids in sides], pa.int64()),
+            "equal": pa.array(equal, type=pa.bool_()),
+            "equal_when_cut": pa.array([_equal_when_cut(ids, max_length) for ids in sides], type=pa.bool_()),
+            "lost": pa.array(lost, pa.string()),
+            "notes": pa.array(["\n".join(pair.text.notes) for pair in encoded], pa.string()),
         }
     )
 
 
-Encoded = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
+@dataclass(frozen=True)
+class Encoded:
+    """A pair as text and as ids of prompt, chosen and rejected; no ids where template or tokenizer refuses it."""
+
+    text: Rendered
+    ids: tuple[list[int], list[int], list[int]] | None
 
 
 def _encode(rows: Sequence[dict[str, Any]], encoder: PromptEncoder) -> list[Encoded]:
     prompts, tools = [row["prompt"] for row in rows], [row.get("tools") for row in rows]
-    return list(
-        zip(*encoder.encode_rows(prompts, [[row[side] for row in rows] for side in SIDES[1:]], tools), strict=True)
-    )
+    texts = encoder.render_rows(prompts, {side: [row[side] for row in rows] for side in SIDES[1:]}, tools)
+    ids = zip(*encoder.encode_rendered(prompts, texts), strict=True)
+    return [Encoded(text, None if text.refused else own) for text, own in zip(texts, ids, strict=True)]
 
 
-def _encode_alone(row: dict[str, Any], encoder: PromptEncoder) -> Encoded | None:
+def _encode_alone(row: dict[str, Any], encoder: PromptEncoder) -> Encoded:
     try:
         return _encode([row], encoder)[0]
-    except UserError:
-        return None
+    except UserError as error:
+        return Encoded(Rendered("", [], str(error), refused=True), None)
 
 
-def _equal_when_cut(ids: Encoded | None, max_length: int) -> bool:
-    if ids is None:
+def _equal_when_cut(ids: tuple[list[int], list[int], list[int]] | None, max_length: int) -> bool:
+    if ids is None or ids[1] == ids[2]:
         return False
     prompt, chosen, rejected = ids
     if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
@@ -197,6 +212,19 @@ def check_tokens(subject: Subject, counts: TokenCounts, encoder: PromptEncoder, 
             "Training would stop at them; mend their turns, or give another --chat_template.",
             np.flatnonzero(counts.lengths["prompt"] == REFUSED),
         ),
+        *(
+            finding
+            for reason, pairs in counts.lost.items()
+            for finding in find_pairs(
+                subject, "template_loses", PROBLEM, reason,
+                "Training refuses them: it would train on something else than what stands there.", pairs,
+            )
+        ),
+        *find_pairs(
+            subject, "equal_as_tokens", PROBLEM, "both sides the same tokens, by the chat template or the tokenizer",
+            "They teach nothing, and training refuses them.",
+            np.flatnonzero(counts.equal),
+        ),
         *find_pairs(
             subject, "equal_when_cut", PROBLEM, f"both sides the same once cut to {max_length:,} tokens",
             "They teach nothing; raise --max_length, or --remove too_long.",
@@ -214,6 +242,11 @@ def check_tokens(subject: Subject, counts: TokenCounts, encoder: PromptEncoder, 
             "The model sees a placeholder in their place.",
             np.flatnonzero(counts.unknown),
         ),
+        *(
+            finding
+            for note, pairs in counts.notes.items()
+            for finding in find_pairs(subject, "template_changes", NOTE, note, "Training goes on, and says it.", pairs)
+        ),
         *_check_round_trip(subject, encoder),
     ]  # fmt: skip
 
@@ -225,7 +258,7 @@ def _check_round_trip(subject: Subject, encoder: PromptEncoder) -> list[Finding]
     bos = encoder.tokenizer.bos_token_id
     for pair in sample:
         row = subject.pairs[int(pair)]
-        ids = _encode_alone(row, encoder)
+        ids = _encode_alone(row, encoder).ids
         if ids is None:
             continue
         prompt, *replies = ids

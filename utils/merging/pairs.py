@@ -16,7 +16,7 @@ from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, PromptEncoder, toke
 from utils.errors import UserError
 from utils.models.loading import choose_max_length, context_length
 from utils.models.sources import read_end_ids
-from utils.models.templates import choose_template
+from utils.models.templates import choose_template, recorded_moment
 from utils.runs import TrainedModel, as_in_run
 from utils.saving import PAIRS
 from utils.settings import Settings
@@ -60,11 +60,11 @@ def load_texts(settings: Settings, trained: TrainedModel, tokenizer: PreTrainedT
     rows = data.held_out if held_out else data.train
     rows = rows.select(range(min(wanted, len(rows))))
     max_length = as_in_run(settings, trained, ["max_length"]).data.max_length
-    choose_template(rows, data.reading.is_transcript, tokenizer, None)
+    choose_template(rows, data.reading.is_transcript, tokenizer, None, recorded_moment(trained.record))
     encoder = PromptEncoder(tokenizer, read_end_ids(trained.source.base, trained.source.revision, tokenizer))
     columns = PAIR_COLUMNS if verb == "train" else SFT_COLUMNS
     limit = choose_max_length(max_length, context_length(trained.source, settings.model))
-    tokenized, _ = tokenize_rows(rows, encoder, columns, limit, "shorten_prompt")
+    tokenized, _ = tokenize_rows(rows, encoder, columns, limit, "shorten_prompt", on_bad_rows="skip")
     reference = _read_reference(trained, tokenized) if verb == "train" else None
     return CheckedTexts(
         f"{'held out of ' if held_out else ''}{data.source}",

@@ -1,7 +1,13 @@
-"""Chat templates for tokenizers that have none: built only from text and from tokens the tokenizer already has."""
+"""The chat template of a run: the tokenizer's own, a given one, or a plain one made of text and the tokens there are.
+
+A template that writes the date is told one moment throughout a run, which the run's record keeps.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -9,9 +15,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.rendering import held_moment, hold_moment, reads_clock, render_chat
 from utils.data.tokenizing import read_tools
 from utils.errors import UserError
 from utils.models.bounds import TimeIsUp, bounded
+from utils.saving import seconds_at
 
 # Turns as in Anthropic's HH-RLHF transcripts: rendering their turns gives the transcript back.
 TRANSCRIPT_TEMPLATE = (
@@ -33,6 +41,7 @@ PLAIN_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '\\n\\nAssistant:' -}}{%- endif -%}"
 )
 
+TEMPLATE_DATE = "template_date"  # in the data part of run.json
 GREETING = "Hello"  # what a template is tried on
 # What a template may take for it: real ones take a millisecond and no memory to speak of.
 MOST_SECONDS, MOST_BYTES, MOST_CHARACTERS = 10, 1 << 30, 1_000_000
@@ -54,9 +63,15 @@ def read_chat_template(wish: str) -> str:
 
 
 def choose_template(
-    rows: Dataset, transcript: bool, tokenizer: PreTrainedTokenizerBase, wish: str | None
+    rows: Dataset,
+    transcript: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    wish: str | None,
+    moment: datetime | None = None,
 ) -> str | None:
     """Sets the chat template that converted rows need; returns it as a phrase, None for rows of plain text.
+
+    `moment` is what a template that writes the date is told; None for now.
 
     Raises:
         UserError: a template is wished for plain texts, or it cannot be used.
@@ -67,22 +82,28 @@ def choose_template(
         return None
     listed = rows["tools"] if "tools" in rows.column_names else []
     tools = next((read_tools(text) for text in listed if text), None)
-    return set_chat_template(tokenizer, wish, transcript, tools)
+    return set_chat_template(tokenizer, wish, transcript, tools, moment)
 
 
 def set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, wish: str | None, transcript: bool, tools: list[dict[str, Any]] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    wish: str | None,
+    transcript: bool,
+    tools: list[dict[str, Any]] | None = None,
+    moment: datetime | None = None,
 ) -> str:
     """Gives the tokenizer the chat template to use, and returns a phrase that says which one it is.
 
     Args:
         transcript: whether the data are "Human: / Assistant:" transcripts, whose own form is then the default.
         tools: those of a row, where rows list any.
+        moment: what a template that writes the date is told; None for now.
 
     Raises:
         UserError: the template cannot be read, does not render a conversation, or leaves out the tools.
     """
-    said = _set_template(tokenizer, wish, transcript)
+    hold_moment(tokenizer, None)
+    said = _set_template(tokenizer, wish, transcript) + _hold_date(tokenizer, moment or datetime.now())
     if tools and _render(tokenizer, tools=tools) == _render(tokenizer):
         raise UserError(
             f"the chat template ({said.partition(';')[0]}) leaves out the tools that the rows list; pass a "
@@ -105,13 +126,67 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, wish: str | None, transcri
     return f"the tokenizer has none; using plain '{form}' turns, saved with it (--chat_template sets another)"
 
 
+def _hold_date(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> str:
+    """Has a template that asks for the time told one moment; returns it as the end of a phrase.
+
+    The time of day is left out where the template does not write it, so that the runs of a day share their rows.
+    """
+    if not reads_clock(tokenizer):
+        return ""
+    moment = moment.replace(microsecond=0)
+    day = moment.replace(hour=0, minute=0, second=0)
+    held = day if _render_at(tokenizer, day) == _render_at(tokenizer, moment) else moment
+    writes_date = _render_at(tokenizer, held) != _render_at(tokenizer, held + timedelta(days=1234, hours=5, minutes=43))
+    hold_moment(tokenizer, held)
+    return f", which writes the date: {describe_moment(held)} throughout" if writes_date else ""
+
+
+def _render_at(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> list[str]:
+    """A user's turn at a moment, without and with a system turn: some templates write the date in one of these only."""
+    hold_moment(tokenizer, moment)
+    texts = [_render(tokenizer)]
+    with contextlib.suppress(Exception):  # a template may refuse system turns, and can make Python raise anything
+        texts.append(_render(tokenizer, system="Be brief."))
+    return texts
+
+
+def describe_moment(moment: datetime) -> str:
+    """`2026-12-01`, with the time of day where that is not midnight."""
+    return moment.isoformat(" ", "minutes").removesuffix(" 00:00")
+
+
+def recorded_moment(record: Mapping[str, Any]) -> datetime | None:
+    """The moment that the template of a run was told; None where the record of no run says it.
+
+    Raises:
+        UserError: the record holds something else.
+    """
+    said = (record.get("data") or {}).get(TEMPLATE_DATE)
+    if said is None:  # the record of an earlier version of this script
+        seconds = seconds_at(record.get("started"))
+        return datetime.fromtimestamp(seconds) if seconds is not None else None
+    try:
+        return datetime.fromisoformat(said)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"run.json: data.{TEMPLATE_DATE} is {said!r:.60}: must be a date such as 2026-12-01T00:00:00"
+        ) from None
+
+
+def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The moment that the template is told, as the record keeps it; None for one that does not ask."""
+    moment = held_moment(tokenizer)
+    return moment.isoformat() if moment is not None else None
+
+
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    turns = [{"role": "user", "content": GREETING}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+def _render(tokenizer: PreTrainedTokenizerBase, system: str | None = None, **options: Any) -> str:
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    turns.append({"role": "user", "content": GREETING})
+    return render_chat(tokenizer, turns, add_generation_prompt=True, **options)
 
 
 def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

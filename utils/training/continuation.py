@@ -24,6 +24,7 @@ from utils.kept import read_kept
 from utils.models.identity import identify_model
 from utils.models.sources import ModelSource, find_model
 from utils.models.strangers import refuse_pickles
+from utils.models.templates import TEMPLATE_DATE
 from utils.output_folder import FREE_TO_CHANGE
 from utils.processes import count_processes
 from utils.runtime import Precision, is_main_process, read_versions, say
@@ -141,6 +142,7 @@ def identify_run(
         "rows": [len(rows.train), len(rows.held_out) if rows.held_out is not None else 0],
         "ids": [hash_rows(side, columns) for side in sides],
         "tokenizer": hash_tokenizer(rows.tokenizer, rows.end_ids),
+        TEMPLATE_DATE: rows.template_date,
         "model": identify_model(source),
         "reference": identify_model(find_model("--ref_model_name_or_path", reference)) if reference else None,
         "precision": precision.name,
@@ -212,7 +214,19 @@ def _changed_rows(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
         if before.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
             yield "tokenizer", "the tokenizer is another: its vocabulary, template or special tokens"
     elif before.get("ids", now["ids"]) != now["ids"]:
-        yield "tokenizer", "the tokenizer gives other ids for the same texts (its vocabulary or template is another)"
+        yield "tokenizer", _why_other_ids(before, now)
+
+
+def _why_other_ids(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if before.get("tokenizer") != now["tokenizer"]:
+        return "the tokenizer gives other ids for the same texts (its vocabulary or template is another)"
+    date, former = now.get(TEMPLATE_DATE), before.get(TEMPLATE_DATE)
+    if date is not None and date != former:
+        return f"the chat template writes the date, which was {former or 'not recorded'} then and is {date} now"
+    return (
+        "the same texts give other ids; vocabulary and template are what they were, so it is the version of this "
+        "script or of a library"
+    )
 
 
 def _changed_models(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -53,8 +53,12 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
             f"      over {rows.max_length} tokens: {shortened:,} with the prompt shortened from its left, "
             f"{cut:,} with a response cut (not taught to end there), {too_long:,} dropped"
         )
+    for reason, count in rows.bad_rows.items():
+        say(f"      dropped {count:,}: {reason}")
     if rows.template is not None:
         say(f"      chat template: {rows.template}")
+    for warning in rows.warnings:
+        say(f"warning: {warning}")
 
 
 def describe_start(

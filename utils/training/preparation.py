@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from utils.checkpoints import find_checkpoints
 from utils.data.lengths import count_row_tokens, longest_first
 from utils.data.loading import PreferenceData
 from utils.data.mixing import source_names
+from utils.data.places import Place
 from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
 from utils.errors import UserError, gather
 from utils.folder_lock import FolderLock, check_not_held
@@ -32,7 +35,7 @@ from utils.models.loading import (
     turn_off_dropout,
 )
 from utils.models.sources import ModelSource, find_model, read_end_ids
-from utils.models.templates import choose_template
+from utils.models.templates import choose_template, recorded_moment, template_date
 from utils.output_folder import check_output_folder
 from utils.paths import read_path
 from utils.runtime import Precision, say
@@ -41,7 +44,7 @@ from utils.settings import Settings
 from utils.tracking import check_trackers
 from utils.training.batch_size import limit_tokens_by_trying
 from utils.training.config import build_config
-from utils.training.launch import check_launch, uses, with_deepspeed
+from utils.training.launch import check_launch, gather_from_all, uses, with_deepspeed
 from utils.training.reference import scores_ahead
 from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
@@ -51,7 +54,10 @@ from utils.training.within_memory import MICRO_BATCHES
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenized rows of both sides, what the length limit did to them, and what they were made with."""
+    """Tokenized rows of both sides, what the length limit and the template did to them, and what they were made with.
+
+    `template_date`: what a chat template that asks for the time is told, ISO 8601 in local time; else None.
+    """
 
     train: Dataset
     held_out: Dataset | None
@@ -60,7 +66,21 @@ class Rows:
     max_length: int
     tokenizer: PreTrainedTokenizerBase
     template: str | None
+    template_date: str | None
     end_ids: frozenset[int]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of rows that are used in another form than they seem to be."""
+        return [
+            *(f"training rows: {text}" for text in self.truncation.warnings),
+            *(f"held-out rows: {text}" for text in self.held_out_truncation.warnings),
+        ]
+
+    @property
+    def bad_rows(self) -> dict[str, int]:
+        """Reason -> rows of both sides that were left out with --on_bad_rows skip."""
+        return dict(Counter(self.truncation.bad_rows) + Counter(self.held_out_truncation.bad_rows))
 
 
 def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
@@ -158,36 +178,51 @@ def prepare_rows(
     source: ModelSource,
     settings: Settings,
     columns: dict[str, str],
+    moment: datetime | None = None,
 ) -> Rows:
     """The rows as token ids, with the chat template and the length limit that apply.
 
+    `moment` is what a template that writes the date is told; None for now.
+
     Raises:
-        UserError: settings that do not fit the model or its adapter, or rows that do not fit the length limit.
+        UserError: settings that do not fit the model or its adapter, or rows that do not fit the length limit or that
+            the chat template does not render whole.
     """
     template, max_length, end_ids, _, _ = gather(
-        lambda: choose_template(data.train, data.reading.is_transcript, tokenizer, settings.model.chat_template),
+        lambda: choose_template(
+            data.train, data.reading.is_transcript, tokenizer, settings.model.chat_template, moment
+        ),
         lambda: choose_max_length(settings.data.max_length, context_length(source, settings.model)),
         lambda: read_end_ids(source.base, source.revision, tokenizer),
         lambda: _check_adapter_settings(source, settings),
         lambda: check_same_tokenizer(tokenizer, settings.model),
     )
     encoder = PromptEncoder(tokenizer, end_ids)
-    parts = [
-        tokenize_rows(
-            part,
-            encoder,
-            columns,
-            max_length,
-            settings.data.truncation,
-            settings.trainer_fields.get("dataset_num_proc"),
-            place,
-        )
-        if part is not None
-        else None
-        for part, place in ((data.train, data.place), (data.held_out, data.held_out_place))
-    ]
-    (train, truncation), held_out = parts[0], parts[1] or (None, Truncation(0, 0, 0))
-    return Rows(train, held_out[0], truncation, held_out[1], max_length, tokenizer, template, encoder.end_ids)
+
+    def tokenize(part: Dataset | None, place: Place) -> tuple[Dataset | None, Truncation]:
+        if part is None:
+            return None, Truncation(0, 0, 0)
+        processes, limit = settings.trainer_fields.get("dataset_num_proc"), settings.data.truncation
+        return tokenize_rows(part, encoder, columns, max_length, limit, processes, place, settings.data.on_bad_rows)
+
+    (train, truncation), (held_out, of_held_out) = gather(
+        lambda: tokenize(data.train, data.place), lambda: tokenize(data.held_out, data.held_out_place)
+    )
+    date = template_date(tokenizer) if template is not None else None
+    return Rows(train, held_out, truncation, of_held_out, max_length, tokenizer, template, date, encoder.end_ids)
+
+
+def choose_moment(settings: Settings) -> datetime:
+    """What a chat template that writes the date is told: what the run that is resumed was told, else now. The same in
+    all processes.
+
+    Raises:
+        UserError: the record of the run is none.
+    """
+    now = gather_from_all(datetime.now())[0]
+    folder = settings.run.output_dir
+    before = _recorded(settings, read_path(folder).resolve()) if folder is not None else {}
+    return recorded_moment(before) or now
 
 
 def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:

@@ -21,6 +21,7 @@ from utils.models.head import MARK
 from utils.models.loading import Reference
 from utils.models.scoring import output_head
 from utils.models.sources import ModelSource
+from utils.models.templates import TEMPLATE_DATE
 from utils.processes import command_to_go_on, identify_process
 from utils.runtime import Precision, device_name, is_main_process, peak_memory_bytes, read_versions, say
 from utils.saving import RunRecord, now, read_record
@@ -272,7 +273,7 @@ def _first_record(
 ) -> dict[str, Any]:
     kind = "pairs" if settings.verb == "train" else "rows"
     model = trainer.model
-    dropped, process = dict(data.dropped), identify_process()
+    dropped, process = data.dropped | rows.bad_rows, identify_process()
     too_long = rows.truncation.dropped + rows.held_out_truncation.dropped
     if too_long:
         dropped[f"longer than {rows.max_length} tokens"] = too_long
@@ -300,6 +301,7 @@ def _first_record(
             "truncated": rows.truncation.truncated + rows.held_out_truncation.truncated,
             "max_length": rows.max_length,
             "chat_template": rows.template,
+            TEMPLATE_DATE: rows.template_date,
             "shared_prompts": data.shared_prompts,
             "fingerprint": data.fingerprint,
         },

@@ -1,0 +1,260 @@
+"""Conversations as a chat template renders them: where a reply begins, what is left out, which day is written.
+
+Nothing here knows token ids; `utils/data/tokenizing.py` makes them from the texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from markupsafe import escape
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+Turns = list[dict[str, Any]]
+Render = Callable[..., str]  # (turns, add_generation_prompt=False) -> text
+
+# Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
+ANY_REPLY = "\ue000"
+
+OPEN_TAG = r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])"
+CLOSE_TAG = r"(?:</(?:\w+:)?think(?:ing)?>|\[/THINK\])"
+TAG = re.compile(f"{OPEN_TAG}|{CLOSE_TAG}")
+CLOSING = re.compile(CLOSE_TAG)
+OPENED = re.compile(rf"{OPEN_TAG}(\s*)\Z")  # a prompt that ends inside a think block
+EMPTY_BLOCK = re.compile(rf"{OPEN_TAG}\s*{CLOSE_TAG}\s*\Z")  # a prompt that ends with a think block without thoughts
+OWN_BLOCK = re.compile(rf"\s*{OPEN_TAG}(?!\s*{CLOSE_TAG})")  # a text that begins with a think block with thoughts
+TAIL = 80  # characters at the end of a prompt in which its last tags stand
+
+REASONING_CUT = "the chat template cuts the reasoning out of {}"
+DROPPED = "the chat template drops {}"
+CHANGED = "the chat template leaves out or changes a part of {}"
+SECOND_BLOCK = "the chat template puts an empty think block in front of the reasoning of {}"
+ADVICE = " (--chat_template sets another template)"
+LEFT_OUT = {
+    "system": "the chat template leaves out the system turn",
+    "user": "the chat template leaves out a turn of the user, or a part of it",
+    "assistant": "the chat template leaves out an earlier turn of the assistant, or a part of it",
+}
+LEFT_OUT_OTHER = "the chat template leaves out a turn of {}, or a part of it"
+IN_OPEN_BLOCK = (
+    "the chat template opens a think block that the reply does not close: it is trained as the beginning of reasoning"
+)
+KEPT_REASONING = (
+    "the chat template does not write the reasoning of a reply where it opens a think block for it; the reply is "
+    "trained as it was written, behind the template's think tag"
+)
+OWN_REASONING = (
+    "the reply has reasoning: prompt and reply are trained as the template writes them together, without the empty "
+    "think block that it puts in front of a reply to come"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text. `fault`: why it cannot be trained on; `notes`: what the person should know of it.
+
+    `refused`: the template does not render the row at all, and the texts are empty.
+    """
+
+    prompt: str
+    completions: list[str]
+    fault: str | None = None
+    notes: tuple[str, ...] = ()
+    refused: bool = False
+
+
+def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turns], names: Sequence[str]) -> Rendered:
+    """The text that generation would begin from, and for each reply the text that follows it.
+
+    All replies follow the same prompt text. That is what the template writes for a reply to come, with one exception:
+    where it ends with an empty think block and a reply brings reasoning, the block is left to the replies.
+
+    Args:
+        names: what the replies are called in faults.
+    """
+    if isinstance(prompt, str):
+        return Rendered(prompt, [reply if isinstance(reply, str) else _words(reply) for reply in replies])
+    start = render(prompt, add_generation_prompt=True)
+    notes: dict[str, None] = dict.fromkeys(_find_left_out(start, prompt))
+    wholes = [None if isinstance(reply, str) else render([*prompt, *reply]) for reply in replies]
+    shorter = _without_empty_block(start, [whole for whole in wholes if whole is not None])
+    if shorter is not None:
+        start = shorter
+        notes[OWN_REASONING] = None
+    completions, fault = [], None
+    for name, reply, whole in zip(names, replies, wholes, strict=True):
+        if whole is None:
+            completions.append(reply)
+            continue
+        rest, begin, note = _follow(render, start, prompt, reply, whole)
+        completions.append(rest)
+        if begin is not None:
+            fault = fault or _find_lost(render, whole, begin, prompt, reply, name)
+        if _adds_block(start, reply, rest):
+            fault = fault or SECOND_BLOCK.format(name) + ADVICE
+        if note is not None:
+            notes[note] = None
+    return Rendered(start, completions, fault, tuple(notes))
+
+
+def _words(reply: Turns) -> str:
+    return "".join(str(turn.get("content") or "") for turn in reply)
+
+
+def _without_empty_block(start: str, wholes: Sequence[str]) -> str | None:
+    """The prompt without the empty think block at its end, where the template writes reasoning in its place."""
+    block = EMPTY_BLOCK.search(start[-TAIL:])
+    if block is None:
+        return None
+    shorter = start[: len(start) - len(block[0])]
+    if not all(whole.startswith(shorter) for whole in wholes):
+        return None
+    brings_own = any(not whole.startswith(start) and OWN_BLOCK.match(whole, len(shorter)) for whole in wholes)
+    return shorter if brings_own else None
+
+
+def _adds_block(start: str, reply: Turns, rest: str) -> bool:
+    """Whether the template puts a think block of its own in front of a reply that has one."""
+    words = _words(reply)
+    if len(reply) > 1 or not ("</" in words or "[/" in words):  # the quick way for nearly all
+        return False
+    own = len(CLOSING.findall(words))
+    return own > 0 and bool(EMPTY_BLOCK.search(start[-TAIL:])) + len(CLOSING.findall(rest)) > own
+
+
+def _follow(render: Render, start: str, prompt: Turns, reply: Turns, whole: str) -> tuple[str, int | None, str | None]:
+    """The text that follows `start`, given `whole`, what the template makes of prompt and reply; where the reply begins
+    in `whole` (None: the text is the reply's own); and a note."""
+    opened, words = OPENED.search(start[-TAIL:]), _words(reply)
+    begin, rest = len(start), whole[len(start) :] if whole.startswith(start) else None
+    if rest is None and opened and whole.startswith(start[: len(start) - len(opened[1])]):
+        begin -= len(opened[1])  # the same think block, with other blanks behind its tag
+        rest = whole[begin:].removeprefix(opened[1])
+    reasons = opened is not None and CLOSING.search(words) is not None
+    if rest is not None and not (reasons and _adds_block(start, reply, rest)):
+        return rest, begin, IN_OPEN_BLOCK if opened and not CLOSING.search(rest) else None
+    # The template writes something in front of a reply to come that it leaves out of a reply that is there (an empty
+    # think block, say). The prompt keeps it, as in generation; the completion begins where any reply would.
+    any_reply = render([*prompt, {**reply[0], "content": ANY_REPLY}])
+    head, found, tail = any_reply.rpartition(ANY_REPLY)
+    if found and reasons:  # a model goes on with its reasoning there, closes the block, and answers
+        tag = re.match(rf"\s*{OPEN_TAG}", words)
+        own = words[tag.end() :].removeprefix(opened[1]) if tag else words
+        return own + tail, None, KEPT_REASONING
+    note = IN_OPEN_BLOCK if opened else None
+    if found and start.startswith(head) and whole.startswith(head):
+        return whole[len(head) :], len(head), note
+    return words + (tail if found else ""), _count_common(start, whole), note
+
+
+def _count_common(one: str, other: str) -> int:
+    """Characters that both texts begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def _find_left_out(text: str, prompt: Turns) -> Iterator[str]:
+    """What the template leaves out of a prompt; at inference it leaves out the same."""
+    for turn in prompt:
+        content, role = turn.get("content"), str(turn.get("role"))
+        if not isinstance(content, str) or content in text:
+            continue
+        # Most templates take the reasoning out of earlier replies, and mean it.
+        said = CLOSING.split(content)[-1] if role == "assistant" else content
+        if _find(text, said.strip(), 0) < 0:
+            yield LEFT_OUT.get(role) or LEFT_OUT_OTHER.format(f"the {role}")
+
+
+def _find_lost(render: Render, whole: str, begin: int, prompt: Turns, reply: Turns, name: str) -> str | None:
+    """What the template does to the words of a reply that it should render from `begin` on."""
+    place = begin
+    for turn in reply:
+        content = turn.get("content")
+        if not isinstance(content, str):
+            continue
+        said = content.strip()
+        found = whole.find(said, max(0, place - len(said) + 1) if place == begin and said else place)
+        if found >= 0:  # the quick way for nearly all
+            place = max(place, found + len(said))
+            continue
+        # Templates write think tags, and the blanks around them, in their own way.
+        parts = [part.strip() for part in TAG.split(content)]
+        for number, part in enumerate(parts):
+            # A part may begin with what the generation prompt ends with; it must end behind it.
+            found = _find(whole, part, max(0, place - len(part) + 1) if place == begin and part else place)
+            if found < 0:
+                cuts = number < len(parts) - 1 and _find(whole, parts[-1], place) >= 0
+                dropped = not cuts and ANY_REPLY not in render([*prompt, {**reply[-1], "content": ANY_REPLY}])
+                what = REASONING_CUT if cuts else DROPPED if dropped else CHANGED
+                return what.format(name) + ADVICE
+            place = max(place, found + len(part))
+    return None
+
+
+def _find(text: str, said: str, begin: int) -> int:
+    """Where `said` stands in `text`, as it is or escaped as in JSON or HTML; -1 where it does not."""
+    found = text.find(said, begin)
+    if found >= 0:
+        return found
+    for form in (json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1], str(escape(said))):
+        found = text.find(form, begin) if form != said else -1
+        if found >= 0:
+            return found
+    return -1
+
+
+# The clock.
+
+HELD = "chat_template_moment"  # attribute of a tokenizer: the moment that its template is told, whenever it asks
+
+
+def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may ask for the time; templates have one function for it."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def held_moment(tokenizer: PreTrainedTokenizerBase) -> datetime | None:
+    """The moment that the template is told; None where it does not ask."""
+    return getattr(tokenizer, HELD, None)
+
+
+def hold_moment(tokenizer: PreTrainedTokenizerBase, moment: datetime | None) -> None:
+    """From now on the template is told this moment; it is part of the tokenizer, and so of the key of cached rows."""
+    if moment is not None:
+        setattr(tokenizer, HELD, moment)
+    elif hasattr(tokenizer, HELD):
+        delattr(tokenizer, HELD)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, **options: Any) -> str:
+    """What the tokenizer's chat template makes of turns, at the moment that is held for it."""
+    with _clock_at(held_moment(tokenizer)):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+
+@contextlib.contextmanager
+def _clock_at(moment: datetime | None) -> Iterator[None]:
+    """`strftime_now` of transformers reads `datetime.now()` of its own module, and templates cannot be handed another
+    function in its place."""
+    if moment is None:
+        yield
+        return
+
+    class Held(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return moment
+
+    former = chat_template_utils.datetime
+    chat_template_utils.datetime = Held
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = former
