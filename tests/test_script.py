@@ -121,8 +121,9 @@ def test_settings_that_do_not_fit_the_model(refused, tiny_model, other_model, pa
     (line,) = refused(*flags, "--use_lora", "--lora_target_modules", "q_proj,c_attn")
     assert "c_attn" in line
     assert "q_proj" in line.split("has")[-1]
-    (line,) = refused(*flags, "--max_length", 8, "--truncation", "error")
+    line, of_held_out = refused(*flags, "--max_length", 8, "--truncation", "error")
     assert "for 55 of 55 rows" in line
+    assert "for 5 of 5 rows" in of_held_out
     (line,) = refused(*flags, "--chat_template", "{{ messages | no_such_filter }}")
     assert "--chat_template" in line
     foreign = tmp_path / "foreign"
