@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,6 +16,7 @@ from utils.data.adapter import load_adapter
 from utils.data.loading import load_pairs
 from utils.errors import UserError
 from utils.settings import DataSettings
+from utils.user_code import load_function
 
 ADAPTER = """\
 import beside, sys
@@ -186,3 +189,33 @@ def test_a_change_in_what_an_adapter_imports_is_seen(tmp_path):
         command = [sys.executable, "-B", "-c", code, str(tmp_path / "cache")]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert said.startswith(front)
+
+
+def test_a_persons_own_utils_is_theirs_and_ours_stays_ours(tmp_path):
+    """Also where it is imported as the function is called, by a module beside it, or is a package."""
+    (tmp_path / "utils.py").write_text("x = 5\n")
+    (tmp_path / "helper.py").write_text("def later():\n    import utils\n    return utils.x\n")
+    (tmp_path / "own.py").write_text(
+        "import helper\nfrom utils import x\n\ndef f():\n    import utils\n    return x, utils.x, helper.later()\n"
+    )
+    package = tmp_path / "below" / "utils"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from utils.inner import y\n")
+    (package / "inner.py").write_text("y = 7\n")
+    (tmp_path / "below" / "own.py").write_text(
+        "import utils.inner as inner\n\ndef f():\n    from utils.inner import y\n    import utils\n"
+        "    return inner.y, y, utils.y\n"
+    )
+    former, import_before = dict(sys.modules), builtins.__import__
+    try:
+        one = load_function("--scorer", f"{tmp_path / 'own.py'}:f")
+        other = load_function("--scorer", f"{tmp_path / 'below' / 'own.py'}:f")
+        assert (one(), other(), one()) == ((5, 5, 5), (7, 7, 7), (5, 5, 5))
+        assert sys.modules["utils"] is former["utils"]
+        sys.modules.pop("utils.drawing", None)
+        import utils.drawing
+
+        assert Path(utils.drawing.__file__).is_relative_to(ROOT)
+    finally:
+        builtins.__import__ = import_before
+        sys.modules.pop("helper", None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.paths import read_path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def path_of(spec: str) -> Path:
@@ -33,6 +38,7 @@ def load_function(flag: str, spec: str) -> Callable[..., Any]:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{flag}: {path} is no Python file")
     module = importlib.util.module_from_spec(module_spec)
+    _let_own_utils_be_found(path.parent.resolve())
     sys.path.insert(0, str(path.parent.resolve()))  # as for a script, so that it can import what lies beside it
     try:
         module_spec.loader.exec_module(module)
@@ -45,6 +51,58 @@ def load_function(flag: str, spec: str) -> Callable[..., Any]:
         named = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{flag}: {path.name} has no function {name}; it has: {', '.join(named) or 'none'}")
     return function
+
+
+class _ImportOfTheirs:
+    """In place of `__import__`: a file in a folder that has a `utils` of its own gets that one, all others ours.
+
+    Only one of the two can be in `sys.modules`: theirs is while such a file imports it, and is kept here afterwards.
+    """
+
+    def __init__(self):
+        self.plain = builtins.__import__
+        self.modules: dict[str, dict[str, Any]] = {}  # folder -> what was imported there as utils and utils.x
+        self.lock = threading.RLock()
+        self.at_work = False
+
+    def __call__(self, name, globals=None, locals=None, fromlist=(), level=0):
+        folder = None
+        if level == 0 and name.partition(".")[0] == "utils":
+            file = str((globals or {}).get("__file__"))
+            folder = max((folder for folder in self.modules if _lies_in(file, folder)), key=len, default=None)
+        if folder is None:
+            return self.plain(name, globals, locals, fromlist, level)
+        with self.lock:
+            if self.at_work:  # for a module of theirs that is being imported
+                return self.plain(name, globals, locals, fromlist, level)
+            self.at_work, ours, path = True, _take_utils(), sys.path
+            sys.modules.update(self.modules[folder])
+            sys.path = [folder, *(place for place in path if place != str(ROOT))]
+            try:
+                return self.plain(name, globals, locals, fromlist, level)
+            finally:
+                self.modules[folder] = _take_utils()
+                sys.modules.update(ours)
+                self.at_work, sys.path = False, path
+
+
+def _let_own_utils_be_found(folder: Path) -> None:
+    """Lets files in the folder import a `utils` that lies there, though the script has one too."""
+    if folder == ROOT or not ((folder / "utils.py").is_file() or (folder / "utils").is_dir()):
+        return
+    if not isinstance(builtins.__import__, _ImportOfTheirs):
+        builtins.__import__ = _ImportOfTheirs()
+    builtins.__import__.modules.setdefault(str(folder), {})
+
+
+def _lies_in(file: str, folder: str) -> bool:
+    """Whether a file is one of the person's, of this folder; the script itself may lie below it."""
+    script_is_below = str(ROOT).startswith(folder + os.sep)
+    return file.startswith(folder + os.sep) and not (script_is_below and file.startswith(str(ROOT) + os.sep))
+
+
+def _take_utils() -> dict[str, Any]:
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "utils"}
 
 
 def describe_failure(error: BaseException, path: Path, with_text: bool = True) -> str:
