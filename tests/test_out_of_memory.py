@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_model, write_lines
 from safetensors.torch import load_file
 
+from utils.memory import ran_out_of_memory
 from utils.training.batches import PairCollator, examples_of
 from utils.training.trainer import PreferenceTrainer
 
@@ -358,3 +360,15 @@ def test_blocks_of_a_trial_go_back_to_the_system_and_those_of_training_stay():
     assert mapped_after < 100 * 2**20
     assert arena_after > arena + 90 * 2**20
     assert arena_left == arena_after
+
+
+def test_what_the_libraries_say_when_there_is_no_room():
+    for text in (
+        "could not create a primitive",
+        "could not create a memory object",
+        "unable to mmap: Cannot allocate memory",
+    ):
+        assert ran_out_of_memory(RuntimeError(text)), text
+    assert ran_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not ran_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
+    assert not ran_out_of_memory(ValueError("could not create a primitive"))

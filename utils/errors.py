@@ -43,6 +43,15 @@ class ProcessLost(Exception):
     spoken = False
 
 
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """The whole text of an error in one line, for its reason may stand in any of its lines; its name where it has none.
+
+    Of a text of more than `most` characters the middle is left out.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
+
+
 def gather(*stages: Callable[[], Any]) -> tuple[Any, ...]:
     """What each stage returns, in order.
 

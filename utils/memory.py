@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,13 +22,19 @@ if TYPE_CHECKING:
     import torch
 
 LESS_MEMORY = "a lower --max_length, --gradient_checkpointing, --use_lora, --use_4bit, or a device with more memory"
+# torch's own words; oneDNN's, when it finds no room for its buffers or its code (that it cannot make the description of
+# a primitive is another thing); C++'s; the system's.
+NO_ROOM = re.compile(
+    "not enough memory: you tried to allocate|could not create a (memory|primitive)(?! desc)|std::bad_alloc"
+    "|[Cc]annot allocate memory"
+)
 CGROUPS = Path("/sys/fs/cgroup")
 SAMPLED_EVERY = 0.002  # seconds, of the memory of a process on a CPU
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory could not be had, of a GPU or of the host."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     if "torch" not in sys.modules:
         return False
@@ -35,10 +43,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    text = str(error)
-    # The last two: oneDNN's, when it finds no room for its own buffers, and C++'s.
-    also = ("not enough memory: you tried to allocate", "could not create a memory", "std::bad_alloc")
-    return should_reduce_batch_size(error) or (isinstance(error, RuntimeError) and any(part in text for part in also))
+    return should_reduce_batch_size(error) or (
+        isinstance(error, RuntimeError) and NO_ROOM.search(str(error)) is not None
+    )
 
 
 def keep_freed_memory() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from utils.arguments.flag_values import as_text
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.paths import read_path
 
 MOST_ITEMS = 100_000  # of one setting
@@ -130,7 +130,7 @@ def _read_yaml(path: str, text: str) -> Iterator[tuple[str, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or in_one_line(error)
         raise UserError(f"{path}{where}: is no YAML ({reason})") from None
     except ValueError as error:  # what a tag promises and the value does not keep, such as `!!int x`
         raise UserError(f"{path}: is no YAML ({error})") from None

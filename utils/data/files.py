@@ -40,7 +40,7 @@ from utils.data.scanning import (
     scan_json,
     whole_rows,
 )
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20
@@ -384,6 +384,5 @@ def quiet(size_bytes: int) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its name when it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The text of an error in one line, or its name when it has none."""
+    return in_one_line(error)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.folder_lock import check_not_held, read_owner, take_lock
 from utils.output_folder import check_writable
 from utils.paths import read_path
@@ -171,10 +171,10 @@ def push_folder(folder: Path, name: str) -> str:
     except LocalTokenNotFoundError:
         raise UserError(f"--push_to_hub {name}: there is no login here (`hf auth login`); {kept}") from None
     except HfHubHTTPError as error:
-        reason = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
+        reason = getattr(error, "server_message", None) or in_one_line(error)
         raise UserError(f"--push_to_hub {name}: the hub refuses it ({reason}); {kept}") from None
     except (OfflineModeIsEnabled, OSError, HfHubHTTPError.__bases__[0]) as error:  # the last: of the hub's own client
-        reason = str(error).strip().splitlines()[0]
+        reason = in_one_line(error)
         raise UserError(f"--push_to_hub {name}: the hub cannot be reached ({reason}); {kept}") from None
     return str(repository)
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.models.loading import load_frozen, put_adapter
 from utils.models.sources import ModelSource, read_end_ids
 from utils.models.translating import translating
@@ -198,7 +198,7 @@ def save_merged(
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:
-        raise UserError(f"the merged model cannot be saved: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the merged model cannot be saved: {in_one_line(error)}") from None
     tokenizer.save_pretrained(folder)
     let_umask_decide(*folder.glob("*.safetensors"))
     return sorted(path.name for path in folder.glob("*.py"))

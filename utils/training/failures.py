@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from utils.errors import LocalError, UserError
+from utils.errors import LocalError, UserError, in_one_line
 from utils.memory import LESS_MEMORY, ran_out_of_memory
 from utils.saving import FolderLost, explain_fault, find_disk_fault
 
@@ -37,7 +37,7 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
         )
     if ran_out_of_memory(error):
         return LocalError(
-            f"out of memory after step {step} ({_first_line(error)}). {safe} The same command goes on where other "
+            f"out of memory after step {step} ({in_one_line(error)}). {safe} The same command goes on where other "
             f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with {LESS_MEMORY}"
         )
     return None
@@ -50,8 +50,3 @@ def _is_of(fault: OSError, folder: Path) -> bool:
         return False
     path = Path(str(fault.filename or ""))
     return not path.is_absolute() or folder == path or folder in path.parents
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
-    return line if len(line) <= 200 else f"{line[:200]}..."

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from utils.errors import in_one_line
 from utils.runtime import say
 from utils.saving import RunRecord
 from utils.settings import RunSettings
@@ -121,10 +122,9 @@ def _name_of(callback: TrainerCallback) -> str:
 
 
 def _warn_of(name: str, error: Exception, record: RunRecord) -> None:
-    what = str(error).strip().partition("\n")[0]
     record.warn(
         f"{name} failed and gets nothing more; the run goes on, and metrics.jsonl has everything "
-        f"({type(error).__name__}: {what[:200]})",
+        f"({type(error).__name__}: {in_one_line(error)})",
         aloud=True,
     )
 
