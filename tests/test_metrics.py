@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.training.pair_scoring import PairScoring
+from utils.training.sft import summarise
 
 QUICK = {"--per_device_train_batch_size": 4, "--logging_steps": 1, "--learning_rate": 5e-3, "--max_steps": 6,
          "--validation_split": 0.5}  # fmt: skip
@@ -168,3 +169,10 @@ def test_an_evaluation_holds_one_batch_at_a_time(train, tmp_path, monkeypatch, e
     before = held[: len(held) // 2]
     assert len(before) >= 3
     assert max(before) - min(before) < 4096
+
+
+@pytest.mark.parametrize(("nats", "perplexity"), [(2.0, 7.38905609893065), (750.0, 1e30), (1e6, 1e30)])
+def test_perplexity_of_any_loss_is_a_number(nats, perplexity):
+    found = summarise([{"tokens": 4.0, "logps": -4 * nats, "right": 1.0}])
+    assert found["loss"] == nats
+    assert found["perplexity"] == pytest.approx(perplexity)

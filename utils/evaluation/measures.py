@@ -18,6 +18,8 @@ LONGER, SHORTER, EQUAL = "chosen is longer", "chosen is shorter", "equally long"
 Rows = Sequence[Mapping[str, Any]]
 Subsets = dict[tuple[str, str], np.ndarray]  # (kind, name) -> (pairs,) bool
 
+LARGEST_LOSS = np.log(1e30)  # whose perplexity is shown as such; beyond 709 it is no number
+
 
 @dataclass(frozen=True)
 class PairTable:
@@ -65,7 +67,8 @@ def measure(table: PairTable, draws: int, seed: int, whole_log_probs: bool = Tru
     if whole_log_probs:
         for name in ("chosen_logps", "ref_chosen_logps"):
             said = "reference_perplexity" if name.startswith("ref") else "perplexity"
-            measures[said] = make_figure(np.exp(-divide(sums[name], sums["chosen_tokens"])))
+            loss = -divide(sums[name], sums["chosen_tokens"])
+            measures[said] = make_figure(np.exp(np.minimum(loss, LARGEST_LOSS)))
     return {
         "pairs": len(table.rows),
         "prompts": bootstrap.prompts,

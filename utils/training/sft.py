@@ -152,7 +152,7 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     loss = -sum(row["logps"] for row in rows) / tokens
     return {
         "loss": loss,
-        "perplexity": min(2.718281828459045**loss, 1e30),
+        "perplexity": min(2.718281828459045 ** min(loss, 100.0), 1e30),
         "token_accuracy": sum(row["right"] for row in rows) / tokens,
         "rows": len(rows),
     }
