@@ -23,6 +23,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # as Python shows a byte that it cannot read as text
+
+
 def make_visible(text: str) -> str:
     """The text with control characters as escapes: a terminal would obey them."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
@@ -88,11 +91,41 @@ def quiet_loaded_libraries() -> None:
     ):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{module}(\..*)?")
+    # PEFT's, of patterns that transformers writes for every kind of expert, whether the model has them or not.
+    warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match any targeted module")
+    # It says with every product of matrices that 8-bit weights are computed with in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    tell_in_one_line()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     if not gc.get_freeze_count():
         gc.freeze()
+
+
+def tell_in_one_line() -> None:
+    """From here on what a library warns of, and nobody silenced, is one line without paths and code, said once."""
+    import warnings
+
+    told = set()
+
+    def tell(library: str, text: str) -> None:
+        line = f"warning: {library}: {' '.join(text.split())}"
+        if line not in told:
+            told.add(line)
+            print(make_visible(line), file=sys.stderr, flush=True)
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        parts = Path(filename).parts
+        place = parts.index("site-packages") + 1 if "site-packages" in parts else -1
+        tell(Path(parts[place]).stem, str(message))
+
+    class OneLine(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tell(record.name.partition(".")[0], record.getMessage())
+
+    warnings.showwarning = show
+    logging.lastResort = OneLine(logging.WARNING)  # of loggers for which nobody set up anything
 
 
 @dataclass(frozen=True)
