@@ -222,6 +222,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     from utils.training.launch import join_processes, one_first
     from utils.training.preparation import (
         check_settings,
+        check_steps,
         choose_moment,
         find_folder,
         find_sharding,
@@ -254,6 +255,7 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         rows = prepare_rows(data, tokenizer, source, settings, columns, moment)
     stop_if_asked()
     describe_data(data, rows)
+    check_steps(rows, settings)
     resume_from = choose_checkpoint(folder, settings)
     continuation = check_continuation(folder, resume_from, data, rows, source, settings, precision)
 

@@ -11,6 +11,7 @@ from conftest import ROOT, make_pairs, read_metrics, read_record, write_lines
 from safetensors.torch import load_file
 
 from utils.training.alarms import ALARMS, Limits, find_alarms
+from utils.training.early_stopping import describe_best
 
 DEMO = ROOT / "examples" / "demo" / "bundled"
 
@@ -205,3 +206,28 @@ def test_a_run_that_gets_better_is_not_stopped(train):
     assert read_record(folder)["step"] == 9
     assert "stopping early" not in out
     assert "the model of step 9 is kept: the best held-out margin" in out
+
+
+def test_which_step_the_kept_model_is_from(train):
+    """Of several evaluations that are equally good the first is kept; what was left open is in the record."""
+    out, folder = train(make_pairs(60), "--learning_rate", 1e-2, "--max_steps", 6, "--eval_strategy", "steps",
+                        "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end", "true",
+                        "--metric_for_best_model", "accuracy", "--greater_is_better", "true")  # fmt: skip
+    record = read_record(folder)
+    accuracy = {line["step"]: line["held_out_accuracy"] for line in read_metrics(folder) if "held_out_accuracy" in line}
+    best = max(accuracy[step] for step in (2, 4, 6))
+    first, *others = [step for step in (2, 4, 6) if accuracy[step] == best]
+    assert record["best_model"] == {"step": first, "metric": "accuracy", "value": best, "equal_steps": others}
+    assert f"the model of step {first} is kept: the best held-out accuracy, {best:.4g}" in out
+    assert record["used"]["max_length"] == record["data"]["max_length"]
+    assert record["used"]["gradient_checkpointing"] is False
+    assert record["settings"]["max_length"] is None
+
+
+def test_equal_steps_are_named():
+    content = {"step": 2, "metric": "accuracy", "value": 1.0, "equal_steps": [4, 6]}
+    said = "the model of step 2 is kept: the best held-out accuracy, 1 (steps 4 and 6: the same; the first is kept)"
+    assert describe_best(content) == said
+    alone = {**content, "equal_steps": [4]}
+    assert describe_best(alone).endswith("accuracy, 1 (step 4: the same; the first is kept)")
+    assert describe_best({**content, "equal_steps": []}).endswith("accuracy, 1")

@@ -24,6 +24,7 @@ from utils.checkpoints import (
 )
 from utils.errors import UserError
 from utils.manifests import MANIFEST, write_manifest
+from utils.output_folder import check_output_folder
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer_state.json", "shards/0.distcp", MANIFEST)
 
@@ -164,6 +165,18 @@ def test_one_whose_best_model_is_lost_comes_after_one_that_has_its_own(tmp_path)
     for step in (2, 4):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     assert find_resume_point(tmp_path, "auto").checkpoint == tmp_path / "checkpoint-8", "better than nothing"
+
+
+def test_a_finished_run_with_models_alone_says_why_it_cannot_be_resumed(tmp_path):
+    begin_checkpoint(tmp_path, 4)
+    (unfinished_checkpoint(tmp_path, 4) / "trainer_state.json").write_text("{}")
+    finish_checkpoint(tmp_path, 4)
+    (tmp_path / "run.json").write_text('{"verb": "train", "status": "finished"}')
+    with pytest.raises(UserError, match=r"checkpoints \(checkpoint-4\) hold the model alone.*--save_only_model"):
+        check_output_folder(tmp_path, "train", resume=True, overwrite=False)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(UserError, match="finished run without checkpoints, so there is nothing to resume"):
+        check_output_folder(tmp_path, "train", resume=True, overwrite=False)
 
 
 def test_a_model_alone_is_no_checkpoint_to_go_on_from_and_is_not_damaged(tmp_path):

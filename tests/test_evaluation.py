@@ -652,3 +652,16 @@ def test_two_processes_find_what_one_finds(way, train, evaluate, tmp_path):
     one, _, _ = evaluate(run)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
     assert done.stdout.count("ranked right (95% interval") == 1
+
+
+def test_a_folder_that_nobody_named_is_not_put_on_a_flag(tmp_path):
+    source = ModelSource(str(tmp_path), None, None, str(tmp_path))
+    trained = TrainedModel(source, tmp_path, {})
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "mine.txt").touch()
+    with pytest.raises(UserError) as error:
+        find_results_folder(None, trained)
+    assert str(error.value).startswith(f"the folder for the results, {tmp_path.resolve() / 'evaluation'}: not empty")
+    assert str(error.value).endswith("(--output_dir names another)")
+    with pytest.raises(UserError, match=r"^--output_dir .*: not empty"):
+        find_results_folder(str(tmp_path / "evaluation"), trained)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from utils.runtime import readable_seconds
 from utils.settings import STAGES, Settings
 from utils.training.launch import losses_explained
 from utils.training.refusals import refusals_explained
+from utils.training.running import Run
 
 
 def settings(**fields) -> Settings:
@@ -36,6 +38,10 @@ def settings(**fields) -> Settings:
         ("--activation_offloading", "--activation_offloading moves activations from a GPU"),
         ("--report_to neptune", "pip install neptune"),
         ("--metric_for_best_model nope", "--metric_for_best_model is 'nope': must be one of loss, accuracy"),
+        (
+            "--dataloader_drop_last true --per_device_train_batch_size 64",
+            "the 55 rows to train on are fewer than one of 64",
+        ),
         ("--seed 4294967296", "--seed is 4294967296: must be between 0 and 4294967295"),
     ],
 )
@@ -143,3 +149,26 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tiny_model, p
         time.sleep(0.1)
     assert read_record(output)["status"] == "interrupted"
     assert list(output.glob("checkpoint-*/trainer_state.json"))
+
+
+def test_a_run_that_ends_before_its_last_step_says_so():
+    told = []
+
+    def ends_at(step: int, **content):
+        state = SimpleNamespace(global_step=step, max_steps=8)
+        trainer = SimpleNamespace(state=state, warn=told.append)
+        run = SimpleNamespace(
+            trainer=trainer,
+            record=SimpleNamespace(content=content),
+            watcher=SimpleNamespace(interrupted=False),
+            rows=SimpleNamespace(train=range(3)),
+        )
+        Run._check_steps(run)
+
+    ends_at(8)
+    ends_at(5, early_stopping={"stopped": True})
+    assert told == []
+    ends_at(5)
+    assert told == ["training ended after step 5 of 8: its rows gave no more batches"]
+    with pytest.raises(UserError, match="no step was taken, of 8 that were planned: the 3 rows"):
+        ends_at(0)

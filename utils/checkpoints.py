@@ -40,6 +40,11 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _named(folder) if is_complete(path)]
 
 
+def find_models_alone(folder: Path) -> list[Path]:
+    """The checkpoints that hold a model without the optimizer's state, from which no run can go on, oldest first."""
+    return [path for path in _named(folder) if not _has_optimizer(path)]
+
+
 def _named(folder: Path) -> list[Path]:
     """What has the name of a checkpoint, oldest first."""
     if not folder.is_dir():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from utils.checkpoints import find_checkpoints, remove_checkpoint
+from utils.checkpoints import find_checkpoints, find_models_alone, remove_checkpoint
 from utils.errors import UserError
+from utils.runtime import HALF_CHARACTER
 from utils.saving import (
     CHECKPOINT,
     HALF_WRITTEN,
@@ -77,9 +80,16 @@ def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bo
     if overwrite:
         return
     if resume and record.get("status") == "finished" and not find_checkpoints(output_dir):
+        alone = ", ".join(path.name for path in find_models_alone(output_dir))
+        what = "without checkpoints, so there is nothing to resume"
+        if alone:
+            what = (
+                f"whose checkpoints ({alone}) hold the model alone, without the optimizer's state "
+                "(--save_only_model), so it cannot be resumed"
+            )
         raise UserError(
-            f"--output_dir {output_dir}: holds a finished run without checkpoints, so there is nothing to resume. "
-            "Choose another folder, or pass --overwrite_output_dir to replace it"
+            f"--output_dir {output_dir}: holds a finished run {what}. Choose another folder, or pass "
+            "--overwrite_output_dir to replace it"
         )
     if not resume:
         go_on = "pass --resume_from_checkpoint auto to continue it, " if record.get("status") != "finished" else ""
@@ -104,12 +114,37 @@ def _content(folder: Path) -> list[Path]:
 
 def check_writable(output_dir: Path) -> None:
     """Refuses a folder that cannot be written or made."""
-    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+    whole = output_dir.resolve()
+    if HALF_CHARACTER.search(str(whole)):  # the libraries that save could not pass it on
+        raise UserError(
+            f"--output_dir {output_dir}: {whole} is not {sys.getfilesystemencoding()} text; choose another folder"
+        )
+    existing = next(path for path in (output_dir, *whole.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError:
         raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; choose another folder") from None
+
+
+@contextlib.contextmanager
+def named_as_given(wish: str | None) -> Iterator[None]:
+    """Within the context a fault of the folder for results names --output_dir as its cause only where it was given.
+
+    Raises:
+        UserError: as within, with the folder itself in place of the flag where `wish` is None.
+    """
+    try:
+        yield
+    except UserError as error:
+        if wish is not None:
+            raise
+        faults = [fault.replace("--output_dir /", "the folder for the results, /", 1) for fault in error.faults]
+        named = [
+            f"{fault} (--output_dir names another)" if fault != old else fault
+            for fault, old in zip(faults, error.faults, strict=True)
+        ]
+        raise UserError(*named) from None
 
 
 def clear_run(output_dir: Path, damaged: bool = True) -> None:

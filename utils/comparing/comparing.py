@@ -31,6 +31,7 @@ from utils.errors import UserError, gather
 from utils.generation import Continuation
 from utils.interruptions import stop_if_asked
 from utils.models.side_by_side import Contender, load_side_by_side
+from utils.output_folder import named_as_given
 from utils.processes import count_processes
 from utils.runs import as_in_run
 from utils.runtime import Precision, choose_precision, device_name, find_device, read_versions, say
@@ -93,7 +94,8 @@ def compare_models(settings: Settings, arguments: list[str]) -> None:
         "responses": {side.name: describe_responses(own) for side, own in zip(sides, written, strict=True)},
         "identical_responses": sum(own == other for own, other in zip(*texts, strict=True)),
     }
-    write_results(folder, COMPARISON_FILES, record, rows, make_page(record, rows))
+    with named_as_given(settings.run.output_dir):
+        write_results(folder, COMPARISON_FILES, record, rows, make_page(record, rows))
     for line in summarize(record, rows):
         say(line)
     say(f"\npage ({PAGE}), rows ({ROWS}) and record ({RECORD}): {folder}")

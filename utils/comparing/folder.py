@@ -9,7 +9,7 @@ from utils.comparing.judges import VOTE
 from utils.comparing.sides import Side
 from utils.errors import UserError
 from utils.folder_lock import check_not_held
-from utils.output_folder import check_writable
+from utils.output_folder import check_writable, named_as_given
 from utils.paths import read_path
 from utils.saving import COMPARISON_FILES, is_result
 from utils.settings import Settings
@@ -34,6 +34,14 @@ def find_folder(settings: Settings, model: Side) -> Path:
             f"--output_dir is missing: {model.source.name} is no run of this script, in whose folder the results would "
             "go; name a folder"
         )
+    with named_as_given(settings.run.output_dir):
+        _check_content(folder)
+    if VOTE in (settings.comparison.judge or ()):
+        read_ballots(folder)
+    return folder
+
+
+def _check_content(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file of that name exists")
     check_not_held(folder)
@@ -43,6 +51,3 @@ def find_folder(settings: Settings, model: Side) -> Path:
         raise UserError(
             f"--output_dir {folder}: its {present[0]} is no comparison of this script; choose another folder"
         )
-    if VOTE in (settings.comparison.judge or ()):
-        read_ballots(folder)
-    return folder

@@ -33,6 +33,7 @@ from utils.inspection.texts import flatten
 from utils.models.loading import Reference, check_4bit, check_token_ids, load_tokenizer
 from utils.models.sources import ModelSource
 from utils.models.templates import TEMPLATE_DATE, recorded_moment
+from utils.output_folder import named_as_given
 from utils.runs import TrainedModel, find_trained
 from utils.runtime import (
     Precision,
@@ -100,7 +101,8 @@ def evaluate_model(settings: Settings, arguments: list[str]) -> None:
     record = _make_record(table, scores, pairs, rows, trained, reference, scoring, settings, precision)
     record |= _describe_making(settings, arguments, trainer, precision, time.perf_counter() - began)
     page = make_page(record, table.rows, find_examples(table, pairs))
-    write_results(folder, EVALUATION_FILES, record, list(table.rows), page)
+    with named_as_given(settings.run.output_dir):
+        write_results(folder, EVALUATION_FILES, record, list(table.rows), page)
     say()
     for line in summarise_evaluation(record):
         say(line)

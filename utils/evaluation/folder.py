@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.folder_lock import check_not_held
-from utils.output_folder import check_writable
+from utils.output_folder import check_writable, named_as_given
 from utils.paths import read_path
 from utils.runs import TrainedModel
 from utils.saving import CHECKPOINT, EVALUATION_FILES, is_result
@@ -27,9 +27,10 @@ def find_results_folder(wish: str | None, trained: TrainedModel) -> Path:
         folder = trained.folder / (f"evaluation-{name}" if CHECKPOINT.fullmatch(name) else "evaluation")
     else:
         folder = read_path(wish).resolve()
-    check_not_held(folder)
-    _check_content(folder)
-    check_writable(folder)
+    with named_as_given(wish):
+        check_not_held(folder)
+        _check_content(folder)
+        check_writable(folder)
     return folder
 
 

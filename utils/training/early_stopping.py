@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from utils.runtime import say
 from utils.saving import RunRecord
@@ -72,6 +73,26 @@ class EarlyStopping(TrainerCallback):
         return stops
 
 
+def find_kept(state: TrainerState, args: TrainingArguments) -> dict[str, Any] | None:
+    """Which step the model is from that a run ends with, where that is the best one; None where it is the last.
+
+    Returns:
+        `step`, `metric`, `value`, and `equal_steps`: later ones whose evaluation was as good.
+    """
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+    lines = [line for line in state.log_history if f"eval_{metric}" in line]
+    value = next((line[f"eval_{metric}"] for line in lines if line["step"] == step), state.best_metric)
+    equal = [line["step"] for line in lines if line["step"] > step and line[f"eval_{metric}"] == value]
+    return {"step": step, "metric": metric, "value": value, "equal_steps": equal}
+
+
 def describe_best(content: Mapping[str, Any]) -> str:
     """Which step's model is kept, and why, as a sentence."""
-    return f"the model of step {content['step']} is kept: the best held-out {content['metric']}, {content['value']:.4g}"
+    *most, last = [str(step) for step in content["equal_steps"]] or [""]
+    others = f"{', '.join(most)} and {last}" if most else last
+    equal = f" (step{'s' if most else ''} {others}: the same; the first is kept)" if last else ""
+    value = f"{content['value']:.4g}"
+    return f"the model of step {content['step']} is kept: the best held-out {content['metric']}, {value}{equal}"

@@ -9,7 +9,7 @@ from utils.runtime import readable_seconds, say
 from utils.saving import EXAMPLES, PAIRS, REPORT, write_json_lines
 from utils.tracking import say_how_to_upload
 from utils.training.callbacks import readable_metrics
-from utils.training.early_stopping import describe_best
+from utils.training.early_stopping import describe_best, find_kept
 from utils.training.examples import choose_examples
 from utils.training.running import Run
 
@@ -46,7 +46,8 @@ def _finish(run: Run) -> None:
         pairs = [{**name, **values} for name, values in zip(names, trainer.held_out_rows, strict=True)]
         write_json_lines(run.folder / PAIRS, pairs)
         write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
-    run.end("finished", metrics=metrics, engine=run.engine())
+    kept = find_kept(trainer.state, trainer.args)
+    run.end("finished", metrics=metrics, engine=run.engine(), **({"best_model": kept} if kept is not None else {}))
 
 
 def evaluate_last(run: Run) -> dict[str, float]:
@@ -79,8 +80,8 @@ def _say_result(run: Run) -> None:
     if before and after:
         say(f"held out: before {readable_metrics(before)}")
         say(f"          after  {readable_metrics(after)}")
-    if content.get("early_stopping") and run.trainer.state.best_model_checkpoint is not None:
-        say(describe_best(content["early_stopping"]))
+    if content.get("best_model") is not None:
+        say(describe_best(content["best_model"]))
     resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
     cost = f", cost {resources['cost']:,.2f}" if resources["cost"] is not None else ""
     say(

@@ -38,6 +38,7 @@ from utils.models.sources import ModelSource, find_model, read_end_ids
 from utils.models.templates import choose_template, recorded_moment, template_date
 from utils.output_folder import check_output_folder
 from utils.paths import read_path
+from utils.processes import count_processes
 from utils.runtime import Precision, say
 from utils.saving import read_record
 from utils.settings import Settings
@@ -223,6 +224,27 @@ def choose_moment(settings: Settings) -> datetime:
     folder = settings.run.output_dir
     before = _recorded(settings, read_path(folder).resolve()) if folder is not None else {}
     return recorded_moment(before) or now
+
+
+def check_steps(rows: Rows, settings: Settings) -> None:
+    """Refuses a run that would take no step, before a model is loaded.
+
+    Raises:
+        UserError: --dataloader_drop_last drops every row.
+    """
+    if not settings.trainer_fields.get("dataloader_drop_last"):
+        return
+    training = settings.training
+    device, processes = training.per_device_train_batch_size, count_processes()
+    if training.max_tokens_per_batch is not None or training.auto_batch_size:  # the rows of a step are handed out whole
+        device *= training.gradient_accumulation_steps
+    count, batch = len(rows.train), device * processes
+    if count < batch:
+        several = f" ({device} in each of {processes} processes)" if processes > 1 else ""
+        raise UserError(
+            f"--dataloader_drop_last drops a batch that is not full, and the {count} rows to train on are fewer "
+            f"than one of {batch}{several}: no step would be left. Leave it out, or lower --per_device_train_batch_size"
+        )
 
 
 def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:

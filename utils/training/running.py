@@ -69,9 +69,28 @@ class Run:
         ):
             stop_if_asked()  # before; from here on signals are the watcher's
             self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
+            self._check_steps()
         if self.watcher.interrupted:
             self.end("interrupted")
             raise Interrupted(self._how_to_go_on())
+
+    def _check_steps(self) -> None:
+        """Says it where training ended before its last step and nothing asked it to.
+
+        Raises:
+            UserError: no step was taken at all.
+        """
+        state, stopped = self.trainer.state, (self.record.content.get("early_stopping") or {}).get("stopped")
+        if state.global_step >= state.max_steps or self.watcher.interrupted or stopped:
+            return
+        if state.global_step == 0:
+            raise UserError(
+                f"no step was taken, of {state.max_steps} that were planned: the {len(self.rows.train)} rows to train "
+                "on gave no batch; nothing is saved"
+            )
+        self.trainer.warn(
+            f"training ended after step {state.global_step} of {state.max_steps}: its rows gave no more batches"
+        )
 
     @contextlib.contextmanager
     def failing_in_good_order(self) -> Iterator[None]:
@@ -229,7 +248,7 @@ def start_run(
             if resume_from
             else "no checkpoint to resume from yet: starting from the beginning"
         )
-    content = _first_record(trainer, reference, data, rows, settings, arguments)
+    content = _first_record(trainer, reference, data, rows, settings, precision, arguments)
     made = trainer.record.content  # while the trainer was made
     warnings = [*warnings, *made.get("warnings", [])]
     record = RunRecord(content | _origins(source, reference, precision) | made | {"warnings": warnings})
@@ -269,6 +288,7 @@ def _first_record(
     data: PreferenceData,
     rows: Rows,
     settings: Settings,
+    precision: Precision,
     arguments: list[str],
 ) -> dict[str, Any]:
     kind = "pairs" if settings.verb == "train" else "rows"
@@ -283,6 +303,7 @@ def _first_record(
         "started": now(),
         "process": process,
         "settings": settings.flat(),
+        "used": used_values(trainer, rows, settings, precision),
         "arguments": arguments,
         "command": shlex.join(["python", process["script"], *arguments]),
         "versions": read_versions(),
@@ -309,6 +330,27 @@ def _first_record(
         "metrics": {},
         "resources": {},
     }
+
+
+def used_values(trainer: RunFolderTrainer, rows: Rows, settings: Settings, precision: Precision) -> dict[str, Any]:
+    """Flag name -> the value that the run uses, of those flags whose own value leaves it to the script (None, auto)."""
+    decided = {
+        "dtype": precision.name,
+        "attn_implementation": getattr(trainer.model.config, "_attn_implementation", None),
+        "max_length": rows.max_length,
+        "chat_template": rows.template,
+        "max_tokens_per_batch": trainer.max_tokens,
+    }
+    if isinstance(trainer, PreferenceTrainer):
+        decided["precompute_ref_log_probs"] = trainer.scored_ahead
+        decided["engine"] = "shared_prefix" if trainer.shared_prefix is True else "padded"
+    used = {}
+    for name, value in settings.flat().items():
+        if value is None or value == "auto":
+            found = decided.get(name, getattr(trainer.args, name, None))
+            if isinstance(found, bool | int | float | str):
+                used[name] = getattr(found, "value", found)
+    return used
 
 
 def _origins(source: ModelSource, reference: Reference | None, precision: Precision) -> dict[str, Any]:
