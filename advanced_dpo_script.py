@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
-from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather
-from utils.flags import acts_as
+from utils.console import lost_output, open_console, reader_left
+from utils.errors import Interrupted, LocalError, ProcessLost, UserError, gather, in_one_line
+from utils.flags import INIT, SAVES, SCORES_ROWS, STATUS, acts_as
 from utils.interruptions import interrupt_on_signals, stop_if_asked
 from utils.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from utils.paths import read_path
-from utils.processes import tell_launcher
+from utils.processes import check_launch_variables, forget_lone_rank, tell_launcher
 from utils.runtime import is_main_process, make_visible, quiet_libraries, say
 from utils.settings import Settings
 
@@ -39,12 +40,15 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the verb that the arguments name. Returns the exit code, as above."""
+    forget_lone_rank()
     try:
         settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if settings.verb not in (*STATUS, *INIT):  # which look at files alone
+            check_launch_variables(several=acts_as(settings.verb) in SCORES_ROWS)
         warn_of_code(settings)
         quiet_libraries()
         keep_freed_memory()
-        return VERBS[settings.verb](settings) or 0
+        return VERBS[settings.verb](settings) or results_lost(settings.verb)
     except UserError as error:
         report_faults(error)
         return 2
@@ -65,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             report_faults(UserError(f"{str(error.filename)[:60]}...: too long for the name of a file or folder"))
             return 2
         if ran_out_of_memory(error):
-            lack = str(error).partition("\n")[0] or type(error).__name__
-            report_faults(LocalError(f"memory ran out ({lack}). What helps: {LESS_MEMORY}"))
+            report_faults(LocalError(f"memory ran out ({in_one_line(error)}). What helps: {LESS_MEMORY}"))
             return 2
         print(make_visible(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
@@ -77,6 +80,14 @@ def warn_of_code(settings: Settings) -> None:
     if settings.model.trust_remote_code and is_main_process():
         name = make_visible(str(settings.model.model_name_or_path))
         print(f"warning: --trust_remote_code runs Python code that comes with {name}", file=sys.stderr, flush=True)
+
+
+def results_lost(verb: str) -> int:
+    """Exit code 2 where the results of a verb that only prints them could not be printed (a full disk); 0 otherwise.
+
+    A reader that leaves (`| head`) has seen what it wanted.
+    """
+    return 2 if lost_output() is not None and not reader_left() and verb not in SAVES else 0
 
 
 def report_faults(error: UserError) -> None:
@@ -308,5 +319,6 @@ VERBS: dict[str, Callable[[Settings], int | None]] = {
 }
 
 if __name__ == "__main__":
+    open_console()
     interrupt_on_signals()
     sys.exit(main())

@@ -9,7 +9,17 @@ import pytest
 from conftest import ROOT
 
 # Each room may import those before it in its own line of this table, and the floor.
-FLOOR = ["errors", "flags", "data_settings", "use_settings", "settings", "runtime", "memory", "interruptions"]
+FLOOR = [
+    "errors",
+    "flags",
+    "data_settings",
+    "use_settings",
+    "settings",
+    "console",
+    "runtime",
+    "memory",
+    "interruptions",
+]
 ORDER = [
     *FLOOR,
     "paths",

@@ -6,12 +6,15 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from utils.errors import LocalError
 
 LAUNCHERS = ("accelerate", "torchrun")
 # Options of the first start that do not belong to its continuation, and how many words each takes.
@@ -21,6 +24,7 @@ PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is sil
 TIMES_ITS_OWN = 5  # a run is given up after so many times its own longest silence
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "advanced_dpo_script.py"
+RANKS = ("RANK", "LOCAL_RANK")
 
 
 def identify_process() -> dict[str, Any]:
@@ -165,9 +169,51 @@ def command_to_go_on(
     return shlex.join([*launcher, script if isinstance(script, str) else SCRIPT, *words])
 
 
+def forget_lone_rank() -> None:
+    """Drops a RANK without a WORLD_SIZE: no launcher set it, and this process would take itself for one of several."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.pop("RANK", None)
+
+
+def check_launch_variables(several: bool) -> None:
+    """Refuses what a launcher would not have set: numbers that are none, or some of its variables without the others.
+
+    Args:
+        several: whether the verb can run in several processes.
+
+    Raises:
+        LocalError: one fault for each; every process says its own.
+    """
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *RANKS)
+    numbers = {name: os.environ[name] for name in names if os.environ.get(name, "-1") != "-1"}  # -1: without a launcher
+    least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    faults = [
+        f"{name} is {text!r}: must be a whole number of {least.get(name, 0)} or more, which accelerate launch and "
+        "torchrun set; unset it, or start with one of them"
+        for name, text in numbers.items()
+        if not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= least.get(name, 0))
+    ]
+    if faults:
+        raise LocalError(*faults)
+    if not several:
+        return
+    given = "WORLD_SIZE" if count_processes() > 1 else "LOCAL_RANK" if "LOCAL_RANK" in numbers else None
+    if given is None:
+        return
+    missing = [name for name in ("WORLD_SIZE", *RANKS) if name not in numbers]
+    missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise LocalError(
+            f"{given} is {numbers[given]}, and what a launcher sets beside it is missing ({', '.join(missing)}): start "
+            f"several processes with accelerate launch or torchrun, or unset {given} to run one"
+        )
+    if int(numbers["RANK"]) >= count_processes():
+        raise LocalError(f"RANK is {numbers['RANK']}: must be below WORLD_SIZE, which is {count_processes()}")
+
+
 def count_processes() -> int:
     """The processes of this run, as launchers say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _is_value(word: str) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import signal
 import sys
 import threading
@@ -16,7 +14,9 @@ import torch
 
 from utils.chatting.models import Speaker, load_speakers
 from utils.chatting.terminal import Answer, let_lines_be_edited, read_stdin
+from utils.console import lost_output
 from utils.errors import Interrupted, UserError
+from utils.interruptions import heeded_signals
 from utils.paths import read_path
 from utils.runtime import make_visible
 from utils.saving import write_json
@@ -35,9 +35,6 @@ HELP = """\
 
 def chat(settings: Settings) -> int:
     """Answers one message (--prompt, or piped in), or those that are typed until the person ends it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # where the terminal is of another encoding than UTF-8
     if settings.chatting.prompt is None and sys.stdin.isatty():
         with _termination_ends():
             Chat(load_speakers(settings), settings).run()
@@ -66,14 +63,11 @@ def answer_once(settings: Settings) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        return 0
 
 
 @contextlib.contextmanager
 def _termination_ends():
-    """Ctrl-C stops an answer; SIGTERM ends the chat."""
+    """Ctrl-C stops an answer; SIGTERM, or SIGHUP where the terminal is closed, ends the chat."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -81,11 +75,13 @@ def _termination_ends():
     def end(*_: Any) -> None:
         raise Interrupted("terminated")
 
-    former = signal.signal(signal.SIGTERM, end)
+    ending = [number for number in heeded_signals() if number != signal.SIGINT]
+    former = {number: signal.signal(number, end) for number in ending}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class Chat:
@@ -172,6 +168,8 @@ class Chat:
             with contextlib.closing(speaker.stream(shown, sampling, seed)) as growing:
                 for written in growing:
                     answer.grow(written.text)
+                    if lost_output() is not None:  # nobody reads on
+                        return True
                 answer.grow(written.text, written.ended)
         except KeyboardInterrupt:
             finished = False

@@ -22,6 +22,8 @@ def read_stdin() -> str:
         text = sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"stdin: cannot be read ({error.strerror}); pass --prompt, or pipe a message in") from None
     if not text.strip():
         raise UserError("stdin is empty: pipe a message in, pass --prompt, or start chat in a terminal")
     return text

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,7 @@ def publish(record: dict[str, Any], settings: InspectionSettings) -> None:
     if settings.json_file != "-":
         _write("json_file", settings.json_file, lambda path: write_json(path, record))
     _write("report_file", settings.report_file, lambda path: write_text(path, make_page(record)))
-    try:
-        _print(record, settings)
-    except BrokenPipeError:  # whoever reads has seen enough (`| head`); the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print(record, settings)
     if record.get("output", {}).get("pairs") == 0:
         raise UserError(f"--output_file {settings.output_file}: not written, for no pair is left to write")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +26,13 @@ def publish(overview: Overview, settings: StatusSettings) -> None:
     """
     if settings.report is not None:
         write_comparison(overview, read_path(settings.report))
-    try:
-        if settings.json:
-            say(json.dumps(as_json(overview), indent=2).replace("\x7f", "\\u007f"))  # the one control that JSON leaves
-        else:
-            for line in summarize(overview):
-                say(line)
-            if settings.report is not None:
-                say(f"\npage: {settings.report}")
-    except BrokenPipeError:  # whoever reads has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if settings.json:
+        say(json.dumps(as_json(overview), indent=2).replace("\x7f", "\\u007f"))  # the one control that JSON leaves
+        return
+    for line in summarize(overview):
+        say(line)
+    if settings.report is not None:
+        say(f"\npage: {settings.report}")
 
 
 def write_comparison(overview: Overview, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
@@ -15,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from utils.errors import UserError
+from utils.interruptions import heeded_signals, let_no_second_hangup_count
 from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.output_folder import clear_run
 from utils.runtime import readable_seconds, say
@@ -218,7 +220,7 @@ class RunWatcher(TrainerCallback):
 
 
 class StopInGoodOrder:
-    """Within the context Ctrl-C and SIGTERM let the step finish and its state be saved; a second one is final."""
+    """Within the context a signal to stop lets the step finish and its state be saved; a second one is final."""
 
     def __init__(self, watcher: RunWatcher):
         self.watcher = watcher
@@ -226,16 +228,19 @@ class StopInGoodOrder:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in heeded_signals():
                 self.former[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_):
         for number, handler in self.former.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
 
     def _ask(self, number, frame):
+        let_no_second_hangup_count(number)
         if self.watcher.asked_to_stop:
             raise KeyboardInterrupt
         self.watcher.asked_to_stop = True
-        say("  stopping after this step (once more to stop at once, without saving)")
+        with contextlib.suppress(RuntimeError):  # a stream that is just being written to
+            say("  stopping after this step (once more to stop at once, without saving)")

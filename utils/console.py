@@ -1,0 +1,104 @@
+"""Standard input, output and error of the process, so that nothing that becomes of them ends a run.
+
+A reader may leave (`| head -1`), a terminal may be closed, the disk behind a redirection may be full, a stream may be
+closed from the start, and an encoding may lack the characters of a text.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+from typing import TextIO
+
+_lost: OSError | None = None  # what ended standard output
+
+
+def open_console() -> None:
+    """Makes the three streams of this process safe to use; before anything else is opened.
+
+    From here on `sys.stdin`, `sys.stdout` and `sys.stderr` are there, writing to them raises nothing, and what their
+    encoding lacks is written as an escape such as \\u4e2d. What cannot be written is dropped; `lost_output` tells.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would get its number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _open_writer(sys.stdout, 1), _open_writer(sys.stderr, 2)
+
+
+def lost_output() -> OSError | None:
+    """Why standard output can no longer be written to; None as long as it can."""
+    return _lost
+
+
+def reader_left() -> bool:
+    """Whether what read standard output has ended, as `head` does once it has seen enough."""
+    return isinstance(_lost, BrokenPipeError)
+
+
+def _open_writer(stream: TextIO | None, number: int) -> TextIO:
+    if stream is None:
+        stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    errors = "backslashreplace" if stream.errors in ("strict", "surrogateescape") else stream.errors
+    if not isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):  # a console of Windows
+        stream.reconfigure(errors=errors)
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        _Writer(number),
+        stream.encoding,
+        errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Writer(io.BufferedIOBase):
+    """Writes to standard output or error, all at once, until that fails, and from then on to nowhere.
+
+    Python's own BufferedWriter raises where a handler of a signal prints while it writes.
+    """
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def fileno(self) -> int:
+        return self.number
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self.number)
+
+    def write(self, content) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        while left:
+            try:
+                left = left[os.write(self.number, left) :]
+            except BlockingIOError:  # somebody else set the pipe so, and it is full
+                select.select([], [self.number], [])
+            except OSError as error:
+                _lose(self.number, error)
+                break
+        return size
+
+
+def _lose(number: int, error: OSError) -> None:
+    """Lets everything that is written from here on go nowhere, what libraries print past Python too."""
+    global _lost
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    if number != 1:
+        return
+    _lost = error
+    if not isinstance(error, BrokenPipeError):  # which is how a reader says that it has seen enough
+        print(f"warning: nothing more can be printed: stdout: {error.strerror}", file=sys.stderr, flush=True)
