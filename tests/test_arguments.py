@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
+from utils.arguments.foreign_names import ADVICE, OTHER_LOSSES, SAME
 from utils.arguments.parsing import known_flags
 from utils.arguments.trainer_fields import OWNED, trainer_fields
 from utils.errors import UserError
@@ -202,6 +204,43 @@ def test_known_choices_of_trainer_fields_are_the_enums_of_transformers():
         assert set(flags[name].choices) == {member.value for member in enum}
 
 
+@pytest.mark.parametrize(
+    ("flag", "said", "never"),
+    [
+        ("--test_split x", "hold them out with --validation_split", "--dataset_split"),
+        ("--train_split x", "did you mean --dataset_split?", "--validation_split"),
+        ("--rpo_alpha 1", "--loss_type sigmoid sft --loss_weights 1 ALPHA", "--lora_alpha"),
+        ("--lora_modules_to_save x", "whole modules beside LoRA are not available", "--lora_target_modules"),
+        ("--peft_config x", "described by --use_lora", "--fsdp_config"),
+        ("--loss_type simpo", "every loss here reads a reference", "did you mean"),
+        ("--model x", "did you mean --model_name_or_path?", "lists"),
+    ],
+)
+def test_a_name_of_another_tool_is_explained_and_not_matched_by_spelling(flag, said, never):
+    fault = only_fault(flag)
+    assert said in fault
+    assert never not in fault
+
+
+def test_names_of_other_tools_lead_to_flags_that_there_are():
+    flags = {*known_flags("train"), *known_flags("sft")}
+    assert flags >= set(SAME.values())
+    assert flags.isdisjoint({*SAME, *ADVICE})
+    named = {name for text in (*ADVICE.values(), *OTHER_LOSSES.values()) for name in re.findall(r"--(\w+)", text)}
+    assert flags >= named
+
+
+def test_flags_of_another_verb_in_a_shared_config_are_passed_over_with_one_line(config, capsys):
+    path = config("dataset_name: d\non_bad_rows: skip\nbeta: 0.2\n")
+    settings = parse_arguments(["data", "--config", path])
+    assert settings.given == {"dataset_name"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"note: {path}: passed over, as flags of other verbs than data: on_bad_rows, beta"
+    assert faults_of(["data", "--dataset_name", "d", "--on_bad_rows", "skip"]) == (
+        "--on_bad_rows: is a flag of the verb train, sft and evaluate, not of data",
+    )
+
+
 # Faults
 
 
@@ -369,7 +408,6 @@ def test_all_faults_at_once(config):
     path = config("beta: 0\nlora_r: x\nsede: 3\n")
     assert faults_of(["sft", "stray", "--config", path, "--use_dora", "--lerning_rate", "1", "--seed", "-1"]) == (
         "'stray': stands where no value is expected; write --name value",
-        f"{path}: beta: is a flag of the verb train and evaluate, not of sft",
         f"{path}: lora_r is 'x': must be a whole number",
         f"{path}: sede: no such flag; did you mean --seed?",
         "--lerning_rate: no such flag; did you mean --learning_rate?",

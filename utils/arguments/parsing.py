@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,30 +19,15 @@ from utils.arguments.candidate import Candidate
 from utils.arguments.config_file import Entry, read_config, read_entry
 from utils.arguments.cross_checks import cross_faults
 from utils.arguments.flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
+from utils.arguments.foreign_names import OTHER_LOSSES, foreign_hint
 from utils.arguments.help_text import help_text
 from utils.arguments.trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
 from utils.errors import UserError
 from utils.flags import ALL_VERBS, PLANNED, POSITIONAL, Bound, acts_as, takes
+from utils.runtime import HALF_CHARACTER, is_main_process, make_visible
 from utils.settings import STAGES, Settings
 
 DEFAULT_VERB = "train"
-# Names from other scripts and older versions that the nearest spelling would not find.
-KNOWN_AS = {
-    "batch_size": "per_device_train_batch_size",
-    "dataset": "dataset_name",
-    "epochs": "num_train_epochs",
-    "evaluation_strategy": "eval_strategy",
-    "group_by_length": "train_sampling_strategy",
-    "load_in_4bit": "use_4bit",
-    "lr": "learning_rate",
-    "max_prompt_length": "max_length",
-    "model": "model_name_or_path",
-    "no_cuda": "use_cpu",
-    "torch_dtype": "dtype",
-    "use_peft": "use_lora",
-    "warmup_ratio": "warmup_steps",
-}
-
 ADDRESS_WITH_PASSWORD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
@@ -71,6 +57,7 @@ def parse_arguments(argv: list[str]) -> Settings:
     config_verb = entries.pop("verb", None)
     label = "" if verb_word or not config_verb else f"{config_verb.label} is "
     verb = choose_verb(_verb_of(verb_word, " ".join(config_verb.texts) if config_verb else None), label, faults)
+    entries = _pass_over_other_verbs(verb, entries)
     if not complete:  # of flags that are not this verb's, nothing can be said: the file may have named another
         entries = {name: entry for name, entry in entries.items() if name in known_flags(verb)}
     values, broken = _read_entries(verb, entries.values(), faults)
@@ -183,6 +170,28 @@ def _with_config(entries: dict[str, Entry], faults: list[str]) -> tuple[dict[str
     return from_file | entries, True
 
 
+def _pass_over_other_verbs(verb: str, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The entries without those of the --config file that are flags of other verbs alone, which are named in one line:
+    a file may be shared. Typed on the command line such a flag is a fault."""
+    passed = [
+        entry
+        for name, entry in entries.items()
+        if not entry.label.startswith("--") and name not in known_flags(verb) and not owned_reason(verb, name)
+        if any(name in known_flags(other) for other in ALL_VERBS)
+    ]
+    if passed and is_main_process():
+        file = passed[0].label.rpartition(": ")[0]
+        names = ", ".join(entry.name for entry in passed)
+        line = f"note: {file}: passed over, as flags of other verbs than {verb}: {names}"
+        print(make_visible(line), file=sys.stderr, flush=True)
+    return {name: entry for name, entry in entries.items() if entry not in passed}
+
+
+def _verbs_with(name: str, verb: str) -> list[str]:
+    """The other verbs that know a flag, those that plan left out."""
+    return [other for other in ALL_VERBS if acts_as(other) == other != verb and name in known_flags(other)]
+
+
 def _read_entries(
     verb: str, entries: Iterable[Entry], faults: list[str]
 ) -> tuple[dict[str, tuple[Flag, Any]], frozenset[str]]:
@@ -231,6 +240,11 @@ def _read_entry(flag: Flag, entry: Entry) -> Any:
     kind, texts = flag.kind, entry.texts
     if any("\0" in text for text in texts):
         raise ValueError("holds a NUL character, which no name or text here may")
+    if any(HALF_CHARACTER.search(text) for text in texts):
+        raise ValueError(
+            f"holds bytes that are not {sys.getfilesystemencoding()} text, which no record can hold; rename what "
+            "it names, or set PYTHONUTF8=1 where the name is UTF-8"
+        )
     if any(ADDRESS_WITH_PASSWORD.match(text) for text in texts):
         raise ValueError(
             "is an address with a user or password in it, which would be recorded; leave them out (the key of an "
@@ -288,6 +302,8 @@ def _check_value(flag: Flag, value: Any) -> None:
     usual = f" ({flag.usual})" if flag.usual else ""
     for item in value if isinstance(value, list | tuple) else [value]:
         if flag.choices and item is not None and item not in flag.choices:
+            if flag.name == "loss_type" and item in OTHER_LOSSES:
+                raise ValueError(f"is {item!r}: {OTHER_LOSSES[item]}; must be one of {', '.join(flag.choices)}")
             raise ValueError(f"is {item!r}: {_one_of(str(item), flag.choices)}{usual}")
         if flag.bound and item is not None and not flag.bound.holds(item):
             raise ValueError(f"is {item!r}: must be {flag.bound.text}{usual}")
@@ -303,14 +319,15 @@ def _unknown(verb: str, name: str) -> str:
     """Why the verb has no such flag, and what to write instead."""
     if reason := owned_reason(verb, name):
         return f"cannot be set here: {reason}"
-    others = [other for other in ALL_VERBS if acts_as(other) == other != verb and name in known_flags(other)]
-    if others:
+    if others := _verbs_with(name, verb):
         *most, last = others
         named = f"{', '.join(most)} and {last}" if most else last
         hint = "; plan sft takes it" if verb == "plan" and "sft" in others else ""
         return f"is a flag of the verb {named}, not of {verb}{hint}"
     flags = known_flags(verb)
-    near = [KNOWN_AS[name]] if KNOWN_AS.get(name) in flags else difflib.get_close_matches(name, flags, 1)
+    if hint := foreign_hint(name, flags):
+        return f"no such flag{hint}"
+    near = difflib.get_close_matches(name, flags, 1)
     if near:
         return f"no such flag; did you mean --{near[0]}?"
     if verb in CONFIG_CLASSES and not trainer_fields(verb):
