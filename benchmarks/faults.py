@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from torture import Torture
 
 BLOCK = 4096
+# Calls of the system with which a run writes and reads in its folder, and what they may answer.
+SYSTEM_CALLS = ("openat", "mkdir", "rename", "unlink", "unlinkat", "rmdir", "link", "chmod", "ftruncate", "write",
+                "fsync", "read", "getdents64", "newfstatat", "lseek", "fcntl", "flock")  # fmt: skip
+ANSWERS = ("ENOSPC", "EIO", "EFBIG", "EACCES", "EPERM", "EMFILE", "ENFILE", "ETIMEDOUT", "EBUSY", "ESTALE", "EDQUOT",
+           "EROFS", "ENOLCK", "EREMOTEIO", "EINVAL", "ENODEV", "ENXIO", "ENOMEM")  # fmt: skip
 
 
 def in_a_child(act: Callable[[], None]) -> None:
@@ -38,6 +45,7 @@ def inject_faults(torture: Torture, short: bool) -> None:
     """Each kind of fault; with `short` once."""
     damage_files(torture, short)
     fail_calls(torture, (7,) if short else (1, 5, 12, 30))
+    fail_system_calls(torture, 1 if short else 60)
     fill_the_disk(torture, (0.7,) if short else (0.02, 0.1, 0.5, 0.9, 1.2))
     if not short:
         lose_the_folder(torture)
@@ -147,6 +155,79 @@ def _break(name: str, call: int) -> None:
     # As if it were the system's own: who raised an exception decides what a run says of it.
     its_own = FunctionType(broken.__code__, globals() | {"__name__": "os"}, name, None, broken.__closure__)
     setattr(os, name, its_own)
+
+
+def fail_system_calls(torture: Torture, tries: int) -> None:
+    """The kernel answers one call with an error, at any call by which the run writes or reads in its folder."""
+    if shutil.which("strace") is None:
+        print("skipped failing system calls: strace is not installed", flush=True)
+        return
+    way = "full"
+    torture.baseline(way, 1)
+    found = _list_calls(torture, way)
+    names = [name for name in SYSTEM_CALLS if name in found]
+    for number in range(tries):
+        name, answer = names[number % len(names)], torture.draw.choice(ANSWERS)
+        call = torture.draw.choice(found[name])
+        folder, log = torture.fresh(f"{name}-{call}-{answer}"), torture.fresh("strace")
+        options = ("-e", f"trace={name}", "-e", f"inject={name}:error={answer}:when={call}")
+        started = start(
+            torture.flags(way, folder), folder, before=lambda log=log, options=options: _trace(log, *options)
+        )
+        (code,) = started.wait()
+        said, hit = started.said(), _injected(log)
+        if not _is_in(folder, hit):  # the calls of two runs are not quite the same
+            continue
+        differences, after = go_on(torture, way, folder) if code else (compare_runs(torture, way, folder), "")
+        # What could be done without has left a warning.
+        differences = [one for one in differences if not one.startswith("warnings in run.json")]
+        faults = _judge_message(code, said, "error" if code else "") + differences
+        of = f"{name}, call {call}: {answer} ({hit})"
+        note(torture, f"a system call `{name}` that fails", of, code, faults, said + after)
+
+
+def compare_runs(torture: Torture, way: str, folder: Path) -> list[str]:
+    """In what a run that ended by itself differs from the undisturbed one."""
+    from torture import compare
+
+    return compare(torture.baseline(way, 1), folder)
+
+
+def _list_calls(torture: Torture, way: str) -> dict[str, list[int]]:
+    """By name of a system call: at which of its calls a run has to do with its folder."""
+    folder, log = torture.fresh("traced"), torture.fresh("strace")
+    started = start(
+        torture.flags(way, folder), folder, before=lambda: _trace(log, "-e", f"trace={','.join(SYSTEM_CALLS)}")
+    )
+    if any(started.wait()):
+        raise RuntimeError(f"the traced run failed:\n{started.said()}")
+    counts: Counter[str] = Counter()
+    found: dict[str, list[int]] = {}
+    for line in log.read_text(errors="replace").splitlines():
+        if match := re.match(r"(\w+)\(", line):
+            counts[match[1]] += 1
+            if _is_in(folder, line):
+                found.setdefault(match[1], []).append(counts[match[1]])
+    return found
+
+
+def _trace(log: Path, *options: str) -> None:
+    """Has strace follow this process from here on."""
+    words = ["strace", "-q", "-y", "-s", "0", "-o", str(log), *options, "-p", str(os.getpid())]
+    subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        time.sleep(0.005)
+    time.sleep(0.1)
+
+
+def _is_in(folder: Path, call: str) -> bool:
+    return re.search(rf"{re.escape(str(folder))}[/\">]", call) is not None
+
+
+def _injected(log: Path) -> str:
+    """The call that was answered with an error, as strace writes it."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line for line in lines if "(INJECTED)" in line), "")
 
 
 def _judge_message(code: int | None, said: str, word: str) -> list[str]:

@@ -187,6 +187,28 @@ def test_a_gradient_that_is_not_finite_though_the_losses_are(limit, run_script, 
         assert all(isinstance(row["loss"], float) for row in rows)
 
 
+def test_no_row_is_blamed_for_weights_that_are_broken(run_script, tiny_model, pairs_file, tmp_path, monkeypatch):
+    from utils.training.callbacks import RunWatcher
+
+    taken = RunWatcher.on_step_end
+
+    def spoil(self, args, state, control, model, **options):
+        if state.global_step == 3:
+            next(model.parameters()).data[:2] = torch.nan
+        return taken(self, args, state, control, model=model, **options)
+
+    monkeypatch.setattr(RunWatcher, "on_step_end", spoil)
+    code, out, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 6,
+                                "--output_dir", tmp_path / "run", "--save_steps", 2,
+                                "--skip_bad_batches", 5)  # fmt: skip
+    assert code == 2
+    assert "of the trained weights are no longer finite after step 3; nothing is saved from there on" in err
+    assert f"the weights of the newest checkpoint, {tmp_path / 'run' / 'checkpoint-2'}, are finite" in err
+    assert "left out" not in out + err
+    assert not (tmp_path / "run" / "bad_pairs.jsonl").exists()
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
 def test_a_dry_run_writes_no_rows(train, tmp_path):
     code, out, folder = train("--dry_run", "--per_device_train_batch_size", 24)
     assert code == 2

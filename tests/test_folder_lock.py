@@ -193,6 +193,38 @@ def test_a_clock_that_was_set_makes_no_live_run_a_dead_one(seconds, tmp_path):
     assert is_alive(lock | {"started": lock["started"] + seconds})
 
 
+CLOCK = """
+import re, subprocess, sys
+from pathlib import Path
+folder, seconds, stat = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def move(match):
+    return f"btime {int(match[1]) + seconds}"
+stat.write_text(re.sub(r"btime (\\d+)", move, Path("/proc/stat").read_text()))
+subprocess.run(["mount", "--bind", stat, "/proc/stat"], check=True)
+from utils.folder_lock import check_not_held, read_owner
+print(read_owner(folder)["pid"])
+check_not_held(folder)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="namespaces are Linux's")
+def test_a_run_is_known_where_the_system_says_that_it_was_switched_on_at_another_time(tmp_path):
+    """Which is what setting the clock changes, and what every time of a process is counted from."""
+    inside = ["unshare", "--mount"]
+    mount = [*inside, "sh", "-c", "mount --bind /dev/null /proc/stat"]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    (other,) = start_together(tmp_path, 1)
+    assert other.stdout.readline() == "taken\n"
+    for seconds in (-5, 3600):
+        command = [*inside, sys.executable, "-c", CLOCK, tmp_path, str(seconds), tmp_path / "stat"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.stdout == f"{other.pid}\n", done.stderr
+        assert f"process {other.pid} on" in done.stderr.splitlines()[-1]
+        assert "UserError" in done.stderr
+    other.communicate("", timeout=60)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="namespaces are Linux's")
 def test_a_run_in_another_container_is_seen_by_its_lock_and_taken_over_when_it_was_killed(tmp_path, capsys):
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -242,7 +274,7 @@ def test_of_a_folder_that_was_removed_and_made_again_nothing_more_is_written(tmp
             assert [path.name for path in folder.iterdir()] == [LOCK], name
         other.communicate("", timeout=60)
         folder.mkdir(exist_ok=True)
-        with pytest.raises(FolderLost, match=r"its run\.lock is gone"):
+        with pytest.raises(FolderLost, match=r"its run\.lock was removed"):
             record.update(step=1)
         leave_lock(folder, before.decode())
     assert (folder / LOCK).read_bytes() == before, "only one's own lock is removed"

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, read_metrics, read_record
 from safetensors.torch import load_file
 
+from utils.checkpoints import remove_checkpoint
 from utils.errors import ProcessLost
 from utils.state import save_state
 from utils.training.callbacks import RunWatcher
@@ -549,3 +550,25 @@ def test_a_lost_process_is_no_fault_of_settings(tmp_path, monkeypatch):
     assert explain_failure(error, tmp_path, 7, "", "") is None
     foreign = OSError(errno.EIO, "Input/output error", "/data/pairs.arrow")
     assert explain_failure(foreign, tmp_path, 7, "", "") is None, "the data set's disk is not the folder's"
+
+
+def test_an_error_without_a_path_is_the_folders_where_the_folder_was_written(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"x")
+    unlink = os.unlink
+
+    def fail(path, **options):
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path)
+
+    monkeypatch.setattr(os, "unlink", fail)  # which rmtree calls with the name within the folder alone
+    with pytest.raises(OSError, match="timed out") as failed:
+        remove_checkpoint(checkpoint)
+    monkeypatch.setattr(os, "unlink", unlink)
+    message = str(explain_failure(failed.value, tmp_path, 7, "It is safe.", "go on"))
+    assert message.startswith(f"--output_dir {tmp_path}: connection timed out")
+    assert "the run stopped after step 7. It is safe. Mend that, then go on with:" in message
+    for other in (OSError(errno.ETIMEDOUT, "timed out"), OSError(errno.ENOENT, "no such file", "data/pairs.jsonl")):
+        assert explain_failure(other, tmp_path, 7, "", "") is None
+    memory = OSError(errno.ENOMEM, "Cannot allocate memory")  # of a process that cannot be forked
+    assert str(explain_failure(memory, tmp_path, 7, "", "")).startswith("out of memory after step 7")

@@ -19,8 +19,10 @@ from conftest import ROOT, save_tiny_model, save_tiny_tokenizer, write_lines
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from utils.errors import UserError
 from utils.merging import folder as folder_room
 from utils.merging import merging
+from utils.merging.folder import folder_beside
 from utils.merging.verifying import Difference, judge
 
 TUNED = ["--use_lora", "--max_steps", 3, "--save_steps", 2, "--learning_rate", 5e-2, "--dtype", "float32"]
@@ -517,3 +519,45 @@ def test_what_a_killed_merge_left_is_removed_and_other_folders_stay(runs, run_sc
     assert read_merge(tmp_path / "m")["adapter"] == str(runs["lora"])
     assert "run.lock" not in read_merge(tmp_path / "m")["files"]
     assert not (tmp_path / "m" / "run.lock").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from utils.merging import folder
+setattr(folder, sys.argv[2], lambda path: os.kill(os.getpid(), signal.SIGKILL))
+with folder.folder_beside(Path(sys.argv[1])) as beside:
+    (beside / "model").write_text("of the killed one")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("moment", ["flush_files", "flush_folder"])
+def test_a_merge_killed_as_it_ends_leaves_nothing_that_stays(tmp_path, moment):
+    folder = tmp_path / "m"
+    killed = subprocess.run([sys.executable, "-c", KILLED, folder, moment], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+    with folder_beside(folder) as beside:
+        (beside / "model").write_text("of the next one")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["m", "m/model"]
+    assert (folder / "model").read_text() == "of the next one"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_merge_that_cannot_be_flushed_leaves_what_was_there(tmp_path, monkeypatch, there):
+    def fail(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    folder = tmp_path / "m"
+    if there:
+        folder.mkdir()
+        (folder / "model").write_text("the former one")
+    monkeypatch.setattr("utils.merging.folder.flush_folder", fail)
+    with (
+        pytest.raises(UserError, match="the disk fails; nothing of the merge is left"),
+        folder_beside(folder) as beside,
+    ):
+        (beside / "model").write_text("the next one")
+    assert [path.read_text() for path in tmp_path.rglob("model")] == ["the former one"] * there
+    assert len(list(tmp_path.iterdir())) == there

@@ -504,3 +504,13 @@ def test_nothing_is_written_through_a_link_that_another_planted(tmp_path):
     assert not (tmp_path / "run.json").is_symlink()
     assert len({unused_name(tmp_path / "x") for _ in range(100)}) == 100
     assert all(HALF_WRITTEN.fullmatch(unused_name(tmp_path / "x").name) for _ in range(100))
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="Windows knows no such flag")
+def test_nothing_is_added_to_a_file_behind_a_link(tmp_path):
+    victim = tmp_path / "another person's"
+    victim.write_text("kept")
+    (tmp_path / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(OSError, match=r"symbolic links: .*metrics\.jsonl"):
+        append_metrics(tmp_path, {"step": 1})
+    assert victim.read_text() == "kept"

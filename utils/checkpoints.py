@@ -327,6 +327,7 @@ def prune_checkpoints(newest: Path, most: int | None, best: Path | None, stops: 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Removes a checkpoint. Takes the name away first: what has it is whole at every moment."""
+    check_held(checkpoint)
     former = checkpoint.with_name(f".{checkpoint.name}.former")
     _remove_folder(former)
     checkpoint.rename(former)

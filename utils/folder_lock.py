@@ -58,6 +58,7 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
                 former, self._handle = take_lock(folder / LOCK, self._content)
+                HELD[folder.absolute()] = (folder / LOCK).read_bytes()
         except OSError as error:
             what, remedy = explain_fault(error)
             raise UserError(
@@ -65,7 +66,6 @@ class FolderLock:
                 "begun there goes on with --resume_from_checkpoint auto"
             ) from None
         self._path = folder / LOCK
-        HELD[folder.absolute()] = self._path.read_bytes()
         if former is not None:
             say(f"lock: {former}; its lock is taken over")
 

@@ -52,6 +52,7 @@ MEANINGS = {
     errno.EIO: ("the disk fails", "Look at the disk"),
     errno.EFBIG: ("a file would become larger than is allowed", "Raise that limit (ulimit -f)"),
     errno.EMFILE: ("too many files are open", "Raise that limit (ulimit -n)"),
+    errno.ELOOP: ("a link stands where a file belongs", "Remove it"),
 }
 
 # Folders that this process writes into alone, each with the bytes of its run.lock.
@@ -104,7 +105,7 @@ def check_held(path: Path) -> None:
             except (FileNotFoundError, NotADirectoryError):
                 if not folder.is_dir():
                     raise FileNotFoundError(errno.ENOENT, "the folder of the run is gone", str(folder)) from None
-                raise FolderLost(f"its {LOCK} is gone: what the folder held was removed") from None
+                raise FolderLost(f"its {LOCK} was removed, so that another run may begin there") from None
             if found != HELD[folder]:
                 raise FolderLost(f"its {LOCK} is that of another run, which writes there now")
 
@@ -114,11 +115,14 @@ def unused_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+def open_file(path: str | Path, flags: int) -> int:
+    """Opens a file, never through a link (an `opener` of Python's open). Returns its descriptor."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def create_file(path: Path) -> int:
-    """Makes an empty file that did not exist, and opens it to read and write; never follows a link. Returns its
-    descriptor."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return os.open(path, flags, 0o666)
+    """Makes an empty file that did not exist, and opens it to read and write. Returns its descriptor."""
+    return open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0))
 
 
 @contextlib.contextmanager
@@ -182,11 +186,11 @@ def flush_folder(folder: Path) -> None:
 def move_into_place(made: Path, folder: Path) -> None:
     """Moves what stands in `made` into `folder`, each file in one step, flushed before; `made` is gone afterwards."""
     paths = sorted(made.rglob("*"))
-    check_held(folder)
     for path in paths:
         if path.is_file():
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
+    check_held(folder)  # which takes no time; flushing may
     for path in paths:
         target = folder / path.relative_to(made)
         if path.is_dir():
@@ -331,7 +335,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
     """Adds one line to metrics.jsonl, or nothing of it where it cannot be written whole."""
     check_held(folder)
-    with open(folder / METRICS, "ab", buffering=0) as file:
+    with open(folder / METRICS, "ab", buffering=0, opener=open_file) as file:
         size, content = file.tell(), (json.dumps(line) + "\n").encode()
         try:
             while content:

@@ -69,7 +69,7 @@ def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -
             f"--output_dir {folder}: holds a merged model (of {record.get('adapter')}). Choose another folder, or "
             "pass --overwrite_output_dir to replace it"
         )
-    others = sorted({path.name for path in folder.iterdir()} - {MERGE_RECORD, *record["files"]})
+    others = sorted({path.name for path in folder.iterdir()} - {MERGE_RECORD, LOCK, *record["files"]})
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
@@ -98,12 +98,14 @@ def folder_beside(folder: Path) -> Iterator[Path]:
         _, handle = take_lock(beside / LOCK, identify_process())
         try:
             yield beside
+            flush_files(beside)
+            _replace(beside, folder)
+            # Until here it tells a call that was killed from one that goes on; from here on it means nothing.
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
         finally:
-            (beside / LOCK).unlink(missing_ok=True)
             if handle is not None:
                 os.close(handle)
-        flush_files(beside)
-        _replace(beside, folder)
     except BaseException as error:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
@@ -125,8 +127,11 @@ def _tidy(folder: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             continue
         if half is not None and half[1] == folder.name and (path / LOCK).is_file() and read_owner(path) is None:
-            shutil.rmtree(path)
-            say(f"removed {path}, which a merge that was killed left behind")
+            try:
+                shutil.rmtree(path)
+                say(f"removed {path}, which a merge that was killed left behind")
+            except OSError as error:  # it is another person's, perhaps
+                say(f"note: {path}, which a merge that was killed left behind, cannot be removed ({error.strerror})")
         if former is not None and former[1] == folder.name and read_merge_record(path) is not None:
             if folder.exists():
                 shutil.rmtree(path)
@@ -136,19 +141,21 @@ def _tidy(folder: Path) -> None:
 
 
 def _replace(beside: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.replace(beside, folder)
-        flush_folder(folder.parent)
-        return
-    former = unused_name(folder).with_suffix(".old")
-    os.replace(folder, former)
+    """Gives the folder its name. What had that name goes, or stays where something fails."""
+    former = unused_name(folder).with_suffix(".old") if folder.exists() else None
+    if former is not None:
+        os.replace(folder, former)
     try:
         os.replace(beside, folder)
+        flush_folder(folder.parent)
     except OSError:
-        os.replace(former, folder)
+        if not beside.exists():
+            os.replace(folder, beside)
+        if former is not None:
+            os.replace(former, folder)
         raise
-    flush_folder(folder.parent)
-    shutil.rmtree(former)
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)  # what stays of it the next call removes
 
 
 def push_folder(folder: Path, name: str) -> str:

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.kept import keep_in_checkpoints, kept_in_checkpoint
 from utils.processes import command_to_go_on
 from utils.runtime import is_main_process, say
-from utils.saving import BAD_PAIRS, FolderLost, RunRecord, append_metrics, check_held
+from utils.saving import BAD_PAIRS, FolderLost, RunRecord, append_metrics, check_held, open_file
 
 KEY = "left_out"  # in what a checkpoint keeps: the steps
 SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches
@@ -99,7 +99,7 @@ class BadBatches:
         lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in self._find_rows(step, losses)]
         try:
             check_held(self.folder)
-            with open(self.folder / BAD_PAIRS, "a", encoding="utf-8") as file:
+            with open(self.folder / BAD_PAIRS, "a", encoding="utf-8", opener=open_file) as file:
                 file.writelines(lines)
         except FolderLost:
             raise
@@ -121,12 +121,7 @@ class BadBatches:
     def _advise(self, step: int, losses: Mapping[int, float]) -> str:
         """What is safe, and what to try."""
         checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
-        safe = (
-            f"the weights of the newest checkpoint, {checkpoints[-1]}, are finite"
-            if checkpoints
-            else "no checkpoint was saved yet"
-        )
-        taken = f"That step was not taken: the weights stayed as after step {step - 1}; {safe}."
+        taken = f"That step was not taken: the weights stayed as after step {step - 1}; {self.what_is_safe()}."
         if self.left_out:
             taken += f" {len(self.left_out)} such steps were left out before (--skip_bad_batches {self.allowed})."
         count = sum(not math.isfinite(loss) for loss in losses.values())
@@ -136,6 +131,12 @@ class BadBatches:
         )
         text = f"{taken}{advice} try a smaller --learning_rate, a smaller --max_grad_norm, or --dtype float32"
         return text + (f". {self._how_to_go_on(bool(checkpoints))}" if self.folder is not None else "")
+
+    def what_is_safe(self) -> str:
+        """The newest checkpoint, whose weights were looked at before they were saved."""
+        checkpoints = find_checkpoints(self.folder) if self.folder is not None else []
+        newest = f"the weights of the newest checkpoint, {checkpoints[-1]}, are finite" if checkpoints else None
+        return newest or "no checkpoint was saved yet"
 
     def _how_to_go_on(self, resume: bool) -> str:
         more = ["--skip_bad_batches", str(max(SUGGESTED, 2 * self.allowed))]

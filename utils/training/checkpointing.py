@@ -78,7 +78,9 @@ class WholeCheckpoints(Trainer):
         """How many of the trained weights are not finite, in all processes."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         local = [getattr(weight, "_local_tensor", weight).detach() for weight in trained]  # of a sharded one its part
-        count = sum(int((~torch.isfinite(part)).sum()) for part in local if part.numel())
+        # Piece by piece: memory may be used up by now, and the whole of a large weight would be needed once more.
+        pieces = (piece for part in local for piece in part.flatten().split(2**24))
+        count = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
         return sum(gather_from_all(count)) if self.args.world_size > 1 else count
 
     def check_weights(self) -> None:
@@ -89,8 +91,8 @@ class WholeCheckpoints(Trainer):
         if broken > 0:
             raise UserError(
                 f"{broken:,} of the trained weights are no longer finite after step {self.state.global_step}; nothing "
-                f"is saved from there on. Try a smaller --learning_rate (it is {self.args.learning_rate:g}), a smaller "
-                "--max_grad_norm, or --dtype float32"
+                f"is saved from there on; {self.bad_batches.what_is_safe()}. Try a smaller --learning_rate (it is "
+                f"{self.args.learning_rate:g}), a smaller --max_grad_norm, or --dtype float32"
             )
 
     def _write_checkpoint(self, folder: Path) -> None:
@@ -136,10 +138,9 @@ class WholeCheckpoints(Trainer):
             yield
         except Exception as error:
             fault = find_disk_fault(error)
-            if isinstance(fault, FolderLost) and self.args.world_size == 1:
-                raise  # what is there by now is not this run's to remove
             if fault is None or self.args.world_size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                shutil.rmtree(made, ignore_errors=True)
+                if not isinstance(fault, FolderLost):  # else what is there by now is not this run's to remove
+                    shutil.rmtree(made, ignore_errors=True)
                 raise fault or error from None
         if self.args.world_size > 1:
             first = next((one for one in gather_from_all(fault) if one is not None), None)

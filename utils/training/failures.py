@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from pathlib import Path
 
 from utils.errors import LocalError, UserError, in_one_line
 from utils.memory import LESS_MEMORY, ran_out_of_memory
-from utils.saving import FolderLost, explain_fault, find_disk_fault
+from utils.saving import MEANINGS, FolderLost, explain_fault, find_disk_fault
 
+# Modules that write into the folder of a run.
+WRITERS = {
+    "utils.checkpoints",
+    "utils.manifests",
+    "utils.output_folder",
+    "utils.saving",
+    "utils.state",
+    "utils.training.checkpointing",
+}
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
 
 
@@ -23,11 +33,11 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
     """
     if isinstance(error, FolderLost) and folder is not None:
         return UserError(
-            f"--output_dir {folder}: {error}. This run stopped after step {step}, and wrote nothing more there; what "
-            "it had saved is gone. To train it again, choose another folder"
+            f"--output_dir {folder}: {error}. This run stopped after step {step}, and wrote nothing more there. Look "
+            "at what is there now; where it is not this run's, begin again in another folder"
         )
     fault = find_disk_fault(error)
-    if fault is not None and folder is not None and _is_of(fault, folder):
+    if fault is not None and folder is not None and _is_of(fault, folder, error):
         what, remedy = GONE if not folder.is_dir() else explain_fault(fault)
         if fault.errno == errno.EIO and fault.strerror:
             what = f"{what}: {fault.strerror}"
@@ -43,10 +53,13 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
     return None
 
 
-def _is_of(fault: OSError, folder: Path) -> bool:
+def _is_of(fault: OSError, folder: Path, error: BaseException) -> bool:
     """Whether a file in the folder could not be written. Libraries may not say which file it was, or name it as it is
-    called within its own folder."""
+    called within its own folder; then it counts who was writing."""
     if fault.errno in (None, errno.ENOMEM) or isinstance(fault, ConnectionError):
         return False
     path = Path(str(fault.filename or ""))
-    return not path.is_absolute() or folder == path or folder in path.parents
+    if path.is_absolute():
+        return folder == path or folder in path.parents
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not modules.isdisjoint(WRITERS) or (not fault.filename and fault.errno in MEANINGS)

@@ -160,7 +160,8 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
         """The gradient norm, which the trainer asks for just before the optimizer step; None for a step left out.
 
         Raises:
-            UserError: loss or gradient is not finite, and no more such steps may be left out; the step is not taken.
+            UserError: loss or gradient is not finite, and no more such steps may be left out, or the weights are not
+                finite either; the step is not taken.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         parts, self._step_losses = self._step_losses, []
@@ -171,6 +172,7 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
                 return norm  # float16: the scaler leaves the step out and tries a smaller scale
             cause = "a smaller scale of float16 does not mend it"
         if loss_is_bad or gradient_is_bad:
+            self.check_weights()  # with broken ones no row is to blame
             losses = losses_by_row(parts, self.args.world_size)
             self.bad_batches.leave_out(self.state.global_step + 1, losses, self.state, cause)
             self._leave_out(model)
