@@ -298,3 +298,9 @@ def test_a_checkpoint_of_odd_identity_is_one_message(run_script, tiny_model, pai
         code, _, err = run_script(*flags, tmp_path / "run", *more)
         assert (code, err.count("\n")) == (2, 1), (odd, err)
         assert f"{checkpoint}: its trainer_state.json cannot be read back" in err, odd
+    del state["stateful_callbacks"]  # which no trainer leaves out; the state is saved again all the same
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, 1)
+    code, _, err = run_script(*flags, tmp_path / "run", "--max_steps", 1, "--resume_from_checkpoint", "auto")
+    assert code == 0, err

@@ -159,7 +159,7 @@ class WholeCheckpoints(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 name, state = type(callback).__name__, callback.state()
-                former = self.state.stateful_callbacks[name]
+                former = self.state.stateful_callbacks.get(name)  # none in the state of a checkpoint that was changed
                 self.state.stateful_callbacks[name] = [*former, state] if isinstance(former, list) else state
         self.state.save_to_json(str(folder / TRAINER_STATE))
 

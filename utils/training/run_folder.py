@@ -257,7 +257,8 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
         if epoch == options["epochs_trained"]:
             self.broken_before = self.count_broken()
             if options["resume_from_checkpoint"] is not None:
-                self.load_log_state(options["resume_from_checkpoint"])
+                with restoring(Path(options["resume_from_checkpoint"]), "log_state"):
+                    self.load_log_state(options["resume_from_checkpoint"])
         # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*arguments, epoch=epoch, **options)
@@ -346,7 +347,8 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if checkpoint is not None and scaler is not None and (Path(checkpoint) / "scaler.json").is_file():
-            scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+            with restoring(Path(checkpoint), "scaler"):
+                scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
 
     def _random_state_name(self) -> str:
         return f"random_state_{self.args.process_index}"
