@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from utils.checkpoints import remove_checkpoint
 from utils.errors import ProcessLost
-from utils.saving import replacing
+from utils.saving import write_json
 from utils.state import save_state
 from utils.training.callbacks import RunWatcher
 from utils.training.checkpointing import WholeCheckpoints
@@ -570,8 +570,13 @@ def test_an_error_without_a_path_is_the_folders_where_the_folder_was_written(tmp
     message = str(explain_failure(failed.value, tmp_path, 7, "It is safe.", "go on"))
     assert message.startswith(f"--output_dir {tmp_path}: connection timed out")
     assert "the run stopped after step 7. It is safe. Mend that, then go on with:" in message
-    with pytest.raises(OSError, match="not seekable") as failed, replacing(tmp_path / "run.json"):
-        raise io.UnsupportedOperation("File or stream is not seekable.")  # as Python says it, without a number
+
+    def fail_without_number(handle):
+        raise io.UnsupportedOperation("File or stream is not seekable.")  # as Python says it of a disk that fails
+
+    monkeypatch.setattr(os, "fsync", fail_without_number)
+    with pytest.raises(OSError, match="not seekable") as failed:
+        write_json(tmp_path / "run.json", {})
     assert "file or stream is not seekable" in str(explain_failure(failed.value, tmp_path, 7, "", ""))
     for other in (OSError(errno.ETIMEDOUT, "timed out"), OSError(errno.ENOENT, "no such file", "data/pairs.jsonl")):
         assert explain_failure(other, tmp_path, 7, "", "") is None
