@@ -41,11 +41,11 @@ def in_a_child(act: Callable[[], None]) -> None:
         raise RuntimeError(f"{act} failed")
 
 
-def inject_faults(torture: Torture, short: bool) -> None:
-    """Each kind of fault; with `short` once."""
+def inject_faults(torture: Torture, short: bool, calls: int) -> None:
+    """Each kind of fault; with `short` once. `calls` is how many system calls are made to fail."""
     damage_files(torture, short)
     fail_calls(torture, (7,) if short else (1, 5, 12, 30))
-    fail_system_calls(torture, 1 if short else 60)
+    fail_system_calls(torture, 1 if short else calls)
     fill_the_disk(torture, (0.7,) if short else (0.02, 0.1, 0.5, 0.9, 1.2))
     if not short:
         lose_the_folder(torture)
@@ -159,8 +159,10 @@ def _break(name: str, call: int) -> None:
 
 def fail_system_calls(torture: Torture, tries: int) -> None:
     """The kernel answers one call with an error, at any call by which the run writes or reads in its folder."""
-    if shutil.which("strace") is None:
-        print("skipped failing system calls: strace is not installed", flush=True)
+    try:
+        subprocess.run(["strace", "-o", os.devnull, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"skipped failing system calls: strace does not work here ({error})", flush=True)
         return
     way = "full"
     torture.baseline(way, 1)
@@ -215,10 +217,12 @@ def _list_calls(torture: Torture, way: str) -> dict[str, list[int]]:
 def _trace(log: Path, *options: str) -> None:
     """Has strace follow this process from here on."""
     words = ["strace", "-q", "-y", "-s", "0", "-o", str(log), *options, "-p", str(os.getpid())]
-    subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        if process.poll() is not None:
+            raise RuntimeError("strace does not follow this process")
         time.sleep(0.005)
-    time.sleep(0.1)
+    time.sleep(0.1)  # it has yet to ask for what it is to see
 
 
 def _is_in(folder: Path, call: str) -> bool:

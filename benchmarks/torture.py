@@ -281,6 +281,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="one process, forked, and one fault of each kind")
+    parser.add_argument("--calls", type=int, default=60, help="calls of the system that are made to fail, one in a run")
     parser.add_argument("--no_faults", action="store_true", help="kills alone")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), help="where the results go")
     options = parser.parse_args()
@@ -296,7 +297,7 @@ def main() -> int:
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: the table of what was done
             disturb(torture, options)
             if not options.no_faults:
-                inject_faults(torture, short=options.short)
+                inject_faults(torture, options.short, options.calls)
     table = describe(torture, time.monotonic() - begun)
     print(f"\n{table}", end="")
     options.output_dir.mkdir(parents=True, exist_ok=True)

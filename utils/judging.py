@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.runtime import say
+from utils.saving import open_file
 from utils.scorers import Prompt
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class EndpointJudge:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._file, "a", encoding="utf-8") as file:
+            with open(self._file, "a", encoding="utf-8", opener=open_file) as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             self._keeps = False

@@ -35,7 +35,7 @@ from utils.models.sources import ModelSource, find_policy, read_end_ids
 from utils.models.templates import set_chat_template
 from utils.paths import read_path
 from utils.runtime import choose_precision, find_device, say
-from utils.saving import COMPARISON_FILES, EVALUATION_FILES, RECORD, write_text
+from utils.saving import COMPARISON_FILES, EVALUATION_FILES, RECORD, open_file, write_text
 from utils.scorers import FUNCTION, Prompt, Scorer, are_equal, load_reward_model, load_scorer
 from utils.settings import Settings
 
@@ -281,7 +281,7 @@ class Samples:
             UserError: it cannot be written.
         """
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=open_file) as file:
                 file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
                 file.flush()
                 os.fsync(file.fileno())
