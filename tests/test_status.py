@@ -21,6 +21,7 @@ from conftest import ROOT, read_record, start_script
 from utils.arguments import parse_arguments
 from utils.flags import USES_MODEL
 from utils.processes import command_to_go_on, identify_process, is_alive
+from utils.records import Unreadable, read_run
 from utils.status.finding import FoundRun
 from utils.status.page import make_page
 from utils.status.publishing import as_json
@@ -277,7 +278,9 @@ def test_a_run_that_was_moved_goes_on_where_it_is(finished, tmp_path):
     record = read_record(moved) | {"status": "interrupted"}
     record["process"] |= {"working_folder": "/somewhere else"}
     command = read_status(FoundRun(moved, record), "moved", time.time()).to_go_on
-    assert command.startswith("cd '/somewhere else' && python advanced_dpo_script.py train ")
+    assert command.startswith(
+        f"cd '/somewhere else' && python {shlex.quote(str(ROOT / 'advanced_dpo_script.py'))} train "
+    )
     words = shlex.split(command)
     assert words[words.index("--output_dir") + 1] == str(moved)
 
@@ -313,6 +316,7 @@ def test_no_record_of_a_run_ends_in_a_traceback(finished, tmp_path):
     original = read_record(finished / "dpo")
     (tmp_path / "metrics.jsonl").write_text('{"step": "x"}\n{"step": 3, "held_out_loss": [1], "loss": NaN}\n{"st')
     (tmp_path / "samples.jsonl").write_text('{"prompt": [1, {"role": null}]}\n[]\n{"prompt": {}, "response": []}')
+    refused = 0
     for number in range(400):
         record = original
         for _ in range(dice.randint(1, 4)):
@@ -320,12 +324,19 @@ def test_no_record_of_a_run_ends_in_a_traceback(finished, tmp_path):
                 record = record | {key: mangle(original[key], dice)}
         settings = record["settings"] if isinstance(record["settings"], dict) else {}
         record |= {"status": dice.choice(["running", "failed"]), "verb": "train", "settings": settings}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        try:
+            record = read_run(tmp_path / "run.json")
+        except Unreadable:
+            refused += 1
+            continue
         overview = Overview("runs", (read_status(FoundRun(tmp_path, record), "run\x1b[2J", at),), ())
         assert not any("\x1b" in line or "\n" in line for line in summarize(overview))
         json.dumps(as_json(overview), allow_nan=False)
         if number % 4 == 0:
             other = dataclasses.replace(overview.runs[0], name="other", record=original)
             assert "\x1b" not in make_page(dataclasses.replace(overview, runs=(*overview.runs, other)))
+    assert 50 < refused < 350
 
 
 def test_it_answers_without_the_heavy_libraries(finished):

@@ -11,6 +11,7 @@ from conftest import ROOT
 # Each room may import those before it in its own line of this table, and the floor.
 FLOOR = [
     "errors",
+    "bounded",
     "flags",
     "data_settings",
     "use_settings",
@@ -26,6 +27,7 @@ ORDER = [
     "user_code",
     "allowed_changes",
     "arguments",
+    "records",
     "saving",
     "manifests",
     "kept",
@@ -33,6 +35,7 @@ ORDER = [
     "output_folder",
     "state",
     "processes",
+    "recorded_command",
     "folder_lock",
     "tracking",
     "report",

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.bounded import Unreadable, read_json
 from utils.errors import UserError
 from utils.kept import OWN
 from utils.manifests import MANIFEST, find_damage, forget_cached, write_manifest
+from utils.records import read_trainer_state
 from utils.runtime import say
 from utils.saving import CHECKPOINT, SET_ASIDE, TRAINER_STATE, check_held, flush_folder
 
@@ -60,8 +62,8 @@ def checkpoint_step(checkpoint: Path) -> int:
         UserError: the state cannot be read.
     """
     try:
-        return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        return read_trainer_state(checkpoint / TRAINER_STATE)["global_step"]
+    except (OSError, Unreadable) as error:
         raise UserError(
             f"{checkpoint}: its {TRAINER_STATE} cannot be read back ({str(error)[:200]}); resume from an earlier "
             "checkpoint, or start anew"
@@ -110,8 +112,8 @@ def _find_state_fault(checkpoint: Path, step: int) -> str | None:
     from transformers import TrainerState
 
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        state = read_json(checkpoint / TRAINER_STATE)
+    except (OSError, Unreadable) as error:
         return f"{TRAINER_STATE} cannot be read ({str(error)[:200]})"
     if not isinstance(state, dict):
         return f"{TRAINER_STATE} holds no state of a trainer"
@@ -252,9 +254,12 @@ def _note_manifest(checkpoint: Path) -> Iterator[str]:
 
 def _find_best(checkpoint: Path) -> Path | None:
     """The checkpoint of the best model so far, where the run keeps it."""
-    state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    best = state.get("best_model_checkpoint")
-    return checkpoint.with_name(Path(best).name) if best else None
+    try:
+        best = read_trainer_state(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    except (OSError, Unreadable):
+        return None
+    name = Path(best).name if best else ""
+    return checkpoint.with_name(name) if CHECKPOINT.fullmatch(name) else None
 
 
 def set_aside(point: ResumePoint) -> None:

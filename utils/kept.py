@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from utils.records import Unreadable, read_trainer_state
 from utils.saving import TRAINER_STATE
 
 OWN = "dpo_run"  # among the states of callbacks, where a trainer that does not know it leaves it alone
@@ -25,7 +25,7 @@ def kept_in_checkpoint(state: Any, key: str) -> Any:
 def read_kept(checkpoint: Path) -> dict[str, Any]:
     """All that a checkpoint holds of this kind; empty for one of another trainer."""
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        state = read_trainer_state(checkpoint / TRAINER_STATE)
         return dict(state["stateful_callbacks"][OWN]["attributes"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, Unreadable, LookupError, TypeError):  # TypeError: one of them is null
         return {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from utils.bounded import read_json
 from utils.saving import flush_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -45,12 +45,12 @@ def find_damage(folder: Path, step: int, reads: Callable[[str], bool] = lambda n
         reads: which files, by name, are read and hashed; of the others the size alone is looked at.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         known = manifest["step"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return f"{MANIFEST} cannot be read"
     if known != step:
         return f"{MANIFEST} is of step {known!r}"
@@ -74,6 +74,8 @@ def _find_fault(path: Path, name: str, size: int, sha256: str, reads: bool) -> s
         found = path.stat().st_size
         if found != size:
             return f"{name} has {found:,} bytes instead of {size:,}"
+        if not path.is_file():
+            return f"{name} is no file"
         if reads and _hash_file(path) != sha256:
             return f"{name} has other content than was saved (its SHA-256 differs)"
     except FileNotFoundError:

@@ -9,21 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.arguments.parsing import read_recorded
+from utils.arguments.parsing import NAMES_CODE, known_flags, read_recorded
 from utils.checkpoints import find_checkpoints, find_fault, is_of_model
 from utils.errors import UserError
-from utils.models.sources import ModelSource, find_model
+from utils.models.sources import ModelSource, check_source, find_model
 from utils.paths import read_path
-from utils.saving import CHECKPOINT, RECORD, read_record
+from utils.records import Unreadable, read_run
+from utils.saving import CHECKPOINT, RECORD
 from utils.settings import STAGES, Settings
-
-# Settings that make the script run what they name: a person's words alone, never those of a record.
-NAMES_CODE = frozenset({"trust_remote_code", "dataset_adapter", "judge", "scorer", "judge_model", "config"})
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model, with the folder and the record of its run; without both for a model that no run of this script made."""
+    """A model, with the folder and the record of its run; without both for a model that no run of this script made.
+
+    A record may come from anybody: what it names is not loaded before `find_reference` has looked at it.
+    """
 
     source: ModelSource
     folder: Path | None = None
@@ -31,19 +32,31 @@ class TrainedModel:
 
     @property
     def start(self) -> ModelSource | None:
-        """What its run began from."""
+        """What its run began from, as its record says."""
         return self._recorded("start")
 
     @property
     def reference(self) -> ModelSource | None:
-        """What a preference run was measured against; for an sft run what it began from."""
+        """What a preference run was measured against; for an sft run what it began from. As its record says."""
         return self._recorded("reference_model") or self.start
+
+    def find_reference(self) -> ModelSource | None:
+        """The same, to be loaded: looked at like a model that a flag names.
+
+        Raises:
+            UserError: it is not there, or holds or names what is refused.
+        """
+        source = self.reference
+        if source is not None:
+            key = "reference_model" if self.record.get("reference_model") else "start"
+            check_source(f"{self.folder / RECORD}: its {key}", source)
+        return source
 
     @property
     def reference_in_4bit(self) -> bool:
         """Whether the run held its reference in 4 bits."""
         recorded = self.record.get("reference_model")
-        return bool(recorded["in_4bit"]) if recorded else self.in_4bit
+        return bool(recorded.get("in_4bit")) if recorded else self.in_4bit
 
     @property
     def in_4bit(self) -> bool:
@@ -51,16 +64,27 @@ class TrainedModel:
         return self.source.adapter is not None and bool(self.setting("use_4bit"))
 
     def setting(self, name: str, otherwise: Any = None) -> Any:
-        """A setting of its run."""
-        return self.record.get("settings", {}).get(name, otherwise)
+        """A setting of its run, checked as a value of its flag.
+
+        Raises:
+            UserError: it is none.
+        """
+        value = self.record.get("settings", {}).get(name, otherwise)
+        if value is None or name not in known_flags(self.record["verb"]):
+            return value
+        try:
+            return _recorded(self, name, value)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{self.folder / RECORD}: {name} {error}") from None
 
     def _recorded(self, key: str) -> ModelSource | None:
         recorded = self.record.get(key)
         if not recorded:
             return None
         names = [field.name for field in dataclasses.fields(ModelSource)]
-        source = ModelSource(**{name: recorded[name] for name in names})
-        former = self.record["start"]["base"]
+        parts = {name: recorded.get(name) for name in names}
+        source = ModelSource(**parts | {"tokenizer": parts["tokenizer"] or parts["base"]})
+        former = (self.record.get("start") or recorded)["base"]
         if source.base != former or former == self.source.base or self.source.adapter is None:
             return source
         # The base was moved since, and the adapter's config says where to: see find_trained.
@@ -82,9 +106,10 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
     run = folder.parent if CHECKPOINT.fullmatch(folder.name) and (folder.parent / RECORD).is_file() else folder
     if not (run / RECORD).is_file():
         return TrainedModel(find_model(flag, name))
-    record = read_record(run)
-    if record is None or not isinstance(record.get("settings"), dict):
-        raise UserError(f"{flag} {name}: {run / RECORD} is no record of a run; remove or mend it")
+    try:
+        record = read_run(run / RECORD)
+    except (OSError, Unreadable) as error:
+        raise UserError(f"{flag} {name}: {run / RECORD} is no record of a run ({error}); remove or mend it") from None
     if run == folder and record.get("status") != "finished":
         raise UserError(f"{flag} {name}: {_unfinished(folder, record)}")
     fault = find_fault(folder, reads=is_of_model) if run != folder else None
@@ -112,7 +137,7 @@ def _check_record(flag: str, trained: TrainedModel) -> None:
     start, source = trained.record.get("start"), trained.source
     if start is None:
         return
-    adapts = bool(trained.setting("use_lora")) or start["adapter"] is not None
+    adapts = bool(trained.setting("use_lora")) or start.get("adapter") is not None
     kinds = {True: "an adapter", False: "a whole model"}
     if adapts != (source.adapter is not None):
         raise UserError(

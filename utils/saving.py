@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.records import Unreadable, read_lines, read_run
 from utils.runtime import say
 
 RECORD = "run.json"
@@ -324,12 +325,11 @@ class RunRecord:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's run.json; None when it has none that can be read."""
+    """The content of a folder's run.json; None when it has none of this script that can be read."""
     try:
-        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_run(folder / RECORD)
+    except (OSError, Unreadable):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
@@ -347,13 +347,7 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, those that are whole; none where there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the nothing behind the last line, or a line that was being written when the run died
-            continue
-    return [row for row in rows if isinstance(row, dict)]
+    return list(read_lines(path))
 
 
 def restore_metrics(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from utils.arguments.flag_values import as_text
+from utils.bounded import Unreadable, count_parts, parts_of_yaml, read_bytes
 from utils.errors import UserError, in_one_line
 from utils.paths import read_path
 
 MOST_ITEMS = 100_000  # of one setting
+MOST_BYTES = 2**20
+MOST_SETTINGS = 1000  # several times as many as there are
+SHOWN = 20  # keys that stand twice
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,11 @@ class Entry:
 def read_config(path: str) -> list[Entry]:
     """The entries of the file, in its order. Raises UserError when it cannot be read or is no mapping."""
     try:
-        text = read_path(path).read_text(encoding="utf-8-sig")
+        text = read_bytes(read_path(path), MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); --config takes a YAML or JSON file") from None
+    except Unreadable as error:
+        raise UserError(f"{path}: {error}; --config takes a YAML or JSON file") from None
     except ValueError:  # UnicodeDecodeError, or a NUL in the path
         raise UserError(f"{path}: is not UTF-8 text; --config takes a YAML or JSON file") from None
     read = _read_json if path.lower().endswith(".json") else _read_yaml
@@ -45,6 +52,8 @@ def read_config(path: str) -> list[Entry]:
 
 
 def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
+    if len(items) > MOST_SETTINGS:
+        raise UserError(f"{path}: holds {len(items):,} settings, more than there are; --config takes those of one run")
     entries: dict[str, Entry] = {}
     faults = []
     for key, value in items:
@@ -59,7 +68,7 @@ def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
 
 def read_entry(name: str, label: str, value: Any) -> Entry:
     """The entry of one value, as JSON or YAML holds it. Raises UserError for what is neither text nor number."""
-    if _holds_more_than(MOST_ITEMS, value):
+    if count_parts(value, _parts_of, MOST_ITEMS) > MOST_ITEMS:
         raise UserError(f"{label}: holds more than {MOST_ITEMS:,} items, or itself")
     try:
         if value is None:
@@ -75,23 +84,18 @@ def read_entry(name: str, label: str, value: Any) -> Entry:
         ) from None
 
 
-def _holds_more_than(limit: int, value: Any) -> bool:
-    """Whether a value has so many parts; one to which references refer often counts as often, for so it is written."""
-    waiting, count = [value], 0
-    while waiting and count <= limit:
-        item = waiting.pop()
-        inner = list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
-        count += len(inner)
-        waiting += inner
-    return count > limit
+def _parts_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _read_json(path: str, text: str) -> Iterator[tuple[str, Any]]:
     repeated = []
 
     def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        repeated.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        repeated.extend(key for key, count in counts.items() if count > 1)
         return dict(pairs)
 
     try:
@@ -103,7 +107,7 @@ def _read_json(path: str, text: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(values, dict):
         raise UserError(f'{path}: must be a mapping such as {{"beta": 0.1}}')
     if repeated:
-        raise UserError(*(f"{path}: {key} is given twice" for key in repeated))
+        raise UserError(*(f"{path}: {key} is given twice" for key in repeated[:SHOWN]))
     yield from values.items()
 
 
@@ -118,6 +122,10 @@ def _read_yaml(path: str, text: str) -> Iterator[tuple[str, Any]]:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: must be a mapping, one `name: value` per line")
+        if count_parts(root, parts_of_yaml, MOST_ITEMS) > MOST_ITEMS:
+            raise UserError(
+                f"{path}: its references and merge keys stand for more than {MOST_ITEMS:,} values, or itself"
+            )
         seen: dict[str, int] = {}
         for key, value in root.value:
             line = key.start_mark.line + 1
@@ -155,9 +163,9 @@ def _strict_loader(text: str) -> Any:
 
     class StrictLoader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             for key, _ in node.value:
-                if keys.count(key.value) > 1:
+                if isinstance(key, yaml.ScalarNode) and counts[key.value] > 1:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             return super().construct_mapping(node, deep)
 

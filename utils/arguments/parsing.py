@@ -28,6 +28,9 @@ from utils.runtime import HALF_CHARACTER, is_main_process, make_visible
 from utils.settings import STAGES, Settings
 
 DEFAULT_VERB = "train"
+# Settings that make the script run what they name: a person's words alone, never those of a record.
+NAMES_CODE = frozenset({"trust_remote_code", "dataset_adapter", "judge", "scorer", "judge_model", "config"})
+
 ADDRESS_WITH_PASSWORD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
@@ -85,6 +88,22 @@ def command_line(settings: Settings) -> list[str]:
         else:
             argv += [f"--{name}", *texts]
     return argv
+
+
+def read_words(words: list[str]) -> tuple[str, dict[str, Entry]]:
+    """The verb and the entries of a command line that a record tells, each checked as a value of its flag. No file that
+    it names is read.
+
+    Raises:
+        UserError: the script does not take it.
+    """
+    faults: list[str] = []
+    verb_word, entries = split_argv(words, faults)
+    verb = choose_verb(verb_word, "", faults)
+    _read_entries(verb, entries.values(), faults)
+    if faults:
+        raise UserError(*faults)
+    return verb, entries
 
 
 def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str, Entry]]:

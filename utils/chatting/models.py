@@ -109,11 +109,12 @@ def _find_other(settings: Settings, trained: TrainedModel, in_4bit: bool) -> Wan
     if name is None:
         return None
     if name == REFERENCE:
-        if trained.reference is None:
+        reference = trained.find_reference()
+        if reference is None:
             raise UserError(
                 f"{OTHER} {REFERENCE}: {trained.source.name} has no record of a run that names one; name a model"
             )
-        return Wanted(OTHER, trained.reference, trained.reference_in_4bit)
+        return Wanted(OTHER, reference, trained.reference_in_4bit)
     other = find_trained(OTHER, name)
     # A plain model has no record of how it was held: as the other is, so that one base serves both.
     return Wanted(OTHER, other.source, other.in_4bit if other.record else in_4bit)

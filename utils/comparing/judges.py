@@ -92,7 +92,7 @@ def is_endpoint(name: str) -> bool:
 def find_reference(model: Side, settings: Settings) -> Wanted:
     """The reference of the model's run, to be loaded for the implicit reward."""
     trained = model.trained
-    return Wanted(FLAG, trained.reference, trained.reference_in_4bit or settings.model.use_4bit)
+    return Wanted(FLAG, trained.find_reference(), trained.reference_in_4bit or settings.model.use_4bit)
 
 
 def ask(

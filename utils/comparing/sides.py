@@ -90,7 +90,7 @@ def find_sides(settings: Settings) -> tuple[Side, Side]:
         alike = trained.in_4bit and other.folder is None and other.source.base == trained.source.base
         side = Side("baseline", "--baseline", other, other.in_4bit or alike or wish.use_4bit, _describe(other))
     elif trained.reference is not None:
-        reference = TrainedModel(trained.reference)
+        reference = TrainedModel(trained.find_reference())
         in_4bit = trained.reference_in_4bit or wish.use_4bit
         how = "the reference of the run" if trained.record.get("reference_model") else "what the run began from"
         side = Side("baseline", "--baseline", reference, in_4bit, how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,8 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from utils.bounded import Unbounded, Unreadable, count_parts, parts_of_yaml, read_bytes, read_json
 from utils.errors import UserError
 
+MOST_README_BYTES = 2**22
+MOST_PARTS = 1_000_000  # of the configurations in it
 READERS = ("arrow", "csv", "json", "parquet", "text")  # of the library's own, those that read tables of text
 SHOWN = 3
 
@@ -23,11 +25,15 @@ def check_data_folder(flag: str, folder: Path) -> None:
     Raises:
         UserError: one fault per name, or the first broken table.
     """
-    wrong = [
-        f"{flag}: {file} names {name!r:.80}; only files within the folder are read"
-        for file, name in _named_files(folder)
-        if _leads_out(name)
-    ]
+    named = _named_files(folder)
+    try:
+        wrong = [
+            f"{flag}: {file} names {name!r:.80}; only files within the folder are read"
+            for file, name in named
+            if _leads_out(name)
+        ]
+    except Unbounded as error:
+        raise UserError(f"{flag}: in {folder}, {error}") from None
     if wrong:
         raise UserError(*dict.fromkeys(wrong[:SHOWN]))
     for path in sorted(folder.rglob("*.arrow")):
@@ -75,8 +81,10 @@ def _named_files(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except Unbounded as error:
+        raise Unbounded(f"{path.name} {error}") from None
+    except (OSError, Unreadable):
         return None  # the library says what is wrong with it
 
 
@@ -84,9 +92,17 @@ def _configurations(path: Path) -> list[dict[str, Any]]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MOST_README_BYTES).decode("utf-8")
         head = re.match(r"\s*---[^\n]*\n(.*?)\n---", text, re.DOTALL) if path.suffix == ".md" else None
-        content = yaml.safe_load(head[1] if head else "" if path.suffix == ".md" else text)
+        loader = yaml.SafeLoader(head[1] if head else "" if path.suffix == ".md" else text)
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if count_parts(root, parts_of_yaml, MOST_PARTS) > MOST_PARTS:
+            raise Unbounded(f"has references that stand for more than {MOST_PARTS:,} values")
+        content = loader.construct_document(root)
+    except Unbounded as error:
+        raise Unbounded(f"{path.name} {error}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
     items = content.get("configs") if isinstance(content, dict) else None

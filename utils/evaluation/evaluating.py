@@ -265,6 +265,8 @@ def compare_with_record(
     names = [name for name in metrics if name in recorded]
     if recorded.get("kl_pairs") != metrics.get("kl_pairs"):
         names = [name for name in names if not name.endswith(("_kl", "kl_pairs"))]
+    if not names:
+        return None
     differences = {name: abs(metrics[name] - recorded[name]) / max(1, abs(recorded[name])) for name in names}
     furthest = max(differences, key=differences.__getitem__)
     allowed = SAME.get(precision.name, SAME_IN_SHORT)

@@ -33,7 +33,7 @@ def settings_of_evaluation(settings: Settings, trained: TrainedModel) -> Setting
     """The settings that pairs are scored with: those given, else those of the run, else the defaults of `train`."""
     preference = trained.record.get("verb") == "train"
     settings = as_in_run(settings, trained, AS_IN_RUN + (AS_IN_PREFERENCE_RUN if preference else ()))
-    fields = {name: trained.setting(name) for name in LOSS_FIELDS if preference and trained.setting(name) is not None}
+    fields = {name: trained.setting(name) for name in LOSS_FIELDS} if preference else {}
     return dataclasses.replace(
         settings,
         verb="train",
@@ -41,7 +41,7 @@ def settings_of_evaluation(settings: Settings, trained: TrainedModel) -> Setting
         training=dataclasses.replace(
             settings.training, precompute_ref_log_probs=False, gradient_checkpointing=False, max_tokens_per_batch=None
         ),
-        trainer_fields=fields,
+        trainer_fields={name: value for name, value in fields.items() if value is not None},
     )
 
 
@@ -66,7 +66,7 @@ def find_reference(settings: Settings, trained: TrainedModel) -> ModelSource:
                 f"{MODEL_FLAG} {trained.source.name}: its reference {folder} is not there any more; move it back, or "
                 f"name it with {REFERENCE_FLAG}"
             )
-    return source
+    return trained.find_reference()
 
 
 def load_sides(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from utils.errors import UserError
 from utils.models.loading import choose_max_length, context_length
 from utils.models.sources import read_end_ids
 from utils.models.templates import choose_template, recorded_moment
+from utils.records import ROW, read_lines
 from utils.runs import TrainedModel, as_in_run
 from utils.saving import PAIRS
 from utils.settings import Settings
@@ -108,9 +108,8 @@ def _read_reference(trained: TrainedModel, rows: Dataset) -> list[float] | None:
     if trained.folder is None or trained.setting("ld_alpha") is not None or "id" not in rows.column_names:
         return None
     try:
-        lines = (trained.folder / PAIRS).read_text(encoding="utf-8").splitlines()
-        known = {line["id"]: line for line in map(json.loads, lines)}
+        known = {line["id"]: line for line in read_lines(trained.folder / PAIRS, ROW)}
         found = [known[name] for name in rows["id"]]
         return [line[side] for side in ("ref_chosen_logps", "ref_rejected_logps") for line in found]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, LookupError):
         return None

@@ -83,7 +83,8 @@ def load_base_as_trained(trained: TrainedModel, settings: ModelSettings, computi
 
     They are what the run multiplied with: quantized from the format that it computed in, and read back into it.
     """
-    run = dataclasses.replace(computing, dtype=getattr(torch, trained.record.get("precision", "float32")))
+    dtype = getattr(torch, trained.record.get("precision") or "float32", None)
+    run = dataclasses.replace(computing, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
     base = dataclasses.replace(trained.source, adapter=None)
     model = load_frozen(FLAG, base, settings, run, in_4bit=True).dequantize()
     return model.to(computing.dtype).requires_grad_(False).eval()

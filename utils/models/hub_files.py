@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from utils.bounded import Unreadable, read_json
 from utils.errors import UserError
 
 
@@ -16,11 +16,9 @@ def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any]
     if path is None:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_json(path)
+    except (OSError, Unreadable) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
-    except RecursionError:
-        raise UserError(f"{path}: not readable as JSON (nested too deeply)") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
     return content
@@ -29,7 +27,7 @@ def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any]
 def find_file(name: str, file: str, revision: str | None) -> Path | None:
     """Where `file` of a model folder or hub repository is on the disk; None when it has no such file."""
     path = os.path.join(name, file) if os.path.isdir(name) else find_hub_file(name, file, revision)
-    return Path(path) if path is not None and os.path.isfile(path) else None
+    return Path(path) if path is not None and os.path.exists(path) else None
 
 
 def find_hub_file(name: str, file: str, revision: str | None) -> str | None:

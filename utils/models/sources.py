@@ -106,6 +106,29 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
     return ModelSource(name, None, revision, name)
 
 
+def check_source(place: str, source: ModelSource) -> None:
+    """Looks at a model that a record names as `find_model` does at one that a flag names.
+
+    Args:
+        place: where it is named, to begin a message with.
+
+    Raises:
+        UserError: as for `find_model`.
+    """
+    _check_place(place, source.base, "config.json")
+    _check_model(place, source.base, source.revision)
+    if source.adapter is not None:
+        _check_place(place, source.adapter, ADAPTER_CONFIG)
+        config = read_json_file(source.adapter, ADAPTER_CONFIG, source.adapter_revision)
+        if config is None:
+            raise UserError(f"{place} {source.adapter}: no {ADAPTER_CONFIG} there, so it is not an adapter")
+        _check_adapter(place, source.adapter, source.adapter_revision, config)
+    if source.tokenizer not in (source.base, source.adapter):
+        _check_place(place, source.tokenizer, "a tokenizer")
+        check_folder(place, source.tokenizer, source.tokenizer_revision)
+    _check_tokenizer(place, source.tokenizer)
+
+
 def read_end_ids(base: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end a reply, by the tokenizer and the model's generation config."""
     config = read_json_file(base, "generation_config.json", revision) or {}
@@ -202,6 +225,7 @@ def _check_adapter(flag: str, name: str, revision: str | None, config: dict[str,
     """An adapter's weights must be safetensors, here or on the hub: PEFT would load a pickle where there are none."""
     check_adapter_config(flag, name, config)
     check_start(flag, name, config)
+    check_folder(flag, name, revision)  # its tokenizer's files, and those of a whole model beside it
     if os.path.isdir(name):
         found = (Path(name) / "adapter_model.safetensors").is_file()
         pickled = (Path(name) / "adapter_model.bin").is_file()

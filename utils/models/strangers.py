@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ PICKLED = "can run code when they are loaded"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 INDEX = "model.safetensors.index.json"
 SHOWN = 3
+# Keys of a config whose value may name code on the hub, by their ends.
+KERNELS = ("_implementation", "_implementation_internal", "kernel_config", "hub_kernels", "use_kernels")
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MOST_LAYERS = 10_000  # far above any model's; each is built before the weights are looked at
 PROBABILITIES = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
@@ -34,12 +37,15 @@ REACHES_OUT = {
 
 
 def check_folder(flag: str, name: str, revision: str | None = None) -> None:
-    """Refuses what a model folder or hub repository names and must not.
+    """Refuses what a folder (or hub repository) of a model, an adapter or a tokenizer holds or names and must not.
 
     Raises:
-        UserError: weights outside the folder or in pickles, a kernel to be fetched, a chat template named as a path,
-            numbers of layers or shares of dropout that cannot be meant.
+        UserError: a pipe or a device among the files, weights outside the folder or in pickles, a kernel to be fetched,
+            a chat template named as a path, numbers of layers or shares of dropout that cannot be meant.
     """
+    faults = list(_odd_files(name))
+    if faults:  # reading one of them might never end
+        raise UserError(*(f"{flag} {name}: {fault}" for fault in faults))
     faults = [
         *_shard_faults(read_json_file(name, INDEX, revision) or {}),
         *_config_faults(read_json_file(name, "config.json", revision) or {}),
@@ -105,6 +111,17 @@ def explain_library(error: Exception) -> str:
     return said[:300] if isinstance(error, OSError | ValueError | ImportError) and said else f"{named}: {said}"[:300]
 
 
+def _odd_files(name: str) -> Iterator[str]:
+    """What in a folder is neither a file nor a folder: a library that opens a pipe waits for ever."""
+    for entry in os.scandir(name) if os.path.isdir(name) else ():
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nothing
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            yield f"{entry.name} is no regular file (a pipe or a device); remove it"
+
+
 def _shard_faults(index: dict[str, Any]) -> Iterator[str]:
     places = index.get("weight_map", {})
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
@@ -120,10 +137,15 @@ def _shard_faults(index: dict[str, Any]) -> Iterator[str]:
 
 def _config_faults(config: dict[str, Any]) -> Iterator[str]:
     for key, value in _items(config):
-        if key.endswith(("attn_implementation", "attn_implementation_internal")) and "/" in json.dumps(value):
+        if key.endswith(KERNELS) and "/" in json.dumps(value):
             yield (
                 f"config.json: {key} is {json.dumps(value)[:80]}, a kernel that would be fetched and run; remove the "
                 "line, and name an implementation that you trust with --attn_implementation"
+            )
+        if key == "transformers_weights":
+            yield (
+                f"config.json: {key} is {json.dumps(value)[:80]}, a file to be read in place of model.safetensors, "
+                "which may be a pickle; remove the line"
             )
         if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
             yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from itertools import pairwise
+
+from utils.report.html import show
 
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 80, 12, 12, 46
@@ -37,7 +38,7 @@ def draw_histogram(
             points += [(LEFT + place * step, top), (LEFT + (place + 1) * step, top)]
         points.append((LEFT + len(counts) * step, TOP + height))
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polygon class="area s{number}" points="{path}"><title>{escape(name)}</title></polygon>')
+        parts.append(f'<polygon class="area s{number}" points="{path}"><title>{show(name)}</title></polygon>')
     if mark is not None:
         place = _place_between(mark[0], edges)
         if place is not None:
@@ -45,13 +46,13 @@ def draw_histogram(
             parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
             anchor = "end" if x > WIDTH / 2 else "start"
             shift = -5 if anchor == "end" else 5
-            parts.append(f'<text x="{x + shift:.1f}" y="{TOP + 12}" text-anchor="{anchor}">{escape(mark[1])}</text>')
+            parts.append(f'<text x="{x + shift:.1f}" y="{TOP + 12}" text-anchor="{anchor}">{show(mark[1])}</text>')
     every = max(1, round(len(edges) / 7))
     for place in range(0, len(edges), every):
         anchor = "end" if place == len(edges) - 1 else "middle"  # the last one has no room on its right
         x = LEFT + place * step
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 26}" text-anchor="{anchor}">{_short(edges[place])}</text>')
-    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(unit)}</text>')
+    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{show(unit)}</text>')
     return _svg(title, "".join(parts), HEIGHT) + draw_legend(list(series))
 
 
@@ -65,8 +66,8 @@ def draw_bars(title: str, bars: Sequence[tuple[str, float, str]], reach: float, 
     for number, (label, value, text) in enumerate(bars):
         y = number * row
         x = RIGHT + (value - lowest) / span * width
-        parts.append(f'<text x="{RIGHT}" y="{y + 14}">{escape(label)}</text>')
-        parts.append(f'<text class="value" x="{WIDTH - RIGHT}" y="{y + 14}" text-anchor="end">{escape(text)}</text>')
+        parts.append(f'<text x="{RIGHT}" y="{y + 14}">{show(label)}</text>')
+        parts.append(f'<text class="value" x="{WIDTH - RIGHT}" y="{y + 14}" text-anchor="end">{show(text)}</text>')
         parts.append(f'<rect class="rail" x="{RIGHT}" y="{y + 20}" width="{width}" height="10"/>')
         css = "s1" if value >= start else "s2"
         parts.append(
@@ -117,7 +118,7 @@ def draw_lines(
     for name, line in {**points, **series}.items():
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         css = f"line s{colours[name]}"
-        parts.append(f'<polyline class="{css}" points="{path}"><title>{escape(name)}</title></polyline>')
+        parts.append(f'<polyline class="{css}" points="{path}"><title>{show(name)}</title></polyline>')
         if len(line) == 1:
             parts.append(_dot(place(*line[0]), colours[name], 2, name))
     for name, line in points.items():
@@ -127,15 +128,13 @@ def draw_lines(
     for x in dict.fromkeys((low_x, int(middle) if high_x - low_x >= 2 else middle, high_x)):
         anchor = "middle" if low_x == high_x else {low_x: "start", high_x: "end"}.get(x, "middle")
         parts.append(f'<text x="{place(x, low_y)[0]:.1f}" y="{HEIGHT - 26}" text-anchor="{anchor}">{_short(x)}</text>')
-    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_unit)}</text>')
+    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{show(x_unit)}</text>')
     return _svg(title, "".join(parts), HEIGHT) + _line_legend(series, points, colours)
 
 
 def _dot(place: tuple[float, float], colour: int, radius: float, title: str) -> str:
     x, y = place
-    return (
-        f'<circle class="dot s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
-    )
+    return f'<circle class="dot s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{show(title)}</title></circle>'
 
 
 def _line_legend(series: Mapping[str, Line], points: Mapping[str, Line], colours: Mapping[str, int]) -> str:
@@ -145,8 +144,8 @@ def _line_legend(series: Mapping[str, Line], points: Mapping[str, Line], colours
         return ""
     kinds = (("", "line", lines), (", held out" if lines else "", "round", dots))
     items = "".join(
-        f'<li><i class="{css} s{colours[name]}"></i>{escape(name if len(colours) > 1 else kind)}'
-        f"{escape(more if len(colours) > 1 else '')}</li>"
+        f'<li><i class="{css} s{colours[name]}"></i>{show(name if len(colours) > 1 else kind)}'
+        f"{show(more if len(colours) > 1 else '')}</li>"
         for more, css, names in kinds
         for name in names
         for kind in ["training" if css == "line" else "held out"]
@@ -179,7 +178,7 @@ def draw_reliability(title: str, points: Sequence[tuple[float, float, float, flo
         )
     for x, anchor in ((0.5, "start"), (0.75, "middle"), (1.0, "end")):
         parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 26}" text-anchor="{anchor}">{_short(x)}</text>')
-    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_unit)}</text>')
+    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 5}" text-anchor="middle">{show(x_unit)}</text>')
     return _svg(title, "".join(parts), HEIGHT)
 
 
@@ -187,14 +186,14 @@ def draw_legend(names: Sequence[str]) -> str:
     """The names of the series with their colours."""
     if len(names) < 2:
         return ""
-    items = "".join(f'<li><i class="s{number}"></i>{escape(name)}</li>' for number, name in enumerate(names, start=1))
+    items = "".join(f'<li><i class="s{number}"></i>{show(name)}</li>' for number, name in enumerate(names, start=1))
     return f'<ul class="legend">{items}</ul>'
 
 
 def _svg(title: str, content: str, height: float) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title>{content}</svg>"
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{show(title)}">'
+        f"<title>{show(title)}</title>{content}</svg>"
     )
 
 
@@ -211,7 +210,7 @@ def _ticks(ticks: Sequence[tuple[float, str]]) -> str:
     """Lines across, each with its value in front."""
     return "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+        f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{show(text)}</text>'
         for y, text in ticks
     )
 

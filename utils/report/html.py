@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 CONTROL = {code: f"\u2426{code:02X}" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))}
-# These turn the direction of the text behind them around, or are in no font.
-CONTROL |= {code: f"\u2426{code:04X}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)}
+# These turn the direction of the text around them, break a line, are in no font, or are halves of a character.
+ODD = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000))
+CONTROL |= {code: f"\u2426{code:04X}" for code in ODD}
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser then runs and fetches nothing, whatever comes in
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w+")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.saving import EXAMPLES, METRICS, PAIRS, SAMPLES, read_json_lines, read_record
+from utils.records import LINE, ROW, read_lines
+from utils.saving import EXAMPLES, METRICS, PAIRS, SAMPLES, read_record
 
 MOST_POINTS = 400  # of a curve: more than a screen shows
 MOST_LINES = 800  # of training that are held at once: of a longer run only every second, fourth, ... line is
@@ -46,7 +46,7 @@ class RunFiles:
 
 def read_run(folder: Path) -> RunFiles:
     """The files of the run in `folder`."""
-    files = [read_json_lines(folder / name) for name in (PAIRS, EXAMPLES, SAMPLES)]
+    files = [list(read_lines(folder / name, ROW)) for name in (PAIRS, EXAMPLES, SAMPLES)]
     files.insert(0, read_thinned(folder / METRICS))
     record, evaluations = read_record(folder) or {}, [line for line in files[0] if "held_out_loss" in line]
     if evaluations and record.get("status") != "finished":
@@ -57,28 +57,19 @@ def read_run(folder: Path) -> RunFiles:
 
 def read_thinned(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of training at most `MOST_LINES` and the last: a long run has too many."""
-    if not path.is_file():
-        return []
     kept: list[tuple[int, dict[str, Any]]] = []  # with the line's number among those of training, -1 for others
     count, every, last = 0, 1, None
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:  # a line that was being written when the run died
-                continue
-            if not isinstance(line, dict):
-                continue
-            if "learning_rate" not in line:
-                kept.append((-1, line))
-                continue
-            last = line
-            if count % every == 0:
-                kept.append((count, line))
-            count += 1
-            if count > MOST_LINES * every:
-                every *= 2
-                kept = [(number, line) for number, line in kept if number % every == 0 or number < 0]
+    for line in read_lines(path, LINE):
+        if "learning_rate" not in line:
+            kept.append((-1, line))
+            continue
+        last = line
+        if count % every == 0:
+            kept.append((count, line))
+        count += 1
+        if count > MOST_LINES * every:
+            every *= 2
+            kept = [(number, line) for number, line in kept if number % every == 0 or number < 0]
     lines = [line for _, line in kept]
     return lines if last is None or any(line is last for line in lines) else [*lines, last]
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+from utils.processes import SCRIPT, path_from_here
+from utils.recorded_command import check_arguments
 from utils.report.charts import draw_histogram, round_step
 from utils.report.html import (
     make_chart,
@@ -51,7 +54,9 @@ READING = {  # whether it is a preference run -> how its metrics are read
     "perplexity says the same as a number of equally likely tokens to choose from. Both should fall.",
 }
 BARS = 24  # of the histogram of margins
+COUNTED = ("train_pairs", "train_rows", "held_out_pairs", "held_out_rows")
 SHOWN_PROMPTS = 6  # of the samples
+MEASURED = ("train_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_bytes")
 LONGEST_TEXT = 3000  # characters of a text
 
 
@@ -209,7 +214,7 @@ def _show_example(row: Mapping[str, Any]) -> str:
 def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
     if not data:
         return
-    counts = {name: value for name, value in data.items() if name.startswith(("train_", "held_out_"))}
+    counts = {name: data[name] for name in COUNTED if name in data}
     facts = [("source", data.get("source")), ("read as", data.get("reading"))]
     facts += [(name.replace("held_out_", "held-out ").replace("train_", "training "), f"{value:,}")
               for name, value in counts.items()]  # fmt: skip
@@ -236,7 +241,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
     if record.get("arguments"):
-        yield make_command(break_command(record["arguments"], (record.get("process") or {}).get("script")))
+        yield from _show_command(record)
         if record.get("status") in ("interrupted", "failed"):
             yield make_paragraph(
                 "With --resume_from_checkpoint auto (and without --overwrite_output_dir) it goes on from its newest "
@@ -244,13 +249,14 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
             )
     model, used = record.get("model") or {}, record.get("resources") or {}
     facts = [("reference", record.get("reference") or "none"), ("computing in", record.get("precision", "?"))]
-    if model:
+    if model.get("trainable_parameters") and model.get("parameters"):
         trained = f"{model['trainable_parameters']:,} of {model['parameters']:,} parameters"
         facts.append(("trained", f"{trained} ({model.get('architecture', '?')})"))
     if record.get("device"):
         processes = (record.get("process") or {}).get("processes") or 1
         facts.insert(0, ("device", record["device"] if processes == 1 else f"{processes} x {record['device']}"))
     if used.get("seconds"):
+        used = dict.fromkeys(MEASURED, 0.0) | {name: value for name, value in used.items() if value is not None}
         kind = "pairs" if record.get("verb") == "train" else "rows"
         facts += [
             ("time", f"{readable_seconds(used['seconds'])}, of it {readable_seconds(used['train_seconds'])} training"),
@@ -268,6 +274,18 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
         yield make_details("versions", make_table("versions", ("package", "version"), versions))
 
 
+def _show_command(record: Mapping[str, Any]) -> Iterator[str]:
+    """The command, and what in it would run code: the record, and so the page, may come from anybody."""
+    try:
+        words, named = check_arguments(record)
+    except UserError as error:
+        yield make_paragraph(f"No command is shown: {error.faults[0]}", "soft")
+        return
+    yield make_command(break_command(words))
+    for text in named:
+        yield make_paragraph(f"Before you type it: {text} is part of it, and runs or sends what the record names.")
+
+
 def _setting(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
@@ -276,9 +294,9 @@ def _setting(value: Any) -> str:
     return "default" if value is None else str(value)
 
 
-def break_command(arguments: list[str], script: str | None = None) -> str:
+def break_command(arguments: list[str]) -> str:
     """The command of a run with one flag per line, as a shell takes it."""
-    lines = [f"python {shlex.quote(script or 'advanced_dpo_script.py')}"]
+    lines = [f"python {shlex.quote(path_from_here(SCRIPT))}"]
     for word in arguments:
         quoted = shlex.quote(word)
         if word.startswith("--"):

@@ -24,7 +24,7 @@ def describe_run(record: Mapping[str, Any]) -> tuple[str, str]:
     if status == "finished":
         sentence, kind = _judge(record, before, after)
         return " ".join(filter(None, (sentence, _early(record), _warned(record)))), kind
-    so_far = f"So far {describe_numbers(before, after)}" if before and after else ""
+    so_far = f"So far {describe_numbers(before, after)}" if are_whole(before, after) else ""
     if status == "interrupted":
         return " ".join(filter(None, (f"It was stopped{where}.", so_far, _warned(record)))), "note"
     left = record.get("seconds_left")
@@ -35,13 +35,22 @@ def describe_run(record: Mapping[str, Any]) -> tuple[str, str]:
 def _steps(record: Mapping[str, Any]) -> str:
     if record.get("step") is None:
         return ""
-    return f" at step {record['step']:,} of {record.get('steps', 0):,}"
+    return f" at step {record['step']:,} of {record.get('steps') or 0:,}"
 
 
 def held_out_of(record: Mapping[str, Any]) -> tuple[Mapping[str, float] | None, Mapping[str, float] | None]:
     """The held-out metrics before training, and after it or, while it runs, at the last evaluation."""
     metrics = record.get("metrics") or {}
     return metrics.get("held_out_before"), metrics.get("held_out") or metrics.get("held_out_so_far")
+
+
+def are_whole(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> bool:
+    """Whether both have the numbers that a verdict takes: one that is not finite is none."""
+    if not before or not after:
+        return False
+    names = ("loss", "accuracy") if "accuracy" in after else ("loss", "perplexity")
+    whole = all(name in part for part in (before, after) for name in names)
+    return whole and ("accuracy" not in after or after.get("pairs", 0) > 0)
 
 
 def describe_numbers(before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -63,6 +72,8 @@ def _judge(record: Mapping[str, Any], before: Any, after: Any) -> tuple[str, str
         train = (record.get("metrics") or {}).get("train") or {}
         last = f" Of its training pairs it ranked {train['accuracy']:.0%} right." if "accuracy" in train else ""
         return f"It finished. Nothing was held out, so whether it learnt what carries over is not known.{last}", "note"
+    if not are_whole(before, after):
+        return "Its held-out metrics are not all numbers, so what came of it cannot be said.", "problem"
     numbers, fell = describe_numbers(before, after), before["loss"] - after["loss"]
     losses = f"The held-out loss went from {before['loss']:.3f} to {after['loss']:.3f}."
     gain, noise = 1.0, 0.0
@@ -101,7 +112,11 @@ def _early(record: Mapping[str, Any]) -> str:
     if not best:
         return ""
     kept = f"the model of step {best['step']:,} is kept, which had the best held-out {best['metric']}."
-    return f"Stopped early at step {record['step']:,}; {kept}" if best.get("stopped") else kept[0].upper() + kept[1:]
+    return (
+        f"Stopped early at step {record.get('step') or 0:,}; {kept}"
+        if best.get("stopped")
+        else kept[0].upper() + kept[1:]
+    )
 
 
 def _warned(record: Mapping[str, Any]) -> str:
@@ -129,11 +144,11 @@ def headline(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if (after or {}).get(name) is not None:
             tiles.append((label, form.format(after[name])))
     if record.get("step") is not None:
-        tiles.append(("steps", f"{record['step']:,} of {record['steps']:,}"))
+        tiles.append(("steps", f"{record['step']:,} of {record.get('steps') or 0:,}"))
     if used.get("seconds"):
         tiles.append(("time", readable_seconds(used["seconds"])))
-        tiles.append(("tokens per second", f"{used['tokens_per_second']:,.0f}"))
-        tiles.append(("peak memory", f"{used['peak_memory_bytes'] / 2**30:.1f} GiB"))
+        tiles.append(("tokens per second", f"{used.get('tokens_per_second') or 0:,.0f}"))
+        tiles.append(("peak memory", f"{(used.get('peak_memory_bytes') or 0) / 2**30:.1f} GiB"))
     if used.get("cost") is not None:
         tiles.append(("cost", f"{used['cost']:,.2f}"))
     return tiles

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.flags import TRAINING
+from utils.records import Unreadable, read_run, read_trainer_state
 from utils.saving import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
 
-STATES = ("running", "finished", "interrupted", "failed")  # as a record may say; see utils/status/state.py for `died`
 DEPTH = 4  # levels of folders below the one that is named
 NO_RUNS_IN = ("wandb", "tensorboard", "__pycache__", "node_modules")
 
@@ -77,18 +75,11 @@ def _read_folder(folder: Path, checkpoints: list[str]) -> FoundRun | Foreign | N
 
 def _read_record(folder: Path) -> FoundRun | Foreign:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return FoundRun(folder, read_run(folder / RECORD))
     except OSError as error:
         return Foreign(folder, f"its {RECORD} cannot be read ({error.strerror})")
-    except (ValueError, RecursionError):
-        return Foreign(folder, f"its {RECORD} is no JSON: half of one, or not written by this script")
-    ours = (
-        isinstance(record, dict)
-        and record.get("status") in STATES
-        and record.get("verb") in TRAINING
-        and isinstance(record.get("settings"), dict)
-    )
-    return FoundRun(folder, record) if ours else Foreign(folder, f"its {RECORD} is not one of this script")
+    except Unreadable as error:
+        return Foreign(folder, f"its {RECORD} is half of one, or not written by this script: {error}")
 
 
 def _step_of(checkpoint: str) -> int:
@@ -98,8 +89,8 @@ def _step_of(checkpoint: str) -> int:
 def _describe_trainer_state(folder: Path, path: Path) -> str:
     place = path.relative_to(folder)
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        step, steps = int(state["global_step"]), int(state["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        state = read_trainer_state(path)
+    except (OSError, Unreadable):
         return f"has no {RECORD}, and a {place} that cannot be read"
+    step, steps = state["global_step"], state["max_steps"]
     return f"has no {RECORD}; by its {place} another trainer's run, at step {step:,} of {steps:,}"

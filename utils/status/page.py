@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.arguments.flag_values import as_text
 from utils.output_folder import FREE_TO_CHANGE
+from utils.records import ROW, read_lines
 from utils.report.charts import draw_lines, percent
 from utils.report.html import (
     make_chart,
@@ -22,7 +23,7 @@ from utils.report.html import (
     show,
 )
 from utils.runtime import readable_seconds
-from utils.saving import SAMPLES, read_json_lines
+from utils.saving import SAMPLES
 from utils.status.state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
 from utils.status.table import NOTHING, show_number
 
@@ -230,14 +231,21 @@ def _facts(run: RunStatus) -> dict[str, str]:
 
 
 def _as_texts(value: Any) -> list[str]:
-    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
+    return [_as_word(item) for item in value] if isinstance(value, list) else [_as_word(value)]
+
+
+def _as_word(value: Any) -> str:
+    try:
+        return as_text(value)
+    except ValueError:  # not-a-number within something
+        return str(value)
 
 
 def _samples(runs: Sequence[RunStatus]) -> list[str]:
     """The newest answers of each run to the prompts that most runs answered."""
     answers: dict[str, dict[str, tuple[str, str]]] = {}
     for run in runs:
-        for row in read_json_lines(Path(run.folder) / SAMPLES):
+        for row in read_lines(Path(run.folder) / SAMPLES, ROW):
             label = f"{run.name}, at step {row.get('step')}"
             answer = (label, _as_text(row.get("response"))[:SHOWN_CHARACTERS].strip())
             answers.setdefault(_as_text(row.get("prompt")), {})[run.name] = answer  # of several steps the last one's

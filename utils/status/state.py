@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +10,9 @@ from typing import Any
 
 from utils.checkpoints import find_checkpoints
 from utils.folder_lock import read_owner
-from utils.processes import command_to_go_on, is_alive, patience_seconds
+from utils.processes import is_alive, patience_seconds
+from utils.recorded_command import build_command
+from utils.records import LINE, read_lines
 from utils.runtime import readable_seconds
 from utils.saving import LOCK, METRICS, seconds_at
 from utils.status.finding import Foreign, FoundRun, find_runs
@@ -42,6 +41,7 @@ class RunStatus:
     held_out: Mapping[str, float]  # the newest evaluation
     warnings: tuple[str, ...]
     to_go_on: str | None  # the command
+    before_going_on: tuple[str, ...]  # what is to be known before it is typed
     checkpoints: tuple[str, ...]
     record: Mapping[str, Any]
 
@@ -94,6 +94,9 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
     runs = state == "running"
     steps = [number_of(record, key) for key in ("step", "steps")]
     warnings = record.get("warnings")
+    command, notes = (
+        (None, ()) if state in ("running", "finished") else build_command(record, folder, bool(checkpoints))
+    )
     return RunStatus(
         name=name,
         folder=str(folder),
@@ -110,7 +113,8 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
         held_out_before=_numbers(mapping_of(record, "metrics", "held_out_before")),
         held_out=_numbers(mapping_of(record, "metrics", "held_out")) or read_last_evaluation(folder),
         warnings=tuple(str(warning) for warning in warnings) if isinstance(warnings, list) else (),
-        to_go_on=None if state in ("running", "finished") else _command(record, folder, bool(checkpoints)),
+        to_go_on=command,
+        before_going_on=notes,
         checkpoints=tuple(path.name for path in checkpoints),
         record=record,
     )
@@ -149,42 +153,9 @@ def _seconds_taken(record: Mapping[str, Any], at: float | None) -> float | None:
     return None if began is None or end is None else max(0.0, end - began)
 
 
-def _command(record: Mapping[str, Any], folder: Path, resume: bool) -> str | None:
-    """The command that goes on with the run, as it can be typed here; None where the record has no arguments."""
-    arguments = record.get("arguments")
-    if not isinstance(arguments, list) or not all(isinstance(word, str) for word in arguments):
-        return None
-    where = text_of(record, "process", "working_folder") or os.getcwd()
-    words, place = list(arguments), folder.resolve()
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == "--output_dir" and (equals or index + 1 < len(words)):
-            value = value if equals else words[index + 1]
-            if Path(where, value).expanduser().resolve() != place:  # the run was moved since
-                words[index + (not equals)] = f"{name}={place}" if equals else str(place)
-    processes = number_of(record, "process", "processes") or 1
-    process = record.get("process") if isinstance(record.get("process"), Mapping) else {}
-    command = command_to_go_on(words, {**process, "processes": processes}, resume)
-    return (
-        command if os.path.realpath(where) == os.path.realpath(os.getcwd()) else f"cd {shlex.quote(where)} && {command}"
-    )
-
-
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that can be read, each with its `step`; a line that is being written cannot yet."""
-    try:
-        text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    events = []
-    for line in text.split("\n"):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and number_of(event, "step") is not None:
-            events.append(event)
-    return events
+    return list(read_lines(folder / METRICS, LINE))
 
 
 def read_last_evaluation(folder: Path) -> dict[str, float]:

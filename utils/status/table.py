@@ -91,6 +91,7 @@ def _explain(run: RunStatus) -> Iterator[str]:
     if run.to_go_on is not None:
         how = f"to go on from {run.checkpoints[-1]}" if run.checkpoints else "it has no checkpoint; to start it again"
         lines += [f"{how}:", f"  {run.to_go_on}"]
+    lines += [f"before you type it: {note}" if run.to_go_on else note for note in run.before_going_on]
     warnings = [warning for warning in run.warnings if warning != run.note]
     if warnings:
         more = f" (the last of {len(warnings)})" if len(warnings) > 1 else ""

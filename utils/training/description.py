@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from utils.data.loading import PreferenceData
 from utils.data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
+from utils.records import Unreadable, read_trainer_state
 from utils.runtime import Precision, device_name, say
 from utils.saving import TRAINER_STATE
 from utils.settings import Settings
@@ -133,11 +133,11 @@ def _warnings(
 def preference_step(checkpoint: Path) -> int | None:
     """The step of a checkpoint of preference training, ours or another trainer's; None for anything else."""
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-        lines = state["log_history"]
-        return state["global_step"] if any("margin" in name for line in lines for name in line) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        state = read_trainer_state(checkpoint / TRAINER_STATE)
+    except (OSError, Unreadable):
         return None
+    lines = state.get("log_history") or ()
+    return state["global_step"] if any("margin" in name for line in lines for name in line or ()) else None
 
 
 def describe_layout(trainer: PreferenceTrainer) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from utils.arguments import command_line
+from utils.bounded import Unreadable, read_json
 from utils.checkpoints import find_checkpoints
 from utils.errors import ProcessLost, UserError, gather
 from utils.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
+from utils.records import KEPT_STATE, check
 from utils.runtime import Precision, find_device, is_main_process
 from utils.saving import read_record
 from utils.settings import Settings
@@ -130,7 +131,10 @@ def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
     Raises:
         UserError: it was written by the other engine, or DeepSpeed's by another number of processes.
     """
-    written = json.loads((checkpoint / KEPT_BY_DEEPSPEED).read_text(encoding="utf-8"))
+    try:
+        written = check(read_json(checkpoint / KEPT_BY_DEEPSPEED), KEPT_STATE)
+    except (OSError, Unreadable) as error:
+        raise UserError(f"{checkpoint}: its {KEPT_BY_DEEPSPEED} cannot be used ({error}); it is damaged") from None
     processes = written.get("processes") if written.get("deepspeed") else None
     if (processes is not None) != deepspeed:
         writer, reader = ("DeepSpeed", "with DeepSpeed") if processes else ("another engine", "without DeepSpeed")
