@@ -34,7 +34,7 @@ def settings(**fields) -> Settings:
         ("--fsdp full_shard", "--fsdp full_shard: refused by"),
         ("--accelerator_config absent.json", "--accelerator_config absent.json: refused by"),
         ("--use_lora --lora_target_modules mlp", "--lora_target_modules mlp: refused by peft"),
-        ("--push_to_hub", "--push_to_hub: refused by huggingface_hub"),
+        ("--push_to_hub", "--push_to_hub: there is no login here"),
         ("--activation_offloading", "--activation_offloading moves activations from a GPU"),
         ("--report_to neptune", "pip install neptune"),
         ("--metric_for_best_model nope", "--metric_for_best_model is 'nope': must be one of loss, accuracy"),

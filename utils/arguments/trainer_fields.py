@@ -28,6 +28,8 @@ NO_TENSOR_PARALLELISM = (
     "does not fit one GPU, launch with examples/accelerate/fsdp2.yaml"
 )
 
+UPLOADED_ONCE = "with --push_to_hub the model is uploaded once, when the run has finished"
+
 # Fields that cannot be passed through, and why.
 OWNED = {
     "run_name": "use --wandb_run_name",
@@ -49,6 +51,9 @@ OWNED = {
     "tp_plan": NO_TENSOR_PARALLELISM,
     "tp_size": NO_TENSOR_PARALLELISM,
     "hub_token": "flags are recorded in the run folder; run `hf auth login` or set HF_TOKEN instead",
+    "hub_strategy": UPLOADED_ONCE,
+    "hub_always_push": UPLOADED_ONCE,
+    "hub_revision": "the files are uploaded to the main branch",
     "save_safetensors": "only safetensors are written",
     "pad_to_multiple_of": "batches are packed, or padded to their longest row",
     "fp16_full_eval": "evaluation computes in --dtype",

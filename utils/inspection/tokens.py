@@ -26,6 +26,7 @@ from utils.inspection.subject import Subject
 from utils.inspection.texts import flatten
 from utils.models.loading import choose_max_length, longest_context
 from utils.models.sources import read_end_ids
+from utils.models.strangers import check_folder
 from utils.models.templates import choose_template
 from utils.settings import Settings
 
@@ -57,6 +58,7 @@ def load_encoder(subject: Subject, settings: Settings) -> tuple[PromptEncoder, s
     """
     name, revision = settings.model.model_name_or_path, settings.model.model_revision
     options = {"revision": revision, "trust_remote_code": settings.model.trust_remote_code}
+    check_folder("--model_name_or_path", name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, in_one_line
+from utils.bounded import read_json
+from utils.errors import UserError
 from utils.folder_lock import check_not_held, read_owner, take_lock
 from utils.output_folder import check_writable
 from utils.paths import read_path
@@ -35,7 +35,7 @@ FORMER = re.compile(r"\.(.+)\.[0-9a-f]+\.old")  # a model that is being replaced
 def read_merge_record(folder: Path) -> dict[str, Any] | None:
     """The content of a folder's merge.json; None where it has none of ours."""
     try:
-        content = json.loads((folder / MERGE_RECORD).read_text(encoding="utf-8"))
+        content = read_json(folder / MERGE_RECORD)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
@@ -156,37 +156,3 @@ def _replace(beside: Path, folder: Path) -> None:
         raise
     if former is not None:
         shutil.rmtree(former, ignore_errors=True)  # what stays of it the next call removes
-
-
-def push_folder(folder: Path, name: str) -> str:
-    """Uploads the folder to the hub repository `name`, which is made, private, where there is none; its address.
-
-    Raises:
-        UserError: there is no login, no network, no right to write there, or no such name.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    api, kept = HfApi(), f"the merged model is in {folder}; upload it later with `hf upload {name} {folder}`"
-    if api.token is None and not _has_login():
-        raise UserError(f"--push_to_hub {name}: there is no login here (`hf auth login`); {kept}")
-    try:
-        repository = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository.repo_id, commit_message="Merged model")
-    except HFValidationError:
-        raise UserError(f"--push_to_hub {name}: not a possible name (owner/name); {kept}") from None
-    except LocalTokenNotFoundError:
-        raise UserError(f"--push_to_hub {name}: there is no login here (`hf auth login`); {kept}") from None
-    except HfHubHTTPError as error:
-        reason = getattr(error, "server_message", None) or in_one_line(error)
-        raise UserError(f"--push_to_hub {name}: the hub refuses it ({reason}); {kept}") from None
-    except (OfflineModeIsEnabled, OSError, HfHubHTTPError.__bases__[0]) as error:  # the last: of the hub's own client
-        reason = in_one_line(error)
-        raise UserError(f"--push_to_hub {name}: the hub cannot be reached ({reason}); {kept}") from None
-    return str(repository)
-
-
-def _has_login() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None

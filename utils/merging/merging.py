@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from utils.errors import UserError, gather
 from utils.interruptions import stop_if_asked
-from utils.merging.folder import MERGE_RECORD, find_merge_folder, folder_beside, push_folder, read_merge_record
+from utils.merging.folder import MERGE_RECORD, find_merge_folder, folder_beside, read_merge_record
 from utils.merging.pairs import CheckedTexts, load_texts
 from utils.merging.verifying import (
     STEPS,
@@ -40,6 +40,7 @@ from utils.merging.weights import (
     save_merged,
 )
 from utils.models.loading import check_4bit, load_tokenizer
+from utils.pushing import push_folder
 from utils.runs import TrainedModel, as_in_run, find_trained
 from utils.runtime import Precision, device_name, read_versions, say
 from utils.saving import LOCK, now, write_json
@@ -75,7 +76,9 @@ def merge(settings: Settings) -> None:
         write_json(folder / MERGE_RECORD, record)
     say(f"merged model, tokenizer and record ({MERGE_RECORD}): {plan.folder}")
     if settings.merging.push_to_hub is not None:
-        say(f"uploaded to {push_folder(plan.folder, settings.merging.push_to_hub)}")
+        name, folder = settings.merging.push_to_hub, plan.folder
+        kept = f"the merged model is in {folder}; upload it later with `hf upload {name} {folder}`"
+        say(f"uploaded to {push_folder(f'--push_to_hub {name}', folder, name, 'Merged model', kept)}")
 
 
 def make_plan(settings: Settings) -> Plan:

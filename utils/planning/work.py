@@ -93,6 +93,7 @@ def _read_reference_config(name: str, settings: Settings) -> PretrainedConfig:
     folder = read_path(name)
     adapter = read_json_file(str(folder) if folder.is_dir() else name, ADAPTER_CONFIG, None)
     base = (adapter or {}).get("base_model_name_or_path") or (str(folder) if folder.is_dir() else name)
+    check_folder("--ref_model_name_or_path", base)
     return translating(
         f"--ref_model_name_or_path {name}: its config cannot be read",
         lambda: AutoConfig.from_pretrained(base, trust_remote_code=settings.model.trust_remote_code),

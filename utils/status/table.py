@@ -86,7 +86,7 @@ def make_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def _explain(run: RunStatus) -> Iterator[str]:
     """What a row has no room for."""
     lines = []
-    if run.note is not None or run.to_go_on is not None:
+    if run.note is not None or run.to_go_on is not None or run.before_going_on:
         lines.append(run.note if run.state == "running" else ": ".join(filter(None, (run.state, run.note))))
     if run.to_go_on is not None:
         how = f"to go on from {run.checkpoints[-1]}" if run.checkpoints else "it has no checkpoint; to start it again"

@@ -67,8 +67,6 @@ class WholeCheckpoints(Trainer):
             with self._together(partial):
                 if self.args.should_save:
                     self._prune(finish_checkpoint(folder, step))
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(folder / f"checkpoint-{step}"))
 
     def _prune(self, newest: Path) -> None:
         best, stops = self.state.best_model_checkpoint, kept_in_checkpoint(self.state, STOPS) or ()
@@ -122,8 +120,6 @@ class WholeCheckpoints(Trainer):
         with self._together(made):
             if self.args.should_save:
                 move_into_place(made, folder)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @contextlib.contextmanager
     def _together(self, made: Path) -> Iterator[None]:

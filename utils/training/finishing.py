@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from utils.interruptions import stop_if_asked
+from utils.pushing import push_folder
 from utils.runtime import readable_seconds, say
 from utils.saving import EXAMPLES, PAIRS, REPORT, write_json_lines
 from utils.tracking import say_how_to_upload
@@ -13,19 +14,31 @@ from utils.training.early_stopping import describe_best, find_kept
 from utils.training.examples import choose_examples
 from utils.training.running import Run
 
+# What is uploaded. Records name hosts and paths, and pages hold texts of the data.
+MODEL_FILES = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "generation_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
 METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
 
 
 def finish_run(run: Run) -> None:
     """Evaluates, saves the model or adapter at the folder's root, completes the record and says how it went.
 
+    With --push_to_hub the model is uploaded then: its weights, configs and tokenizer, no record and no checkpoint.
+
     Raises:
         Interrupted, UserError, ProcessLost: as in training; the run is finished when its record says so, which is last.
+        UserError: also where it cannot be uploaded; the run stays finished.
     """
     with run.failing_in_good_order():
         _finish(run)
     if run.folder is not None:
         _say_result(run)
+    if run.folder is not None and run.trainer.args.should_save and run.settings.trainer_fields.get("push_to_hub"):
+        _push(run)
 
 
 def _finish(run: Run) -> None:
@@ -48,6 +61,15 @@ def _finish(run: Run) -> None:
         write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
     kept = find_kept(trainer.state, trainer.args)
     run.end("finished", metrics=metrics, engine=run.engine(), **({"best_model": kept} if kept is not None else {}))
+
+
+def _push(run: Run) -> None:
+    fields = run.settings.trainer_fields
+    name = fields.get("hub_model_id") or run.folder.resolve().name
+    kept = f"the run is finished and whole in {run.folder}; upload its model later with `hf upload`"
+    private = fields.get("hub_private_repo") is not False
+    place = push_folder("--push_to_hub", run.folder, name, "Trained model", kept, MODEL_FILES, private)
+    say(f"uploaded to {place}")
 
 
 def evaluate_last(run: Run) -> dict[str, float]:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.bounded import read_json
 from utils.checkpoints import find_checkpoints
 from utils.data.lengths import count_row_tokens, longest_first
 from utils.data.loading import PreferenceData
@@ -39,6 +40,7 @@ from utils.models.templates import choose_template, recorded_moment, template_da
 from utils.output_folder import check_output_folder
 from utils.paths import read_path
 from utils.processes import count_processes
+from utils.pushing import check_login
 from utils.runtime import Precision, say
 from utils.saving import read_record
 from utils.settings import Settings
@@ -51,6 +53,9 @@ from utils.training.refusals import refusals_explained
 from utils.training.sft import ImitationTrainer
 from utils.training.trainer import PreferenceTrainer
 from utils.training.within_memory import MICRO_BATCHES
+
+CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "liger_kernel_config")
+MOST_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,28 @@ def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
     checks = [lambda: check_trackers(settings), lambda: check_launch(settings), lambda: _check_offloading(settings)]
     checks += [lambda: _check_sampling(settings), lambda: _check_skipping(settings)]
+    checks.append(lambda: _check_named_files(settings))
+    if settings.trainer_fields.get("push_to_hub"):
+        checks.append(lambda: check_login("--push_to_hub"))
     if settings.model.use_4bit:
         checks.append(check_4bit)
     if settings.model.ref_model_name_or_path is not None:
         checks.append(lambda: find_model("--ref_model_name_or_path", settings.model.ref_model_name_or_path))
     gather(*checks)
+
+
+def _check_named_files(settings: Settings) -> None:
+    """Configs for the libraries that are named as files, which these would read without a limit."""
+    faults = []
+    for name in CONFIG_FILES:
+        value = settings.trainer_fields.get(name)
+        try:
+            if isinstance(value, str) and os.path.exists(value):
+                read_json(Path(value), MOST_CONFIG_BYTES)
+        except (OSError, ValueError) as error:
+            faults.append(f"--{name} {value}: {getattr(error, 'strerror', None) or error}; name a JSON file")
+    if faults:
+        raise UserError(*faults)
 
 
 def _check_offloading(settings: Settings) -> None:
