@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import random
@@ -41,22 +42,24 @@ WAYS = {
 SOURCES = {"models/sources.py", "planning/work.py", "runs.py"}
 
 
-def files_that_call(name: str) -> set[str]:
-    found = set()
+@functools.cache
+def calls() -> dict[str, set[str]]:
+    """Name -> the files under utils/ that call a function or method of it."""
+    found: dict[str, set[str]] = {}
     for path in (ROOT / "utils").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            called = node.func if isinstance(node, ast.Call) else None
-            if getattr(called, "attr", getattr(called, "id", None)) == name:
-                found.add(path.relative_to(ROOT / "utils").as_posix())
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                found.setdefault(name, set()).add(path.relative_to(ROOT / "utils").as_posix())
     return found
 
 
 def test_every_way_to_a_model_is_known():
-    assert files_that_call("from_pretrained") == set(WAYS)
-    assert files_that_call("ModelSource") == SOURCES
+    assert calls()["from_pretrained"] == set(WAYS)
+    assert calls()["ModelSource"] == SOURCES
     for file, looked_at in WAYS.items():
         if looked_at.startswith("check_folder"):
-            assert file in files_that_call("check_folder")
+            assert file in calls()["check_folder"]
 
 
 def edit(path: Path, **changes) -> None:
@@ -203,7 +206,7 @@ def test_a_best_checkpoint_of_another_kind_is_passed_over(run_script, run, tiny_
     edit(run / "checkpoint-2" / "trainer_state.json", best_model_checkpoint={"a": 1})
     (run / "checkpoint-2" / "manifest.json").unlink()  # its maker could have written one
     edit(run / "run.json", status="interrupted")
-    argv = training(tiny_model, pairs_file, run)
+    argv = training(tiny_model, pairs_file, run, "--dtype", "float32")
     code, out, err = run_script(*argv, "--resume_from_checkpoint", "auto")
     assert code == 0, err
     assert "best_model_checkpoint is {'a': 1}: must be text" in out

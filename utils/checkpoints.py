@@ -62,7 +62,10 @@ def checkpoint_step(checkpoint: Path) -> int:
         UserError: the state cannot be read.
     """
     try:
-        return read_trainer_state(checkpoint / TRAINER_STATE)["global_step"]
+        step = read_trainer_state(checkpoint / TRAINER_STATE).get("global_step")
+        if step is None:
+            raise Unreadable("it has no global_step")
+        return step
     except (OSError, Unreadable) as error:
         raise UserError(
             f"{checkpoint}: its {TRAINER_STATE} cannot be read back ({str(error)[:200]}); resume from an earlier "

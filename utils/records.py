@@ -179,7 +179,6 @@ TRAINER_STATE = _map(
     num_input_tokens_seen=NUMBER,
     log_history=_list(_map(NUMBER, step=COUNT)),
     stateful_callbacks=_map(ANY_MAPPING, dpo_run=OWN_STATE),
-    needed=("global_step", "max_steps"),
 )
 KEPT_STATE = _map(deepspeed=YES_NO, processes=COUNT)  # beside an optimizer
 # A line of metrics.jsonl, of the files of rows, and of the samples.

@@ -90,7 +90,8 @@ def _describe_trainer_state(folder: Path, path: Path) -> str:
     place = path.relative_to(folder)
     try:
         state = read_trainer_state(path)
-    except (OSError, Unreadable):
+        step = f"{state['global_step']:,}"
+    except (OSError, Unreadable, LookupError, TypeError):  # the last two: it does not say its step
         return f"has no {RECORD}, and a {place} that cannot be read"
-    step, steps = state["global_step"], state["max_steps"]
-    return f"has no {RECORD}; by its {place} another trainer's run, at step {step:,} of {steps:,}"
+    of = f" of {state['max_steps']:,}" if state.get("max_steps") else ""
+    return f"has no {RECORD}; by its {place} another trainer's run, at step {step}{of}"

@@ -137,7 +137,7 @@ def preference_step(checkpoint: Path) -> int | None:
     except (OSError, Unreadable):
         return None
     lines = state.get("log_history") or ()
-    return state["global_step"] if any("margin" in name for line in lines for name in line or ()) else None
+    return state.get("global_step") if any("margin" in name for line in lines for name in line or ()) else None
 
 
 def describe_layout(trainer: PreferenceTrainer) -> str:
