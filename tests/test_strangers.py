@@ -542,6 +542,7 @@ def test_no_name_or_text_becomes_markup_on_any_page(run_script, tiny_model, tmp_
     run = folder / "<u>run"
     argv = [*training(model, data, run), "--max_steps", "1", "--wandb_run_name", MARKUP, "--use_wandb", "false"]
     argv = argv[:-4]
+    argv[argv.index("--max_length") + 1] = "128"  # markup takes many tokens
     for call in (
         [*argv, "--sample_during_eval", "--num_eval_samples", "1", "--sample_max_new_tokens", "2"],
         ["data", "--dataset_name", data, "--report_file", folder / "data.html", "--group_by", "source"],
