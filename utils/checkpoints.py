@@ -6,19 +6,15 @@ its own name in one step. Whatever has that name is whole, or was damaged later,
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
-import math
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from utils.bounded import Unreadable, read_json
+from utils.bounded import Unreadable
 from utils.errors import UserError
-from utils.kept import OWN
 from utils.manifests import MANIFEST, find_damage, forget_cached, write_manifest
 from utils.records import read_trainer_state
 from utils.runtime import say
@@ -111,81 +107,13 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
 
 
 def _find_state_fault(checkpoint: Path, step: int) -> str | None:
-    """What in the trainer's state is not what a trainer writes, and would end a run that goes on in its middle."""
-    from transformers import TrainerState
-
+    """What in the trainer's state is not what a trainer writes, and would end a run that goes on in its middle; the
+    manifest may be of the same hand."""
     try:
-        state = read_json(checkpoint / TRAINER_STATE)
+        state = read_trainer_state(checkpoint / TRAINER_STATE)
     except (OSError, Unreadable) as error:
-        return f"{TRAINER_STATE} cannot be read ({str(error)[:200]})"
-    if not isinstance(state, dict):
-        return f"{TRAINER_STATE} holds no state of a trainer"
-    found = state.get("global_step", step)
-    if found != step or isinstance(found, bool):
-        return f"{TRAINER_STATE} is of step {found!r:.40}"
-    odd = [name for name, fits in STATE_FIELDS.items() if name in state and not fits(state[name])]
-    odd += sorted(state.keys() - {field.name for field in dataclasses.fields(TrainerState)})
-    return f"{TRAINER_STATE} holds what no trainer writes: {', '.join(odd)[:200]}" if odd else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _is_number_or_none(value: Any) -> bool:
-    return value is None or _is_number(value) or (isinstance(value, float) and math.isnan(value))
-
-
-def _is_step_or_none(value: Any) -> bool:
-    return value is None or (_is_number(value) and value >= 0 and value == int(value))
-
-
-def _is_line(line: Any) -> bool:
-    return (
-        isinstance(line, dict)
-        and "step" in line
-        and _is_step_or_none(line["step"])
-        and all(isinstance(value, int | float | None) for value in line.values())
-    )
-
-
-def _is_own(states: Any) -> bool:
-    """Whether the states of callbacks are mappings, and this project's own of the kinds that it keeps."""
-    if not isinstance(states, dict) or not all(isinstance(state, dict | list) for state in states.values()):
-        return False
-    own = states.get(OWN, {})
-    kept = own.get("attributes", {}) if isinstance(own, dict) else None
-    kinds = {"stops": list, "left_out": list, "changes": list, "identity": dict}
-    return isinstance(kept, dict) and all(isinstance(kept[name], kind) for name, kind in kinds.items() if name in kept)
-
-
-def _is_text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-# What the state of a trainer holds, by name: whether a value is one that it may have.
-STATE_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "epoch": lambda value: value is None or (_is_number(value) and value >= 0),
-    "global_step": _is_step_or_none,
-    "max_steps": _is_step_or_none,
-    "logging_steps": _is_number_or_none,
-    "eval_steps": _is_number_or_none,
-    "save_steps": _is_number_or_none,
-    "train_batch_size": _is_step_or_none,
-    "num_train_epochs": _is_number_or_none,
-    "num_input_tokens_seen": _is_number,
-    "total_flos": _is_number_or_none,
-    "log_history": lambda lines: isinstance(lines, list) and all(map(_is_line, lines)),
-    "best_metric": _is_number_or_none,
-    "best_global_step": _is_step_or_none,
-    "best_model_checkpoint": _is_text_or_none,
-    "is_local_process_zero": lambda value: isinstance(value, bool),
-    "is_world_process_zero": lambda value: isinstance(value, bool),
-    "is_hyper_param_search": lambda value: isinstance(value, bool),
-    "trial_name": _is_text_or_none,
-    "trial_params": lambda value: value is None or isinstance(value, dict),
-    "stateful_callbacks": _is_own,
-}
+        return f"{TRAINER_STATE} cannot be used: {error}"
+    return f"{TRAINER_STATE} is of step {state['global_step']}" if state["global_step"] != step else None
 
 
 def _find_end(path: Path) -> str | None:

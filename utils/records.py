@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Kind:
     drops: tuple[type, ...] = ()  # of a mapping: keys of these kinds are left out where they are null
     length: int | None = None  # of a list
     gaps: bool = False  # whether an item of a list may be null
+    strict: bool = False  # of a mapping: whether any other key that is not of the kind of the rest is refused
 
 
 TEXT = Kind("text", (str,))
@@ -57,6 +58,10 @@ def _list(item: Kind, length: int | None = None, gaps: bool = False) -> Kind:
 
 def _map(item: Kind | None = None, needed: tuple[str, ...] = (), drops: tuple[type, ...] = (), **keys: Kind) -> Kind:
     return Kind("a mapping", (dict,), keys=keys, rest=item, needed=needed, drops=drops)
+
+
+def _strict(item: Kind, **keys: Any) -> Kind:
+    return replace(_map(item, **keys), strict=True)
 
 
 def _one_of(*choices: str) -> Kind:
@@ -148,7 +153,8 @@ RUN = _map(
     needed=("status", "verb", "settings"),
     drops=(dict, list),
 )
-# The trainer's own state in a checkpoint, with what is kept in it of ours (see kept.py).
+# The trainer's own state in a checkpoint, with what is kept in it of ours (see kept.py). The trainer reads the file
+# itself, so nothing that is wrong in it may be left out here.
 IDENTITY = _map(
     settings=ANY_MAPPING,
     data=TEXT,
@@ -156,6 +162,7 @@ IDENTITY = _map(
     ids=_list(TEXT),
     tokenizer=TEXT,
     model=_map(TEXT, needed=("config", "weights")),
+    base=_map(TEXT, needed=("config", "weights")),
     reference=_map(TEXT, needed=("config", "weights")),
     precision=TEXT,
     device=TEXT,
@@ -166,10 +173,15 @@ OWN_STATE = _map(attributes=_map(stops=_list(COUNT), left_out=_list(COUNT), iden
 TRAINER_STATE = _map(
     global_step=COUNT,
     max_steps=STEP,
+    is_local_process_zero=YES_NO,
+    is_world_process_zero=YES_NO,
+    is_hyper_param_search=YES_NO,
+    trial_name=TEXT,
+    trial_params=ANY_MAPPING,
     best_model_checkpoint=TEXT,
     best_global_step=COUNT,
     best_metric=NUMBER,
-    epoch=NUMBER,
+    epoch=Kind("a number from 0", (int, float), low=0, high=LARGEST),
     num_train_epochs=NUMBER,
     total_flos=NUMBER,
     logging_steps=NUMBER,
@@ -177,8 +189,8 @@ TRAINER_STATE = _map(
     save_steps=NUMBER,
     train_batch_size=COUNT,
     num_input_tokens_seen=NUMBER,
-    log_history=_list(_map(NUMBER, step=COUNT)),
-    stateful_callbacks=_map(ANY_MAPPING, dpo_run=OWN_STATE),
+    log_history=_list(_strict(NUMBER, step=COUNT, needed=("step",))),
+    stateful_callbacks=_strict(Kind("a mapping or a list", (dict, list)), dpo_run=OWN_STATE),
 )
 KEPT_STATE = _map(deepspeed=YES_NO, processes=COUNT)  # beside an optimizer
 # A line of metrics.jsonl, of the files of rows, and of the samples.
@@ -283,7 +295,7 @@ def _check_mapping(value: dict[str, Any], kind: Kind, place: str) -> dict[str, A
             try:
                 inner = _check(inner, expected, f"{place}.{key[:80]}".lstrip("."))
             except Unreadable:
-                if named:
+                if named or kind.strict:
                     raise
                 continue
         kinds = expected.accepts if expected is not None and not expected.needed else ()

@@ -30,7 +30,7 @@ from utils.saving import (
     find_disk_fault,
     move_into_place,
 )
-from utils.state import load_state, save_state
+from utils.state import load_state, restoring, save_state
 from utils.training.launch import gather_from_all
 
 STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
@@ -160,7 +160,10 @@ class WholeCheckpoints(Trainer):
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        state = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        with restoring(Path(checkpoint or ""), TRAINER_STATE):  # which may be of another version of transformers
+            state = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+            )
         if checkpoint is not None and self.state.best_global_step:
             self._note_best(Path(self.args.output_dir))  # where the folder is now
         return state
