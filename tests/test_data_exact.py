@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 
 import datasets
@@ -181,3 +182,61 @@ def test_the_nulls_that_a_table_adds_to_tools_go_and_those_of_an_adapter_stay(tm
         assert found == tools
         made = load(path, streaming=streaming, dataset_adapter=adapter).train["tools"]
         assert [json.loads(text) for text in made] == [[*value, {"name": "own", "default": None}] for value in tools]
+
+
+@pytest.mark.parametrize("make", [as_texts, as_messages])
+@pytest.mark.parametrize("other", ["2024-01-01", "2024-01-01T10:00:00Z", 42, True, 1.5, {"a": 1}])
+def test_a_file_of_its_own_types_stays_what_it_is_beside_another(make, other, tmp_path):
+    write_lines(tmp_path / "train-0.jsonl", [make("one"), make("two")])
+    write_lines(tmp_path / "train-1.jsonl", [odd(make, other)])
+    kept = replies(load(tmp_path).train)
+    assert kept == ["one", "two"] + ([other] if isinstance(other, str) else [])
+
+
+def test_a_text_like_a_date_stays_what_it_is_far_behind(tmp_path):
+    rows = [as_texts(f"{number} {'text ' * 1000}") for number in range(4200)]  # two blocks and one line of the library
+    size = sum(len(json.dumps(row)) + 1 for row in rows)
+    rows[-1]["prompt"] += "x" * (2 * (10 << 20) - size)
+    path = write_lines(tmp_path / "pairs.jsonl", [*rows, as_texts("2024-01-01")])
+    assert replies(load(path).train)[-1] == "2024-01-01"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("other", [7, {"a": 1}])
+def test_texts_that_the_library_wrote_as_json_into_parquet_are_refused(other, streaming, tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", [*map(as_texts, TEXTS), odd(as_texts, other)])
+    rows = datasets.load_dataset("json", data_files=str(path), split="train")
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(UserError, match="'chosen' holds texts beside values of other types"):
+        load(tmp_path / "pairs.parquet", streaming=streaming)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="'chosen' holds texts beside values of other types"):
+        load(tmp_path / "saved", streaming=streaming)
+
+
+def test_half_a_character_in_an_array_is_a_bad_row(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([as_texts("half \ud83d"), as_texts("whole \ud83d\ude00")]), encoding="utf-8")
+    data = load(path)
+    assert replies(data.train) == ["whole \U0001f600"]
+    assert data.dropped == {"a broken character (half of a surrogate pair)": 1}
+
+
+def test_a_record_with_too_many_fields_shifts_no_column_of_a_stream(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c,d\ne,f,g\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 2: too many fields"):
+        load(path, streaming=True)
+    path.write_text("prompt,chosen,rejected,chosen\na,b,c,d\n", encoding="utf-8")
+    with pytest.raises(UserError, match="'chosen' twice"):
+        load(path, streaming=True)
+
+
+def test_tabs_are_read_by_their_ending_and_other_packed_files_of_a_folder_refused(tmp_path):
+    (tmp_path / "train.tsv").write_text("prompt\tchosen\trejected\nq\t007\tNone\nz\tNA\t1e5\n", encoding="utf-8")
+    assert replies(load(tmp_path).train) == ["007", "NA"]
+    (tmp_path / "train.tsv").unlink()
+    with bz2.open(tmp_path / "train.jsonl.bz2", "wt") as file:
+        file.write(json.dumps(as_texts("yes")) + "\n")
+    with pytest.raises(UserError, match=r"train\.jsonl\.bz2 is packed in a way that is not read"):
+        load(tmp_path)

@@ -32,6 +32,7 @@ from utils.data.scanning import (
     check_unpacked,
     csv_separator,
     is_safe_for_arrow,
+    iterate_csv,
     iterate_json,
     line_numbers,
     open_binary,
@@ -42,7 +43,7 @@ from utils.data.scanning import (
 )
 from utils.errors import UserError, in_one_line
 
-KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20
 LIBRARY_BLOCK = 10 << 20  # of a JSON file; the types of the first are those of all
 CHECKED_BLOCK = 32 << 20
@@ -171,12 +172,10 @@ def _load_kept(kind: str, paths: Sequence[Path], options: dict[str, Any]) -> dat
 
 
 def find_changed_texts(rows: datasets.Dataset) -> str | None:
-    """A column of JSON files that the library itself read in which it may have changed texts.
+    """A column that the library itself read, or wrote, in which it may have changed texts.
 
     Where a field holds values of several types it decodes those that are texts: '"Yes"' is then Yes, '42' a number.
     """
-    if rows.builder_name != "json":
-        return None
     for name, kind in rows.features.items():
         for chunk in rows.data.column(name).chunks:
             for stored in _stored_json(chunk, kind):
@@ -185,6 +184,21 @@ def find_changed_texts(rows: datasets.Dataset) -> str | None:
                 ):
                     return name
     return None
+
+
+def describe_changed_texts(column: str) -> str:
+    """What is wrong with such a column, for messages."""
+    return (
+        f"'{column}' holds texts beside values of other types, and the datasets library changes such texts as it reads "
+        "or writes them"
+    )
+
+
+def holds_json(kind: Any) -> bool:
+    """Whether the library holds values of several types in a column of this type."""
+    if isinstance(kind, dict):
+        return any(map(holds_json, kind.values()))
+    return holds_json(kind.feature) if hasattr(kind, "feature") else type(kind).__name__ == "Json"
 
 
 def _stored_json(array: pa.Array, kind: Any) -> Iterator[pa.Array]:
@@ -212,7 +226,8 @@ def _csv_options(header: Sequence[str], separators: set[str]) -> dict[str, Any] 
 def stream_files(paths: Sequence[Path], scratch: str) -> datasets.IterableDataset:
     """The rows of files of one kind, none of them read yet. The library makes a folder in `scratch`.
 
-    Raises ValueError where a JSON file holds no row first, UserError for a file that is not what its name says.
+    Raises ValueError or UserError for a file that is not what its name says, and where the beginning of a JSON or CSV
+    file cannot be read.
     """
     kind = file_kind(paths[0])
     for path in paths:
@@ -220,18 +235,19 @@ def stream_files(paths: Sequence[Path], scratch: str) -> datasets.IterableDatase
     if kind == "json":  # not through the library, which takes the types of the first rows for those of all
         for path in paths:
             next(iterate_json(path), None)
+    if kind == "csv":  # nor these: it shifts the columns of records with too many fields
+        for path in paths:
+            next(iterate_csv(path), None)
+    if kind != "parquet":
         kwargs = {"paths": list(paths)}  # not IterableDataset.from_generator, which must have a cache to write to
         return GeneratorDatasetInputStream(_iterate_files, gen_kwargs=kwargs, streaming=True, cache_dir=scratch).read()
-    options = _csv_options(peek_csv(paths[0])[0], set(map(csv_separator, paths))) if kind == "csv" else {}
-    if options is None:
-        raise ValueError("its files separate their fields in several ways")
     files = {"train": [str(path) for path in paths]}
-    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=scratch, **options)
+    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=scratch)
 
 
 def _iterate_files(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
-        yield from iterate_json(path)
+        yield from iterate_csv(path) if file_kind(path) == "csv" else iterate_json(path)
 
 
 def is_exact(features: Any, name: str = "") -> bool:
@@ -248,30 +264,35 @@ def is_exact(features: Any, name: str = "") -> bool:
 
 
 def _is_misread(rows: datasets.Dataset, paths: Sequence[Path]) -> bool:
-    """Texts that look like dates become timestamps; a whole table in one object becomes a single row; and numbers and
-    objects become texts where they stand behind a block of texts alone."""
+    """Texts that look like dates become timestamps; a whole table in one object becomes a single row; and what stands
+    behind a block or a file of texts alone becomes text: numbers, objects, and dates in another form than theirs."""
     if any(_has_timestamp(field.type) for field in rows.data.table.schema):
         return True
-    large = [path for path in paths if path.stat().st_size > LIBRARY_BLOCK or path.suffix.lower() == ".gz"]
-    if not all(_has_types(rows.data.table.schema, path) for path in large):
+    size = max(path.stat().st_size for path in paths)
+    in_one_block = len(paths) == 1 and size <= LIBRARY_BLOCK and paths[0].suffix.lower() != ".gz"
+    if not in_one_block and not _is_as_written(rows.data.table, paths):
         return True
     return len(rows) == len(paths) and any(whole_rows(path) is not None for path in paths)
 
 
-def _has_types(schema: pa.Schema, path: Path) -> bool:
-    """Whether the values of a file of JSON lines have these types as they are written."""
-    known = pa.schema([field for field in schema if not pa.types.is_null(field.type)])
+def _is_as_written(table: pa.Table, paths: Sequence[Path]) -> bool:
+    """Whether a table holds the values of these files of JSON lines as they are written."""
+    known = pa.schema([field for field in table.schema if not pa.types.is_null(field.type)])
     parse = pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="ignore")
+    table, read = table.select(known.names), 0
     try:
-        with open_binary(path) as file:
-            if file.read(1) == b"[":
-                return True  # an array is one block
-            file.seek(0)
-            for _ in pyarrow.json.open_json(file, pyarrow.json.ReadOptions(block_size=CHECKED_BLOCK), parse):
-                pass
+        for path in paths:
+            with open_binary(path) as file:
+                if file.read(1) == b"[":
+                    return len(paths) == 1  # an array is one block
+                file.seek(0)
+                for batch in pyarrow.json.open_json(file, pyarrow.json.ReadOptions(block_size=CHECKED_BLOCK), parse):
+                    if not pa.Table.from_batches([batch]).equals(table.slice(read, len(batch))):
+                        return False
+                    read += len(batch)
     except pa.ArrowException:
         return False
-    return True
+    return read == len(table)
 
 
 def _has_timestamp(kind: pa.DataType) -> bool:
@@ -299,6 +320,9 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names} cannot be read as Parquet: {first_line(error.__cause__ or error)}") from None
+    column = find_changed_texts(rows)
+    if column is not None:
+        raise UserError(f"{', '.join(map(str, paths))}: {describe_changed_texts(column)}; write it as texts alone")
     place = FilePlaces(paths[0].name, len(rows), count_rows)
     check_texts(rows, place, f"{', '.join(map(str, paths))} cannot be read")
     return FileRows(rows, place, {})

@@ -41,7 +41,7 @@ STARTS = {
     b"<html": "a web page and not the data; download the file itself",
 }
 OWN_STARTS = {".gz": b"\x1f\x8b", ".parquet": b"PAR1"}
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # of a pair, or half of one, which the library drops from an array
 # What the library turns into a row that is null: in a file of lines, and in one that is an array.
 NULL_LINE = re.compile(rb"\n\s*(?:null|NaN|-?Infinity)\b")
 NULL_ITEM = re.compile(rb"[\n\[,]\s*(?:null|NaN|-?Infinity)\b")
@@ -356,13 +356,32 @@ def peek_csv(path: Path) -> tuple[list[str], list[str]]:
 
 def scan_csv(path: Path) -> Scan:
     """Every record of a CSV file, all values as text, with its faults. Raises UserError for unusable CSV."""
+    scan = Scan(path.name, "line")
+    for line, header, record in _filled_records(path):
+        _add_record(scan, line, header, record)
+    return scan
+
+
+def iterate_csv(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file one after the other, without reading on.
+
+    Raises ValueError at a record that holds no row, and UserError for unusable CSV.
+    """
+    for line, header, record in _filled_records(path):
+        scan = Scan(path.name, "line")
+        _add_record(scan, line, header, record)
+        _raise_fault(scan)
+        yield from scan.rows
+
+
+def _filled_records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """The line, the header and the fields of each record that is not empty."""
     header, _ = peek_csv(path)
     if not _is_encodable(header):
         raise UserError(f"{path} line 1 is not UTF-8 text. Save the file as UTF-8.")
     repeated = next((name for name in header if header.count(name) > 1), None)
     if repeated is not None:
         raise UserError(f"{path} line 1 names the column '{repeated}' twice. Rename one of them.")
-    scan = Scan(path.name, "line")
     with _csv_records(path) as records:
         line, seen_header = 1, False
         while True:
@@ -371,9 +390,9 @@ def scan_csv(path: Path) -> Scan:
             except csv.Error as error:
                 raise UserError(f"{path} line {line} is not valid CSV ({error}). Mend the file.") from None
             if record is None:
-                return scan
+                return
             if record and seen_header:
-                _add_record(scan, line, header, record)
+                yield line, header, record
             seen_header = seen_header or bool(record)
             line = records.line_num + 1
 
@@ -390,7 +409,7 @@ def _add_record(scan: Scan, line: int, header: list[str], record: list[str]) -> 
 
 def line_numbers(path: Path) -> FileLines:
     """Where each row of a readable JSON or CSV file stands, without keeping the rows."""
-    if path.name.lower().endswith(".csv"):
+    if path.name.lower().endswith((".csv", ".tsv")):
         scan = scan_csv(path)
         return FileLines(scan.name, scan.unit, scan.numbers)
     if json_layout(path) == "whole":
@@ -422,8 +441,8 @@ def _has_deep_line(lines: bytes) -> bool:
 
 
 def is_safe_for_arrow(path: Path) -> bool:
-    """Whether the library's reader survives a JSON file: it dies of rows that are null at the start of a block, and
-    of rows that are nested deeply or very long."""
+    """Whether the library's reader survives a JSON file, and reads all of it: it dies of rows that are null at the
+    start of a block, and of rows that are nested deeply or very long, and drops half characters from an array."""
     try:
         with open_binary(path) as file:
             is_whole = file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
@@ -432,11 +451,11 @@ def is_safe_for_arrow(path: Path) -> bool:
                 return False
         with open_binary(path) as file:
             start = file.read(4096).removeprefix(BOM).lstrip()
-            bare_null = NULL_ITEM if start[:1] == b"[" else NULL_LINE
-            found = bare_null.search(b"\n" + start) is not None
+            unsafe = [NULL_ITEM, SURROGATE] if start[:1] == b"[" else [NULL_LINE]
+            found = any(pattern.search(b"\n" + start) for pattern in unsafe)
             tail = start[-64:]
             while not found and (chunk := file.read(1 << 22)):
-                found = bare_null.search(tail + chunk) is not None
+                found = any(pattern.search(tail + chunk) for pattern in unsafe)
                 tail = chunk[-64:]
     except (OSError, EOFError, ValueError, UserError):
         return False

@@ -21,6 +21,7 @@ from utils.data.files import (
     FileRows,
     Unreadable,
     check_texts,
+    describe_changed_texts,
     file_kind,
     find_changed_texts,
     first_line,
@@ -251,6 +252,7 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     check_reader(flag, builder)
     kinds = {file_kind(file) for paths in files.values() for file in paths}
     if len(kinds) != 1 or None in kinds:
+        _check_read_apart(flag, files)
         return _Collection({split: _preparer(path, settings, split, paths) for split, paths in files.items()})
 
     def reader(paths: list[Path]) -> ReadSplit:
@@ -259,6 +261,14 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     every_file = [file for paths in files.values() for file in paths]
     aliases = {file.name.partition(".")[0]: reader([file]) for file in every_file}
     return _Collection({split: reader(paths) for split, paths in files.items()}, aliases)
+
+
+def _check_read_apart(flag: str, files: Mapping[str, list[Path]]) -> None:
+    """Refuses files of text that the library alone would unpack: it may change texts as it reads them."""
+    packed = [file for paths in files.values() for file in paths if file_kind(file) is None]
+    for file in packed:
+        if file_kind(file.with_suffix("")) in ("json", "csv"):
+            raise UserError(f"{flag}: {file.name} is packed in a way that is not read; unpack it, or use {ENDINGS}")
 
 
 def _open_saved(path: Path) -> _Collection:
@@ -331,10 +341,7 @@ def _whole_split(label: str, name: str, rows: datasets.Dataset) -> FileRows:
     """A split that the library read. Raises UserError where it changed texts, or has bytes that are no text."""
     column = find_changed_texts(rows)
     if column is not None:
-        raise UserError(
-            f"{label}[{name}]: '{column}' holds texts beside values of other types, and the datasets library "
-            "changes such texts as it reads them; download the files and give their folder"
-        )
+        raise UserError(f"{label}[{name}]: {describe_changed_texts(column)}; give the files that it was read from")
     place = row_places(f"{label}[{name}]")
     check_texts(rows, place, f"--dataset_name {label} cannot be read")
     return FileRows(rows, place, {})

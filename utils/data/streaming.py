@@ -20,8 +20,9 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
+from utils.data.columns import list_heads
 from utils.data.conversion import convert_batch, features_of, padded_columns
-from utils.data.files import first_line, json_or_text, quiet
+from utils.data.files import describe_changed_texts, first_line, holds_json, json_or_text, quiet
 from utils.data.labels import label_column, read_numbers
 from utils.data.places import SHOWN, describe_bad_rows
 from utils.data.ranking import LEFT_OUT
@@ -184,9 +185,27 @@ def _find_reading(stream: Stream, settings: DataSettings, verb: str) -> Reading:
         sample = list(stream.rows.take(SAMPLED_ROWS))
     if not sample:
         raise UserError(f"--dataset_name {stream.label}: has no rows")
-    reading = find_reading(json_or_text(sample), settings, verb)
+    try:
+        reading = find_reading(json_or_text(sample), settings, verb)
+    except UserError:
+        _check_exact(stream)
+        raise
+    _check_exact(stream, reading)
     first = f"; among the first {len(sample)} rows"
     return replace(reading, remarks=tuple(replace(remark, title=remark.title + first) for remark in reading.remarks))
+
+
+def _check_exact(stream: Stream, reading: Reading | None = None) -> None:
+    """Refuses columns (those that the reading uses, where there is one) in which the library may change texts."""
+    features = stream.rows.features or {}
+    texts = [path for part, path in (reading.columns if reading else {}).items() if part != "tools"]
+    used = {head for path in texts for head in list_heads(path)} or features
+    changed = next((name for name in features if name in used and holds_json(features[name])), None)
+    if changed is not None:
+        raise UserError(
+            f"--streaming: {stream.label}: {describe_changed_texts(changed)}, which cannot be ruled out for a stream; "
+            "leave --streaming out, or give files of JSON lines"
+        )
 
 
 def _good_batches(stream: Stream, intake: _Intake, seed: int) -> Iterator[list[dict[str, Any]]]:
