@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import datasets
+import numpy as np
 import pytest
 from conftest import make_pairs, write_lines
 
@@ -187,3 +188,45 @@ def test_csv_files_may_be_separated_otherwise(separator, streaming, tmp_path):
     settings = DataSettings(dataset_name=str(path), validation_split="none", streaming=streaming)
     data = load_pairs(settings, "train", 0, wanted=2 if streaming else None)
     assert [[row["prompt"], row["chosen"], row["rejected"]] for row in data.train] == rows[1:]
+
+
+WRITTEN = {
+    "JSON": json.dumps,
+    "JSON in JSON": lambda turns: json.dumps(json.dumps(turns)),
+    "JSON lines": lambda turns: "\n".join(map(json.dumps, turns)),
+    "Python": str,
+    "a tuple": lambda turns: str(tuple(turns)),
+    "NumPy": lambda turns: str(np.array(turns, dtype=object)),
+    "NumPy's own": lambda turns: repr(np.array(turns, dtype=object)),
+}
+
+
+@pytest.mark.parametrize("way", WRITTEN)
+def test_messages_written_as_text_are_read_wherever_they_stand(way, tmp_path):
+    write = WRITTEN[way]
+    turns = [*PLAIN, {"role": "assistant", "content": 'It\'s "so".\nYes'}, {"role": "user", "content": "é } {"}]
+    flat = {"prompt": write(turns), "chosen": write(ANSWER), "rejected": write(OTHER)}
+    preferred = {"preferred_output": flat["chosen"], "non_preferred_output": flat["rejected"]}
+    rows = {
+        "nested": {"input": {"messages": flat["prompt"]}} | preferred,
+        "object": {"input": (json.dumps if "JSON" in way else str)({"messages": turns})} | preferred,
+        "flat": flat,
+    }
+    for name, row in rows.items():
+        data = load(write_lines(tmp_path / f"{name}.jsonl", [row] * 3))
+        assert {part: data.train[0][part] for part in flat} == {"prompt": turns, "chosen": ANSWER, "rejected": OTHER}
+
+
+def test_a_message_list_written_as_text_among_other_texts_is_a_problem(run_script, tmp_path):
+    rows = [{"prompt": f"q{number}", "chosen": "good", "rejected": f"bad {number}"} for number in range(150)]
+    rows[120]["chosen"] = rows[121]["chosen"] = json.dumps(ANSWER)
+    code, out, _ = run_script("data", "--dataset_name", write_lines(tmp_path / "rows.jsonl", rows))
+    assert (code, "2  rows whose 'chosen' is a message list written as text" in out) == (3, True)
+
+
+@pytest.mark.parametrize("field", ["function_calls", "functions", "tools", "tool_call", "thought", "reasoning_details"])
+def test_other_names_of_calls_and_of_reasoning_are_refused_by_name(field, tmp_path):
+    answer = [{**ANSWER[0], field: [{"name": "f"}]}]
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": PLAIN, "chosen": answer, "rejected": OTHER}])
+    with pytest.raises(UserError, match=f"'chosen' has a turn with '{field}', which is not trained on"):
+        load(path)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.data.turns import as_messages, is_message, is_transcript, role_of
+from utils.data.turns import as_messages, is_message, is_transcript, role_of, unpack
 
 TEXT = ("text", "transcript")
 MESSAGES = ("messages", "message", "replies")
@@ -35,6 +35,22 @@ def reach(row: Mapping[str, Any], path: str) -> Any:
     inner = ((row.get(head), path[len(head) + 1 :]) for head in list_heads(path)[:-1])
     values = (reach(value, rest) for value, rest in inner if isinstance(value, Mapping))
     return next((value for value in values if value is not None), None)
+
+
+def unpack_row(row: Mapping[str, Any], paths: Sequence[str]) -> Mapping[str, Any]:
+    """The row with messages in place of the texts at these paths that hold them. Raises BadRow as `unpack` does."""
+    for path in paths:
+        row = _unpack_at(row, path, path)
+    return row
+
+
+def _unpack_at(row: Mapping[str, Any], path: str, name: str) -> Mapping[str, Any]:
+    if path in row:
+        return {**row, path: unpack(row[path], name)}
+    for head in list_heads(path)[:-1]:
+        if isinstance(row.get(head), Mapping):
+            row = {**row, head: _unpack_at(row[head], path[len(head) + 1 :], name)}
+    return row
 
 
 @functools.cache

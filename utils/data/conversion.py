@@ -15,13 +15,13 @@ import datasets
 
 from utils.data.adapter import read_code, run_adapter
 from utils.data.checks import find_fault
-from utils.data.columns import list_heads, reach
+from utils.data.columns import list_heads, reach, unpack_row
 from utils.data.files import quiet
 from utils.data.labels import check_labels, read_number, read_yes_or_no
 from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
 from utils.data.row_cache import map_rows
 from utils.data.schemas import Reading
-from utils.data.turns import BadRow, unpack
+from utils.data.turns import BadRow
 from utils.data.unpaired import pair_up
 from utils.errors import UserError
 
@@ -145,8 +145,7 @@ def _expand(row: Mapping[str, Any], reading: Reading) -> list[dict[str, Any]]:
     """The row's parts; for one that holds several answers, the parts of each pair."""
     if reading.adapter is not None:
         return run_adapter(reading.adapter, row)
-    if reading.packed:
-        row = {**row, **{name: unpack(row.get(name), name) for name in reading.packed}}
+    row = unpack_row(row, reading.packed)
     parts = {part: reach(row, path) for part, path in reading.columns.items()}
     return [parts] if reading.layout.expand is None else reading.layout.expand(parts, reading.columns, reading.choice)
 

@@ -11,10 +11,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.data.turns import MEDIA, is_nothing
+from utils.data.turns import MEDIA, WRITTEN_START, holds_messages, is_nothing
 
 # Columns whose content belongs to a prompt or a reply.
-CONTENT = ("tools", "functions", "tool_calls", "system", "system_prompt", "chat_template_kwargs", *MEDIA)
+CONTENT = ("tools", "functions", "tool_calls", "system", "system_prompt", "history", "chat_template_kwargs", *MEDIA)
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold", "data_split", "dataset_split")
 HELD_OUT = re.compile(r"(test|testing|val|valid|validation|dev|eval|evaluation|held|heldout|hold|holdout)([\W_]|$)")
 
@@ -54,6 +54,27 @@ def find_remarks(rows: datasets.Dataset, unused: Sequence[str]) -> Iterator[Rema
                 "Write each split to a file of its own, train.jsonl and test.jsonl in one folder.",
                 count,
             )
+
+
+def find_written_messages(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[Remark]:
+    """Message lists written as text in columns that are read as texts, for most of their texts are none."""
+    for name in columns:
+        batches = rows.select_columns([name]).with_format("arrow").iter(batch_size=1000)
+        count = sum(_count_written(batch.column(name)) for batch in batches)
+        if count:
+            yield Remark(
+                "messages_as_text",
+                f"{_rows(count)} whose '{name}' is a message list written as text",
+                "It is read as a text, brackets and all, as the others are; write all of them in one way.",
+                count,
+            )
+
+
+def _count_written(column: pa.ChunkedArray) -> int:
+    if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+        return 0
+    like = column.filter(pc.match_substring_regex(column, WRITTEN_START.pattern.join(("^(", ")"))))
+    return sum(holds_messages(text) for text in like.to_pylist())
 
 
 def _rows(count: int) -> str:

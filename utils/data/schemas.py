@@ -7,7 +7,7 @@ of those parts are written.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,18 +25,20 @@ from utils.data.columns import (
     list_heads,
     list_names,
     reach,
+    unpack_row,
 )
 from utils.data.files import AnyJson
 from utils.data.labels import check_labels
 from utils.data.layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
 from utils.data.ranking import Choice
-from utils.data.remarks import Remark, find_remarks, list_unused
+from utils.data.remarks import Remark, find_remarks, find_written_messages, list_unused
 from utils.data.shapes import Names, Shape, find_shape
-from utils.data.turns import BadRow, holds_messages, unpack
+from utils.data.turns import BadRow, holds_messages
 from utils.errors import UserError
 from utils.settings import DataSettings
 
 SAMPLED_ROWS = 100
+SAID = ("prompt", "chosen", "rejected", "completion", "first", "second")  # parts that may be texts or messages
 ADAPTED = Layout("adapter", {}, shapes=("transcripts", *ANY_SHAPE))
 
 
@@ -126,8 +128,9 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
         raise UserError(*(describe_missing(f"--{flag}", path, columns) for flag, path in lost.items()))
     if settings.dataset_adapter is not None:
         return _read_with_adapter(sample, settings, verb)
-    packed = tuple(name for name in rows.column_names if is_packed(sample, name))
+    packed = tuple(path for path in columns if is_packed(sample, path))
     sample = [_unpack_sample(row, packed) for row in sample]
+    columns = list(dict.fromkeys([*columns, *list_columns(sample)]))
     mapped = {part: named[flag] for part, flag in wishes.items() if flag in named and part != "group"}
     for layout in _layouts(settings, verb):
         replies = _replies(layout, verb)
@@ -151,17 +154,16 @@ def _with_labels(reading: Reading, rows: datasets.Dataset, settings: DataSetting
 
 
 def is_packed(sample: Rows, name: str) -> bool:
-    """Whether most texts of a column are message lists, as in files that have texts alone."""
-    texts = [value for row in sample if isinstance(value := row.get(name), str)]
+    """Whether most texts of a column, or at a path into one, are message lists, as in files that have texts alone."""
+    texts = [value for row in sample if isinstance(value := reach(row, name), str)]
     return 2 * sum(map(holds_messages, texts)) > len(texts)
 
 
-def _unpack_sample(row: dict[str, Any], packed: Sequence[str]) -> dict[str, Any]:
-    unpacked = dict(row)
-    for name in packed:
+def _unpack_sample(row: Mapping[str, Any], packed: Sequence[str]) -> Mapping[str, Any]:
+    for path in packed:
         with contextlib.suppress(BadRow):
-            unpacked[name] = unpack(row[name], name)
-    return unpacked
+            row = unpack_row(row, [path])
+    return row
 
 
 def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str]) -> Reading:
@@ -169,14 +171,19 @@ def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str
     used = {head for path in (*reading.columns.values(), reading.group) if path for head in list_heads(path)}
     if reading.is_transcript:
         used |= set(PROMPT["prompt"])  # its text stands in the transcripts too
-    packed = tuple(name for name in packed if name in used)
+    packed = tuple(path for path in packed if path in used)
     says = [reading.description]
     if packed:
         says.append(f"the texts in {', '.join(map(repr, packed))} are message lists")
     unused = list_unused(rows, used)
     if unused:
         says.append(f"not used: {list_names(unused)}")
-    return replace(reading, description="; ".join(says), packed=packed, remarks=tuple(find_remarks(rows, unused)))
+    texts = [name for part, name in reading.columns.items() if part in SAID and name in rows.column_names]
+    remarks = (
+        *find_remarks(rows, unused),
+        *find_written_messages(rows, [name for name in texts if name not in packed]),
+    )
+    return replace(reading, description="; ".join(says), packed=packed, remarks=remarks)
 
 
 def _layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:

@@ -33,16 +33,19 @@ CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_response", "func
 MEDIA = ("images", "image", "image_url", "videos", "video", "audios", "audio", "documents")
 # What a turn may say beside its text. Rows that have it are refused: the text alone would be another turn.
 CARRIED = (
-    *("tool_calls", "function_call", "tool_call_id", "tool_responses", "tool_plan"),
-    *("reasoning_content", "reasoning", "thinking", "refusal"),
+    *("tool_calls", "tool_call", "function_call", "function_calls", "tool_call_id", "tool_responses", "tool_plan"),
+    *("tools", "functions"),
+    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "thought", "thoughts"),
+    *("refusal", "attachments", "files"),
     *MEDIA,
 )
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_KEYS = ("text", "value", "content")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 # Messages written as text: how they begin, their keys, and what stands between two where NumPy prints no comma.
-WRITTEN_START = re.compile(r"\s*\[?\s*\{")
-WRITTEN_KEYS = [[re.compile(f"""['"]{key}['"]\\s*:""") for key in keys] for keys in MESSAGE_KEYS]
+WRITTEN_START = re.compile(r"""\s*(?:"\s*|array\(\s*)?[\[(]?\s*\{""")
+WRITTEN_KEYS = [[re.compile(f"""['"]{key}\\\\*['"]\\s*:""") for key in keys] for keys in MESSAGE_KEYS]
+WRITTEN_ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
 BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""", re.DOTALL)
 
 Turns = list[dict[str, str]]
@@ -76,7 +79,8 @@ def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
 
 
 def unpack(value: Any, name: str) -> Any:
-    """The messages that a text holds, as JSON or as Python or NumPy print them; any other value as it is.
+    """The messages that a text holds, as JSON or as Python or NumPy print them, also inside an object; any other value
+    as it is.
 
     Raises BadRow for a text that looks like messages and cannot be read.
     """
@@ -88,7 +92,8 @@ def unpack(value: Any, name: str) -> Any:
         found = _parse(value)
     except ValueError:
         raise BadRow(f"'{name}' holds messages written as text that cannot be read") from None
-    return value if as_messages(found) is None else found
+    inner = found.values() if isinstance(found, Mapping) and not is_message(found) else [found]
+    return found if any(part and as_messages(part) is not None for part in inner) else value
 
 
 def holds_messages(text: str) -> bool:
@@ -102,14 +107,18 @@ def holds_messages(text: str) -> bool:
 def _parse(text: str) -> Any:
     """A value in JSON, or as Python or NumPy print it. Raises ValueError."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        return _parse(found) if isinstance(found, str) else found  # JSON in JSON
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError:
         pass
-    text = BETWEEN_OBJECTS.sub(lambda found: found[1] or "}, {", text.strip())
+    text = text.strip()
+    array = WRITTEN_ARRAY.fullmatch(text)
+    text = BETWEEN_OBJECTS.sub(lambda found: found[1] or "}, {", array[1] if array else text)
     try:
-        return ast.literal_eval(text)
+        found = ast.literal_eval(text)
+        return list(found) if isinstance(found, tuple) else found
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(str(error)) from None
 
