@@ -167,7 +167,9 @@ def describe_overlap(compare: dict[str, Any]) -> str:
 
 def describe_output(output: dict[str, Any]) -> str:
     """What was written and what was left out."""
-    left = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in output["removed"].items() if count)
+    removed = {name: count for name, count in output["removed"].items() if count}  # kinds of findings, and reasons
+    words = {name: name if "'" in name else name.replace("_", " ") for name in removed}
+    left = ", ".join(f"{words[name]} {count:,}" for name, count in removed.items())
     wrote = (
         f"wrote {_count(output['pairs'], 'pair')} to {output['file']}"
         if output["pairs"]
