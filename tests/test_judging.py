@@ -284,3 +284,11 @@ def test_answers_that_cannot_be_kept_are_used_all_the_same(endpoint, tmp_path, c
     judge = make_judge(endpoint, tmp_path / "file" / "judge_answers")
     assert judge.weigh_all([("p", "longer", "short"), ("p", "one", "another")]) == [(1.0, 1.0), (0.0, 0.0)]
     assert capsys.readouterr().out.count("warning: the judge's answers cannot be kept in") == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://h:port/v1", "http://127.0.0.1:99999/v1", "http://", "http://x\0y"]
+)
+def test_an_address_that_is_no_url_is_one_message_before_anything_is_asked(url, tmp_path):
+    with pytest.raises(UserError, match=r"--scorer http://.*: no URL that can be asked"):
+        EndpointJudge(url, "judge-1", tmp_path, JudgeLimits())

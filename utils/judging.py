@@ -104,7 +104,7 @@ class EndpointJudge:
         flag: that named the endpoint, for messages.
 
     Raises:
-        UserError: the key in the environment holds characters that no key has.
+        UserError: the URL cannot be one, or the key in the environment holds characters that no key has.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class EndpointJudge:
     ):
         self._flag = f"{flag} {url}"
         self.url = url.rstrip("/") + "/chat/completions"
+        _check_url(self._flag, self.url)
         self.model = model
         self.limits = limits
         self.asked = 0  # requests sent, repeated ones included
@@ -306,6 +307,19 @@ def mask(text: str, key: str) -> str:
             masked.append(text[place])
         place += 1
     return "".join(masked)
+
+
+def _check_url(flag: str, url: str) -> None:
+    import httpx
+
+    try:
+        parts = httpx.URL(url)
+        fault = "it names no host" if not parts.host else None
+        fault = "its port is above 65535" if (parts.port or 0) > 65535 else fault
+    except (httpx.InvalidURL, ValueError) as error:
+        fault = str(error)
+    if fault:
+        raise UserError(f"{flag}: no URL that can be asked ({fault})")
 
 
 def _read_key() -> str:
