@@ -337,7 +337,7 @@ def test_after_a_power_cut_the_lock_is_taken_over(tmp_path):
     check_not_held(leave_lock(tmp_path, owner(since=earlier, **cut)))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1', "[" * 10**5])
 def test_a_lock_that_cannot_be_read_holds_while_it_may_be_in_the_making(content, tmp_path, capsys):
     leave_lock(tmp_path, content)
     assert "another run begins there just now" in refusal(tmp_path)
@@ -350,6 +350,13 @@ def test_a_lock_that_cannot_be_read_holds_while_it_may_be_in_the_making(content,
 @pytest.mark.parametrize("junk", [{}, {"pid": "x"}, {"pid": -1, "started": "then", "since": 3, "host": None}])
 def test_a_lock_with_odd_content_ends_in_no_traceback(junk, tmp_path):
     leave_lock(tmp_path, junk)
+    assert "cannot be seen from here" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("record", ["[" * 10**5, '{"process": {"started": 7}, "longest_silence": NaN}'])
+def test_a_record_with_odd_content_ends_in_no_traceback(record, tmp_path):
+    leave_lock(tmp_path, elsewhere(started=7))
+    (tmp_path / "run.json").write_text(record, encoding="utf-8")
     assert "cannot be seen from here" in refusal(tmp_path)
 
 

@@ -561,3 +561,9 @@ def test_a_merge_that_cannot_be_flushed_leaves_what_was_there(tmp_path, monkeypa
         (beside / "model").write_text("the next one")
     assert [path.read_text() for path in tmp_path.rglob("model")] == ["the former one"] * there
     assert len(list(tmp_path.iterdir())) == there
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"files": [["a"]]}', '{"files": [{}]}', '{"files": "a"}', "5"])
+def test_a_record_with_odd_content_is_none_of_a_merge(content, tmp_path):
+    (tmp_path / "merge.json").write_text(content, encoding="utf-8")
+    assert folder_room.read_merge_record(tmp_path) is None

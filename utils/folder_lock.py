@@ -26,6 +26,7 @@ from utils.runtime import is_main_process, readable_seconds, say
 from utils.saving import HELD, LOCK, create_file, explain_fault, now, read_record, seconds_at, unused_name
 
 GRACE = 30.0  # seconds in which a lock that cannot be read may be in the making
+LONGEST_SILENCE = 1e9  # seconds; what a record says beyond that (NaN, say) says nothing
 PATIENT = 10.0  # seconds to wait for another run that looks at the lock just now
 
 
@@ -222,7 +223,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -284,4 +285,4 @@ def _last_heard(folder: Path, owner: Mapping[str, Any]) -> tuple[float | None, f
     times = [seconds_at(owner.get("since")), seconds_at(record.get("updated")) if same else None]
     usual = record.get("longest_silence") if same else None
     heard = max((at for at in times if at is not None), default=None)
-    return heard, float(usual) if isinstance(usual, int | float) else None
+    return heard, float(usual) if isinstance(usual, int | float) and 0 <= usual < LONGEST_SILENCE else None

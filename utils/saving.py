@@ -272,7 +272,7 @@ def is_result(path: Path, verb: str) -> bool:
     """Whether a file is the record of a verb's results."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["verb"] == verb
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

@@ -38,7 +38,8 @@ def read_merge_record(folder: Path) -> dict[str, Any] | None:
         content = read_json(folder / MERGE_RECORD)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
+    files = content.get("files") if isinstance(content, dict) else None
+    return content if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
 
 
 def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -> Path:
