@@ -222,6 +222,11 @@ def test_a_message_list_written_as_text_among_other_texts_is_a_problem(run_scrip
     rows[120]["chosen"] = rows[121]["chosen"] = json.dumps(ANSWER)
     code, out, _ = run_script("data", "--dataset_name", write_lines(tmp_path / "rows.jsonl", rows))
     assert (code, "2  rows whose 'chosen' is a message list written as text" in out) == (3, True)
+    rows[130]["chosen"] = ANSWER  # a list and no text, so a bad row: the column is held as JSON then
+    assert load(write_lines(tmp_path / "rows.jsonl", rows), on_bad_rows="skip").reading.remarks[0].rows == 2
+    lists = [{"prompt": [{"role": "user", "content": f"q{n}"}], "chosen": ANSWER, "rejected": OTHER} for n in range(9)]
+    lists[3]["chosen"] = "a text"
+    assert load(write_lines(tmp_path / "lists.jsonl", lists)).reading.remarks == ()
 
 
 @pytest.mark.parametrize("field", ["function_calls", "functions", "tools", "tool_call", "thought", "reasoning_details"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -11,6 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from utils.data.files import AnyJson
 from utils.data.turns import MEDIA, WRITTEN_START, holds_messages, is_nothing
 
 # Columns whose content belongs to a prompt or a reply.
@@ -59,8 +61,9 @@ def find_remarks(rows: datasets.Dataset, unused: Sequence[str]) -> Iterator[Rema
 def find_written_messages(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[Remark]:
     """Message lists written as text in columns that are read as texts, for most of their texts are none."""
     for name in columns:
+        is_json = isinstance(rows.features[name], AnyJson)
         batches = rows.select_columns([name]).with_format("arrow").iter(batch_size=1000)
-        count = sum(_count_written(batch.column(name)) for batch in batches)
+        count = sum(_count_written(batch.column(name), is_json) for batch in batches)
         if count:
             yield Remark(
                 "messages_as_text",
@@ -70,11 +73,12 @@ def find_written_messages(rows: datasets.Dataset, columns: Sequence[str]) -> Ite
             )
 
 
-def _count_written(column: pa.ChunkedArray) -> int:
+def _count_written(column: pa.ChunkedArray, is_json: bool) -> int:
     if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
         return 0
-    like = column.filter(pc.match_substring_regex(column, WRITTEN_START.pattern.join(("^(", ")"))))
-    return sum(holds_messages(text) for text in like.to_pylist())
+    begins = '^"' if is_json else f"^({WRITTEN_START.pattern})"
+    like = column.filter(pc.match_substring_regex(column, begins)).to_pylist()
+    return sum(map(holds_messages, map(json.loads, like) if is_json else like))
 
 
 def _rows(count: int) -> str:
