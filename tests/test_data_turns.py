@@ -235,3 +235,14 @@ def test_other_names_of_calls_and_of_reasoning_are_refused_by_name(field, tmp_pa
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": PLAIN, "chosen": answer, "rejected": OTHER}])
     with pytest.raises(UserError, match=f"'chosen' has a turn with '{field}', which is not trained on"):
         load(path)
+
+
+def test_rows_held_out_by_a_class_or_beside_numbers_are_counted(tmp_path):
+    rows = [
+        row | {"split": split} for row, split in zip(make_pairs(4), ["train", "test", "train", "test"], strict=True)
+    ]
+    classes = datasets.Dataset.from_list(rows).class_encode_column("split")
+    classes.save_to_disk(str(tmp_path / "saved"))
+    assert load(tmp_path / "saved").reading.remarks[0].rows == 2
+    rows[0]["split"] = 7
+    assert load(write_lines(tmp_path / "rows.jsonl", rows)).reading.remarks[0].rows == 2

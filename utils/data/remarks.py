@@ -106,11 +106,24 @@ def _count_values(column: pa.ChunkedArray) -> int:
 
 def _count_held_out(rows: datasets.Dataset, name: str) -> dict[str, int]:
     """The rows that each word for held-out data marks; none where all rows have one mark, so are one split."""
-    if getattr(rows.features[name], "dtype", None) not in ("string", "large_string"):
-        return {}
-    counts = Counter()
-    for batch in rows.select_columns([name]).iter(batch_size=1000):
-        counts.update(batch[name])
-    words = {word: count for word, count in counts.items() if word is not None}
+    words = Counter(_list_words(rows, name))
     held_out = {word: count for word, count in words.items() if HELD_OUT.match(_plain(word))}
     return held_out if len(words) > 1 else {}
+
+
+def _list_words(rows: datasets.Dataset, name: str) -> Iterator[str]:
+    """The texts of a column, and the names of its classes."""
+    kind = rows.features[name]
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    if (
+        names is None
+        and not isinstance(kind, AnyJson)
+        and getattr(kind, "dtype", None) not in ("string", "large_string")
+    ):
+        return
+    for batch in rows.select_columns([name]).iter(batch_size=1000):
+        for value in batch[name]:
+            if isinstance(value, str):
+                yield value
+            elif names is not None and value is not None and 0 <= value < len(names):
+                yield names[value]
