@@ -91,7 +91,7 @@ def damage_files(torture: Torture, short: bool) -> None:
             shown = name == "manifest.json" or name in said
             if (folder / aside).is_dir() and shown:
                 differences = [one for one in differences if aside not in one]
-            elif what != "removed" or name != "manifest.json":
+            else:
                 differences.append("the damage is not said")
             faults += differences
         note(torture, f"a file of a checkpoint {what}", name, None, faults)
@@ -102,8 +102,6 @@ def _find(checkpoint: Path, name: str) -> list[str]:
     """Whether the damage to a file is found, and named."""
     from utils.checkpoints import find_fault
 
-    if name == "manifest.json" and not (checkpoint / name).exists():
-        return []  # it is then taken for one of before there were manifests
     found = find_fault(checkpoint)
     named = found is not None and (name in found or name == "manifest.json")  # which may tell of another file wrongly
     return [] if named else [f"found: {found}"]

@@ -227,6 +227,30 @@ def test_a_user_of_the_model_reads_what_is_of_the_model(tmp_path):
     assert "model.safetensors" in find_fault(checkpoint, reads=is_of_model)
 
 
+def test_a_lost_manifest_is_damage_where_the_version_that_saved_it_wrote_one(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 3)
+    (checkpoint / MANIFEST).unlink()
+    path = checkpoint / "trainer_state.json"
+    kept = {"stateful_callbacks": {"dpo_run": {"args": {}, "attributes": {"identity": {"data": "1"}}}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kept))
+    assert find_fault(checkpoint) == "manifest.json is missing, so its content cannot be checked"
+    assert find_resume_point(tmp_path, "auto").checkpoint is None
+
+
+def test_a_file_that_the_manifest_does_not_list_is_damage(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 3)
+    (checkpoint / ".DS_Store").write_text("a file manager's")
+    assert find_fault(checkpoint) is None
+    (checkpoint / "shards" / "1.distcp").write_text("from elsewhere")
+    assert find_fault(checkpoint) == "shards/1.distcp is not in its manifest.json"
+    (checkpoint / "shards" / "1.distcp").unlink()
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["files"]["optimizer.safetensors"]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    flip(checkpoint / "optimizer.safetensors")
+    assert find_fault(checkpoint) == "optimizer.safetensors is not in its manifest.json"
+
+
 def test_a_checkpoint_of_before_there_were_manifests_is_taken_where_its_files_are_whole(tmp_path):
     checkpoint = save_checkpoint(tmp_path, 3)
     (checkpoint / MANIFEST).unlink()

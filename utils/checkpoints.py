@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils.bounded import Unreadable
 from utils.errors import UserError
+from utils.kept import IDENTITY, read_kept
 from utils.manifests import MANIFEST, find_damage, forget_cached, write_manifest
 from utils.records import read_trainer_state
 from utils.runtime import say
@@ -86,7 +87,8 @@ def is_of_model(name: str) -> bool:
 def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: True) -> str | None:
     """What is wrong with the files of a checkpoint; None where it is whole.
 
-    One that was saved before there were manifests has none; of such a one only half-written files can be told.
+    A checkpoint of an earlier version, which kept nothing of the run's identity, has no manifest; of such a one only
+    half-written files can be told. Any other without a manifest has lost it.
 
     Args:
         reads: the files, by name, whose content is compared with its hash; all by default.
@@ -101,6 +103,8 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
         fault = find_damage(checkpoint, int(name[1]), reads)
     elif not (checkpoint / TRAINER_STATE).is_file():
         fault = f"it has no {MANIFEST} and no {TRAINER_STATE}"
+    elif IDENTITY in read_kept(checkpoint):
+        fault = f"{MANIFEST} is missing, so its content cannot be checked"
     else:
         fault = next(filter(None, map(_find_end, sorted(checkpoint.rglob("*")))), None)
     return fault or (_find_state_fault(checkpoint, int(name[1])) if reads(TRAINER_STATE) else None)

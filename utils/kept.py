@@ -8,6 +8,7 @@ from typing import Any
 from utils.records import Unreadable, read_trainer_state
 from utils.saving import TRAINER_STATE
 
+IDENTITY = "identity"  # the key of what the run is; every version that keeps it writes manifests
 OWN = "dpo_run"  # among the states of callbacks, where a trainer that does not know it leaves it alone
 
 

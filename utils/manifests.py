@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +38,9 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def find_damage(folder: Path, step: int, reads: Callable[[str], bool] = lambda name: True) -> str | None:
-    """What is wrong with a folder by its manifest: files that are missing, of another size or of other content.
+    """What is wrong with a folder by its manifest: files that are missing, of another size or of other content, and
+    files that it does not list, since a library may load them in place of those that were saved. Hidden files are
+    passed over.
 
     Args:
         step: what the manifest is to say.
@@ -54,11 +56,36 @@ def find_damage(folder: Path, step: int, reads: Callable[[str], bool] = lambda n
         return f"{MANIFEST} cannot be read"
     if known != step:
         return f"{MANIFEST} is of step {known!r}"
-    size = sum(size for size, _ in files.values())
-    found = _map(lambda name: _find_fault(folder / name, name, *files[name], reads(name)), files, size)
-    faults = [fault for fault in found if fault is not None]
+    faults = list(find_changed(folder, files, reads).values())
+    faults += [f"{name} is not in its {MANIFEST}" for name in sorted(_visible_files(folder) - {MANIFEST, *files})]
     more = f", and {len(faults) - SHOWN} more files" if len(faults) > SHOWN else ""
     return ", ".join(faults[:SHOWN]) + more if faults else None
+
+
+def describe_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """The files at the top of a folder, hidden ones left out: their sizes in bytes and SHA-256, by name."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    sizes = [path.stat().st_size for path in paths]
+    hashes = _map(_hash_file, paths, sum(sizes))
+    return {path.name: found for path, *found in zip(paths, sizes, hashes, strict=True)}
+
+
+def find_changed(
+    folder: Path, files: Mapping[str, tuple[int, str]], reads: Callable[[str], bool] = lambda name: True
+) -> dict[str, str]:
+    """By name, what is wrong with those of some files (their sizes and SHA-256, by name) that are not as described.
+
+    Args:
+        reads: which files, by name, are read and hashed; of the others the size alone is looked at.
+    """
+    size = sum(size for size, _ in files.values())
+    found = _map(lambda name: _find_fault(folder / name, name, *files[name], reads(name)), files, size)
+    return {name: fault for name, fault in zip(files, found, strict=True) if fault is not None}
+
+
+def _visible_files(folder: Path) -> set[str]:
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
 
 
 def _map(describe: Callable[[T], U], items: Iterable[T], size: int) -> list[U]:

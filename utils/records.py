@@ -150,6 +150,8 @@ RUN = _map(
     device=TEXT,
     wandb_run_id=TEXT,
     engine=ANY_MAPPING,
+    files=ANY_MAPPING,
+    identity=_map(_map(TEXT)),
     needed=("status", "verb", "settings"),
     drops=(dict, list),
 )

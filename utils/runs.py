@@ -12,7 +12,7 @@ from typing import Any
 from utils.arguments.parsing import NAMES_CODE, known_flags, read_recorded
 from utils.checkpoints import find_checkpoints, find_fault, is_of_model
 from utils.errors import UserError
-from utils.models.sources import ModelSource, check_source, find_model
+from utils.models.sources import ModelSource, check_source, check_unchanged, find_model, read_identities
 from utils.paths import read_path
 from utils.records import Unreadable, read_run
 from utils.saving import CHECKPOINT, RECORD
@@ -50,6 +50,8 @@ class TrainedModel:
         if source is not None:
             key = "reference_model" if self.record.get("reference_model") else "start"
             check_source(f"{self.folder / RECORD}: its {key}", source)
+            names = ("reference", "model") if key == "reference_model" else ("model",)
+            check_unchanged(f"{self.folder / RECORD}: its {key}", source, read_identities(self.record), names)
         return source
 
     @property

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.checkpoints import find_fault, is_of_model
 from utils.errors import UserError
+from utils.manifests import MANIFEST, find_changed
 from utils.models.adapter_starts import changes_base, check_start
 from utils.models.hub_files import find_hub_file, read_json_file
 from utils.models.strangers import PICKLED, check_adapter_config, check_folder
-from utils.saving import SET_ASIDE
+from utils.records import Unreadable, read_run
+from utils.runtime import say
+from utils.saving import CHECKPOINT, RECORD, SET_ASIDE
 from utils.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -22,6 +28,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
+
+
+# Files of a finished model that must be as the run saved them. Of others a change may be meant, and is said.
+MUST_BE_SAVED = re.compile(r".*\.safetensors(\.index\.json)?|tokenizer\.(json|model)|vocab\.json|merges\.txt")
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ def find_policy(settings: ModelSettings) -> ModelSource:
         )
     flag, adapter = "--adapter_name_or_path", _absolute_if_local(settings.adapter_name_or_path)
     _check_place(flag, adapter, ADAPTER_CONFIG)
+    if os.path.isdir(adapter):
+        _check_saved(flag, Path(adapter))
     config = read_json_file(adapter, ADAPTER_CONFIG, None)
     if config is None:
         if not os.path.isdir(adapter):
@@ -84,6 +96,78 @@ def find_policy(settings: ModelSettings) -> ModelSource:
     return ModelSource(source.base, adapter, source.revision, adapter if _has_tokenizer(adapter) else source.tokenizer)
 
 
+def check_unchanged(place: str, source: ModelSource, recorded: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Compares a model with what the record of a run holds of it, under the first of some names that it has.
+
+    Args:
+        place: where it is named, to begin a message with.
+        recorded: `identify_model` of the models of a run, by name.
+
+    Raises:
+        UserError: its weights are others.
+    """
+    from utils.models.identity import identify_model
+
+    known = next((recorded[name] for name in names if recorded.get(name)), None)
+    if known is None:  # in the record of an earlier version
+        return
+    now = identify_model(source)
+    if known.get("weights") != now["weights"]:
+        raise UserError(
+            f"{place}, {source.name}, has other weights than when the run began; put back those that it had"
+        )
+    if known.get("config") != now["config"]:
+        say(f"note: {place}, {source.name}: its config.json says other things than when the run began")
+
+
+def read_identities(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the record of a run holds of the models it began from: `model`, `base` under an adapter, `reference`."""
+    return record.get("identity") or {}
+
+
+def _check_base(flag: str, adapter: str, base: str, revision: str | None) -> None:
+    """Compares the base of an adapter with the one that its run trained it on, where there is a record of that."""
+    folder = Path(adapter)
+    record = _record_of(folder.parent if CHECKPOINT.fullmatch(folder.name) else folder)
+    place = f"{flag} {adapter}: its base"
+    check_unchanged(place, ModelSource(base, None, revision, base), read_identities(record), ("base", "model"))
+
+
+def _check_saved(flag: str, folder: Path) -> None:
+    """Compares the files of a finished model with the sizes and hashes in the record of its run, and those of a
+    checkpoint with its manifest.
+
+    Raises:
+        UserError: weights or vocabulary are not as the run saved them.
+    """
+    if CHECKPOINT.fullmatch(folder.name) and (folder / MANIFEST).is_file():
+        fault = find_fault(folder, reads=is_of_model)
+        if fault is not None:
+            raise UserError(f"{flag} {folder}: a damaged checkpoint: {fault}; name a whole one")
+    files = _record_of(folder).get("files") or {}
+    try:
+        saved = {str(name): (int(size), str(sha256)) for name, (size, sha256) in files.items()}
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{flag} {folder}: files in its {RECORD} cannot be read; mend or remove it") from None
+    changed = find_changed(folder, saved)
+    damaged = [fault for name, fault in changed.items() if MUST_BE_SAVED.fullmatch(name)]
+    if damaged:
+        raise UserError(
+            f"{flag} {folder}: not the model that its run saved: {', '.join(damaged)}; copy it back, or make it again "
+            "from a checkpoint"
+        )
+    for fault in changed.values():
+        say(f"note: {folder.name}: {fault}")
+
+
+def _record_of(run: Path) -> Mapping[str, Any]:
+    """The record of the run in a folder; empty where there is none that can be read."""
+    try:
+        return read_run(run / RECORD)
+    except (OSError, Unreadable):
+        return {}
+
+
 def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource:
     """The model that `flag` names: a folder or a hub name, of a whole model or of an adapter.
 
@@ -93,11 +177,14 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
     """
     name = _absolute_if_local(name)
     _check_place(flag, name, "config.json")
+    if os.path.isdir(name):
+        _check_saved(flag, Path(name))
     adapter_config = read_json_file(name, ADAPTER_CONFIG, revision)
     if adapter_config is not None:
         _check_adapter(flag, name, revision, adapter_config)
         base, base_revision = _base_of_adapter(flag, name, adapter_config)
         _check_model(flag, base, base_revision)
+        _check_base(flag, name, base, base_revision)
         tokenizer = name if _has_tokenizer(name, revision) else base
         _check_tokenizer(flag, tokenizer)
         return ModelSource(base, name, base_revision, tokenizer, revision)

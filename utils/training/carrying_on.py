@@ -7,15 +7,18 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from utils.kept import keep_in_checkpoints
-from utils.training.continuation import CHANGES, IDENTITY, Continuation
+from utils.kept import IDENTITY, keep_in_checkpoints
+from utils.training.continuation import CHANGES, Continuation
 from utils.training.run_folder import RunFolderTrainer
 
 
 def attach_continuation(trainer: RunFolderTrainer, continuation: Continuation | None) -> list[str]:
-    """Lets the trainer's checkpoints hold what the run is; returns what belongs into the record's warnings."""
+    """Lets the trainer's checkpoints and its record hold what the run is; returns what belongs into the record's
+    warnings."""
     if continuation is None:
         return []
+    models = {name: continuation.identity[name] for name in ("model", "base", "reference")}
+    trainer.record.content["identity"] = models  # whoever uses the run compares its models with these
     trainer.add_callback(_CarryOn(continuation))
     return list(continuation.warnings)
 

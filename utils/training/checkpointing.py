@@ -22,6 +22,7 @@ from utils.checkpoints import (
 )
 from utils.errors import UserError
 from utils.kept import kept_in_checkpoint
+from utils.manifests import describe_files
 from utils.saving import (
     TRAINER_STATE,
     UNFINISHED_MODEL,
@@ -50,6 +51,7 @@ class WholeCheckpoints(Trainer):
         self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self._sums: dict[str, torch.Tensor] = {}
         self.broken_before = 0  # trained weights that were not finite when training began
+        self.saved_files: dict[str, tuple[int, str]] = {}  # bytes and SHA-256 of the finished model's files, by name
 
     def _save_checkpoint(self, model, trial) -> None:
         step, folder = self.state.global_step, Path(self.args.output_dir)
@@ -104,7 +106,8 @@ class WholeCheckpoints(Trainer):
             self._save_trainer_state(folder)
 
     def save_at_root(self, folder: Path) -> None:
-        """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step."""
+        """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step, and records
+        their sizes and hashes in `saved_files`."""
         made = folder / UNFINISHED_MODEL
         self.check_weights()
         with self._together(made):
@@ -119,6 +122,7 @@ class WholeCheckpoints(Trainer):
             self.save_model(str(made), _internal_call=True)
         with self._together(made):
             if self.args.should_save:
+                self.saved_files = describe_files(made)
                 move_into_place(made, folder)
 
     @contextlib.contextmanager

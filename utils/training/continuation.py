@@ -20,7 +20,7 @@ from utils.checkpoints import ResumePoint, find_resume_point, set_aside
 from utils.data.loading import PreferenceData
 from utils.data_settings import DataSettings
 from utils.errors import UserError
-from utils.kept import read_kept
+from utils.kept import IDENTITY, read_kept
 from utils.models.identity import identify_model
 from utils.models.sources import ModelSource, find_model
 from utils.models.strangers import refuse_pickles
@@ -35,7 +35,7 @@ from utils.training.launch import gather_from_all, with_deepspeed
 from utils.training.preparation import Rows
 from utils.training.reference_cache import hash_rows
 
-IDENTITY, CHANGES = "identity", "changes"  # in what a checkpoint keeps
+CHANGES = "changes"  # in what a checkpoint keeps
 # Settings that say where something is: what it is counts, wherever it lies by now.
 PLACES = {"dataset_name", "model_name_or_path", "model_revision", "adapter_name_or_path", "ref_model_name_or_path"}
 PLACES |= {"chat_template"}
@@ -144,6 +144,7 @@ def identify_run(
         "tokenizer": hash_tokenizer(rows.tokenizer, rows.end_ids),
         TEMPLATE_DATE: rows.template_date,
         "model": identify_model(source),
+        "base": identify_model(dataclasses.replace(source, adapter=None)) if source.adapter else None,
         "reference": identify_model(find_model("--ref_model_name_or_path", reference)) if reference else None,
         "precision": precision.name,
         "device": precision.device.type,

@@ -60,7 +60,8 @@ def _finish(run: Run) -> None:
         write_json_lines(run.folder / PAIRS, pairs)
         write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
     kept = find_kept(trainer.state, trainer.args)
-    run.end("finished", metrics=metrics, engine=run.engine(), **({"best_model": kept} if kept is not None else {}))
+    best = {"best_model": kept} if kept is not None else {}
+    run.end("finished", metrics=metrics, engine=run.engine(), files=trainer.saved_files, **best)
 
 
 def _push(run: Run) -> None:
