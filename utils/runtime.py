@@ -96,6 +96,10 @@ def quiet_loaded_libraries() -> None:
     # It says with every product of matrices that 8-bit weights are computed with in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     tell_in_one_line()
+    # torch reports failures that it raises, too, and that we explain; whoever sets TORCH_LOGS wants to see them.
+    if "TORCH_LOGS" not in os.environ:
+        for handler in logging.getLogger("torch").handlers:
+            handler.setLevel(logging.CRITICAL + 1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from utils.errors import UserError
 from utils.models.adapters import speed_up_lora
@@ -19,6 +21,7 @@ from utils.models.scoring import output_head
 from utils.models.switches import Switches
 from utils.settings import LoraSettings
 
+EXPERTS = "experts_on_paper"
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 # Bytes per trained parameter that an optimizer keeps, where it is not walked through itself.
 STATE_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_32bit": 4,
@@ -92,6 +95,8 @@ def make_reference(way: Way) -> torch.nn.Module:
 
 
 def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+    config = copy.deepcopy(config)
+    config._experts_implementation = EXPERTS  # of experts that transformers can compute in several ways
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -127,14 +132,15 @@ class Linear4bit(torch.nn.Module):
         super().__init__()
         count = layer.weight.numel()
         self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, dtype
-        self.weight_count = count
         for name, size in (
             ("weight", count // 2),
             ("scales", count // BLOCK),
             ("scales_of_scales", count // BLOCK // 64),
         ):
             values = torch.empty(size, dtype=torch.uint8, device="meta")
-            setattr(self, name, torch.nn.Parameter(values, requires_grad=False))
+            parameter = torch.nn.Parameter(values, requires_grad=False)
+            parameter.stands_for = count if name == "weight" else 0
+            setattr(self, name, parameter)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,15 +187,42 @@ def give_values(model: torch.nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the model without its adapter, those held in 4 bits counted one by one."""
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            seen[id(module.weight)] = module.weight_count
-            seen |= {id(module.scales): 0, id(module.scales_of_scales): 0}
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                seen.setdefault(id(parameter), parameter.numel())
-    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    return sum(seen.values()) - adapter
+class _ExpertProduct(torch.autograd.Function):
+    """Rows times the weights of their experts, each row with one: memory and operations of a grouped product."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.transposed = transposed
+        return rows @ _of_one(weight, transposed).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weight = ctx.saved_tensors
+        of_rows = grad @ _of_one(weight, ctx.transposed).to(grad.dtype).t() if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            rows.t() @ grad  # the operations, all experts together
+            of_weight = torch.empty_like(weight)
+        return of_rows, of_weight, None
+
+
+def _of_one(weight: Tensor, transposed: bool) -> Tensor:
+    """The weights of one expert as (in, out); `weight` is (experts, out, in), or transposed (experts, in, out)."""
+    return weight[0] if transposed else weight[0].t()
+
+
+def _experts_on_paper(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' grouped experts compute, without asking which expert a token goes to."""
+    if torch.is_autocast_enabled("cpu"):  # which has no rule for products of our own
+        hidden = hidden.to(torch.get_autocast_dtype("cpu"))
+    rows = hidden.repeat_interleave(top_k_index.size(-1), dim=0)  # (tokens x experts of each, hidden)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _ExpertProduct.apply(rows, getattr(module, first), module.is_transposed)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out = _ExpertProduct.apply(inner, module.down_proj, module.is_transposed)
+    weighted = out * top_k_weights.reshape(-1, 1)
+    return weighted.view(len(hidden), -1, weighted.size(-1)).sum(dim=1).to(hidden.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts_on_paper)

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.errors import UserError
+from utils.models.counting import count_parameters
 from utils.models.head import chunks_as_on
 from utils.models.scoring import score_tokens
 from utils.models.shared_prefix import NAME, Lengths, PairLayout, shared_prefix_active
@@ -32,7 +33,6 @@ from utils.planning.padded import RowLengths, padded_tokens, take_rows
 from utils.planning.paper_model import (
     STATE_BYTES,
     Way,
-    count_parameters,
     give_values,
     make_policy,
     make_reference,
@@ -142,7 +142,7 @@ def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_b
     kept: dict | None = {} if way.checkpointing and not way.on_gpu else None
     batch = tuple(pairs) if way.imitates else PairLayout(tuple(pairs), kept=kept)
     policy, reference = make_policy(way), make_reference(way) if way.reference == "model" else None
-    parameters, trained_names = count_parameters(policy), [n for n, p in policy.named_parameters() if p.requires_grad]
+    counts, trained_names = count_parameters(policy), [n for n, p in policy.named_parameters() if p.requires_grad]
     layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     meter = Meter(way.config.get_text_config().vocab_size)
     with warnings.catch_warnings(), chunks_as_on("cuda" if way.on_gpu else "cpu"), FakeTensorMode(), meter:
@@ -156,7 +156,7 @@ def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_b
         moments={phase: {part: held[part] for part in PARTS} for phase, held in meter.moments.items()},
         flops=flops,
         tokens=padded_tokens(pairs) if way.imitates else batch.tokens,
-        parameters=parameters,
+        parameters=counts.total - counts.adapter,
         trainable=sum(p.numel() for p in trained),
         largest_layer=max(largest, size.vocab_size * size.hidden_size),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.data.loading import PreferenceData
 from utils.data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
+from utils.models.counting import count_parameters
 from utils.models.loading import Reference
 from utils.models.sources import ModelSource
 from utils.records import Unreadable, read_trainer_state
@@ -70,11 +71,9 @@ def describe_start(
 ) -> list[str]:
     """Says what will be trained, against what, how, and where. Returns the warnings among it."""
     warnings = list(_warnings(trainer, reference, source, settings))
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = trainer.model.num_parameters() if hasattr(trainer.model, "num_parameters") else trainable
+    counts = count_parameters(trainer.model)
     args = trainer.args
-    bits = " on a 4-bit base" if settings.model.use_4bit and (settings.lora.use_lora or source.adapter) else ""
-    say(f"model: {source.name}, {trainable:,} of {total:,} parameters trained{bits}")
+    say(f"model: {source.name}, {counts.trainable:,} of {counts.total:,} parameters trained{counts.describe_4bit()}")
     if reference is not None:
         say(f"reference: {reference.how}")
     if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:
@@ -110,6 +109,13 @@ def _warnings(
 ) -> Iterator[str]:
     if settings.model.trust_remote_code:
         yield f"--trust_remote_code runs Python code that comes with {source.base}"
+    counts = count_parameters(trainer.model)
+    if counts.wide:
+        yield (
+            f"{1 - counts.share_in_4bit:.0%} of the base's weights are not in 4 bits: bitsandbytes leaves fused "
+            f"experts ({counts.wide[0]} and {len(counts.wide) - 1} more) in 16 or 32 bits, so they take as much "
+            "memory as without --use_4bit"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
         yield "FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only"
     rounded_to = getattr(trainer.model, "rounded_to", None)

@@ -17,6 +17,7 @@ from utils.checkpoints import checkpoint_step, find_checkpoints
 from utils.data.loading import PreferenceData
 from utils.errors import Interrupted, ProcessLost, UserError
 from utils.interruptions import stop_if_asked
+from utils.models.counting import count_parameters
 from utils.models.head import MARK
 from utils.models.loading import Reference
 from utils.models.scoring import output_head
@@ -308,8 +309,7 @@ def _first_record(
         "command": shlex.join(["python", process["script"], *arguments]),
         "versions": read_versions(),
         "model": {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            **count_parameters(model).record(),
             "architecture": (model.config.architectures or [type(model).__name__])[0],
         },
         "data": {
