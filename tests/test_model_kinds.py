@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import peft
 import pytest
 import torch
 import transformers
 from conftest import read_record, save_tiny_tokenizer
+from safetensors.torch import load_file
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -86,3 +89,191 @@ def test_a_mixture_of_experts_is_planned(run_script, request, kind, adapted, dty
     assert (code, err) == (0, "")
     asked = json.loads(out[out.index("{") :])["choices"][0]
     assert asked["parameters"] == parameters_in(model)
+
+
+@pytest.fixture(scope="module")
+def in_4bit(tiny_model, tmp_path_factory):
+    """A model whose files hold its weights in 4 bits."""
+    folder = tmp_path_factory.mktemp("models") / "in_4bit"
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    transformers.AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=config).save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+def test_a_base_that_is_stored_in_4_bits_is_trained_merged_and_evaluated(run_script, in_4bit, pairs_file, tmp_path):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    code, out, err = run_script(*names(in_4bit, pairs_file, run), *ADAPTED)
+    assert code == 0, err
+    assert "4-bit base" in out
+    code, out, err = run_script("merge", "--model_name_or_path", run, "--output_dir", merged)
+    assert code == 0, err
+    assert "in 4 bits (bitsandbytes), written out" in out
+    model = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    code, out, err = run_script("evaluate", *names(run, pairs_file, tmp_path / "figures"))
+    assert code == 0, err
+
+
+def test_weights_in_4_bits_are_not_trained_as_a_whole(run_script, in_4bit, pairs_file, tmp_path):
+    code, _, err = run_script(*names(in_4bit, pairs_file, tmp_path / "run"), "--max_steps", "1")
+    assert code == 2
+    assert "its files hold the weights in 4 bits (bitsandbytes), which cannot be trained" in err
+    asked = ["plan", "--model_name_or_path", in_4bit, "--max_length", "32", "--json_file", "-"]
+    code, _, err = run_script(*asked)
+    assert code == 2
+    assert "which cannot be trained" in err
+    code, out, err = run_script(*asked, "--use_lora")
+    assert code == 0, err
+    assert {choice["name"].partition(",")[0] for choice in json.loads(out)["choices"]} == {"LoRA on 4 bits"}
+
+
+def with_config(model, folder, **changes):
+    """A copy of a model whose config.json says something else."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_methods_that_cannot_be_written_out_are_named(run_script, tiny_model, pairs_file, tmp_path):
+    quantized = {"quant_method": "gptq", "bits": 4}
+    model = with_config(tiny_model, tmp_path / "gptq", quantization_config=quantized)
+    code, _, err = run_script(*names(model, pairs_file, tmp_path / "run"), "--use_lora", "--use_4bit")
+    assert code == 2
+    assert "hold the weights in 4 bits (gptq) already; leave it out" in err
+
+
+@pytest.mark.parametrize("verb", [["train"], ["plan"]], ids=["train", "plan"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pad_token_id": 10**9}, "pad_token_id is 1000000000: must be a token of the vocabulary"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1: must be at least 1"),
+        ({"hidden_size": 0}, "config"),
+        ({"num_attention_heads": 0}, "config"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_makes_no_model_is_one_message(run_script, tiny_model, pairs_file, tmp_path, verb, changes, said):
+    model = with_config(tiny_model, tmp_path / "model", **changes)
+    folder = ["--output_dir", tmp_path / "run"] if verb == ["train"] else []
+    code, _, err = run_script(*verb, "--model_name_or_path", model, "--dataset_name", pairs_file, *folder)
+    assert code == 2, err
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("changes", [{"output_attentions": True}, {"return_dict": False}], ids=["attentions", "tuple"])
+def test_what_a_config_says_of_answers_changes_nothing(run_script, tiny_model, pairs_file, tmp_path, changes):
+    losses = []
+    for name, model in (("plain", tiny_model), ("odd", with_config(tiny_model, tmp_path / "model", **changes))):
+        code, _, err = run_script(*names(model, pairs_file, tmp_path / name), "--max_steps", "2", "--dtype", "float32")
+        assert code == 0, err
+        losses.append(read_record(tmp_path / name)["metrics"]["held_out"]["loss"])
+    assert losses[0] == losses[1]
+    assert run_script("plan", "--model_name_or_path", model, "--max_length", "32")[0] == 0
+
+
+def test_a_reference_with_fewer_positions_is_refused_before_training(run_script, tiny_model, pairs_file, tmp_path):
+    def make(size):
+        shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=size, **shape))
+
+    short = save(tmp_path / "short", make)
+    code, _, err = run_script(
+        *names(tiny_model, pairs_file, tmp_path / "run"), "--ref_model_name_or_path", short, "--max_steps", "1"
+    )
+    assert code == 2
+    assert f"the reference {short} reads at most 12 tokens" in err
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "adapter"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(folder)
+    return folder
+
+
+def change_adapter(adapter, folder, **changes):
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["train", "merge"])
+def test_adapters_that_do_not_fit_are_explained(run_script, adapter, tiny_model, pairs_file, tmp_path, verb):
+    chained = change_adapter(adapter, tmp_path / "chained", base_model_name_or_path=str(adapter))
+    data = ["--dataset_name", pairs_file] if verb == "train" else ["--skip_verification"]
+    code, _, err = run_script(verb, "--model_name_or_path", chained, *data, "--output_dir", tmp_path / "one")
+    assert code == 2
+    assert f"{chained}: an adapter for {adapter}, which is an adapter itself; merge that one first" in err
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 2)
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "resized")
+    code, _, err = run_script(
+        verb, "--model_name_or_path", tmp_path / "resized", *data, "--output_dir", tmp_path / "two"
+    )
+    assert code == 2
+    assert f"was trained with {size + 2} tokens, its base {tiny_model} has {size}" in err
+
+
+def test_an_adapter_that_trains_biases_is_named(run_script, adapter, pairs_file, tmp_path):
+    biased = change_adapter(adapter, tmp_path / "biased", bias="all")
+    code, _, err = run_script(*names(biased, pairs_file, tmp_path / "run"), "--max_steps", "1")
+    assert code == 2
+    assert f"{biased}: bias is 'all' in its adapter_config.json" in err
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_up_proj"], ["q_proj", "gate_proj", "up_proj", "down_proj"]])
+def test_experts_can_be_named(run_script, mixture, pairs_file, tmp_path, targets):
+    code, _, err = run_script(
+        *names(mixture, pairs_file, tmp_path / "run"), *ADAPTED, "--lora_target_modules", *targets
+    )
+    assert code == 0, err
+    saved = " ".join(load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    assert "mlp.experts" in saved
+    assert "mlp.gate." not in saved
+
+
+@pytest.fixture(scope="module")
+def image_text(tmp_path_factory):
+    def make(size):
+        text = {"vocab_size": size, "head_dim": 8, **SIZES}
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        tokens = {"image_token_index": size - 1, "boi_token_index": size - 2, "eoi_token_index": size - 3}
+        config = transformers.Gemma3Config(text, vision, mm_tokens_per_image=4, **tokens)
+        return transformers.Gemma3ForConditionalGeneration(config)
+
+    return save(tmp_path_factory.mktemp("models") / "image_text", make)
+
+
+def test_texts_train_the_text_part_of_an_image_text_model(run_script, image_text, pairs_file, tmp_path):
+    whole = transformers.Gemma3ForConditionalGeneration
+    common = ["--max_steps", "2", "--learning_rate", "1e-2", "--dtype", "float32", "--warmup_ratio", "0"]
+    code, _, err = run_script(*names(image_text, pairs_file, tmp_path / "lora"), "--use_lora", *common)
+    assert code == 0, err
+    saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert saved
+    assert all(".language_model." in name for name in saved)
+    assert all(value.any() for name, value in saved.items() if "lora_B" in name)
+    loaded = peft.PeftModel.from_pretrained(whole.from_pretrained(image_text), tmp_path / "lora")
+    assert any(value.any() for name, value in loaded.state_dict().items() if "lora_B" in name)
+
+    code, out, err = run_script(*names(image_text, pairs_file, tmp_path / "full"), *common)
+    assert code == 0, err
+    before, after = (whole.from_pretrained(place).state_dict() for place in (image_text, tmp_path / "full"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not any("vision" in name or "projector" in name for name in moved)
+    assert read_record(tmp_path / "full")["model"]["trainable_parameters"] == sum(
+        value.numel() for name, value in before.items() if "language_model" in name
+    )
+    assert "texts never reach" in out

@@ -40,6 +40,7 @@ from utils.merging.weights import (
     save_merged,
 )
 from utils.models.loading import check_4bit, load_tokenizer
+from utils.models.quantization import check_mergeable
 from utils.pushing import push_folder
 from utils.runs import TrainedModel, as_in_run, find_trained
 from utils.runtime import Precision, device_name, read_versions, say
@@ -111,6 +112,11 @@ def _find_adapter(settings: Settings) -> TrainedModel:
 
 
 def _check_quantized(trained: TrainedModel, into_quantized: bool) -> None:
+    stored = trained.source.stored()
+    check_mergeable(FLAG, trained.source.name, trained.source.base, stored)
+    if stored is not None:
+        check_4bit(f"{FLAG} {trained.source.name}, whose base's files hold the weights in {stored},")
+        return
     if not into_quantized:
         return
     if not trained.in_4bit:
@@ -125,7 +131,9 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
     config = source.adapter_config()
     bits = ", trained on 4 bits" if plan.trained.in_4bit else ""
     say(f"adapter: {source.name} ({_name_kind(config)}{bits})")
+    stored = source.stored()
     into = "its 4-bit weights, written out" if plan.into_quantized else "its own weights"
+    into = f"the weights of its files, in {stored}, written out" if stored is not None else into
     reason = "the format of its files" if settings.model.dtype == "auto" else "as asked with --dtype"
     say(f"base: {source.base}: {into}; added in float32, saved as {_name(plan.saved)} ({reason})")
     if plan.texts is None:

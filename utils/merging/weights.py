@@ -74,6 +74,8 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def load_base(trained: TrainedModel, settings: ModelSettings, computing: Precision) -> PreTrainedModel:
     """The base of an adapter with its own weights, in the format that `computing` says."""
+    if trained.source.stored() is not None:
+        return load_base_as_trained(trained, settings, computing)
     base = dataclasses.replace(trained.source, adapter=None)
     return load_frozen(FLAG, base, settings, computing, in_4bit=False)
 
@@ -87,6 +89,7 @@ def load_base_as_trained(trained: TrainedModel, settings: ModelSettings, computi
     run = dataclasses.replace(computing, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
     base = dataclasses.replace(trained.source, adapter=None)
     model = load_frozen(FLAG, base, settings, run, in_4bit=True).dequantize()
+    model._weight_conversions = None  # of packed weights; saving would pack again
     return model.to(computing.dtype).requires_grad_(False).eval()
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +24,8 @@ from transformers import (
 from utils.errors import UserError
 from utils.models.adapter_starts import changes_base, check_start, rewrites_weights
 from utils.models.adapters import keep_dora_norms
+from utils.models.hub_files import find_file
+from utils.models.quantization import check_trainable
 from utils.models.rounding import begin_on_steps
 from utils.models.sources import ModelSource, find_model
 from utils.models.translating import translating
@@ -89,7 +94,8 @@ def context_length(source: ModelSource, settings: ModelSettings) -> int | None:
 
 def longest_context(config: PretrainedConfig) -> int | None:
     """The most tokens that a text config says its model can read; None where it sets no limit."""
-    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    lengths = (getattr(config, name, None) for name in names)
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
@@ -113,11 +119,14 @@ def load_policy(source: ModelSource, settings: Settings, precision: Precision) -
     4 bits under --use_4bit.
     """
     adapts = settings.lora.use_lora or source.adapter is not None
+    check_trainable("--model_name_or_path", source.base, source.stored(), adapts, settings.model.use_4bit)
     dtype = precision.dtype if adapts else torch.float32
     model = _load_base(
         "--model_name_or_path", source, settings.model, precision, dtype, settings.model.use_4bit and adapts
     )
     if source.adapter is None:
+        if not adapts:
+            freeze_beyond_text(model)
         return model
     return put_adapter(model, source, trainable=True)
 
@@ -194,21 +203,83 @@ def new_adapter_config(settings: LoraSettings, source: ModelSource, model: PreTr
     Raises:
         UserError: a module named with --lora_target_modules does not occur in the model.
     """
-    targets: Any = list(settings.lora_target_modules)
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    else:
-        check_target_modules(targets, model)
+    targets, parameters = find_targets(settings, model)
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
+        target_parameters=parameters,
+        exclude_modules=beyond_text(model),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         revision=source.revision,
         task_type="CAUSAL_LM",
     )
+
+
+def find_targets(settings: LoraSettings, model: torch.nn.Module) -> tuple[Any, list[str] | None]:
+    """The modules and the parameters (fused experts) that an adapter is put on.
+
+    Raises:
+        UserError: a name does not occur in the model.
+    """
+    targets = list(settings.lora_target_modules)
+    if targets == ["all-linear"]:
+        return "all-linear", None
+    check_target_modules(targets, model)
+    fused = _fused_experts(model)
+    parameters = [name for name in targets if name in fused]
+    return [name for name in targets if name not in fused], parameters or None
+
+
+def _fused_experts(model: torch.nn.Module) -> set[str]:
+    """Names of parameters that hold the weights of all experts of a layer."""
+    modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    return {name.rsplit(".", 1)[-1] for name, part in model.named_parameters() if part.dim() == 3} - modules
+
+
+def _former_names(model: torch.nn.Module) -> set[str]:
+    """Names that modules of single experts had before they were fused, which PEFT still takes."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kind = getattr(model.config, "model_type", None)
+    kind = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+    return set(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(kind) or ())
+
+
+def text_part(model: torch.nn.Module) -> str | None:
+    """The name of the part of an image-text model that reads texts; None where that is the whole model."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return None
+    decoder = model.get_decoder()
+    name = next((name for name, part in model.named_modules() if part is decoder), "")
+    head = model.get_output_embeddings()
+    beyond = [n for n, part in model.named_parameters() if not n.startswith(f"{name}.")]
+    own = {id(part) for part in head.parameters()} if head is not None else set()
+    parameters = dict(model.named_parameters())
+    return name if name and any(id(parameters[n]) not in own for n in beyond) else None
+
+
+def beyond_text(model: torch.nn.Module) -> str | None:
+    """A pattern of the modules that texts never reach, for PEFT; None where they reach all."""
+    name = text_part(model)
+    return rf"(?!{re.escape(name)}\.).*" if name is not None else None
+
+
+def freeze_beyond_text(model: torch.nn.Module) -> None:
+    """Freezes what texts never reach: it would be called trained and never move."""
+    name, head = text_part(model), model.get_output_embeddings()
+    if name is None:
+        return
+    kept = {id(part) for part in model.get_submodule(name).parameters()}
+    kept |= {id(part) for part in head.parameters()} if head is not None else set()
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
 
 
 def check_embeddings(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
@@ -222,15 +293,15 @@ def check_embeddings(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def check_4bit() -> None:
-    """Refuses --use_4bit where bitsandbytes cannot quantize on this machine, with what to install."""
+def check_4bit(what: str = "--use_4bit") -> None:
+    """Refuses `what`, which needs bitsandbytes, where it cannot quantize on this machine, with what to install."""
     try:
         import bitsandbytes
         from bitsandbytes.cextension import lib
     except Exception as error:
         raise UserError(
-            f"--use_4bit needs bitsandbytes, which cannot be loaded here ({error}). "
-            "Install it with `pip install bitsandbytes`, or leave --use_4bit out"
+            f"{what} needs bitsandbytes, which cannot be loaded here ({error}). "
+            "Install it with `pip install bitsandbytes`" + (f", or leave {what} out" if what == "--use_4bit" else "")
         ) from None
     if type(lib).__name__ == "ErrorHandlerMockBNBNativeLibrary":
         raise UserError(
@@ -263,7 +334,8 @@ def load_frozen(
 ) -> PreTrainedModel | PeftModel:
     """A model to use rather than to train, on the device: in `dtype` (the computing precision's) or in 4 bits."""
     model = _load_frozen(flag, source, settings, precision, dtype or precision.dtype, in_4bit, adapter_name)
-    return model if in_4bit else model.to(precision.device)  # 4-bit weights are where they were quantized
+    # Weights in few bits are where they were quantized.
+    return model if in_4bit or source.stored() is not None else model.to(precision.device)
 
 
 def check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
@@ -280,16 +352,19 @@ def check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Linear4bit", "Conv1D") and module is not head
     }
+    fused = _fused_experts(model)
+    named = fused | _former_names(model)
     faults = []
     for target in targets:
         if any(
             name == target or name.endswith(f".{target}") for name, module in model.named_modules() if module is head
         ):
             faults.append(f"--lora_target_modules: {target} is the output head, whose adapter would never be trained")
+        elif target in named:
+            continue
         elif not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-            faults.append(
-                f"--lora_target_modules: no module is called {target}; this model has {', '.join(sorted(linear))}"
-            )
+            names = ", ".join(sorted(linear | fused))
+            faults.append(f"--lora_target_modules: no module is called {target}; this model has {names}")
     if faults:
         raise UserError(*faults)
 
@@ -316,7 +391,10 @@ def _load_base(
     options["trust_remote_code"] = settings.trust_remote_code
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
-    if quantize:
+    stored = source.stored()
+    if stored is not None:
+        options["device_map"] = {"": precision.device}
+    elif quantize:
         options["quantization_config"] = _quantization(settings, precision)
         options["device_map"] = {"": precision.device}
     model, report = translating(
@@ -334,7 +412,18 @@ def _load_base(
     keep_quantized_weights(model)
     if dtype == torch.float32 and begin_on_steps(model, precision.dtype):
         model.rounded_to = precision.name  # for whoever describes it
+    answer_in_full(model.config)
     return model
+
+
+def answer_in_full(config: PretrainedConfig) -> None:
+    """Sets what a config says of a model's answers to what training and scoring read: named, and nothing beside."""
+    wanted = {"return_dict": True, "output_attentions": False, "output_hidden_states": False, "torchscript": False}
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for part in parts:
+        for name, value in wanted.items():
+            if getattr(part, name, value) != value:
+                setattr(part, name, value)
 
 
 def keep_quantized_weights(model: torch.nn.Module) -> None:
@@ -382,6 +471,8 @@ def put_adapter(
         raise TypeError(f"{source.adapter} and the adapters beside it cannot share a base")
     options: dict[str, Any] = {"is_trainable": trainable, "use_safetensors": True}
 
+    _check_token_rows(model, source)
+
     def put() -> PeftModel:
         if not isinstance(model, PeftModel):
             revision = source.adapter_revision
@@ -392,3 +483,36 @@ def put_adapter(
     adapted = translating(f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}", put)
     keep_dora_norms(adapted)
     return adapted
+
+
+def _check_token_rows(model: torch.nn.Module, source: ModelSource) -> None:
+    """Refuses an adapter that brings embeddings or a head for other numbers of tokens than its base has.
+
+    Raises:
+        UserError: told from the shapes in the adapter's file, before anything of it is loaded.
+    """
+    file = find_file(source.adapter, "adapter_model.safetensors", source.adapter_revision)
+    if file is None:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    parts = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    names = {name for name, part in base.named_modules() if id(part) in parts}
+    with _open_adapter(file, source) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - no mapping
+            name = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+            if name not in names or not key.endswith(".weight"):
+                continue
+            rows, own = tensors.get_slice(key).get_shape()[0], base.get_submodule(name).weight.shape[0]
+            if rows != own:
+                raise UserError(
+                    f"the adapter {source.adapter} was trained with {rows} tokens, its base {source.base} has {own}: "
+                    "give the base its tokens (resize_token_embeddings), save it, and name that one as "
+                    "base_model_name_or_path in the adapter's adapter_config.json"
+                )
+
+
+def _open_adapter(file: Path, source: ModelSource) -> Any:
+    """A safetensors file, open for its shapes."""
+    return translating(
+        f"the adapter {source.adapter} cannot be read", lambda: safe_open(str(file), framework="pt", device="cpu")
+    )

@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.manifests import MANIFEST, find_changed
 from utils.models.adapter_starts import changes_base, check_start
 from utils.models.hub_files import find_hub_file, read_json_file
+from utils.models.quantization import Stored, read_stored
 from utils.models.strangers import PICKLED, check_adapter_config, check_folder
 from utils.records import Unreadable, read_run
 from utils.runtime import say
@@ -54,6 +55,10 @@ class ModelSource:
         if self.adapter is None:
             return {}
         return read_json_file(self.adapter, ADAPTER_CONFIG, self.adapter_revision) or {}
+
+    def stored(self) -> Stored | None:
+        """How the base's files hold their weights where that is in few bits; None for whole numbers."""
+        return read_stored(self.base, self.revision)
 
     @property
     def changes_base(self) -> bool:
@@ -125,7 +130,7 @@ def read_identities(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record.get("identity") or {}
 
 
-def _check_base(flag: str, adapter: str, base: str, revision: str | None) -> None:
+def _check_same_base(flag: str, adapter: str, base: str, revision: str | None) -> None:
     """Compares the base of an adapter with the one that its run trained it on, where there is a record of that."""
     folder = Path(adapter)
     record = _record_of(folder.parent if CHECKPOINT.fullmatch(folder.name) else folder)
@@ -183,8 +188,8 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
     if adapter_config is not None:
         _check_adapter(flag, name, revision, adapter_config)
         base, base_revision = _base_of_adapter(flag, name, adapter_config)
-        _check_model(flag, base, base_revision)
         _check_base(flag, name, base, base_revision)
+        _check_same_base(flag, name, base, base_revision)
         tokenizer = name if _has_tokenizer(name, revision) else base
         _check_tokenizer(flag, tokenizer)
         return ModelSource(base, name, base_revision, tokenizer, revision)
@@ -231,6 +236,20 @@ def _check_place(flag: str, name: str, config: str) -> None:
         raise UserError(f"{flag} {name}: no such folder; check the path")
     if os.path.isdir(name) and SET_ASIDE.fullmatch(Path(name).name):
         raise UserError(f"{flag} {name}: a checkpoint that was found damaged and set aside; name a whole one")
+
+
+def _check_base(flag: str, name: str, base: str, revision: str | None) -> None:
+    """The base of an adapter; what is wrong with it is said of the adapter, which is what was named."""
+    if read_json_file(base, ADAPTER_CONFIG, revision) and not read_json_file(base, "config.json", revision):
+        raise UserError(
+            f"{flag} {name}: an adapter for {base}, which is an adapter itself; merge that one first, and name the "
+            f"merged model as base_model_name_or_path in the {ADAPTER_CONFIG} of {name}"
+        )
+    try:
+        _check_model(flag, base, revision)
+    except UserError as error:
+        faults = (fault.removeprefix(f"{flag} {base}") for fault in error.faults)
+        raise UserError(*(f"{flag} {name}: its base model {base}{fault}" for fault in faults)) from None
 
 
 def _check_model(flag: str, name: str, revision: str | None) -> None:

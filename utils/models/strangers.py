@@ -49,6 +49,7 @@ def check_folder(flag: str, name: str, revision: str | None = None) -> None:
     faults = [
         *_shard_faults(read_json_file(name, INDEX, revision) or {}),
         *_config_faults(read_json_file(name, "config.json", revision) or {}),
+        *_padding_faults(read_json_file(name, "config.json", revision) or {}),
         *_tokenizer_faults(read_json_file(name, "tokenizer_config.json", revision) or {}),
     ]
     if faults:
@@ -105,8 +106,10 @@ def explain_library(error: Exception) -> str:
         return "it is nested too deeply"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[0] if lines else ""
-    if said.startswith("Validation error for") and len(lines) > 1:  # the reason stands on the line below
-        said = f"{said} {lines[1]}"
+    for line in lines[1:]:  # the reason stands on the line below
+        if not said.endswith(":") and not (said == lines[0] and said.startswith("Validation error for")):
+            break
+        said = f"{said} {line}"
     named = type(error).__name__
     return said[:300] if isinstance(error, OSError | ValueError | ImportError) and said else f"{named}: {said}"[:300]
 
@@ -149,8 +152,24 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
             )
         if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
             yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
+        if key in LAYER_COUNTS and isinstance(value, int | float) and value < 1:
+            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be at least 1; mend the line"
         if key.endswith(PROBABILITIES) and isinstance(value, int | float) and not 0 <= value <= 1:
             yield f"config.json: {key} is {json.dumps(value)[:40]}: must be between 0 and 1; mend the line"
+
+
+def _padding_faults(config: dict[str, Any]) -> Iterator[str]:
+    """The padding token must be one of the vocabulary that stands beside it, or a layer cannot be built."""
+    parts = [config, *(value for _, value in _items(config) if isinstance(value, dict))]
+    for part in parts:
+        pad, size = part.get("pad_token_id"), part.get("vocab_size")
+        if pad is None or not isinstance(size, int):
+            continue
+        if not isinstance(pad, int) or not -size <= pad < size:
+            yield (
+                f"config.json: pad_token_id is {json.dumps(pad)[:40]}: must be a token of the vocabulary (below "
+                f"{size}) or null; mend the line"
+            )
 
 
 def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:

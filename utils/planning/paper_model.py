@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from utils.errors import UserError
 from utils.models.adapters import speed_up_lora
 from utils.models.head import MARK, LogitShape
 from utils.models.last_layer import leave_out_prompts
-from utils.models.loading import check_target_modules
+from utils.models.loading import answer_in_full, beyond_text, find_targets, freeze_beyond_text
 from utils.models.scoring import output_head
 from utils.models.switches import Switches
+from utils.models.translating import translating
 from utils.settings import LoraSettings
 
 EXPERTS = "experts_on_paper"
@@ -68,6 +68,8 @@ def make_policy(way: Way) -> torch.nn.Module:
         if way.in_4bit:
             quantize(model, way.dtype)
         speed_up_lora(model)
+    else:
+        freeze_beyond_text(model)
     head = output_head(model)
     if type(head) is torch.nn.Linear:
         setattr(head, MARK, LogitShape.of(way.config))
@@ -97,26 +99,24 @@ def make_reference(way: Way) -> torch.nn.Module:
 def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     config = copy.deepcopy(config)
     config._experts_implementation = EXPERTS  # of experts that transformers can compute in several ways
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
-        first = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise UserError(
-            f"--model_name_or_path: no causal language model can be made from its config: {first}"
-        ) from None
+    answer_in_full(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return translating(
+            "--model_name_or_path: no causal language model can be made from its config",
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype),
+        )
 
 
 def _put_adapter(model: torch.nn.Module, settings: LoraSettings) -> torch.nn.Module:
-    targets: Any = list(settings.lora_target_modules)
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    else:
-        check_target_modules(targets, model)
+    targets, parameters = find_targets(settings, model)
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         target_modules=targets,
+        target_parameters=parameters,
+        exclude_modules=beyond_text(model),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         task_type="CAUSAL_LM",

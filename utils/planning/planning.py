@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from utils.errors import UserError
+from utils.models.quantization import Stored
 from utils.models.shared_prefix import Lengths
 from utils.planning.estimate import Estimate, estimate, pad_pairs
 from utils.planning.hardware import GIB, Device, describe_this_machine, find_device_by_name
@@ -79,7 +80,7 @@ def make_plan(
     source, work = subject.source, subject.work
     way = _asked_way(settings, subject, dtype, device)
     base = device.reserved + (0 if device.is_gpu else psutil.Process().memory_info().rss)
-    planner = _Planner(settings, device, work, base)
+    planner = _Planner(settings, device, work, base, source.stored())
     if measured is not None:
         planner.correct(way, measured)
     asked = planner.choose(way, settings.training.per_device_train_batch_size, asked=True)
@@ -133,7 +134,7 @@ def choose_device(settings: Settings) -> tuple[Device, torch.dtype]:
 
 
 def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device: Device) -> Way:
-    source = subject.source
+    source, stored = subject.source, subject.source.stored()
     adapts = settings.lora.use_lora or source.adapter is not None
     lora = settings.lora
     if source.adapter is not None:
@@ -146,7 +147,7 @@ def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device:
         config=subject.config,
         dtype=dtype,
         use_lora=adapts,
-        in_4bit=settings.model.use_4bit,
+        in_4bit=settings.model.use_4bit or (stored is not None and stored.in_4bit),
         lora=lora,
         checkpointing=device.is_gpu if wish is None else wish,
         reference=place_of_reference(settings, adapts, subject.work),
@@ -161,7 +162,8 @@ def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device:
 class _Planner:
     """Estimates ways of training for one run on one kind of device."""
 
-    def __init__(self, settings: Settings, device: Device, work: Work, base: int):
+    def __init__(self, settings: Settings, device: Device, work: Work, base: int, stored: Stored | None):
+        self.stored = stored
         self.settings, self.device, self.work, self.base = settings, device, work, base
         training = settings.training
         self.efficiency = settings.plan.efficiency
@@ -229,7 +231,10 @@ class _Planner:
     def others(self, first: Choice) -> Iterator[Choice]:
         """Other kinds of training, with and without checkpointing, each with the largest micro-batch that fits."""
         asked, batch = first.needs.way, first.batch
-        for use_lora, in_4bit in ((False, False), (True, False), (True, True)):
+        kinds = ((False, False), (True, False), (True, True))
+        if self.stored is not None:  # neither trained as a whole nor held in other bits than those of the files
+            kinds = ((True, self.stored.in_4bit),)
+        for use_lora, in_4bit in kinds:
             in_4bit |= asked.in_4bit and not (use_lora or asked.use_lora)  # 4 bits are then the reference's
             reference = place_of_reference(self.settings, use_lora, self.work)
             for checkpointing in (False, True):
@@ -298,7 +303,7 @@ def _settings_of(settings: Settings, best: Choice, asked: Choice) -> Settings:
         }
     if way.checkpointing != checkpoints:
         new["training"]["gradient_checkpointing"] = way.checkpointing
-    if way.in_4bit != settings.model.use_4bit:
+    if way.in_4bit != asked.needs.way.in_4bit:
         new["model"]["use_4bit"] = way.in_4bit
     if way.use_lora and not asked.needs.way.use_lora:  # an adapter that training continues is none of --use_lora
         new["lora"]["use_lora"] = True

@@ -13,6 +13,7 @@ from utils.data.loading import load_pairs
 from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
 from utils.models.hub_files import read_json_file
 from utils.models.loading import choose_max_length, load_tokenizer, longest_context
+from utils.models.quantization import check_trainable
 from utils.models.shared_prefix import Lengths
 from utils.models.sources import ADAPTER_CONFIG, ModelSource, find_policy
 from utils.models.strangers import check_folder
@@ -84,6 +85,8 @@ def read_subject(settings: Settings) -> Subject:
         UserError: model, reference or data cannot be read.
     """
     source, config = find_config(settings)
+    adapts = settings.lora.use_lora or source.adapter is not None
+    check_trainable("--model_name_or_path", source.base, source.stored(), adapts, settings.model.use_4bit)
     other = settings.model.ref_model_name_or_path
     reference_config = _read_reference_config(other, settings) if other is not None else None
     return Subject(source, config, reference_config, read_work(settings, source, config))

@@ -9,7 +9,7 @@ from pathlib import Path
 from utils.data.loading import PreferenceData
 from utils.data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from utils.models.counting import count_parameters
-from utils.models.loading import Reference
+from utils.models.loading import Reference, text_part
 from utils.models.sources import ModelSource
 from utils.records import Unreadable, read_trainer_state
 from utils.runtime import Precision, device_name, say
@@ -74,6 +74,9 @@ def describe_start(
     counts = count_parameters(trainer.model)
     args = trainer.args
     say(f"model: {source.name}, {counts.trainable:,} of {counts.total:,} parameters trained{counts.describe_4bit()}")
+    part = text_part(trainer.accelerator.unwrap_model(trainer.model))
+    if part is not None:
+        say(f"      only {part} is trained: texts never reach the rest, which stays as it is")
     if reference is not None:
         say(f"reference: {reference.how}")
     if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:

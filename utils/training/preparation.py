@@ -41,7 +41,7 @@ from utils.output_folder import check_output_folder
 from utils.paths import read_path
 from utils.processes import count_processes
 from utils.pushing import check_login
-from utils.runtime import Precision, say
+from utils.runtime import Precision, find_device, say
 from utils.saving import read_record
 from utils.settings import Settings
 from utils.tracking import check_trackers
@@ -142,6 +142,7 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
     checks = [lambda: check_trackers(settings), lambda: check_launch(settings), lambda: _check_offloading(settings)]
+    checks.append(lambda: _check_precision(settings))
     checks += [lambda: _check_sampling(settings), lambda: _check_skipping(settings)]
     checks.append(lambda: _check_named_files(settings))
     if settings.trainer_fields.get("push_to_hub"):
@@ -165,6 +166,11 @@ def _check_named_files(settings: Settings) -> None:
             faults.append(f"--{name} {value}: {getattr(error, 'strerror', None) or error}; name a JSON file")
     if faults:
         raise UserError(*faults)
+
+
+def _check_precision(settings: Settings) -> None:
+    if settings.model.dtype == "float16" and find_device().type == "cpu":
+        raise UserError("--dtype float16: is not trained in on a CPU; pass bfloat16 or float32, or leave it out")
 
 
 def _check_offloading(settings: Settings) -> None:
@@ -269,6 +275,23 @@ def check_steps(rows: Rows, settings: Settings) -> None:
         )
 
 
+def _check_reference_reads(rows: Rows, reference: Reference, source: ModelSource, settings: Settings) -> None:
+    """A reference that has fewer positions than the pairs have tokens would fail at the first long one."""
+    if reference.source.base == source.base:
+        return
+    limit = context_length(reference.source, settings.model)
+    parts = [part for part in (rows.train, rows.held_out) if part is not None and len(part)]
+    columns = ("chosen_ids", "rejected_ids")
+    longest = max(
+        (int(count_row_tokens(part, ["prompt_ids", name]).max()) for part in parts for name in columns), default=0
+    )
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the reference {reference.source.name} reads at most {limit} tokens, and the longest pair has {longest}: "
+            f"pass --max_length {limit}, or name another reference with --ref_model_name_or_path"
+        )
+
+
 def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:
     """An adapter that training continues has its own shape; a flag that says otherwise cannot be honoured."""
     if source.adapter is None:
@@ -289,6 +312,12 @@ def _check_adapter_settings(source: ModelSource, settings: Settings) -> None:
         faults.append(
             f"--lora_target_modules: the adapter that training continues ({source.adapter}) has its own; leave it out"
         )
+    if settings.verb == "train" and config.get("bias", "none") != "none":
+        faults.append(
+            f"{source.adapter}: bias is {config['bias']!r} in its adapter_config.json: it changes biases of the base "
+            "itself, so the base can no longer be the reference nor a frozen copy of the adapter be kept beside it; "
+            "merge it first, and name the merged model with --model_name_or_path"
+        )
     if faults:
         raise UserError(*faults)
 
@@ -303,6 +332,7 @@ def make_preference_trainer(
     folder: Path,
 ) -> PreferenceTrainer:
     """The DPO trainer, with a fresh adapter on the policy where --use_lora asks for one."""
+    _check_reference_reads(rows, reference, source, settings)
     if settings.trainer_fields.get("disable_dropout", True):
         for model in (policy, reference.model):
             if model is not None:
