@@ -151,8 +151,8 @@ def test_methods_that_cannot_be_written_out_are_named(run_script, tiny_model, pa
     [
         ({"pad_token_id": 10**9}, "pad_token_id is 1000000000: must be a token of the vocabulary"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1: must be at least 1"),
-        ({"hidden_size": 0}, "config"),
-        ({"num_attention_heads": 0}, "config"),
+        ({"hidden_size": 0}, "hidden_size is 0: must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: must be at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -249,7 +249,7 @@ def image_text(tmp_path_factory):
         vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision |= {"image_size": 28, "patch_size": 14}
         tokens = {"image_token_index": size - 1, "boi_token_index": size - 2, "eoi_token_index": size - 3}
-        config = transformers.Gemma3Config(text, vision, mm_tokens_per_image=4, **tokens)
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
         return transformers.Gemma3ForConditionalGeneration(config)
 
     return save(tmp_path_factory.mktemp("models") / "image_text", make)
@@ -257,7 +257,7 @@ def image_text(tmp_path_factory):
 
 def test_texts_train_the_text_part_of_an_image_text_model(run_script, image_text, pairs_file, tmp_path):
     whole = transformers.Gemma3ForConditionalGeneration
-    common = ["--max_steps", "2", "--learning_rate", "1e-2", "--dtype", "float32", "--warmup_ratio", "0"]
+    common = ["--max_steps", "2", "--learning_rate", "1e-2", "--dtype", "float32", "--warmup_steps", "0"]
     code, _, err = run_script(*names(image_text, pairs_file, tmp_path / "lora"), "--use_lora", *common)
     assert code == 0, err
     saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -277,3 +277,22 @@ def test_texts_train_the_text_part_of_an_image_text_model(run_script, image_text
         value.numel() for name, value in before.items() if "language_model" in name
     )
     assert "texts never reach" in out
+
+
+def test_trained_parameters_without_a_gradient_are_named(run_script, image_text, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.models.loading.freeze_beyond_text", lambda model: None)
+    code, out, err = run_script(
+        *names(image_text, pairs_file, tmp_path / "run"), "--max_steps", "1", "--dtype", "float32"
+    )
+    assert code == 0, err
+    (warning,) = [text for text in read_record(tmp_path / "run")["warnings"] if "no gradient in the first step" in text]
+    assert "vision_tower" in warning
+    assert warning in out
+
+
+def test_training_in_float16_on_a_cpu_is_refused(run_script, tiny_model, pairs_file, tmp_path):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("a processor alone is asked")
+    code, _, err = run_script(*names(tiny_model, pairs_file, tmp_path / "run"), "--dtype", "float16")
+    assert code == 2
+    assert "--dtype float16: is not trained in on a CPU" in err

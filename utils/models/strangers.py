@@ -24,6 +24,7 @@ SHOWN = 3
 # Keys of a config whose value may name code on the hub, by their ends.
 KERNELS = ("_implementation", "_implementation_internal", "kernel_config", "hub_kernels", "use_kernels")
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head", "d_model")
 MOST_LAYERS = 10_000  # far above any model's; each is built before the weights are looked at
 PROBABILITIES = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
 # What PEFT does for a value in an adapter's config, beyond building layers.
@@ -152,7 +153,7 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
             )
         if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
             yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
-        if key in LAYER_COUNTS and isinstance(value, int | float) and value < 1:
+        if key in (*LAYER_COUNTS, *SIZES) and isinstance(value, int | float) and value < 1:
             yield f"config.json: {key} is {json.dumps(value)[:40]}: must be at least 1; mend the line"
         if key.endswith(PROBABILITIES) and isinstance(value, int | float) and not 0 <= value <= 1:
             yield f"config.json: {key} is {json.dumps(value)[:40]}: must be between 0 and 1; mend the line"

@@ -123,6 +123,22 @@ class RunWatcher(TrainerCallback):
         self.begun = True
         self.stopwatch.start()
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if state.global_step == self.resumed_step and model is not None and args.deepspeed is None:
+            self._name_what_stays(model)
+
+    def _name_what_stays(self, model: torch.nn.Module) -> None:
+        """Warns of parameters that are said to be trained and that the first step's loss does not depend on."""
+        trained = [(name, part) for name, part in model.named_parameters() if part.requires_grad]
+        still = [name for name, part in trained if part.grad is None]
+        if still:
+            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            self.record.warn(
+                f"{still[0]}{more} of {len(trained)} trained tensors had no gradient in the first step: the loss does "
+                "not depend on them, so they stay as they are",
+                aloud=True,
+            )
+
     def on_step_end(self, args, state, control, **_):
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # a line before every checkpoint, so that the two tell of the same step
