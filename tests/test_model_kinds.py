@@ -296,3 +296,13 @@ def test_training_in_float16_on_a_cpu_is_refused(run_script, tiny_model, pairs_f
     code, _, err = run_script(*names(tiny_model, pairs_file, tmp_path / "run"), "--dtype", "float16")
     assert code == 2
     assert "--dtype float16: is not trained in on a CPU" in err
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(run_script, tiny_model, pairs_file, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "vocab.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    code, _, err = run_script(*names(model, pairs_file, tmp_path / "run"), "--max_steps", "1")
+    assert code == 2, err
+    assert "its tokenizer cannot be loaded" in err

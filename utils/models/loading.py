@@ -77,7 +77,10 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTo
 
 def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, when it turns a text into ids and back: what its files hold is looked at only then."""
-    tokenizer.decode(tokenizer("A word, 1 number.")["input_ids"])
+    ids = tokenizer("A word, 1 number.", add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("it gives no tokens for a text; its vocabulary is empty, copy the tokenizer's files anew")
+    tokenizer.decode(ids)
     return tokenizer
 
 

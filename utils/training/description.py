@@ -71,9 +71,10 @@ def describe_start(
 ) -> list[str]:
     """Says what will be trained, against what, how, and where. Returns the warnings among it."""
     warnings = list(_warnings(trainer, reference, source, settings))
-    counts = count_parameters(trainer.model)
+    counts, stored = count_parameters(trainer.model), source.stored()
+    bits = counts.describe_4bit() or (f" on a base in {stored}" if stored is not None else "")
     args = trainer.args
-    say(f"model: {source.name}, {counts.trainable:,} of {counts.total:,} parameters trained{counts.describe_4bit()}")
+    say(f"model: {source.name}, {counts.trainable:,} of {counts.total:,} parameters trained{bits}")
     part = text_part(trainer.accelerator.unwrap_model(trainer.model))
     if part is not None:
         say(f"      only {part} is trained: texts never reach the rest, which stays as it is")
