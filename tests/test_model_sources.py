@@ -219,14 +219,17 @@ def test_adapter_without_weights(tmp_path):
 def test_adapter_whose_base_has_no_weights(tmp_path):
     base = make_model(tmp_path / "base", weights=None)
     adapter = make_adapter(tmp_path / "adapter", str(base))
-    assert complaint(find_model, FLAG, str(adapter)).startswith(f"{FLAG} {base}: no weights there")
+    assert complaint(find_model, FLAG, str(adapter)).startswith(
+        f"{FLAG} {adapter}: its base model {base}: no weights there"
+    )
 
 
 def test_adapter_on_an_adapter_is_refused(tmp_path):
     base = make_model(tmp_path / "base")
     first = make_adapter(tmp_path / "first", str(base))
     second = make_adapter(tmp_path / "second", str(first))
-    assert complaint(find_model, FLAG, str(second)).startswith(f"{FLAG} {first}: no config.json there")
+    said = complaint(find_model, FLAG, str(second))
+    assert said.startswith(f"{FLAG} {second}: an adapter for {first}, which is an adapter itself; merge that one first")
     said = complaint(find_policy, settings(first, adapter_name_or_path=str(first)))
     assert said == (
         f"--adapter_name_or_path {first}: {first} is an adapter already; "
@@ -288,7 +291,9 @@ def test_hub_name_without_network(name):
 def test_adapter_of_a_hub_base_without_network(tmp_path):
     adapter = make_adapter(tmp_path / "adapter", "someone/base")
     said = complaint(find_model, FLAG, str(adapter))
-    assert said.startswith(f"{FLAG} someone/base: no such folder here, not in the local hub cache")
+    assert said.startswith(
+        f"{FLAG} {adapter}: its base model someone/base: no such folder here, not in the local hub cache"
+    )
     assert "name a local folder or connect" in said
 
 
