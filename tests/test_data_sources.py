@@ -494,6 +494,36 @@ def test_a_file_that_unpacks_without_end_is_refused(tmp_path):
     assert "unpacks to more than 100 times its size" in fault(tmp_path / "mixed")
 
 
+def test_a_file_that_unpacks_without_end_is_not_streamed(tmp_path, tiny_model, run_script):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(70):
+            file.write(bytes(1 << 20))
+    to = ("--output_dir", tmp_path / "o", "--max_steps", 1)
+    code, _, err = run_script("train", "--streaming", "--model_name_or_path", tiny_model, "--dataset_name", path, *to)
+    assert code == 2
+    assert "unpacks to more than 100 times its size" in err
+
+
+def test_thousands_of_columns_are_refused_at_once(tmp_path, tiny_model, run_script):
+    wide = {f"k{i}": 1 for i in range(60_000)}
+    table = write(tmp_path / "x.csv", ",".join(wide) + "\n" + ",".join("1" * len(wide)) + "\n")
+    lines = write(tmp_path / "x.jsonl", json_lines([*ROWS, {**ROWS[0], **wide}]))
+    assert "x.csv has 60,000 columns, from 'k0' to 'k59999'; more than 5,000 are not read" in fault(table)
+    assert "x.jsonl has 60,003 columns, from 'prompt' to 'k59999'" in fault(lines)
+    to = ("--output_dir", tmp_path / "o", "--max_steps", 1)
+    code, _, err = run_script("train", "--streaming", "--model_name_or_path", tiny_model, "--dataset_name", lines, *to)
+    assert code == 2
+    assert "has 60,003 columns" in err
+
+
+def test_a_repeated_name_is_found_among_many(tmp_path):
+    row = json.dumps({f"k{i}": 1 for i in range(60_000)})
+    assert "the key 'k59999' occurs twice" in fault(write(tmp_path / "x.jsonl", row[:-1] + ', "k59999": 1}\n' + row))
+    names = ",".join(f"c{i}" for i in range(4_999))
+    assert "names the column 'c4998' twice" in fault(write(tmp_path / "x.csv", f"{names},c4998\n"))
+
+
 def test_a_damaged_byte_of_a_table_is_named_by_row_and_column(tmp_path):
     path = tmp_path / "x.parquet"
     rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]

@@ -30,6 +30,7 @@ from utils.data.scanning import (
     Scan,
     check_start,
     check_unpacked,
+    check_width,
     csv_separator,
     is_safe_for_arrow,
     iterate_csv,
@@ -147,6 +148,7 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
         raise
     except Exception:
         return None
+    check_width(paths[0].name, rows.column_names)
     if kind == "json" and (not is_exact(rows.features) or _is_misread(rows, paths)):
         return None
     return rows
@@ -363,6 +365,7 @@ def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows
             )
         )
     table = [row for scan in scans for row in scan.rows]
+    check_width(paths[0].name, list(dict.fromkeys(name for row in table for name in row)))
     if not table:
         names = ", ".join(str(path) for path in paths)
         faults = [

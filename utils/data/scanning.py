@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,8 +25,10 @@ BOM = b"\xef\xbb\xbf"
 WRAPPERS = ("data", "rows", "examples", "instances", "train")  # {"data": [rows]}
 PACKED_RATIO = 100  # text packs to a tenth or so of its size; only copies of one row pack to a hundredth
 FREE_BYTES = 64 << 20  # that any packed file may hold
+UNPACKED_BLOCK = 1 << 20
 ROW_BYTES = 16 << 20  # of one row: millions of tokens
 DEPTH = 100  # of brackets within brackets in one row; the library's reader dies of some thousands
+COLUMNS = 5000  # of a table; the library takes milliseconds for each
 TOO_LONG = f"a row of more than {ROW_BYTES >> 20} MiB"
 TOO_DEEP = f"nested too deeply (more than {DEPTH} brackets)"
 # How files begin that are not what their names say.
@@ -83,10 +87,41 @@ def name_of(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), "an object")
 
 
+class _Unpacked(io.RawIOBase):
+    """The bytes of a packed file. Raises UserError where it holds far more than text can be packed to."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, gzip.GzipFile(path)
+        self._most = max(FREE_BYTES, PACKED_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        if self._file.tell() > self._most:
+            raise UserError(
+                f"{self._path} unpacks to more than {PACKED_RATIO} times its size, as no text of many rows does. "
+                "If it is to be read, unpack it with gunzip and give the file that comes out."
+            )
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked when it ends in .gz. Raises UserError when the packed data is cut off or damaged."""
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
+    packed = path.name.lower().endswith(".gz")
+    with io.BufferedReader(_Unpacked(path), UNPACKED_BLOCK) if packed else open(path, "rb") as handle:
         try:
             yield handle
         except EOFError:
@@ -106,17 +141,10 @@ def check_start(path: Path) -> None:
 
 def check_unpacked(path: Path) -> None:
     """Raises UserError where a packed file holds far more than text can be packed to: it would fill memory and disk."""
-    if path.suffix.lower() != ".gz":
-        return
-    most, unpacked = max(FREE_BYTES, PACKED_RATIO * path.stat().st_size), 0
-    with open_binary(path) as file:
-        while block := file.read(1 << 20):
-            unpacked += len(block)
-            if unpacked > most:
-                raise UserError(
-                    f"{path} unpacks to more than {PACKED_RATIO} times its size, as no text of many rows does. "
-                    "If it is to be read, unpack it with gunzip and give the file that comes out."
-                )
+    if path.suffix.lower() == ".gz":
+        with open_binary(path) as file:
+            while file.read(UNPACKED_BLOCK):
+                pass
 
 
 def is_too_deep(text: bytes) -> bool:
@@ -158,8 +186,8 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
 def json_layout(path: Path) -> str:
     """lines (one value per line) or whole (one array or object over the whole file)."""
     with open_binary(path) as handle:
-        first = next((line for line in handle if line.strip(BOM).strip()), b"")
-        second = next((line for line in handle if line.strip()), b"")
+        filled = (line for line in _lines(handle) if line.strip(BOM).strip())
+        first, second = next(filled, b""), next(filled, b"")
     first = first.removeprefix(BOM)
     if second and _is_json(first):
         return "lines"
@@ -304,10 +332,13 @@ def _describe(error: json.JSONDecodeError) -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' occurs twice")
+        raise ValueError(f"the key '{_repeated(name for name, _ in pairs)}' occurs twice")
     return row
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _is_encodable(value: Any) -> bool:
@@ -347,11 +378,21 @@ def peek_csv(path: Path) -> tuple[list[str], list[str]]:
         with _csv_records(path) as records:
             filled = (record for record in records if record)
             header = next(filled, [])
+            check_width(path.name, header)
             with contextlib.suppress(csv.Error):
                 return header, next(filled, [])
             return header, []
     except csv.Error as error:
         raise UserError(f"{path} line 1 is not valid CSV ({error}). Mend the file.") from None
+
+
+def check_width(name: str, columns: Sequence[str]) -> None:
+    """Raises UserError where a table has more columns than can be read in a reasonable time."""
+    if len(columns) > COLUMNS:
+        raise UserError(
+            f"{name} has {len(columns):,} columns, from '{columns[0]:.40}' to '{columns[-1]:.40}'; more than "
+            f"{COLUMNS:,} are not read. Leave out those that hold no part of a pair."
+        )
 
 
 def scan_csv(path: Path) -> Scan:
@@ -379,7 +420,7 @@ def _filled_records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
     header, _ = peek_csv(path)
     if not _is_encodable(header):
         raise UserError(f"{path} line 1 is not UTF-8 text. Save the file as UTF-8.")
-    repeated = next((name for name in header if header.count(name) > 1), None)
+    repeated = _repeated(header)
     if repeated is not None:
         raise UserError(f"{path} line 1 names the column '{repeated}' twice. Rename one of them.")
     with _csv_records(path) as records:
@@ -421,20 +462,21 @@ def line_numbers(path: Path) -> FileLines:
 
 
 def _has_odd_line(file: BinaryIO) -> bool:
-    """Whether a line is longer, or nested deeper, than a row may be."""
+    """Whether a line is longer, or nested deeper, than a row may be, or may have more keys than a table has columns."""
     rest = b""
     while chunk := file.read(1 << 22):
         whole, _, rest = (rest + chunk).rpartition(b"\n")
-        if len(rest) > ROW_BYTES or _has_deep_line(whole):
+        if len(rest) > ROW_BYTES or _is_odd(whole):
             return True
-    return _has_deep_line(rest)
+    return _is_odd(rest)
 
 
-def _has_deep_line(lines: bytes) -> bool:
+def _is_odd(lines: bytes) -> bool:
     codes = np.frombuffer(lines + b"\n", np.uint8)
     ends = np.flatnonzero(codes == ord("\n"))
     opened = np.cumsum((codes == ord("[")) | (codes == ord("{")), dtype=np.int64)[ends]
-    if np.diff(ends, prepend=-1).max() > ROW_BYTES:
+    keys = np.cumsum(codes == ord(":"), dtype=np.int64)[ends]
+    if np.diff(ends, prepend=-1).max() > ROW_BYTES or np.diff(keys, prepend=0).max() > COLUMNS:
         return True
     suspects = np.diff(opened, prepend=0).max() > DEPTH
     return bool(suspects) and any(map(is_too_deep, lines.split(b"\n")))

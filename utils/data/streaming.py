@@ -27,6 +27,7 @@ from utils.data.labels import label_column, read_numbers
 from utils.data.places import SHOWN, describe_bad_rows
 from utils.data.ranking import LEFT_OUT
 from utils.data.row_cache import make_scratch
+from utils.data.scanning import check_width
 from utils.data.schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
 from utils.data.sources import Stream
 from utils.data.splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, draw_numbers, group_of, without_group
@@ -185,6 +186,7 @@ def _find_reading(stream: Stream, settings: DataSettings, verb: str) -> Reading:
         sample = list(stream.rows.take(SAMPLED_ROWS))
     if not sample:
         raise UserError(f"--dataset_name {stream.label}: has no rows")
+    check_width(stream.label, list(dict.fromkeys(name for row in sample for name in row)))
     try:
         reading = find_reading(json_or_text(sample), settings, verb)
     except UserError:
