@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -175,3 +176,19 @@ def test_the_script_trains_on_a_stream_and_resumes(run_script, tiny_model, tmp_p
         "error: --num_train_epochs: has no effect with --streaming, whose size is --max_steps; leave it out",
         "error: --max_samples: has no effect with --streaming, whose size is --max_steps; leave it out",
     ]
+
+
+def test_another_split_is_not_streamed_in_place_of_an_empty_one(tmp_path):
+    rows = datasets.Dataset.from_list(make_pairs(30))
+    splits = {"full": rows, "empty": rows.select([])}
+
+    def save(**named: str) -> Path:
+        path = tmp_path / "-".join(named.values())
+        datasets.DatasetDict({name: splits[kind] for name, kind in named.items()}).save_to_disk(str(path))
+        return path
+
+    assert "[train]: has no rows" in fault(save(train="empty", test="full"))
+    other = save(train="full", test="empty")
+    assert len(load(other, validation_split="none").train) == 30
+    assert load(other).held_out is not None
+    assert "[test]: has no rows" in fault(other, validation_split="test")

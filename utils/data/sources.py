@@ -144,7 +144,8 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     elif not is_there(path):
         raise UserError(_missing_path(name, path))
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        splits = {split: rows.to_iterable_dataset() for split, rows in _load_saved(path).items() if len(rows)}
+        saved = _load_saved(path)  # of no rows the library can make no stream
+        splits = {split: rows.to_iterable_dataset() if len(rows) else None for split, rows in saved.items()}
     elif path.is_file() and (file_kind(path) is None or set("*?[]") & set(str(path))):
         raise UserError(f"{flag}: cannot be streamed; use {ENDINGS}, without *, ?, [ or ] in the path")
     else:
@@ -162,6 +163,12 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     collection = _Collection(streams)
     train = _training_split(settings, verb, collection)
     held_out = _held_out_split(settings, train, collection)
+    if held_out and streams[held_out].rows is None and settings.validation_split is None:
+        held_out = None
+    used = [streams[split] for split in (train, held_out) if split]
+    empty = [f"--dataset_name {stream.label}: has no rows" for stream in used if stream.rows is None]
+    if empty:
+        raise UserError(*empty)
     return streams[train], streams[held_out] if held_out else None
 
 
