@@ -505,6 +505,16 @@ def test_a_file_that_unpacks_without_end_is_not_streamed(tmp_path, tiny_model, r
     assert "unpacks to more than 100 times its size" in err
 
 
+@pytest.mark.parametrize("around", ["[%s]", '{"data": [%s]}', '{"data": [\n%s\n]}'])
+@pytest.mark.parametrize(
+    "twice", ['{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}', '{"x": {"y": 1, "y": 2}}']
+)
+def test_a_key_that_occurs_twice_in_an_array_is_not_read_as_its_last_value(around, twice, tmp_path):
+    content = around % ",\n".join([*map(json.dumps, ROWS), twice])
+    for name, data in (("x.json", content.encode()), ("x.json.gz", gzip.compress(content.encode()))):
+        assert "occurs twice" in fault(write(tmp_path / name, data))
+
+
 def test_thousands_of_columns_are_refused_at_once(tmp_path, tiny_model, run_script):
     wide = {f"k{i}": 1 for i in range(60_000)}
     table = write(tmp_path / "x.csv", ",".join(wide) + "\n" + ",".join("1" * len(wide)) + "\n")

@@ -461,6 +461,23 @@ def line_numbers(path: Path) -> FileLines:
         return FileLines(path.name, "line", array("Q", lines))
 
 
+def _is_odd_value(file: BinaryIO) -> bool:
+    """Whether a file that is one value, which the library too reads whole, is nested deeper than a row may be, or holds
+    a key twice, of which the library takes the last. True of what is no JSON too."""
+    text = file.read()
+
+    def forget(pairs: list[tuple[str, Any]]) -> None:
+        _unique_keys(pairs)
+
+    if is_too_deep(text):
+        return True
+    try:
+        _parse(text, object_pairs_hook=forget)
+    except ValueError:
+        return True
+    return False
+
+
 def _has_odd_line(file: BinaryIO) -> bool:
     """Whether a line is longer, or nested deeper, than a row may be, or may have more keys than a table has columns."""
     rest = b""
@@ -483,13 +500,15 @@ def _is_odd(lines: bytes) -> bool:
 
 
 def is_safe_for_arrow(path: Path) -> bool:
-    """Whether the library's reader survives a JSON file, and reads all of it: it dies of rows that are null at the
-    start of a block, and of rows that are nested deeply or very long, and drops half characters from an array."""
+    """Whether the library's reader survives a JSON file, and reads all of it.
+
+    It dies of rows that are null at the start of a block, and of rows that are nested deeply or very long; it drops
+    half characters from an array, and of a key that occurs twice in a file that is one value it takes the last.
+    """
     try:
+        is_odd = _is_odd_value if json_layout(path) == "whole" else _has_odd_line
         with open_binary(path) as file:
-            is_whole = file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
-            file.seek(0)
-            if is_too_deep(file.read()) if is_whole else _has_odd_line(file):  # the library too reads such a file whole
+            if is_odd(file):
                 return False
         with open_binary(path) as file:
             start = file.read(4096).removeprefix(BOM).lstrip()
