@@ -9,8 +9,11 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import make_pairs, read_record, write_lines
+from transformers import AutoTokenizer
 
+from utils.data.rendering import hold_moment, render_chat
 from utils.kept import read_kept
+from utils.models.templates import set_chat_template
 from utils.training.continuation import find_changes
 
 LOOP = "{%- for m in messages -%}"
@@ -239,6 +242,20 @@ def test_date_without_the_time_of_day_is_the_day(train, monkeypatch):
     assert code == 0, err
     assert "which writes the date: 2026-02-03 throughout" in out
     assert read_record(train.folder)["data"]["template_date"] == "2026-02-03T00:00:00"
+
+
+@pytest.mark.parametrize(
+    "part", ["strftime_now('%S')", "strftime_now('%p')", "strftime_now('%A')", "strftime_now('%d') | int > 3"]
+)
+@pytest.mark.parametrize("place", ["true", "m['role'] == 'assistant'", "loop.index > 2", "tools"])
+def test_any_part_of_date_and_time_is_held_wherever_it_is_written(part, place, tiny_model):
+    tokenizer, moment = AutoTokenizer.from_pretrained(tiny_model), datetime(2026, 2, 3, 15, 5, 9)
+    tokenizer.chat_template = PLAIN.replace(LOOP, LOOP + "{%- if " + place + " -%}{{ " + part + " }}{%- endif -%}")
+    assert "which writes the date: 2026-02-03" in set_chat_template(tokenizer, None, transcript=False, moment=moment)
+    turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]
+    held = render_chat(tokenizer, turns, tools=[{"name": "wait"}])
+    hold_moment(tokenizer, moment)
+    assert held == render_chat(tokenizer, turns, tools=[{"name": "wait"}])
 
 
 def test_template_that_asks_for_no_date_has_none(train):

@@ -13,6 +13,7 @@ import trl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from utils.data.rendering import Rendered
 from utils.data.tokenizing import (
     PAIR_COLUMNS,
     PROMPT_SHARE_KEPT,
@@ -426,6 +427,53 @@ def fault_of(tokenizer, prompt, *texts: str) -> str:
     return row.fault or ""
 
 
+TAGS = {
+    "<reasoning>": "</reasoning>",
+    "<thought>": "</thought>",
+    "<|thinking|>": "<|/thinking|>",
+    "<|think|>": "</|think|>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",
+}
+
+
+@pytest.mark.parametrize("opening", TAGS)
+def test_think_tags_by_other_names_are_known(opening, load):
+    tokenizer, closing = load("bytes"), TAGS[opening]
+
+    def named(text: str) -> str:
+        return text.replace("<think>", opening).replace("</think>", closing)
+
+    def render(*texts: str) -> Rendered:
+        (row,) = PromptEncoder(tokenizer).render_rows([user("Hello")], {text: [reply(text)] for text in texts})
+        assert row.fault is None
+        return row
+
+    own = named(THOUGHTFUL)
+    for written in WRITTEN.values():  # the prompt opens the block that the reply opens too
+        tokenizer.chat_template = named(written)
+        assert render(own).prompt.endswith(f"{opening}\n")
+        assert render(own).completions[0].startswith(f"hm\n{closing}\n\nyes")
+    tokenizer.chat_template = named(WRITTEN["as it is"])
+    assert "opens a think block that the reply does not close" in render("yes").notes[0]
+    tokenizer.chat_template = named(THINK)  # an empty block in front of a reply to come
+    assert render("yes").prompt.endswith(f"{closing}\n\n")
+    assert render(own).prompt.endswith("assistant\n")
+    assert render(own).completions[0].startswith(own)
+
+
+def test_tags_of_another_name_than_the_prompts_are_words_of_the_reply(load):
+    tokenizer = load("bytes")
+    text = "<reasoning>hm</reasoning>yes"
+    for template in (THINK, WRITTEN["as it is"]):
+        tokenizer.chat_template = template
+        (row,) = PromptEncoder(tokenizer).render_rows([user("Hello")], {"chosen": [reply(text)]})
+        assert row.fault is None
+        assert row.completions[0].startswith(text)
+        assert row.prompt == tokenizer.apply_chat_template(user("Hello"), tokenize=False, add_generation_prompt=True)
+
+
 def test_answer_inside_an_open_think_block_is_said(load):
     tokenizer = load("bytes")
     tokenizer.chat_template = WRITTEN["cut out"]
@@ -497,6 +545,26 @@ def test_turns_of_the_prompt_that_the_template_leaves_out_are_said(load):
     )
     (note,) = notes_of(tokenizer, [*user("a"), *reply("the dog"), *user("Hello")], "yes")
     assert "an earlier turn of the assistant" in note
+
+
+def test_turn_whose_words_stand_in_another_turn_is_missed_all_the_same(load):
+    tokenizer = load("bytes")
+    again = [*user("Hello"), *reply("yes"), *user("Hello"), *reply("yes"), *user("Hello")]
+    tokenizer.chat_template = CHATML
+    assert notes_of(tokenizer, again, "No") == []
+    tokenizer.chat_template = CHATML.replace("in messages -%}", "in messages[-2:] -%}")
+    assert [note.partition(" leaves out ")[2] for note in notes_of(tokenizer, again, "No")] == [
+        "a turn of the user, or a part of it",
+        "an earlier turn of the assistant, or a part of it",
+    ]
+
+
+def test_turn_in_another_case_or_with_other_blanks_is_changed_and_not_left_out(load):
+    tokenizer = load("bytes")
+    prompt = [{"role": "system", "content": "Say No,\nor yes"}, *user("Hello")]
+    for form in ("m['content'] | lower", "m['content'] | replace('\n', ' ')"):
+        tokenizer.chat_template = CHATML.replace("m['content']", f"(({form}) if loop.first else m['content'])")
+        assert notes_of(tokenizer, prompt, "yes") == ["the chat template changes the text of a turn of the system"]
 
 
 CHAT_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))

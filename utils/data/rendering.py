@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,13 +24,28 @@ Render = Callable[..., str]  # (turns, add_generation_prompt=False) -> text
 # Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
 ANY_REPLY = "\ue000"
 
-OPEN_TAG = r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])"
-CLOSE_TAG = r"(?:</(?:\w+:)?think(?:ing)?>|\[/THINK\])"
-TAG = re.compile(f"{OPEN_TAG}|{CLOSE_TAG}")
-CLOSING = re.compile(CLOSE_TAG)
-OPENED = re.compile(rf"{OPEN_TAG}(\s*)\Z")  # a prompt that ends inside a think block
-EMPTY_BLOCK = re.compile(rf"{OPEN_TAG}\s*{CLOSE_TAG}\s*\Z")  # a prompt that ends with a think block without thoughts
-OWN_BLOCK = re.compile(rf"\s*{OPEN_TAG}(?!\s*{CLOSE_TAG})")  # a text that begins with a think block with thoughts
+
+class Tags:
+    """The tags around thoughts that go by one name; `more_open`, `more_close` are further spellings (no groups)."""
+
+    def __init__(self, name: str, more_open: str = "", more_close: str = ""):
+        self.open = rf"(?:<\|?(?:\w+:)?{name}\|?>|<\|(?i:start|begin(?:_of)?)_{name}\|>{more_open})"
+        self.close = rf"(?:<(?:/\|?|\|/)(?:\w+:)?{name}\|?>|<\|(?i:end(?:_of)?)_{name}\|>{more_close})"
+        self.opening = re.compile(rf"\s*{self.open}")  # a text that begins with a think block
+        self.closing = re.compile(self.close)
+        self.opened = re.compile(rf"{self.open}(\s*)\Z")  # a prompt that ends inside a think block
+        self.empty_block = re.compile(rf"{self.open}\s*{self.close}\s*\Z")  # or with one without thoughts
+        self.own_block = re.compile(rf"\s*{self.open}(?!\s*{self.close})")  # a text that begins with thoughts
+
+
+# A reply may have tags of one kind behind a prompt that ends with the other's.
+KINDS = (
+    Tags("(?i:think(?:ing)?)", r"|\[THINK\]|\u25c1think\u25b7", r"|\[/THINK\]|\u25c1/think\u25b7"),
+    Tags("(?i:thoughts?|reason(?:ing)?|reflection|scratchpad)"),
+)
+TAG = re.compile("|".join(f"{kind.open}|{kind.close}" for kind in KINDS))
+CLOSING = re.compile("|".join(kind.close for kind in KINDS))
+SHORT = 3  # letters, which stand in other words too
 TAIL = 80  # characters at the end of a prompt in which its last tags stand
 
 REASONING_CUT = "the chat template cuts the reasoning out of {}"
@@ -43,6 +59,7 @@ LEFT_OUT = {
     "assistant": "the chat template leaves out an earlier turn of the assistant, or a part of it",
 }
 LEFT_OUT_OTHER = "the chat template leaves out a turn of {}, or a part of it"
+ALTERED = "the chat template changes the text of a turn of the {}"
 IN_OPEN_BLOCK = (
     "the chat template opens a think block that the reply does not close: it is trained as the beginning of reasoning"
 )
@@ -110,42 +127,48 @@ def _words(reply: Turns) -> str:
 
 def _without_empty_block(start: str, wholes: Sequence[str]) -> str | None:
     """The prompt without the empty think block at its end, where the template writes reasoning in its place."""
-    block = EMPTY_BLOCK.search(start[-TAIL:])
+    tags = _tags_at_end(start)
+    block = tags.empty_block.search(start[-TAIL:])
     if block is None:
         return None
     shorter = start[: len(start) - len(block[0])]
     if not all(whole.startswith(shorter) for whole in wholes):
         return None
-    brings_own = any(not whole.startswith(start) and OWN_BLOCK.match(whole, len(shorter)) for whole in wholes)
+    brings_own = any(not whole.startswith(start) and tags.own_block.match(whole, len(shorter)) for whole in wholes)
     return shorter if brings_own else None
+
+
+def _tags_at_end(start: str) -> Tags:
+    """The kind of think tags that a prompt ends with."""
+    end = start[-TAIL:]
+    return next((tags for tags in KINDS if tags.opened.search(end) or tags.empty_block.search(end)), KINDS[0])
 
 
 def _adds_block(start: str, reply: Turns, rest: str) -> bool:
     """Whether the template puts a think block of its own in front of a reply that has one."""
-    words = _words(reply)
-    if len(reply) > 1 or not ("</" in words or "[/" in words):  # the quick way for nearly all
-        return False
-    own = len(CLOSING.findall(words))
-    return own > 0 and bool(EMPTY_BLOCK.search(start[-TAIL:])) + len(CLOSING.findall(rest)) > own
+    tags, words = _tags_at_end(start), _words(reply)
+    own = 0 if len(reply) > 1 else len(tags.closing.findall(words))
+    return own > 0 and bool(tags.empty_block.search(start[-TAIL:])) + len(tags.closing.findall(rest)) > own
 
 
 def _follow(render: Render, start: str, prompt: Turns, reply: Turns, whole: str) -> tuple[str, int | None, str | None]:
     """The text that follows `start`, given `whole`, what the template makes of prompt and reply; where the reply begins
     in `whole` (None: the text is the reply's own); and a note."""
-    opened, words = OPENED.search(start[-TAIL:]), _words(reply)
+    tags, words = _tags_at_end(start), _words(reply)
+    opened = tags.opened.search(start[-TAIL:])
     begin, rest = len(start), whole[len(start) :] if whole.startswith(start) else None
     if rest is None and opened and whole.startswith(start[: len(start) - len(opened[1])]):
         begin -= len(opened[1])  # the same think block, with other blanks behind its tag
         rest = whole[begin:].removeprefix(opened[1])
-    reasons = opened is not None and CLOSING.search(words) is not None
+    reasons = opened is not None and tags.closing.search(words) is not None
     if rest is not None and not (reasons and _adds_block(start, reply, rest)):
-        return rest, begin, IN_OPEN_BLOCK if opened and not CLOSING.search(rest) else None
+        return rest, begin, IN_OPEN_BLOCK if opened and not tags.closing.search(rest) else None
     # The template writes something in front of a reply to come that it leaves out of a reply that is there (an empty
     # think block, say). The prompt keeps it, as in generation; the completion begins where any reply would.
     any_reply = render([*prompt, {**reply[0], "content": ANY_REPLY}])
     head, found, tail = any_reply.rpartition(ANY_REPLY)
     if found and reasons:  # a model goes on with its reasoning there, closes the block, and answers
-        tag = re.match(rf"\s*{OPEN_TAG}", words)
+        tag = tags.opening.match(words)
         own = words[tag.end() :].removeprefix(opened[1]) if tag else words
         return own + tail, None, KEPT_REASONING
     note = IN_OPEN_BLOCK if opened else None
@@ -161,15 +184,28 @@ def _count_common(one: str, other: str) -> int:
 
 
 def _find_left_out(text: str, prompt: Turns) -> Iterator[str]:
-    """What the template leaves out of a prompt; at inference it leaves out the same."""
+    """What the template leaves out of a prompt, or changes; at inference it does the same."""
+    met: Counter[str] = Counter()
     for turn in prompt:
         content, role = turn.get("content"), str(turn.get("role"))
-        if not isinstance(content, str) or content in text:
+        if not isinstance(content, str):
             continue
         # Most templates take the reasoning out of earlier replies, and mean it.
-        said = CLOSING.split(content)[-1] if role == "assistant" else content
-        if _find(text, said.strip(), 0) < 0:
+        said = (CLOSING.split(content)[-1] if role == "assistant" else content).strip()
+        met[said] += 1
+        again = met[said] > 1  # the same words in an earlier turn do not show that these are there
+        if text.count(said) >= met[said] if again and said in text else _find(text, said, 0) >= 0:
+            continue
+        squeezed = _squeeze(said)
+        if len(squeezed) > SHORT and not again and squeezed in _squeeze(text):
+            yield ALTERED.format(role)
+        else:
             yield LEFT_OUT.get(role) or LEFT_OUT_OTHER.format(f"the {role}")
+
+
+def _squeeze(text: str) -> str:
+    """The letters and digits alone, whatever their case."""
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def _find_lost(render: Render, whole: str, begin: int, prompt: Turns, reply: Turns, name: str) -> str | None:

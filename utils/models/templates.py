@@ -43,6 +43,9 @@ PLAIN_TEMPLATE = (
 
 TEMPLATE_DATE = "template_date"  # in the data part of run.json
 GREETING = "Hello"  # what a template is tried on
+TOOL = {"type": "function", "function": {"name": "wait", "description": "Waits.", "parameters": {"type": "object"}}}
+# From a moment to others, which a template that writes any part of date or time tells from it.
+APART = ({"days": 1234, "hours": 5, "minutes": 43, "seconds": 17}, {"hours": 12}, {"days": 4})
 # What a template may take for it: real ones take a millisecond and no memory to speak of.
 MOST_SECONDS, MOST_BYTES, MOST_CHARACTERS = 10, 1 << 30, 1_000_000
 
@@ -136,17 +139,26 @@ def _hold_date(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> str:
     moment = moment.replace(microsecond=0)
     day = moment.replace(hour=0, minute=0, second=0)
     held = day if _render_at(tokenizer, day) == _render_at(tokenizer, moment) else moment
-    writes_date = _render_at(tokenizer, held) != _render_at(tokenizer, held + timedelta(days=1234, hours=5, minutes=43))
+    others = (_render_at(tokenizer, held + timedelta(**apart)) for apart in APART)
+    told = _render_at(tokenizer, held)
+    writes_date = any(other != told for other in others)
     hold_moment(tokenizer, held)
     return f", which writes the date: {describe_moment(held)} throughout" if writes_date else ""
 
 
 def _render_at(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> list[str]:
-    """A user's turn at a moment, without and with a system turn: some templates write the date in one of these only."""
+    """Conversations at a moment, with and without a system turn, an answer and tools: some templates write the date in
+    one of these only."""
     hold_moment(tokenizer, moment)
+    user, system = {"role": "user", "content": GREETING}, {"role": "system", "content": "Be brief."}
     texts = [_render(tokenizer)]
-    with contextlib.suppress(Exception):  # a template may refuse system turns, and can make Python raise anything
-        texts.append(_render(tokenizer, system="Be brief."))
+    for turns, tools in (
+        ([system, user], None),
+        ([user, {"role": "assistant", "content": GREETING}, user], None),
+        ([user], [TOOL]),
+    ):
+        with contextlib.suppress(Exception):  # a template may refuse them, and can make Python raise anything
+            texts.append(render_chat(tokenizer, turns, tools=tools, add_generation_prompt=True))
     return texts
 
 
@@ -183,10 +195,8 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, system: str | None = None, **options: Any) -> str:
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": GREETING})
-    return render_chat(tokenizer, turns, add_generation_prompt=True, **options)
+def _render(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    return render_chat(tokenizer, [{"role": "user", "content": GREETING}], add_generation_prompt=True, **options)
 
 
 def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
