@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,31 @@ def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):
     code, _, err = generate(run_script, tiny_model, data, output, "--scorer", f"{scorer_file}:longest")
     assert code == 0, err
     assert [message["role"] for message in read_lines(output)[0]["chosen"]] == ["assistant"]
+
+
+def test_samples_are_gone_on_with_on_the_date_of_the_first(run_script, tmp_path, tiny_model, scorer_file, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return moment
+
+    monkeypatch.setattr("utils.models.templates.datetime", Clock)
+    prompts = [{"prompt": [{"role": "user", "content": pair["prompt"]}]} for pair in make_pairs(10)]
+    data, output = write_lines(tmp_path / "prompts.jsonl", prompts), tmp_path / "made.jsonl"
+    samples = tmp_path / "made.jsonl.samples.jsonl"
+    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    scorer = ("--scorer", f"{scorer_file}:longest", "--chat_template", dated)
+    moment = datetime(2026, 2, 3, 4, 5)
+    assert generate(run_script, tiny_model, data, output, *scorer)[0] == 0
+    written = samples.read_bytes()
+    samples.write_bytes(b"".join(written.splitlines(keepends=True)[:9]))  # killed behind the first batch
+    output.unlink()
+    moment = datetime(2026, 2, 4, 5, 6)
+    code, out, err = generate(run_script, tiny_model, data, output, *scorer)
+    assert code == 0, err
+    assert "which writes the date: 2026-02-03 throughout" in out
+    assert "going on after 8 prompts" in out
+    assert samples.read_bytes() == written
 
 
 def test_prompts_without_room_are_counted(run_script, tmp_path, tiny_model, scorer_file):

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +33,7 @@ from utils.interruptions import stop_if_asked
 from utils.judging import EndpointJudge, JudgeLimits
 from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import ModelSource, find_policy, read_end_ids
-from utils.models.templates import set_chat_template
+from utils.models.templates import TEMPLATE_DATE, set_chat_template, template_date
 from utils.paths import read_path
 from utils.runtime import choose_precision, find_device, say
 from utils.saving import COMPARISON_FILES, EVALUATION_FILES, RECORD, open_file, write_text
@@ -66,13 +67,18 @@ def make_pairs(settings: Settings) -> None:
     scorer, judge = _load_scorer(settings)
     source = find_policy(settings.model)
     tokenizer = load_tokenizer(source, settings.model)
+    kept = output.with_name(output.name + ".samples.jsonl")
     if not isinstance(prompts[0], str):
-        say(f"chat template: {set_chat_template(tokenizer, settings.model.chat_template, transcript=False)}")
+        wish, moment = settings.model.chat_template, _moment_of(kept)
+        say(f"chat template: {set_chat_template(tokenizer, wish, transcript=False, moment=moment)}")
     precision = choose_precision("auto", find_device())
     model = load_policy(source, settings, precision).to(precision.device, precision.dtype).eval()
     say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
 
-    samples = Samples(output.with_name(output.name + ".samples.jsonl"), _describe_run(settings, source), prompts)
+    run = _describe_run(settings, source)
+    if not isinstance(prompts[0], str):
+        run[TEMPLATE_DATE] = template_date(tokenizer)
+    samples = Samples(kept, run, prompts)
     if samples.count:
         say(f"going on after {samples.count:,} prompts that {samples.path.name} holds")
     room, end_ids = context_length(source, settings.model), read_end_ids(source.base, source.revision, tokenizer)
@@ -131,6 +137,15 @@ def _describe_run(settings: Settings, source: ModelSource) -> dict[str, Any]:
     }
     kept = ("scorer", "num_generations", "judge_model", *SAMPLED_BY, "seed")
     return {name: value for name, value in settings.flat().items() if name in kept} | model | contents
+
+
+def _moment_of(samples: Path) -> datetime | None:
+    """What a template that writes the date was told for the samples that are there; None without any."""
+    try:
+        with open(samples, "rb") as file:
+            return datetime.fromisoformat(json.loads(file.readline(BLOCK_BYTES))["run"][TEMPLATE_DATE])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None  # whether the file can be gone on with is looked at when it is read
 
 
 def _hash_files(flag: str, name: str | None) -> str | None:
