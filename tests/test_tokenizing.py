@@ -13,6 +13,7 @@ import trl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from utils.data import tokenizing
 from utils.data.rendering import Rendered
 from utils.data.tokenizing import (
     PAIR_COLUMNS,
@@ -624,6 +625,22 @@ def test_reply_of_several_turns_ends_once_behind_the_last(template, load):
     tokenizer.chat_template = TEMPLATES[template]
     _, ids = encode_one(PromptEncoder(tokenizer, [4]), user("Hello"), [*reply("yes"), *reply("No")])
     assert decode(tokenizer, ids) == "yes<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>"
+
+
+def test_rows_made_by_another_version_of_a_library_are_not_used_again(load, monkeypatch):
+    pairs = {"prompt": ["Hello"], "chosen": [" yes"], "rejected": [" No"], "row": [0]}
+
+    def tokenize() -> str:
+        rows = datasets.Dataset.from_dict(pairs)
+        return tokenize_rows(rows, PromptEncoder(load("bytes")), PAIR_COLUMNS, 32, "drop")[0]._fingerprint
+
+    before = tokenize()
+    assert tokenize() == before
+    for place in range(3):  # transformers, tokenizers, Jinja
+        versions = list(tokenizing.LIBRARIES)
+        versions[place] += ".1"
+        monkeypatch.setattr(tokenizing, "LIBRARIES", tuple(versions))
+        assert tokenize() != before
 
 
 def test_empty_completion_is_the_end_token_alone(load):

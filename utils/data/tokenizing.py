@@ -12,9 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import tokenizers
+import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -28,6 +31,8 @@ from utils.errors import UserError
 PROMPT_SHARE_KEPT = 4
 
 REASONS_SHOWN = 10
+# Another version may render or tokenize otherwise: rows that an earlier one made are not used again.
+LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
 REPLIES = {"chosen": "'chosen'", "rejected": "'rejected'", "completion": "the reply"}
 
 
@@ -304,7 +309,7 @@ def tokenize_rows(
     tokenized = map_rows(
         rows,
         _tokenize_batch,
-        decides=(encoder, completions, max_length),
+        decides=(encoder, completions, max_length, LIBRARIES),
         batched=True,
         num_proc=num_proc,
         fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},
