@@ -251,7 +251,7 @@ def planner(tiny_model, pairs_file):
 @pytest.mark.parametrize("flags", [(), ("--engine", "padded"), ("--torch_compile",)], ids=" ".join)
 def test_the_last_layer_leaves_out_prompts_where_training_does(flags, planner):
     planned = planner(*flags)
-    subject = Subject(SimpleNamespace(adapter=None), CONFIG, None, planned.work)
+    subject = Subject(SimpleNamespace(adapter=None, stored=lambda: None), CONFIG, None, planned.work)
     way = _asked_way(planned.settings, subject, torch.float32, planned.device)
     assert way.whole_last_layer is ("padded" in flags)
     in_part, whole = (walk_step(replace(FULL, whole_last_layer=whole), PAIRS) for whole in (False, True))
