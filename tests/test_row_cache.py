@@ -67,10 +67,9 @@ def write_source(kind: str, path: Path, rows: list[dict[str, str]]) -> Path:
         path.mkdir(exist_ok=True)
         (path / "train").mkdir(exist_ok=True)
         for name, part in (("a", rows[:10]), ("b", rows[10:])):
-            write_table(path / "train" / f"{name}.csv", part)
-            table = path / "train" / f"{name}.csv"
-            (path / "train" / f"{name}.csv.gz").write_bytes(gzip.compress(table.read_bytes(), mtime=0))
-            table.unlink()
+            table = pa.Table.from_pylist(part)
+            with pa.ipc.new_stream(str(path / "train" / f"{name}.arrow"), table.schema) as stream:
+                stream.write_table(table)
     else:
         path = path.with_name(path.name + kind)
         write_table(path, rows)

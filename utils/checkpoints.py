@@ -117,7 +117,8 @@ def _find_state_fault(checkpoint: Path, step: int) -> str | None:
         state = read_trainer_state(checkpoint / TRAINER_STATE)
     except (OSError, Unreadable) as error:
         return f"{TRAINER_STATE} cannot be used: {error}"
-    return f"{TRAINER_STATE} is of step {state['global_step']}" if state["global_step"] != step else None
+    found = state.get("global_step", step)
+    return f"{TRAINER_STATE} is of step {found}" if found != step else None
 
 
 def _find_end(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from utils.bounded import read_json
-from utils.saving import flush_folder, write_json
+from utils.saving import PICKLE_ENDINGS, flush_folder, write_json
 
 MANIFEST = "manifest.json"
 BLOCK = 2**22  # bytes that are read at a time
@@ -40,7 +40,7 @@ def write_manifest(folder: Path, step: int) -> None:
 def find_damage(folder: Path, step: int, reads: Callable[[str], bool] = lambda name: True) -> str | None:
     """What is wrong with a folder by its manifest: files that are missing, of another size or of other content, and
     files that it does not list, since a library may load them in place of those that were saved. Hidden files are
-    passed over.
+    passed over, and so are pickles, which are refused by name wherever a checkpoint is read.
 
     Args:
         step: what the manifest is to say.
@@ -85,7 +85,8 @@ def find_changed(
 
 def _visible_files(folder: Path) -> set[str]:
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
+    found = {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
+    return {name for name in found if not name.lower().endswith(PICKLE_ENDINGS)}
 
 
 def _map(describe: Callable[[T], U], items: Iterable[T], size: int) -> list[U]:

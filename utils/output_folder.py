@@ -73,7 +73,7 @@ def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bo
     if not output_dir.is_dir() or not _content(output_dir):
         return
     record = read_record(output_dir)
-    if record is None:
+    if record is None or "status" not in record:
         raise UserError(
             f"--output_dir {output_dir}: not empty, and not a run of this script (no {RECORD}). Choose another folder"
         )

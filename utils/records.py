@@ -216,14 +216,17 @@ ROW = _map(
 )
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path, whole: bool = True) -> dict[str, Any]:
     """The record of a run.
+
+    Args:
+        whole: whether what every run writes must be there.
 
     Raises:
         Unreadable: it is no such record.
         OSError: the system refuses the file.
     """
-    return check(read_json(path), RUN)
+    return check(read_json(path), RUN if whole else replace(RUN, needed=()))
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:

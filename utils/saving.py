@@ -34,6 +34,7 @@ EVALUATION_FILES = ("evaluation.json", "evaluation_pairs.jsonl", "evaluation.htm
 COMPARISON_FILES = ("comparison.json", "comparison.jsonl", "comparison.html")
 RESULTS = {"evaluate": EVALUATION_FILES, "compare": COMPARISON_FILES}
 TRAINER_STATE = "trainer_state.json"
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SET_ASIDE = re.compile(r"checkpoint-\d+\.damaged(-\d+)?")
 UNFINISHED_MODEL = ".model.partial"
@@ -327,7 +328,7 @@ class RunRecord:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The content of a folder's run.json; None when it has none of this script that can be read."""
     try:
-        return read_run(folder / RECORD)
+        return read_run(folder / RECORD, whole=False)
     except (OSError, Unreadable):
         return None
 

@@ -43,6 +43,7 @@ from utils.data.scanning import check_start, check_unpacked
 from utils.data.strangers import check_data_folder, check_reader
 from utils.errors import UserError, gather
 from utils.paths import is_there, read_path
+from utils.runtime import say
 from utils.settings import DataSettings
 
 ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
@@ -257,6 +258,7 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     except Exception as error:  # what lies in a folder can make the library raise anything
         raise UserError(f"{flag}: no data here that can be read ({first_line(error)}); use {ENDINGS}") from None
     check_reader(flag, builder)
+    _name_passed_over(path, [file for paths in files.values() for file in paths])
     kinds = {file_kind(file) for paths in files.values() for file in paths}
     if len(kinds) != 1 or None in kinds:
         _check_read_apart(flag, files)
@@ -268,6 +270,17 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
     every_file = [file for paths in files.values() for file in paths]
     aliases = {file.name.partition(".")[0]: reader([file]) for file in every_file}
     return _Collection({split: reader(paths) for split, paths in files.items()}, aliases)
+
+
+def _name_passed_over(path: Path, read: Sequence[Path]) -> None:
+    """Says which data files of a folder are not read: the library takes those of the commonest kind alone."""
+    known = {file.resolve() for file in read}
+    kinds = {file.suffix for file in known}
+    others = [file for file in sorted(path.iterdir()) if file.is_file() and file_kind(file) is not None]
+    missed = [file.name for file in others if file.suffix not in kinds and file.resolve() not in known]
+    if missed:
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        say(f"warning: {path}: {', '.join(missed[:3])}{more} not read: of another kind than the folder's other data")
 
 
 def _check_read_apart(flag: str, files: Mapping[str, list[Path]]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.models.hub_files import read_json_file
+from utils.saving import PICKLE_ENDINGS
 
 PICKLED = "can run code when they are loaded"
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 INDEX = "model.safetensors.index.json"
 SHOWN = 3
 # Keys of a config whose value may name code on the hub, by their ends.

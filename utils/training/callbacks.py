@@ -79,6 +79,7 @@ class RunWatcher(TrainerCallback):
         self.begun = False  # whether everything that settings decide is made, so that what fails now is no setting
         self.shows_evaluations = True
         self._saves_later = False
+        self._has_named = False  # whether it was looked for what the first step does not train
         self.before: dict[str, float] | None = None
         self.resumed_step = 0
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
@@ -124,14 +125,18 @@ class RunWatcher(TrainerCallback):
         self.stopwatch.start()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if state.global_step == self.resumed_step and model is not None and args.deepspeed is None:
+        if not self._has_named and model is not None and args.deepspeed is None:
             self._name_what_stays(model)
 
     def _name_what_stays(self, model: torch.nn.Module) -> None:
-        """Warns of parameters that are said to be trained and that the first step's loss does not depend on."""
+        """Warns of parameters that are said to be trained and that the first step's loss does not depend on.
+
+        A step that is left out has no gradients at all; then the next one is looked at.
+        """
         trained = [(name, part) for name, part in model.named_parameters() if part.requires_grad]
         still = [name for name, part in trained if part.grad is None]
-        if still:
+        self._has_named = len(still) < len(trained)
+        if still and self._has_named:
             more = f" and {len(still) - 1} more" if len(still) > 1 else ""
             self.record.warn(
                 f"{still[0]}{more} of {len(trained)} trained tensors had no gradient in the first step: the loss does "
