@@ -56,7 +56,7 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
 def _is_of(fault: OSError, folder: Path, error: BaseException) -> bool:
     """Whether a file in the folder could not be written. Libraries may not say which file it was, or name it as it is
     called within its own folder; then it counts who was writing."""
-    if fault.errno in (None, errno.ENOMEM) or isinstance(fault, ConnectionError):
+    if fault.errno == errno.ENOMEM or isinstance(fault, ConnectionError):
         return False
     path = Path(str(fault.filename or ""))
     if path.is_absolute():
