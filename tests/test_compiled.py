@@ -63,7 +63,7 @@ def test_compiled_layers_compute_the_same(name, flex, seen):
     ("name", "flex"),
     [
         ("llama", False),
-        ("gemma3_text", True),
+        pytest.param("gemma3_text", True, marks=pytest.mark.slow),
         ("gpt_oss", False),
         pytest.param("deepseek_v3", False, marks=pytest.mark.slow),
     ],
@@ -112,7 +112,7 @@ RUNS = {
     "dora": ["--use_lora", "--use_dora"],
     "sft": [],
 }
-SLOW = ("lora, by a compiler", "another reference", "padded", "4 bits", "dora")
+SLOW = ("lora, checkpointing", "lora, by a compiler", "another reference", "padded", "4 bits", "dora")
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_experts_that_stay_in_16_bits_are_not_called_4_bits(run_script, mixture,
     assert not [text for text in recwarn if "pattern keys" in str(text.message)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapted", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", ["mixture", "mixtral"])
 def test_a_mixture_of_experts_is_planned(run_script, request, kind, adapted, dtype):
