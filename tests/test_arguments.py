@@ -558,6 +558,15 @@ def test_byte_order_mark(config):
         ("x: !!python/name:os.system y", "run.yaml", None),
         ("lr_scheduler_kwargs: {since: 2020-01-01}", "run.yaml", None),
         ("a: &a {b: *a}", "run.yaml", None),
+        *[
+            (f"lr_scheduler_kwargs: {{a: {value}}}", "run.yaml", None)
+            for value in ("!!bool foo", "!!int ''", "!!int '-'", "!!float ''", "!!timestamp foo")
+        ],
+        (
+            "".join(f"k{n}: 1\n" for n in range(5000)),
+            "run.yaml",
+            ": holds 5,000 settings, more than there are; --config takes those of one run",
+        ),
         ("[" * 5000, "run.json", ": is nested too deeply"),
         ('{"a": 1,\n "b" 2}', "run.json", " line 2: is no JSON (Expecting ':' delimiter)"),
         ('{"seed": 1, "seed": 2}', "run.json", ": seed is given twice"),

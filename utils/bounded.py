@@ -37,8 +37,11 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         raise Unbounded("is no regular file (a pipe or a device)")
     if found.st_size > most:
         raise Unbounded(f"has {found.st_size:,} bytes; at most {most:,} are read")
-    with open(path, "rb") as file:
+    # Without waiting: a file of /proc may have no end, and another may have been put in its place since.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         content = file.read(most + 1)
+    if content is None:
+        raise Unbounded("is no regular file (its content is still to come)")
     if len(content) > most:  # a file of /proc, which has no size
         raise Unbounded(f"has more than {most:,} bytes")
     return content

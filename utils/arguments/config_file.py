@@ -52,8 +52,7 @@ def read_config(path: str) -> list[Entry]:
 
 
 def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
-    if len(items) > MOST_SETTINGS:
-        raise UserError(f"{path}: holds {len(items):,} settings, more than there are; --config takes those of one run")
+    _check_count(path, len(items))
     entries: dict[str, Entry] = {}
     faults = []
     for key, value in items:
@@ -64,6 +63,11 @@ def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
     if faults:
         raise UserError(*faults)
     return list(entries.values())
+
+
+def _check_count(path: str, count: int) -> None:
+    if count > MOST_SETTINGS:
+        raise UserError(f"{path}: holds {count:,} settings, more than there are; --config takes those of one run")
 
 
 def read_entry(name: str, label: str, value: Any) -> Entry:
@@ -122,6 +126,7 @@ def _read_yaml(path: str, text: str) -> Iterator[tuple[str, Any]]:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: must be a mapping, one `name: value` per line")
+        _check_count(path, len(root.value))
         if count_parts(root, parts_of_yaml, MOST_ITEMS) > MOST_ITEMS:
             raise UserError(
                 f"{path}: its references and merge keys stand for more than {MOST_ITEMS:,} values, or itself"
@@ -154,7 +159,11 @@ def _yaml_value(loader: Any, node: Any) -> Any:
 
 
 def _nested(loader: Any, node: Any) -> Any:
-    return loader.construct_object(node, deep=True)
+    """The value of a node. Raises ValueError, or an error of YAML, for a tag whose promise the value does not keep."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except (LookupError, AttributeError, ArithmeticError) as error:  # `!!bool x`, `!!int ""`, `!!timestamp x`
+        raise ValueError(f"a value is not what its tag says: {type(error).__name__}: {error}") from None
 
 
 def _strict_loader(text: str) -> Any:
