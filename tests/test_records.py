@@ -202,6 +202,15 @@ def test_a_record_of_other_kinds_is_named_by_its_place(changes, said, run_script
     assert said in err
 
 
+@pytest.mark.parametrize("name", ["dtype", "beta"])
+def test_a_recorded_setting_is_not_null_where_its_flag_is_not(name, run_script, run, pairs_file):
+    edit(run / "run.json", settings=read_record(run)["settings"] | {name: None})
+    code, _, err = run_script("evaluate", "--model_name_or_path", run, "--dataset_name", pairs_file)
+    assert code == 2, err
+    assert f"{run / 'run.json'}: {name} is null: must be " in err
+    assert "Traceback" not in err
+
+
 def test_a_best_checkpoint_of_another_kind_is_passed_over(run_script, run, tiny_model, pairs_file):
     edit(run / "checkpoint-2" / "trainer_state.json", best_model_checkpoint={"a": 1})
     (run / "checkpoint-2" / "manifest.json").unlink()  # its maker could have written one

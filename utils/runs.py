@@ -71,8 +71,9 @@ class TrainedModel:
         Raises:
             UserError: it is none.
         """
-        value = self.record.get("settings", {}).get(name, otherwise)
-        if value is None or name not in known_flags(self.record["verb"]):
+        recorded = self.record.get("settings", {})
+        value = recorded.get(name, otherwise)
+        if name not in recorded or name not in known_flags(self.record["verb"]):
             return value
         try:
             return _recorded(self, name, value)
@@ -163,6 +164,7 @@ def as_in_run(settings: Settings, trained: TrainedModel, names: Iterable[str]) -
     """
     recorded = trained.record.get("settings", {})
     wanted = {name for name in names if name in recorded and name not in settings.given} - NAMES_CODE
+    wanted -= {name for name in wanted if recorded[name] is None and name not in known_flags(trained.record["verb"])}
     values, faults = {}, []
     for name in sorted(wanted):
         try:
@@ -180,8 +182,6 @@ def as_in_run(settings: Settings, trained: TrainedModel, names: Iterable[str]) -
 
 
 def _recorded(trained: TrainedModel, name: str, value: Any) -> Any:
-    if value is None:
-        return None
     made = read_recorded(trained.record.get("verb"), name, value)
     if name == "attn_implementation" and "/" in str(made):
         raise ValueError(
