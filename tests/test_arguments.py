@@ -214,6 +214,17 @@ def test_known_choices_of_trainer_fields_are_the_enums_of_transformers():
         ("--peft_config x", "described by --use_lora", "--fsdp_config"),
         ("--loss_type simpo", "every loss here reads a reference", "did you mean"),
         ("--model x", "did you mean --model_name_or_path?", "lists"),
+        ("--no_gradient_checkpointing", "; --gradient_checkpointing false turns it off", "did you mean"),
+        ("--disable_gradient_checkpointing", "; --gradient_checkpointing false turns it off", "did you mean"),
+        ("--no_lora", "; --use_lora false turns it off", "did you mean"),
+        ("--no_trust_remote_code", "; --trust_remote_code false turns it off", "did you mean"),
+        ("--disable_wandb", "; --use_wandb false turns it off", "did you mean"),
+        ("--no_weight_decay", "no such flag (--help lists them)", "--weight_decay?"),
+        ("--disable_drpout", "did you mean --disable_dropout?", "false"),
+        ("--enable_dropout", "no such flag (--help lists them)", "--disable_dropout"),
+        ("--mixed_precision bf16", "did you mean --dtype?", "--model_revision"),
+        ("--data_path x", "did you mean --dataset_name?", "--adapter_name_or_path"),
+        ("--sft_alpha 1", "--loss_type sigmoid sft --loss_weights 1 ALPHA", "--ld_alpha"),
     ],
 )
 def test_a_name_of_another_tool_is_explained_and_not_matched_by_spelling(flag, said, never):

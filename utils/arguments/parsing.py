@@ -31,6 +31,7 @@ DEFAULT_VERB = "train"
 # Settings that make the script run what they name: a person's words alone, never those of a record.
 NAMES_CODE = frozenset({"trust_remote_code", "dataset_adapter", "judge", "scorer", "judge_model", "config"})
 
+NEGATION = re.compile(r"(no|not|non|dont|do_not|without|disable|skip)_")
 ADDRESS_WITH_PASSWORD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
@@ -346,12 +347,28 @@ def _unknown(verb: str, name: str) -> str:
     flags = known_flags(verb)
     if hint := foreign_hint(name, flags):
         return f"no such flag{hint}"
-    near = difflib.get_close_matches(name, flags, 1)
-    if near:
-        return f"no such flag; did you mean --{near[0]}?"
+    if hint := _near_hint(name, flags):
+        return f"no such flag; {hint}"
     if verb in CONFIG_CLASSES and not trainer_fields(verb):
         return "no such flag (TRL, whose settings are flags too, is not installed: pip install trl)"
     return "no such flag (--help lists them)"
+
+
+def _near_hint(name: str, flags: dict[str, Flag]) -> str | None:
+    """The flag that is meant by its spelling; never one that means the opposite."""
+    negation = NEGATION.match(name)
+    if negation is None:
+        near = difflib.get_close_matches(name, [flag for flag in flags if not NEGATION.match(flag)], 1, cutoff=0.7)
+        return f"did you mean --{near[0]}?" if near else None
+    what = name[negation.end() :]
+    negated = {flag[match.end() :]: flag for flag in flags if (match := NEGATION.match(flag))}
+    if near := difflib.get_close_matches(what, negated, 1, cutoff=0.7):
+        return f"did you mean --{negated[near[0]]}?"
+    switches = [flag for flag in flags if "bool" in flags[flag].kind.scalars and flag not in negated.values()]
+    for near in [f"use_{what}", *difflib.get_close_matches(what, switches, 1, cutoff=0.85)]:
+        if near in switches:
+            return f"--{near} false turns it off"
+    return None
 
 
 def _stray(token: str) -> str:
