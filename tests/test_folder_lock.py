@@ -360,6 +360,12 @@ def test_a_record_with_odd_content_ends_in_no_traceback(record, tmp_path):
     assert "cannot be seen from here" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_in_a_locks_place_is_not_waited_for(kind, tmp_path):
+    os.mkfifo(tmp_path / LOCK) if kind == "pipe" else (tmp_path / LOCK).symlink_to("/dev/zero")
+    assert read_owner(tmp_path) is None
+
+
 def test_status_shows_a_run_that_loads_before_it_goes_on(run_script, tmp_path):
     RunRecord({"verb": "train", "status": "interrupted", "settings": {}, "arguments": []}).write_to(tmp_path)
     assert "interrupted" in run_script("status", tmp_path)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -182,8 +183,12 @@ def test_runs_on_other_data_are_not_ranked_together(compared, tmp_path):
 def test_where_the_page_may_not_be_written(compared, tmp_path, run_script):
     mine = tmp_path / "mine.html"
     mine.write_text("<title>mine</title>")
+    os.mkfifo(tmp_path / "pipe.html")
+    (tmp_path / "device.html").symlink_to("/dev/zero")
     for path, said in (
         (mine, "exists and is no page of this verb"),
+        (tmp_path / "pipe.html", "exists and is no page of this verb"),
+        (tmp_path / "device.html", "exists and is no page of this verb"),
         (compared / "train" / "low" / "page.html", "lies in the folder of a run"),
         (compared / "train" / "low" / "checkpoint-4" / "page.html", "lies in the folder of a run"),
         (mine / "below.html", "cannot be written"),

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.bounded import read_json
 from utils.errors import UserError
 from utils.processes import identify_process, is_alive, on_same_kernel, patience_seconds
 from utils.runtime import is_main_process, readable_seconds, say
@@ -222,8 +223,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)  # a pipe in its place would be waited for
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from utils.bounded import Unreadable, read_bytes
 from utils.errors import UserError
 from utils.paths import read_path
 from utils.runtime import say
@@ -47,9 +48,11 @@ def write_comparison(overview: Overview, path: Path) -> None:
     if not folders.isdisjoint(path.resolve().parents):
         raise UserError(f"--report {path}: lies in the folder of a run, which holds that run alone; name another place")
     try:
-        if path.exists() and TITLE not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-            raise UserError(f"--report {path}: exists and is no page of this verb; name another file")
+        if path.exists() and TITLE not in read_bytes(path).decode("utf-8", errors="replace")[:2000]:
+            raise Unreadable("is another file")
         write_text(path, make_page(overview))
+    except Unreadable:  # also a pipe, which would be waited for, and a device, which may have no end
+        raise UserError(f"--report {path}: exists and is no page of this verb; name another file") from None
     except OSError as error:
         raise UserError(f"--report {path}: cannot be written ({error.strerror})") from None
 
