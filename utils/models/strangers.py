@@ -101,6 +101,8 @@ def explain_library(error: Exception) -> str:
             "it comes with Python code of its own, which is not run; read that code, and pass --trust_remote_code if "
             "you trust it"
         )
+    if "ignore_mismatched_sizes" in text:  # the library names no tensor here
+        return "its weights are of other shapes than its config.json says (vocab_size, hidden_size and the like)"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "it asks for more memory than there is"
     if isinstance(error, RecursionError):
