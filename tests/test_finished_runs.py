@@ -128,6 +128,19 @@ def test_a_run_that_is_moved_with_its_base_is_what_it_was(run_script, place, tmp
         assert code == 0, (verb, err)
 
 
+@pytest.mark.parametrize("verb", ["merge", "chat", "evaluate", "compare"])
+def test_a_copy_of_the_base_elsewhere_serves_as_well(run_script, place, tmp_path, verb):
+    shutil.copytree(place / "base", place / "copy")
+    path = place / "lora" / "adapter_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(str(place / "base"), str(place / "copy")), "utf-8")
+    code, _, err = run_script(*uses(place / "lora", tmp_path)[verb])
+    assert code == 0, err
+    flip(place / "copy" / "model.safetensors")
+    code, _, err = run_script(*uses(place / "lora", tmp_path / "again")[verb])
+    assert code == 2
+    assert f"{place / 'copy'}, has other weights than when the run began" in err
+
+
 def test_the_record_holds_the_files_of_the_finished_model_and_what_it_began_from(made):
     for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
         record = read_record(made / name)

@@ -367,7 +367,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line(moved, tied_model, runs, run
     assert "name pairs to check on with --dataset_name" in err
     edit(moved / "run.json", settings=record["settings"], status="interrupted")
     assert "a run that did not finish (interrupted)" in refused(moved)
-    edit(moved / "run.json", status="finished", start=record["start"] | {"base": str(tmp_path)})
+    edit(moved / "run.json", status="finished", start=record["start"] | {"base": str(tmp_path)}, identity={})
     assert "but its run trained it on" in refused(moved)
     edit(moved / "run.json", start=record["start"])
     edit(moved / "adapter_config.json", base_model_name_or_path=str(tmp_path / "nowhere"))

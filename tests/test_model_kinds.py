@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import peft
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import read_record, save_tiny_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -151,6 +152,8 @@ def test_methods_that_cannot_be_written_out_are_named(run_script, tiny_model, pa
     [
         ({"pad_token_id": 10**9}, "pad_token_id is 1000000000: must be a token of the vocabulary"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1: must be at least 1"),
+        ({"torch_dtype": "evil"}, 'torch_dtype is "evil": must be a type of PyTorch'),
+        ({"use_cache": "maybe"}, "its config"),
         ({"hidden_size": 0}, "hidden_size is 0: must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: must be at least 1"),
     ],
@@ -162,7 +165,32 @@ def test_a_config_that_makes_no_model_is_one_message(run_script, tiny_model, pai
     code, _, err = run_script(*verb, "--model_name_or_path", model, "--dataset_name", pairs_file, *folder)
     assert code == 2, err
     assert said in err
+    assert "its tokenizer" not in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 10}, {"num_key_value_heads": 1}], ids=["rows", "heads"])
+def test_weights_of_another_shape_than_the_config_says_are_named(run_script, tiny_model, pairs_file, tmp_path, changes):
+    model = with_config(tiny_model, tmp_path / "model", **changes)
+    code, _, err = run_script(*names(model, pairs_file, tmp_path / "run"))
+    assert code == 2
+    assert re.search(r"weight is \[\d+, 32\] in its files and \[\d+, 32\] by its config.json \(and \d more", err)
+
+
+def test_a_model_that_reads_no_plain_texts_is_named_by_its_kind(run_script, pairs_file, tmp_path):
+    def make(size):
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = transformers.LlamaConfig(vocab_size=size, **SIZES)
+        tower = transformers.CLIPVisionConfig(image_size=28, patch_size=14, **vision)
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=tower, text_config=text)
+        )
+
+    model = save(tmp_path / "llava", make)
+    for verb, rest in (("train", ["--dataset_name", pairs_file, "--output_dir", tmp_path / "run"]), ("plan", [])):
+        code, _, err = run_script(verb, "--model_name_or_path", model, *rest)
+        assert code == 2
+        assert "Llava is no causal language model that transformers can load for texts" in err
 
 
 @pytest.mark.parametrize("changes", [{"output_attentions": True}, {"return_dict": False}], ids=["attentions", "tuple"])
@@ -222,6 +250,31 @@ def test_adapters_that_do_not_fit_are_explained(run_script, adapter, tiny_model,
     )
     assert code == 2
     assert f"was trained with {size + 2} tokens, its base {tiny_model} has {size}" in err
+
+
+@pytest.mark.parametrize("verb", ["train", "merge", "chat"])
+@pytest.mark.parametrize("damage", ["lost", "empty", "renamed", "deeper"])
+def test_an_adapter_that_does_not_fill_its_places_is_refused(run_script, adapter, pairs_file, tmp_path, verb, damage):
+    change = {
+        "lost": lambda name: None if "layers.1." in name else name,
+        "empty": lambda name: None,
+        "renamed": lambda name: name.replace("q_proj", "z_proj"),
+        "deeper": lambda name: name.replace("layers.1.", "layers.7."),
+    }[damage]
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    weights = {change(name): value for name, value in load_file(file).items() if change(name)}
+    save_file(weights, file, {"format": "pt"})
+    rest = {
+        "train": ["--dataset_name", pairs_file, "--output_dir", tmp_path / "run"],
+        "merge": ["--skip_verification", "--output_dir", tmp_path / "run"],
+        "chat": ["--prompt", "On day one", "--max_new_tokens", "2"],
+    }[verb]
+    code, _, err = run_script(verb, "--model_name_or_path", folder, *rest)
+    assert code == 2
+    assert f"the adapter {folder} lacks model.layers.{0 if damage in ('empty', 'renamed') else 1}." in err
+    assert (f"the adapter {folder} holds model.layers." in err) == (damage in ("renamed", "deeper"))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_an_adapter_that_trains_biases_is_named(run_script, adapter, pairs_file, tmp_path):

@@ -76,7 +76,7 @@ def test_any_other_model_has_no_record(tiny_model):
     [
         ({"status": "interrupted"}, "did not finish (interrupted); name its newest checkpoint, "),
         ({"settings": None}, "run.json is no record of a run"),
-        ({"start": {"base": "/tmp", "adapter": None}}, "but its run trained it on /tmp"),
+        ({"start": {"base": "/tmp", "adapter": None}, "identity": {}}, "but its run trained it on /tmp"),
         ({"settings": {"use_lora": False}}, "the files of two runs are mixed"),
     ],
 )

@@ -147,7 +147,8 @@ def _check_record(flag: str, trained: TrainedModel) -> None:
             f"{flag} {source.name}: {kinds[not adapts]}, but its {RECORD} is of a run that trained {kinds[adapts]}; "
             "the files of two runs are mixed"
         )
-    if adapts and source.base != start["base"] and Path(start["base"]).is_dir():
+    # Where the record holds hashes of the base, those tell; a copy of it elsewhere has the same.
+    if adapts and not read_identities(trained.record) and source.base != start["base"] and Path(start["base"]).is_dir():
         raise UserError(
             f"{flag} {source.name}: an adapter for {source.base}, but its run trained it on {start['base']}; "
             "mend base_model_name_or_path in its adapter_config.json"

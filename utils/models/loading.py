@@ -62,6 +62,7 @@ class Reference:
 
 def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where it has no padding token the end-of-text token serves (it is masked)."""
+    read_config(source, settings)  # which the tokenizer's class reads, too: its faults are not the tokenizer's
     tokenizer = translating(
         f"--model_name_or_path {source.tokenizer}: its tokenizer cannot be loaded",
         lambda: _tried(
@@ -86,13 +87,21 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def context_length(source: ModelSource, settings: ModelSettings) -> int | None:
     """The most tokens the model can read, from its config; None when the config does not limit it."""
-    config = translating(
-        f"--model_name_or_path {source.base}: its config cannot be used",
+    return longest_context(read_config(source, settings).get_text_config())
+
+
+def read_config(source: ModelSource, settings: ModelSettings) -> PretrainedConfig:
+    """The config of a base.
+
+    Raises:
+        UserError: transformers makes nothing of it.
+    """
+    return translating(
+        f"--model_name_or_path {source.base}: its config.json cannot be used",
         lambda: AutoConfig.from_pretrained(
             source.base, revision=source.revision, trust_remote_code=settings.trust_remote_code
         ),
-    ).get_text_config()
-    return longest_context(config)
+    )
 
 
 def longest_context(config: PretrainedConfig) -> int | None:
@@ -392,6 +401,7 @@ def _load_base(
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "revision": source.revision, "use_safetensors": True}
     options["trust_remote_code"] = settings.trust_remote_code
+    options["ignore_mismatched_sizes"] = True  # they are reported, and refused below with their names
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
     stored = source.stored()
@@ -405,7 +415,15 @@ def _load_base(
         lambda: AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options),
     )
     # transformers would fill these with random numbers, another time with others.
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    odd = sorted(report["mismatched_keys"])
+    if odd:
+        name, found, wanted = odd[0]
+        more = f" (and {len(odd) - 1} more of another shape)" if len(odd) > 1 else ""
+        raise UserError(
+            f"{flag} {source.base}: {name} is {list(found)} in its files and {list(wanted)} by its config.json{more}; "
+            "the two do not belong together, copy the folder anew"
+        )
+    absent = sorted(report["missing_keys"])
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UserError(
@@ -477,15 +495,39 @@ def put_adapter(
     _check_token_rows(model, source)
 
     def put() -> PeftModel:
+        adapted, revision = model, source.adapter_revision
         if not isinstance(model, PeftModel):
-            revision = source.adapter_revision
-            return PeftModel.from_pretrained(model, source.adapter, name, revision=revision, **options)
-        model.load_adapter(source.adapter, name, revision=source.adapter_revision, **options)
-        return model
+            adapted = PeftModel.from_pretrained(model, source.adapter, name, revision=revision, **options)
+        # Reads the weights a second time after from_pretrained, which does not return what was missing.
+        _check_adapter_complete(adapted.load_adapter(source.adapter, name, revision=revision, **options), source)
+        return adapted
 
     adapted = translating(f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}", put)
     keep_dora_norms(adapted)
     return adapted
+
+
+def _check_adapter_complete(report: Any, source: ModelSource) -> None:
+    """Refuses an adapter whose file and adapter_config.json do not belong together, or not to this base.
+
+    Raises:
+        UserError: PEFT left weights as a new adapter has them, or had no place for weights of the file.
+    """
+    shared = ("vblora_vector_bank", "prompt_encoder")  # held once for all layers, or not saved
+    lacking = [key for key in report.missing_keys if not any(name in key for name in shared)]
+    unplaced = [key for key in report.unexpected_keys if "lora_" in key]
+    faults = [
+        f"the adapter {source.adapter} {what} {', '.join(key.removeprefix('base_model.model.') for key in keys[:3])}"
+        f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}; copy its folder anew, and see that its base "
+        f"is the model it was trained on (here {source.base})"
+        for keys, what, why in (
+            (lacking, "lacks", "its adapter_config.json puts weights there"),
+            (unplaced, "holds", "its base and adapter_config.json have no place for them"),
+        )
+        if keys
+    ]
+    if faults:
+        raise UserError(*faults)
 
 
 def _check_token_rows(model: torch.nn.Module, source: ModelSource) -> None:

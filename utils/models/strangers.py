@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from utils.errors import UserError
 from utils.models.hub_files import read_json_file
 from utils.saving import PICKLE_ENDINGS
@@ -103,6 +105,14 @@ def explain_library(error: Exception) -> str:
         )
     if "ignore_mismatched_sizes" in text:  # the library names no tensor here
         return "its weights are of other shapes than its config.json says (vocab_size, hidden_size and the like)"
+    kind = re.match(
+        r"Unrecognized configuration class <class '(?:.*\.)?(\w+?)(?:Config)?'>.*AutoModelForCausalLM", text
+    )
+    if kind:
+        return (
+            f"{kind[1]} is no causal language model that transformers can load for texts (models of images, sounds or "
+            "encoders are not); name a causal language model, such as the text part of it saved by itself"
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "it asks for more memory than there is"
     if isinstance(error, RecursionError):
@@ -153,6 +163,9 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
                 f"config.json: {key} is {json.dumps(value)[:80]}, a file to be read in place of model.safetensors, "
                 "which may be a pickle; remove the line"
             )
+        if key in ("torch_dtype", "dtype") and isinstance(value, str) and not _is_dtype(value):
+            said = json.dumps(value)[:40]
+            yield f"config.json: {key} is {said}: must be a type of PyTorch such as bfloat16; mend the line"
         if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
             yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
         if key in (*LAYER_COUNTS, *SIZES) and isinstance(value, int | float) and value < 1:
@@ -194,6 +207,10 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             waiting += item.values()
         elif isinstance(item, list):
             waiting += item
+
+
+def _is_dtype(name: str) -> bool:
+    return name == "auto" or isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
 
 
 def _is_token_id(value: Any) -> bool:
