@@ -177,6 +177,16 @@ def test_weights_of_another_shape_than_the_config_says_are_named(run_script, tin
     assert re.search(r"weight is \[\d+, 32\] in its files and \[\d+, 32\] by its config.json \(and \d more", err)
 
 
+@pytest.mark.parametrize("adapted", [[], ["--use_lora"]], ids=["full", "lora"])
+def test_layers_that_a_config_leaves_out_are_named(run_script, tiny_model, pairs_file, tmp_path, adapted):
+    model = with_config(tiny_model, tmp_path / "model", num_hidden_layers=1)
+    code, out, err = run_script(*names(model, pairs_file, tmp_path / "run"), "--max_steps", "1", *adapted)
+    assert code == 0, err
+    (warning,) = read_record(tmp_path / "run")["warnings"]
+    assert f"9 weights in the files of {model} have no place in the model of its config.json" in warning
+    assert warning in out
+
+
 def test_a_model_that_reads_no_plain_texts_is_named_by_its_kind(run_script, pairs_file, tmp_path):
     def make(size):
         vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -430,6 +430,7 @@ def _load_base(
             f"{flag} {source.base}: its weights lack {', '.join(absent[:3])}{more} of a {type(model).__name__}; "
             "name a folder with the whole causal language model"
         )
+    model.left_out = sorted(report["unexpected_keys"])  # for whoever describes it
     keep_quantized_weights(model)
     if dtype == torch.float32 and begin_on_steps(model, precision.dtype):
         model.rounded_to = precision.name  # for whoever describes it

@@ -122,6 +122,12 @@ def _warnings(
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
         yield "FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only"
+    left_out = getattr(trainer.model, "left_out", None)
+    if left_out:
+        yield (
+            f"{len(left_out)} weights in the files of {source.base} have no place in the model of its config.json "
+            f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''}): they are neither used nor saved"
+        )
     rounded_to = getattr(trainer.model, "rounded_to", None)
     if rounded_to is not None:
         yield (
