@@ -122,6 +122,15 @@ def test_what_may_be_meant_is_said_and_used(run_script, place, tmp_path):
     assert "its config.json says other things than when the run began" in out + err
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "added_tokens.json"])
+def test_a_file_that_was_put_beside_a_finished_model_is_said(run_script, place, tmp_path, file):
+    (place / "lora" / file).write_text("{}", encoding="utf-8")
+    for verb, call in uses(place / "lora", tmp_path).items():
+        code, out, err = run_script(*call)
+        assert code == 0, (verb, err)
+        assert f"note: lora: {file} was not saved by its run, and is read" in out + err
+
+
 def test_a_run_that_is_moved_with_its_base_is_what_it_was(run_script, place, tmp_path):
     for verb, call in uses(place / "lora", tmp_path).items():
         code, _, err = run_script(*call)

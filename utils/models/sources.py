@@ -33,6 +33,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 # Files of a finished model that must be as the run saved them. Of others a change may be meant, and is said.
 MUST_BE_SAVED = re.compile(r".*\.safetensors(\.index\.json)?|tokenizer\.(json|model)|vocab\.json|merges\.txt")
+# Files that change how a model reads or answers when they are put beside it.
+ADDED = ("chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ def _check_saved(flag: str, folder: Path) -> None:
         )
     for fault in changed.values():
         say(f"note: {folder.name}: {fault}")
+    for name in ADDED if saved else ():
+        if name not in saved and (folder / name).is_file():
+            say(f"note: {folder.name}: {name} was not saved by its run, and is read")
 
 
 def _record_of(run: Path) -> Mapping[str, Any]:
