@@ -239,6 +239,7 @@ def test_a_run_in_another_container_is_seen_by_its_lock_and_taken_over_when_it_w
         assert "process 1 on" in refusal(tmp_path)
         assert read_owner(tmp_path) == lock
         process.kill()
+        process.wait()  # with which the namespace ends, before its stdin does and lets it go in good order
     assert (tmp_path / LOCK).is_file()
     for _ in range(200):  # the namespace ends a moment after the process that made it
         if read_owner(tmp_path) is None:
