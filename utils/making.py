@@ -31,6 +31,7 @@ from utils.inspection.cleaning import write_pairs
 from utils.inspection.prompts import read_prompts
 from utils.interruptions import stop_if_asked
 from utils.judging import EndpointJudge, JudgeLimits
+from utils.manifests import hash_file
 from utils.models.loading import context_length, load_policy, load_tokenizer
 from utils.models.sources import ModelSource, find_policy, read_end_ids
 from utils.models.templates import TEMPLATE_DATE, set_chat_template, template_date
@@ -43,7 +44,7 @@ from utils.settings import Settings
 PROMPTS_PER_BATCH = 8
 SAID_EVERY = 10  # batches
 SAMPLED_BY = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-BLOCK_BYTES = 2**20
+FIRST_LINE_BYTES = 2**20
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
 
 
@@ -143,7 +144,7 @@ def _moment_of(samples: Path) -> datetime | None:
     """What a template that writes the date was told for the samples that are there; None without any."""
     try:
         with open(samples, "rb") as file:
-            return datetime.fromisoformat(json.loads(file.readline(BLOCK_BYTES))["run"][TEMPLATE_DATE])
+            return datetime.fromisoformat(json.loads(file.readline(FIRST_LINE_BYTES))["run"][TEMPLATE_DATE])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # whether the file can be gone on with is looked at when it is read
 
@@ -160,10 +161,7 @@ def _hash_files(flag: str, name: str | None) -> str | None:
     digest = hashlib.sha256()
     try:
         for file in sorted(filter(_is_of_model, path.iterdir())) if path.is_dir() else [path]:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with open(file, "rb") as content:
-                while block := content.read(BLOCK_BYTES):
-                    digest.update(block)
+            digest.update(f"{file.name}\0{hash_file(file)}\0".encode())
     except OSError as error:
         raise UserError(f"{flag} {name}: {error.filename or name} cannot be read ({error.strerror})") from None
     return digest.hexdigest()

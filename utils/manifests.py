@@ -66,7 +66,7 @@ def describe_files(folder: Path) -> dict[str, tuple[int, str]]:
     """The files at the top of a folder, hidden ones left out: their sizes in bytes and SHA-256, by name."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     sizes = [path.stat().st_size for path in paths]
-    hashes = _map(_hash_file, paths, sum(sizes))
+    hashes = _map(hash_file, paths, sum(sizes))
     return {path.name: found for path, *found in zip(paths, sizes, hashes, strict=True)}
 
 
@@ -104,7 +104,7 @@ def _find_fault(path: Path, name: str, size: int, sha256: str, reads: bool) -> s
             return f"{name} has {found:,} bytes instead of {size:,}"
         if not path.is_file():
             return f"{name} is no file"
-        if reads and _hash_file(path) != sha256:
+        if reads and hash_file(path) != sha256:
             return f"{name} has other content than was saved (its SHA-256 differs)"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -116,7 +116,7 @@ def _find_fault(path: Path, name: str, size: int, sha256: str, reads: bool) -> s
 def _flush_and_describe(path: Path) -> dict[str, int | str]:
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def forget_cached(folder: Path) -> None:
@@ -129,7 +129,8 @@ def forget_cached(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 1.5 GB a second or so. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

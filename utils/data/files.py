@@ -25,7 +25,7 @@ from datasets.features.features import register_feature
 from datasets.io.generator import GeneratorDatasetInputStream
 
 from utils.data.places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, list_places
-from utils.data.row_cache import hash_code, hash_file, keep_rows, make_key
+from utils.data.row_cache import hash_code, keep_rows, make_key
 from utils.data.scanning import (
     Scan,
     check_start,
@@ -43,6 +43,7 @@ from utils.data.scanning import (
     whole_rows,
 )
 from utils.errors import UserError, in_one_line
+from utils.manifests import hash_file
 
 KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20

@@ -29,11 +29,11 @@ from datasets.fingerprint import Hasher
 from datasets.table import MemoryMappedTable, concat_tables
 
 from utils.errors import UserError
+from utils.manifests import hash_file
 from utils.runtime import say
 from utils.saving import flush_folder, write_text
 
 LIST = "entry.json"
-BLOCK_BYTES = 1 << 22
 STALE_SECONDS = 7 * 24 * 3600  # an unfinished entry of this age was left by a process that was killed
 LIBRARIES = (datasets.__version__, datasets.config.PYARROW_VERSION.release)
 
@@ -43,15 +43,6 @@ _said: set[str] = set()
 def cache_folder() -> Path:
     """Where entries are kept: within the cache of `datasets`, which HF_DATASETS_CACHE and HF_HOME move."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "checked_rows"
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, 1.5 GB a second or so. Raises OSError where it cannot be read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def make_key(*parts: Any) -> str:
