@@ -18,7 +18,8 @@ def test_runs_that_are_killed_end_as_undisturbed_ones(tmp_path):
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "torture.json").read_text())
-    assert len(result["stops"]) == 3
+    # A kill that comes as the run ends is noted as well, but it is not one of the three that were asked for.
+    assert len([stop for stop in result["stops"] if stop["doing"] != "it had ended"]) == 3
     assert result["failures"] == []
     assert "every run ended as the undisturbed one did" in done.stdout
 
