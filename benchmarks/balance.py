@@ -35,7 +35,7 @@ def read_lengths(arguments: argparse.Namespace) -> dict[str, list[int]]:
 
     from utils.data.loading import load_pairs
     from utils.data.tokenizing import PAIR_COLUMNS, PromptEncoder, tokenize_rows
-    from utils.settings import DataSettings
+    from utils.settings.training import DataSettings
 
     wishes = DataSettings(dataset_name=arguments.dataset_name, validation_split="none", on_bad_rows="skip")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)

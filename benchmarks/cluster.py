@@ -273,7 +273,7 @@ def count_model(name: str, training: str) -> Model:
     from utils.planning.paper_model import Way
     from utils.planning.walk import ACTIVATIONS, GRADIENTS, LOGITS, attention_flops
     from utils.runtime import quiet_libraries, quiet_loaded_libraries
-    from utils.settings import LoraSettings
+    from utils.settings.training import LoraSettings
 
     quiet_libraries()
     quiet_loaded_libraries()

@@ -100,7 +100,7 @@ def damage_files(torture: Torture, short: bool) -> None:
 
 def _find(checkpoint: Path, name: str) -> list[str]:
     """Whether the damage to a file is found, and named."""
-    from utils.checkpoints import find_fault
+    from utils.run.checkpoints import find_fault
 
     found = find_fault(checkpoint)
     named = found is not None and (name in found or name == "manifest.json")  # which may tell of another file wrongly

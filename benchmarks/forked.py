@@ -31,7 +31,7 @@ def import_everything() -> None:
     import datasets  # noqa: F401
     import torch
 
-    import utils.making
+    import utils.responses.making
     import utils.training.finishing
     import utils.training.preparation
     import utils.training.running  # noqa: F401

@@ -162,8 +162,8 @@ def write_pairs(folder: Path, prompts: int) -> int:
     import scorer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.generation import sample_continuations
-    from utils.use_settings import SamplingSettings
+    from utils.responses.generation import sample_continuations
+    from utils.settings.verbs import SamplingSettings
 
     sampling = SamplingSettings(max_new_tokens=LONGEST_CONTINUATION_TOKENS)
     draw = random.Random(SEED)
@@ -207,8 +207,8 @@ class Judge:
         import scorer
         from transformers import AutoModelForCausalLM
 
-        from utils.generation import kl_estimate, sample_continuations
-        from utils.use_settings import SamplingSettings
+        from utils.responses.generation import kl_estimate, sample_continuations
+        from utils.settings.verbs import SamplingSettings
 
         model = AutoModelForCausalLM.from_pretrained(folder)
         sampling = SamplingSettings(max_new_tokens=LONGEST_CONTINUATION_TOKENS)

@@ -3,7 +3,7 @@
     python benchmarks/head.py
 
 Takes them in turn and prints the quickest of each: the logits of a token side by side, as a linear layer makes them,
-and the logits of a word side by side, as `utils/models/head.py` does in float32.
+and the logits of a word side by side, as `utils/engine/head.py` does in float32.
 """
 
 from __future__ import annotations

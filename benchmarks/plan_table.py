@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 from utils.planning.estimate import Estimate, estimate  # noqa: E402
 from utils.planning.hardware import GIB, Device, find_device_by_name  # noqa: E402
 from utils.planning.paper_model import Way  # noqa: E402
-from utils.settings import LoraSettings  # noqa: E402
+from utils.settings.training import LoraSettings  # noqa: E402
 
 SHAPES = json.loads((HERE / "shapes.json").read_text(encoding="utf-8"))
 MACHINES = {

@@ -15,12 +15,12 @@ from test_engine import build, gradients, one_by_one, packed, padded, random_pai
 from test_flex import rows_of_many_sizes
 from torch._dynamo.utils import counters
 
-from utils.models.compiled import CompiledLayers
-from utils.models.head import MARK, LogitShape
-from utils.models.last_layer import leave_out_prompts
-from utils.models.proving import Trial, find_fault_of_compiled, find_gradient_mismatch, find_mismatch
-from utils.models.scoring import output_head, score_tokens
-from utils.models.shared_prefix import shared_prefix_active
+from utils.engine.compiled import CompiledLayers
+from utils.engine.head import MARK, LogitShape
+from utils.engine.last_layer import leave_out_prompts
+from utils.engine.proving import Trial, find_fault_of_compiled, find_gradient_mismatch, find_mismatch
+from utils.engine.scoring import output_head, score_tokens
+from utils.engine.shared_prefix import shared_prefix_active
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -14,7 +14,7 @@ from conftest import ROOT, read_record
 
 from utils.arguments import parse_arguments
 from utils.data.loading import load_pairs
-from utils.data_settings import DATASET_FORMATS, DataSettings
+from utils.settings.data import DATASET_FORMATS, DataSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
-from utils.paths import read_path
+from .errors import UserError
+from .run.paths import read_path
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -69,8 +69,8 @@ def show_comparison(record: dict) -> None:
     from scorer import is_positive
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.generation import kl_estimate, sample_continuations
-    from utils.use_settings import SamplingSettings
+    from utils.responses.generation import kl_estimate, sample_continuations
+    from utils.settings.verbs import SamplingSettings
 
     tokenizer = AutoTokenizer.from_pretrained(OUTPUT)
     base = AutoModelForCausalLM.from_pretrained(BUNDLED / "model")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from utils.settings import Settings
+from ..settings.training import Settings
 
 
 @dataclass(frozen=True)

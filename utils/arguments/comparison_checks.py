@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from utils.arguments.candidate import Candidate, Check
-from utils.arguments.data_checks import holds_more_than_an_address
+from .candidate import Candidate, Check
+from .data_checks import holds_more_than_an_address
 
 
 def required_model(candidate: Candidate) -> Iterator[str]:

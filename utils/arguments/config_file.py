@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from utils.arguments.flag_values import as_text
-from utils.bounded import Unreadable, count_parts, parts_of_yaml, read_bytes
-from utils.errors import UserError, in_one_line
-from utils.paths import read_path
+from ..errors import UserError, in_one_line
+from ..run.bounded import Unreadable, count_parts, parts_of_yaml, read_bytes
+from ..run.paths import read_path
+from .flag_values import as_text
 
 MOST_ITEMS = 100_000  # of one setting
 MOST_BYTES = 2**20

@@ -9,18 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from utils.allowed_changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS
-from utils.arguments.candidate import Candidate, Check
-from utils.arguments.comparison_checks import COMPARISON_CHECKS
-from utils.arguments.data_checks import DATA_CHECKS
-from utils.arguments.evaluation_checks import EVALUATION_CHECKS
-from utils.arguments.flag_values import is_number
-from utils.arguments.plan_checks import PLAN_CHECKS
-from utils.arguments.status_checks import INIT_CHECKS, STATUS_CHECKS
-from utils.arguments.use_checks import CHAT_CHECKS, MERGE_CHECKS
-from utils.errors import UserError
-from utils.flags import acts_as
-from utils.settings import Settings
+from ..errors import UserError
+from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS
+from ..settings.flags import acts_as
+from ..settings.training import Settings
+from .candidate import Candidate, Check
+from .comparison_checks import COMPARISON_CHECKS
+from .data_checks import DATA_CHECKS
+from .evaluation_checks import EVALUATION_CHECKS
+from .flag_values import is_number
+from .plan_checks import PLAN_CHECKS
+from .status_checks import INIT_CHECKS, STATUS_CHECKS
+from .use_checks import CHAT_CHECKS, MERGE_CHECKS
 
 TRACKERS = (
     "wandb",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterator
 
-from utils.arguments.candidate import Candidate, Check
+from .candidate import Candidate, Check
 
 SAMPLING_NAMES = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 

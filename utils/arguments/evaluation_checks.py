@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from utils.arguments.candidate import Candidate, Check
-from utils.use_settings import READ_WITH
+from ..settings.verbs import READ_WITH
+from .candidate import Candidate, Check
 
 
 def required_model(candidate: Candidate) -> Iterator[str]:

@@ -7,10 +7,10 @@ import dataclasses
 import shutil
 from typing import Any
 
-from utils.arguments.flag_values import ValueType, annotated_type, as_texts
-from utils.arguments.trainer_fields import CONFIG_CLASSES
-from utils.flags import ALL_VERBS, takes
-from utils.settings import STAGES
+from ..settings.flags import ALL_VERBS, takes
+from ..settings.training import STAGES
+from .flag_values import ValueType, annotated_type, as_texts
+from .trainer_fields import CONFIG_CLASSES
 
 VERB_HELP = {
     "train": "tune a model on preference pairs with DPO (what happens without a verb)",

@@ -15,17 +15,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from utils.arguments.candidate import Candidate
-from utils.arguments.config_file import Entry, read_config, read_entry
-from utils.arguments.cross_checks import cross_faults
-from utils.arguments.flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
-from utils.arguments.foreign_names import OTHER_LOSSES, foreign_hint
-from utils.arguments.help_text import help_text
-from utils.arguments.trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
-from utils.errors import UserError
-from utils.flags import ALL_VERBS, PLANNED, POSITIONAL, Bound, acts_as, takes
-from utils.runtime import HALF_CHARACTER, is_main_process, make_visible
-from utils.settings import STAGES, Settings
+from ..errors import UserError
+from ..runtime import HALF_CHARACTER, is_main_process, make_visible
+from ..settings.flags import ALL_VERBS, PLANNED, POSITIONAL, Bound, acts_as, takes
+from ..settings.training import STAGES, Settings
+from .candidate import Candidate
+from .config_file import Entry, read_config, read_entry
+from .cross_checks import cross_faults
+from .flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
+from .foreign_names import OTHER_LOSSES, foreign_hint
+from .help_text import help_text
+from .trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
 
 DEFAULT_VERB = "train"
 # Settings that make the script run what they name: a person's words alone, never those of a record.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from utils.arguments.candidate import Candidate, Check
+from .candidate import Candidate, Check
 
 
 def planned_model(candidate: Candidate) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterator
 
-from utils.arguments.candidate import Candidate, Check
-from utils.use_settings import SITUATIONS
+from ..settings.verbs import SITUATIONS
+from .candidate import Candidate, Check
 
 
 def comparison_page(candidate: Candidate) -> Iterator[str]:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.arguments.flag_values import ValueType, annotated_type
-from utils.flags import acts_as
+from ..settings.flags import acts_as
+from .flag_values import ValueType, annotated_type
 
 CONFIG_CLASSES = {"train": "DPOConfig", "sft": "SFTConfig", "plan": "DPOConfig", "plan sft": "SFTConfig"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from utils.arguments.candidate import Candidate, Check
+from .candidate import Candidate, Check
 
 
 def required_merge(candidate: Candidate) -> Iterator[str]:

@@ -12,15 +12,15 @@ from typing import Any, TextIO
 
 import torch
 
-from utils.chatting.models import Speaker, load_speakers
-from utils.chatting.terminal import Answer, let_lines_be_edited, read_stdin
-from utils.console import lost_output
-from utils.errors import Interrupted, UserError
-from utils.interruptions import heeded_signals
-from utils.paths import read_path
-from utils.runtime import make_visible
-from utils.saving import write_json
-from utils.settings import Settings
+from ..console import lost_output
+from ..errors import Interrupted, UserError
+from ..interruptions import heeded_signals
+from ..run.files import write_json
+from ..run.paths import read_path
+from ..runtime import make_visible
+from ..settings.training import Settings
+from .models import Speaker, load_speakers
+from .terminal import Answer, let_lines_be_edited, read_stdin
 
 HELP = """\
 /help          this

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from utils.data.tokenizing import PromptEncoder, Turns
-from utils.errors import UserError
+from ..data.tokenizing import PromptEncoder, Turns
+from ..errors import UserError
 
 SHARE_FOR_ANSWERS = 4  # of the context, one part in so many is kept free for an answer
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.chatting.dialogue import Dialogue, Shown
-from utils.data.tokenizing import PromptEncoder
-from utils.errors import UserError, gather
-from utils.generation import Continuation, stream_continuation
-from utils.models.loading import check_4bit, check_embeddings, context_length, load_tokenizer
-from utils.models.side_by_side import Contender, Wanted, load_side_by_side
-from utils.models.sources import read_end_ids
-from utils.models.templates import recorded_moment, set_chat_template
-from utils.runs import TrainedModel, as_in_run, find_trained
-from utils.runtime import Precision, choose_precision, device_name, find_device, say
-from utils.settings import Settings
-from utils.use_settings import SamplingSettings
+from ..data.tokenizing import PromptEncoder
+from ..errors import UserError, gather
+from ..models.loading import check_4bit, check_embeddings, context_length, load_tokenizer
+from ..models.side_by_side import Contender, Wanted, load_side_by_side
+from ..models.sources import read_end_ids
+from ..models.templates import recorded_moment, set_chat_template
+from ..models.trained import TrainedModel, as_in_run, find_trained
+from ..responses.generation import Continuation, stream_continuation
+from ..runtime import Precision, choose_precision, device_name, find_device, say
+from ..settings.training import Settings
+from ..settings.verbs import SamplingSettings
+from .dialogue import Dialogue, Shown
 
 FLAG, OTHER = "--model_name_or_path", "--compare_with"
 REFERENCE = "reference"

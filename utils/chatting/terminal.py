@@ -6,8 +6,8 @@ import contextlib
 import sys
 from typing import TextIO
 
-from utils.errors import UserError
-from utils.runtime import make_visible
+from ..errors import UserError
+from ..runtime import make_visible
 
 HALF_A_CHARACTER = "\ufffd"
 

@@ -11,13 +11,24 @@ from typing import Any
 
 import torch
 
-from utils.comparing.folder import PAGE, RECORD, ROWS, find_folder
-from utils.comparing.judges import Judge, Judgement, ask, by_scores, choose_judges, find_reference
-from utils.comparing.measures import count_outcomes, describe_responses
-from utils.comparing.page import make_page
-from utils.comparing.questions import Questions, read_questions
-from utils.comparing.rewards import encode_responses, implicit_rewards
-from utils.comparing.sides import (
+from ..errors import UserError, gather
+from ..interruptions import stop_if_asked
+from ..models.side_by_side import Contender, load_side_by_side
+from ..models.trained import as_in_run
+from ..responses.generation import Continuation
+from ..responses.scorers import Prompt
+from ..run.files import COMPARISON_FILES, now, write_results
+from ..run.folder import named_as_given
+from ..run.processes import count_processes
+from ..runtime import Precision, choose_precision, device_name, find_device, read_versions, say
+from ..settings.training import Settings
+from .folder import PAGE, RECORD, ROWS, find_folder
+from .judges import Judge, Judgement, ask, by_scores, choose_judges, find_reference
+from .measures import count_outcomes, describe_responses
+from .page import make_page
+from .questions import Questions, read_questions
+from .rewards import encode_responses, implicit_rewards
+from .sides import (
     Reader,
     Side,
     bound_new_tokens,
@@ -26,18 +37,7 @@ from utils.comparing.sides import (
     read_readers,
     write_responses,
 )
-from utils.comparing.summary import OWN_REWARD, summarize
-from utils.errors import UserError, gather
-from utils.generation import Continuation
-from utils.interruptions import stop_if_asked
-from utils.models.side_by_side import Contender, load_side_by_side
-from utils.output_folder import named_as_given
-from utils.processes import count_processes
-from utils.runs import as_in_run
-from utils.runtime import Precision, choose_precision, device_name, find_device, read_versions, say
-from utils.saving import COMPARISON_FILES, now, write_results
-from utils.scorers import Prompt
-from utils.settings import Settings
+from .summary import OWN_REWARD, summarize
 
 FROM_THE_RUN = ("dtype", "attn_implementation", "bnb_4bit_quant_type")
 Sides = tuple[Side, Side]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.ballots import read_ballots
-from utils.comparing.judges import VOTE
-from utils.comparing.sides import Side
-from utils.errors import UserError
-from utils.folder_lock import check_not_held
-from utils.output_folder import check_writable, named_as_given
-from utils.paths import read_path
-from utils.saving import COMPARISON_FILES, is_result
-from utils.settings import Settings
+from ..errors import UserError
+from ..responses.ballots import read_ballots
+from ..run.files import COMPARISON_FILES, is_result
+from ..run.folder import check_writable, named_as_given
+from ..run.lock import check_not_held
+from ..run.paths import read_path
+from ..settings.training import Settings
+from .judges import VOTE
+from .sides import Side
 
 RECORD, ROWS, PAGE = COMPARISON_FILES
 FOLDER = "comparison"

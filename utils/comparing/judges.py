@@ -9,16 +9,16 @@ from typing import Any
 
 import datasets
 
-from utils.ballots import Match
-from utils.comparing.sides import Side
-from utils.comparing.summary import OWN_REWARD
-from utils.errors import UserError, gather
-from utils.judging import EndpointJudge, JudgeLimits, Verdicts
-from utils.models.side_by_side import Wanted
-from utils.runtime import say
-from utils.scorers import FUNCTION, Prompt, Scorer, are_equal, check_reward_model, load_reward_model, load_scorer
-from utils.settings import Settings
-from utils.voting import check_port, collect_votes
+from ..errors import UserError, gather
+from ..models.side_by_side import Wanted
+from ..responses.ballots import Match
+from ..responses.judging import EndpointJudge, JudgeLimits, Verdicts
+from ..responses.scorers import FUNCTION, Prompt, Scorer, are_equal, check_reward_model, load_reward_model, load_scorer
+from ..responses.voting import check_port, collect_votes
+from ..runtime import say
+from ..settings.training import Settings
+from .sides import Side
+from .summary import OWN_REWARD
 
 VOTE = "vote"
 FLAG = "--judge"

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from utils.generation import Continuation
-from utils.inspection.texts import refuses
+from ..inspection.texts import refuses
+from ..responses.generation import Continuation
 
 Z = 1.959964  # of a 95% interval
 REPEATED_WORDS = 4

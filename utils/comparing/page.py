@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from utils.comparing.summary import (
+from ..report.charts import draw_bars
+from ..report.html import (
+    make_chart,
+    make_document,
+    make_paragraph,
+    make_section,
+    make_table,
+    make_tiles,
+    show,
+)
+from .summary import (
     JUDGE_HEAD,
     OWN_REWARD,
     STYLE_HEAD,
@@ -15,16 +25,6 @@ from utils.comparing.summary import (
     judge_rows,
     prompt_text,
     style_rows,
-)
-from utils.report.charts import draw_bars
-from utils.report.html import (
-    make_chart,
-    make_document,
-    make_paragraph,
-    make_section,
-    make_table,
-    make_tiles,
-    show,
 )
 
 

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.splitting import prompt_key
-from utils.errors import UserError
-from utils.inspection.leaks import WITH_SPLIT
-from utils.inspection.prompts import read_prompts
-from utils.paths import read_path
-from utils.runs import TrainedModel
-from utils.runtime import say
-from utils.scorers import Prompt
-from utils.settings import DataSettings, Settings
-from utils.training.run_data import read_as_run
+from ..data.splitting import prompt_key
+from ..errors import UserError
+from ..inspection.leaks import WITH_SPLIT
+from ..inspection.prompts import read_prompts
+from ..models.trained import TrainedModel
+from ..responses.scorers import Prompt
+from ..run.paths import read_path
+from ..runtime import say
+from ..settings.training import DataSettings, Settings
+from ..training.run_data import read_as_run
 
 DEFAULT_COUNT = 100
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from utils.comparing.sides import Reader
-from utils.errors import UserError
-from utils.generation import Continuation
-from utils.models.scoring import score_tokens
-from utils.models.side_by_side import Contender
-from utils.scorers import Prompt
+from ..engine.scoring import score_tokens
+from ..errors import UserError
+from ..models.side_by_side import Contender
+from ..responses.generation import Continuation
+from ..responses.scorers import Prompt
+from .sides import Reader
 
 TOKENS_PER_BATCH = 8192  # of padded rows; only those of responses are put to the output head
 

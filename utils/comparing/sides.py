@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.tokenizing import PromptEncoder
-from utils.errors import UserError, gather
-from utils.generation import Continuation, find_fitting, sample_continuations
-from utils.models.loading import check_4bit, context_length, load_tokenizer
-from utils.models.side_by_side import Contender, Wanted
-from utils.models.sources import ModelSource, read_end_ids
-from utils.models.templates import recorded_moment, set_chat_template
-from utils.runs import TrainedModel, find_trained
-from utils.runtime import say
-from utils.scorers import Prompt
-from utils.settings import Settings
+from ..data.tokenizing import PromptEncoder
+from ..errors import UserError, gather
+from ..models.loading import check_4bit, context_length, load_tokenizer
+from ..models.side_by_side import Contender, Wanted
+from ..models.sources import ModelSource, read_end_ids
+from ..models.templates import recorded_moment, set_chat_template
+from ..models.trained import TrainedModel, find_trained
+from ..responses.generation import Continuation, find_fitting, sample_continuations
+from ..responses.scorers import Prompt
+from ..runtime import say
+from ..settings.training import Settings
 
 PROMPTS_AT_A_TIME = 64
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.data.ranking import ADAPTER_SKIPS
-from utils.data.scanning import name_of
-from utils.data.turns import BadRow
-from utils.errors import UserError
-from utils.user_code import describe_failure, load_function, path_of
+from ..errors import UserError
+from ..user_code import describe_failure, load_function, path_of
+from .ranking import ADAPTER_SKIPS
+from .scanning import name_of
+from .turns import BadRow
 
 # Errors that speak of the code and not of the data: their texts are few, and say what to mend.
 OF_THE_CODE = (KeyError, AttributeError, NameError, TypeError, ImportError)

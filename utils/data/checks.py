@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.data.places import SHOWN, Place, describe_bad_rows
-from utils.data.ranking import LEFT_OUT
-from utils.errors import UserError
+from ..errors import UserError
+from .places import SHOWN, Place, describe_bad_rows
+from .ranking import LEFT_OUT
 
 MOST_CHARACTERS = 16 << 20  # of a row: millions of tokens, more than any model reads, and memory for each of them
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.data.turns import as_messages, is_message, is_transcript, role_of, unpack
+from .turns import as_messages, is_message, is_transcript, role_of, unpack
 
 TEXT = ("text", "transcript")
 MESSAGES = ("messages", "message", "replies")

@@ -13,17 +13,17 @@ from typing import Any
 
 import datasets
 
-from utils.data.adapter import read_code, run_adapter
-from utils.data.checks import find_fault
-from utils.data.columns import list_heads, reach, unpack_row
-from utils.data.files import quiet
-from utils.data.labels import check_labels, read_number, read_yes_or_no
-from utils.data.ranking import NOT_WANTED, SMALL_GAP, add_context
-from utils.data.row_cache import map_rows
-from utils.data.schemas import Reading
-from utils.data.turns import BadRow
-from utils.data.unpaired import pair_up
-from utils.errors import UserError
+from ..errors import UserError
+from .adapter import read_code, run_adapter
+from .checks import find_fault
+from .columns import list_heads, reach, unpack_row
+from .files import quiet
+from .labels import check_labels, read_number, read_yes_or_no
+from .ranking import NOT_WANTED, SMALL_GAP, add_context
+from .row_cache import map_rows
+from .schemas import Reading
+from .turns import BadRow
+from .unpaired import pair_up
 
 MESSAGE_FEATURES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 

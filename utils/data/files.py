@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 from datasets.features.features import register_feature
 from datasets.io.generator import GeneratorDatasetInputStream
 
-from utils.data.places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, list_places
-from utils.data.row_cache import hash_code, keep_rows, make_key
-from utils.data.scanning import (
+from ..errors import UserError, in_one_line
+from ..run.manifests import hash_file
+from .places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, list_places
+from .row_cache import hash_code, keep_rows, make_key
+from .scanning import (
     Scan,
     check_start,
     check_unpacked,
@@ -42,8 +44,6 @@ from utils.data.scanning import (
     scan_json,
     whole_rows,
 )
-from utils.errors import UserError, in_one_line
-from utils.manifests import hash_file
 
 KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20

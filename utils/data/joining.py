@@ -10,16 +10,16 @@ from pathlib import Path
 
 import datasets
 
-from utils.data.conversion import convert_rows
-from utils.data.labels import check_labels
-from utils.data.mixing import MixedPlaces, Wish, align
-from utils.data.places import Place
-from utils.data.schemas import Reading, find_reading
-from utils.data.sources import Source, load_source
-from utils.data.splitting import Split, join_splits, split_rows
-from utils.errors import UserError
-from utils.paths import read_path
-from utils.settings import DataSettings
+from ..errors import UserError
+from ..run.paths import read_path
+from ..settings.training import DataSettings
+from .conversion import convert_rows
+from .labels import check_labels
+from .mixing import MixedPlaces, Wish, align
+from .places import Place
+from .schemas import Reading, find_reading
+from .sources import Source, load_source
+from .splitting import Split, join_splits, split_rows
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 
-from utils.data.turns import BadRow
-from utils.errors import UserError
+from ..errors import UserError
+from .turns import BadRow
 
 TIE_WORDS = {"tie", "ties", "tie (bothbad)", "both", "bothbad", "both bad", "equal", "same", "neither", "none", ""}
 SIGNED_LABELS = ("preference_strength", "overall_preference")  # below 0: the first is better, by so much

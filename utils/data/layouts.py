@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from utils.data import ranking
-from utils.data.columns import reach
-from utils.data.labels import SIGNED_LABELS, read_yes_or_no
-from utils.data.ranking import Choice
+from . import ranking
+from .columns import reach
+from .labels import SIGNED_LABELS, read_yes_or_no
+from .ranking import Choice
 
 Row = Mapping[str, Any]
 Names = Mapping[str, str]

@@ -14,19 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.data.checks import CheckedRows, check_rows
-from utils.data.files import quiet
-from utils.data.identity import read_pair_ids
-from utils.data.joining import Part, convert_enough, join_parts, open_source, split_joined
-from utils.data.mixing import Wish, count_repeated, draw_rows, read_wishes
-from utils.data.places import Place
-from utils.data.row_cache import flatten_rows
-from utils.data.schemas import Reading, check_effects
-from utils.data.sources import Source, find_evaluation_split, load_source, load_streams
-from utils.data.splitting import SPARE, Split, count_shared_prompts
-from utils.data.streaming import place_of, read_stream
-from utils.errors import UserError, gather
-from utils.settings import DataSettings
+from ..errors import UserError, gather
+from ..settings.training import DataSettings
+from .checks import CheckedRows, check_rows
+from .files import quiet
+from .identity import read_pair_ids
+from .joining import Part, convert_enough, join_parts, open_source, split_joined
+from .mixing import Wish, count_repeated, draw_rows, read_wishes
+from .places import Place
+from .row_cache import flatten_rows
+from .schemas import Reading, check_effects
+from .sources import Source, find_evaluation_split, load_source, load_streams
+from .splitting import SPARE, Split, count_shared_prompts
+from .streaming import place_of, read_stream
 
 # Columns that say where a row is from or how it was rated, not what it says.
 UNSAID = {"row", "id", "source", "chosen_score", "rejected_score"}

@@ -10,14 +10,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.data.conversion import MESSAGE_FEATURES
-from utils.data.files import quiet
-from utils.data.identity import read_pair_ids
-from utils.data.places import Place
-from utils.data.row_cache import map_rows
-from utils.data.splitting import draw_numbers
-from utils.errors import UserError
-from utils.paths import is_there
+from ..errors import UserError
+from ..run.paths import is_there
+from .conversion import MESSAGE_FEATURES
+from .files import quiet
+from .identity import read_pair_ids
+from .places import Place
+from .row_cache import map_rows
+from .splitting import draw_numbers
 
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 FIRST_COLUMNS = ("prompt", "chosen", "rejected", "completion")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from utils.data.html_text import html_to_text
-from utils.data.labels import SIGNED_LABELS, find_better, read_number
-from utils.data.turns import BadRow, as_messages, check_fields, is_message, role_of
+from .html_text import html_to_text
+from .labels import SIGNED_LABELS, find_better, read_number
+from .turns import BadRow, as_messages, check_fields, is_message, role_of
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
 SCORE_KEYS = ("overall_score", "fine-grained_score", "pm_score", "score", "rating", "reward")

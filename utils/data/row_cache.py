@@ -28,10 +28,10 @@ import datasets
 from datasets.fingerprint import Hasher
 from datasets.table import MemoryMappedTable, concat_tables
 
-from utils.errors import UserError
-from utils.manifests import hash_file
-from utils.runtime import say
-from utils.saving import flush_folder, write_text
+from ..errors import UserError
+from ..run.files import flush_folder, write_text
+from ..run.manifests import hash_file
+from ..runtime import say
 
 LIST = "entry.json"
 STALE_SECONDS = 7 * 24 * 3600  # an unfinished entry of this age was left by a process that was killed

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.data.places import FileLines
-from utils.errors import UserError
+from ..errors import UserError
+from .places import FileLines
 
 BOM = b"\xef\xbb\xbf"
 WRAPPERS = ("data", "rows", "examples", "instances", "train")  # {"data": [rows]}

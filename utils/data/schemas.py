@@ -14,8 +14,10 @@ from typing import Any
 
 import datasets
 
-from utils.data.adapter import run_adapter
-from utils.data.columns import (
+from ..errors import UserError
+from ..settings.training import DataSettings
+from .adapter import run_adapter
+from .columns import (
     KIND_NAMES,
     TEXT,
     Rows,
@@ -27,15 +29,13 @@ from utils.data.columns import (
     reach,
     unpack_row,
 )
-from utils.data.files import AnyJson
-from utils.data.labels import check_labels
-from utils.data.layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
-from utils.data.ranking import Choice
-from utils.data.remarks import Remark, find_remarks, find_written_messages, list_unused
-from utils.data.shapes import Names, Shape, find_shape
-from utils.data.turns import BadRow, holds_messages
-from utils.errors import UserError
-from utils.settings import DataSettings
+from .files import AnyJson
+from .labels import check_labels
+from .layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
+from .ranking import Choice
+from .remarks import Remark, find_remarks, find_written_messages, list_unused
+from .shapes import Names, Shape, find_shape
+from .turns import BadRow, holds_messages
 
 SAMPLED_ROWS = 100
 SAID = ("prompt", "chosen", "rejected", "completion", "first", "second")  # parts that may be texts or messages

@@ -17,7 +17,11 @@ import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils.data.files import (
+from ..errors import UserError, gather
+from ..run.paths import is_there, read_path
+from ..runtime import say
+from ..settings.training import DataSettings
+from .files import (
     FileRows,
     Unreadable,
     check_texts,
@@ -29,8 +33,8 @@ from utils.data.files import (
     read_files,
     stream_files,
 )
-from utils.data.places import Place, row_places
-from utils.data.row_cache import (
+from .places import Place, row_places
+from .row_cache import (
     find_system_fault,
     hash_file,
     keep_rows,
@@ -39,12 +43,8 @@ from utils.data.row_cache import (
     make_scratch,
     name_by_content,
 )
-from utils.data.scanning import check_start, check_unpacked
-from utils.data.strangers import check_data_folder, check_reader
-from utils.errors import UserError, gather
-from utils.paths import is_there, read_path
-from utils.runtime import say
-from utils.settings import DataSettings
+from .scanning import check_start, check_unpacked
+from .untrusted import check_data_folder, check_reader
 
 ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 TRAIN_NAMES = {"train": ("train", "train_prefs"), "sft": ("train", "train_sft", "train_prefs")}

@@ -17,8 +17,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.data.sources import held_out_wish
-from utils.errors import UserError
+from ..errors import UserError
+from .sources import held_out_wish
 
 DEFAULT_FRACTION = 0.1
 DEFAULT_MOST_ROWS = 1000

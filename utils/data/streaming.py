@@ -20,19 +20,19 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from utils.data.columns import list_heads
-from utils.data.conversion import convert_batch, features_of, padded_columns
-from utils.data.files import describe_changed_texts, first_line, holds_json, json_or_text, quiet
-from utils.data.labels import label_column, read_numbers
-from utils.data.places import SHOWN, describe_bad_rows
-from utils.data.ranking import LEFT_OUT
-from utils.data.row_cache import make_scratch
-from utils.data.scanning import check_width
-from utils.data.schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
-from utils.data.sources import Stream
-from utils.data.splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, draw_numbers, group_of, without_group
-from utils.errors import UserError
-from utils.settings import DataSettings
+from ..errors import UserError
+from ..settings.training import DataSettings
+from .columns import list_heads
+from .conversion import convert_batch, features_of, padded_columns
+from .files import describe_changed_texts, first_line, holds_json, json_or_text, quiet
+from .labels import label_column, read_numbers
+from .places import SHOWN, describe_bad_rows
+from .ranking import LEFT_OUT
+from .row_cache import make_scratch
+from .scanning import check_width
+from .schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
+from .sources import Stream
+from .splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, draw_numbers, group_of, without_group
 
 BATCH = 1000
 FILE_BITS = 40  # a row's number is its file's, then its own within it

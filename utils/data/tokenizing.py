@@ -21,11 +21,11 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from utils.data.lengths import read_numbers
-from utils.data.places import SHOWN, Place, describe_bad_rows, list_places, row_places
-from utils.data.rendering import ADVICE, Rendered, Turns, render_chat, render_row
-from utils.data.row_cache import map_rows
-from utils.errors import UserError
+from ..errors import UserError
+from .lengths import read_numbers
+from .places import SHOWN, Place, describe_bad_rows, list_places, row_places
+from .rendering import ADVICE, Rendered, Turns, render_chat, render_row
+from .row_cache import map_rows
 
 # Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
 PROMPT_SHARE_KEPT = 4

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.data.scanning import name_of
+from .scanning import name_of
 
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 TRANSCRIPT_MARK = re.compile(r"\n\n(Human|Assistant):")

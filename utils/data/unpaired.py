@@ -7,13 +7,13 @@ from itertools import product
 
 import datasets
 
-from utils.data.checks import find_fault
-from utils.data.files import quiet
-from utils.data.identity import hash_value
-from utils.data.ranking import NO_OTHER_LABEL
-from utils.data.row_cache import map_rows
-from utils.data.schemas import Reading
-from utils.errors import UserError
+from ..errors import UserError
+from .checks import find_fault
+from .files import quiet
+from .identity import hash_value
+from .ranking import NO_OTHER_LABEL
+from .row_cache import map_rows
+from .schemas import Reading
 
 BATCH = 1000
 LABELS = {name: name for name in ("prompt", "chosen", "rejected")}

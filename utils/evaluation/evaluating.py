@@ -13,29 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.splitting import group_key
-from utils.data.tokenizing import PAIR_COLUMNS
-from utils.errors import UserError, gather
-from utils.evaluation.folder import find_results_folder
-from utils.evaluation.measures import PairTable, measure
-from utils.evaluation.page import make_page
-from utils.evaluation.pairs import EvaluatedPairs, find_pairs
-from utils.evaluation.sides import (
-    MODEL_FLAG,
-    REFERENCE_FLAG,
-    find_reference,
-    load_sides,
-    make_scorer,
-    settings_of_evaluation,
-)
-from utils.evaluation.summary import count_pairs, describe_pairs, describe_policy, summarise_evaluation
-from utils.inspection.texts import flatten
-from utils.models.loading import Reference, check_4bit, check_token_ids, load_tokenizer
-from utils.models.sources import ModelSource
-from utils.models.templates import TEMPLATE_DATE, recorded_moment
-from utils.output_folder import named_as_given
-from utils.runs import TrainedModel, find_trained
-from utils.runtime import (
+from ..data.splitting import group_key
+from ..data.tokenizing import PAIR_COLUMNS
+from ..errors import UserError, gather
+from ..inspection.texts import flatten
+from ..models.loading import Reference, check_4bit, check_token_ids, load_tokenizer
+from ..models.sources import ModelSource
+from ..models.templates import TEMPLATE_DATE, recorded_moment
+from ..models.trained import TrainedModel, find_trained
+from ..run.files import EVALUATION_FILES, now, write_results
+from ..run.folder import named_as_given
+from ..runtime import (
     Precision,
     choose_precision,
     device_name,
@@ -46,13 +34,25 @@ from utils.runtime import (
     say,
     set_seed,
 )
-from utils.saving import EVALUATION_FILES, now, write_results
-from utils.settings import Settings
-from utils.training.description import describe_layout
-from utils.training.launch import check_one_device
-from utils.training.metrics import summarise
-from utils.training.preparation import Rows, prepare_rows
-from utils.training.trainer import PreferenceTrainer
+from ..settings.training import Settings
+from ..training.description import describe_layout
+from ..training.launch import check_one_device
+from ..training.metrics import summarise
+from ..training.preparation import Rows, prepare_rows
+from ..training.trainer import PreferenceTrainer
+from .folder import find_results_folder
+from .measures import PairTable, measure
+from .page import make_page
+from .pairs import EvaluatedPairs, find_pairs
+from .sides import (
+    MODEL_FLAG,
+    REFERENCE_FLAG,
+    find_reference,
+    load_sides,
+    make_scorer,
+    settings_of_evaluation,
+)
+from .summary import count_pairs, describe_pairs, describe_policy, summarise_evaluation
 
 EXAMPLES = 10  # pairs shown with their texts: those ranked most wrongly
 FEW_PROMPTS = 20

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.errors import UserError
-from utils.folder_lock import check_not_held
-from utils.output_folder import check_writable, named_as_given
-from utils.paths import read_path
-from utils.runs import TrainedModel
-from utils.saving import CHECKPOINT, EVALUATION_FILES, is_result
+from ..errors import UserError
+from ..models.trained import TrainedModel
+from ..run.files import CHECKPOINT, EVALUATION_FILES, is_result
+from ..run.folder import check_writable, named_as_given
+from ..run.lock import check_not_held
+from ..run.paths import read_path
 
 RECORD = EVALUATION_FILES[0]
 

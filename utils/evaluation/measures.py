@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluation.resampling import LEVEL, Bootstrap, Figure, divide, flip_signs, make_figure, share_figure
+from .resampling import LEVEL, Bootstrap, Figure, divide, flip_signs, make_figure, share_figure
 
 CONFIDENCE_BINS = 10  # equally wide, from 0.5 to 1
 LENGTH_BUCKETS = 5  # with as many pairs each, as far as lengths allow

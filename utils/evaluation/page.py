@@ -8,8 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluation.resampling import Figure
-from utils.evaluation.summary import (
+from ..report.charts import draw_bars, draw_histogram, draw_reliability
+from ..report.html import (
+    make_chart,
+    make_document,
+    make_example,
+    make_paragraph,
+    make_section,
+    make_table,
+    make_tiles,
+)
+from .resampling import Figure
+from .summary import (
     between,
     chance,
     describe_auc,
@@ -22,16 +32,6 @@ from utils.evaluation.summary import (
     describe_verdict,
     percent,
     went_well,
-)
-from utils.report.charts import draw_bars, draw_histogram, draw_reliability
-from utils.report.html import (
-    make_chart,
-    make_document,
-    make_example,
-    make_paragraph,
-    make_section,
-    make_table,
-    make_tiles,
 )
 
 MARGIN_BINS = 20

@@ -10,14 +10,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from utils.data.loading import PreferenceData, add_ids, load_unsplit_pairs
-from utils.data.mixing import source_names
-from utils.data.splitting import prompt_key
-from utils.errors import UserError
-from utils.runs import TrainedModel
-from utils.settings import Settings
-from utils.training.run_data import read_as_run
-from utils.use_settings import READ_WITH
+from ..data.loading import PreferenceData, add_ids, load_unsplit_pairs
+from ..data.mixing import source_names
+from ..data.splitting import prompt_key
+from ..errors import UserError
+from ..models.trained import TrainedModel
+from ..settings.training import Settings
+from ..settings.verbs import READ_WITH
+from ..training.run_data import read_as_run
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from utils.errors import UserError
-from utils.models.loading import Reference, load_frozen, put_adapter
-from utils.models.sources import ModelSource, looks_local
-from utils.runs import TrainedModel, as_in_run, find_trained
-from utils.runtime import Precision
-from utils.settings import Settings
-from utils.training.pair_scoring import REFERENCE_ADAPTER
-from utils.training.preparation import Rows, make_preference_trainer
-from utils.training.trainer import PreferenceTrainer
+from ..errors import UserError
+from ..models.loading import Reference, load_frozen, put_adapter
+from ..models.sources import ModelSource, looks_local
+from ..models.trained import TrainedModel, as_in_run, find_trained
+from ..runtime import Precision
+from ..settings.training import Settings
+from ..training.pair_scoring import REFERENCE_ADAPTER
+from ..training.preparation import Rows, make_preference_trainer
+from ..training.trainer import PreferenceTrainer
 
 MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"
 AS_IN_RUN = (

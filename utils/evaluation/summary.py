@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from textwrap import wrap
 from typing import Any
 
-from utils.evaluation.measures import EQUAL, LONGER, SHORTER
-from utils.evaluation.pairs import EvaluatedPairs
-from utils.evaluation.resampling import Figure
-from utils.runs import TrainedModel
-from utils.training.preparation import Rows
+from ..models.trained import TrainedModel
+from ..training.preparation import Rows
+from .measures import EQUAL, LONGER, SHORTER
+from .pairs import EvaluatedPairs
+from .resampling import Figure
 
 WIDTH = 118
 LABEL = 13

@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.errors import UserError
-from utils.inspection.findings import Finding
-from utils.inspection.subject import Subject
-from utils.saving import replacing
+from ..errors import UserError
+from ..run.files import replacing
+from .findings import Finding
+from .subject import Subject
 
 ALWAYS = ("duplicate", "repeated", "both_ways")
 REMOVES = {

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.places import SHOWN
-from utils.inspection.subject import Subject
-from utils.inspection.texts import flatten
+from ..data.places import SHOWN
+from .subject import Subject
+from .texts import flatten
 
 PROBLEM, NOTE = "problem", "note"
 EXAMPLES = 3

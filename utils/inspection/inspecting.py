@@ -8,13 +8,15 @@ from typing import Any
 
 import datasets
 
-from utils.data.mixing import read_wishes
-from utils.errors import UserError
-from utils.inspection.classifier import measure_words
-from utils.inspection.cleaning import choose_clean, write_pairs
-from utils.inspection.findings import NOTE, PROBLEM, Finding, count_problems
-from utils.inspection.leaks import check_held_out, check_overlap
-from utils.inspection.pair_checks import (
+from ..data.mixing import read_wishes
+from ..errors import UserError
+from ..run.paths import read_path
+from ..settings.training import Settings
+from .classifier import measure_words
+from .cleaning import choose_clean, write_pairs
+from .findings import NOTE, PROBLEM, Finding, count_problems
+from .leaks import check_held_out, check_overlap
+from .pair_checks import (
     check_bad_rows,
     check_copies,
     check_ends,
@@ -22,8 +24,8 @@ from utils.inspection.pair_checks import (
     check_sources,
     check_stains,
 )
-from utils.inspection.scanning import Scan, scan_pairs
-from utils.inspection.statistics import (
+from .scanning import Scan, scan_pairs
+from .statistics import (
     check_rules,
     count_languages,
     count_pairs,
@@ -32,9 +34,7 @@ from utils.inspection.statistics import (
     describe_lengths,
     measure_rules,
 )
-from utils.inspection.subject import Subject, load_subject
-from utils.paths import read_path
-from utils.settings import Settings
+from .subject import Subject, load_subject
 
 CLEAN, PROBLEMS = 0, 3  # exit codes
 
@@ -109,7 +109,7 @@ def _look_at_pairs(subject: Subject, scan: Scan, settings: Settings) -> tuple[li
 
 
 def _look_at_tokens(subject: Subject, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
-    from utils.inspection.tokens import check_tokens, count_tokens, load_encoder, measure_tokens
+    from .tokens import check_tokens, count_tokens, load_encoder, measure_tokens
 
     encoder, template, max_length = load_encoder(subject, settings)
     counts = count_tokens(subject.pairs, encoder, max_length)

@@ -7,14 +7,14 @@ import re
 import datasets
 import numpy as np
 
-from utils.data.splitting import prompt_key
-from utils.inspection.findings import NOTE, PROBLEM, Finding, find_pairs, with_example
-from utils.inspection.prompts import read_prompts
-from utils.inspection.scanning import Scan, hash_texts
-from utils.inspection.similarity import ALIKE, find_alike, sign_texts
-from utils.inspection.subject import Subject
-from utils.inspection.texts import flatten
-from utils.settings import DataSettings, Settings
+from ..data.splitting import prompt_key
+from ..settings.training import DataSettings, Settings
+from .findings import NOTE, PROBLEM, Finding, find_pairs, with_example
+from .prompts import read_prompts
+from .scanning import Scan, hash_texts
+from .similarity import ALIKE, find_alike, sign_texts
+from .subject import Subject
+from .texts import flatten
 
 WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 BATCH = 1000

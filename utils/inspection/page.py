@@ -5,17 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from utils.data.places import list_places
-from utils.inspection.summary import (
-    describe_output,
-    describe_overlap,
-    describe_padding,
-    describe_pairs,
-    describe_split,
-    describe_verdict,
-)
-from utils.report.charts import draw_bars, draw_histogram
-from utils.report.html import (
+from ..data.places import list_places
+from ..report.charts import draw_bars, draw_histogram
+from ..report.html import (
     make_chart,
     make_details,
     make_document,
@@ -25,6 +17,14 @@ from utils.report.html import (
     make_table,
     make_tiles,
     show,
+)
+from .summary import (
+    describe_output,
+    describe_overlap,
+    describe_padding,
+    describe_pairs,
+    describe_split,
+    describe_verdict,
 )
 
 SIDES = ("prompt", "chosen", "rejected")

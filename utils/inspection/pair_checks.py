@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.data.places import SHOWN
-from utils.data.ranking import LEFT_OUT
-from utils.inspection.findings import EXAMPLES, NOTE, PROBLEM, Finding, excerpts, find_pairs, with_example
-from utils.inspection.scanning import Scan
-from utils.inspection.similarity import ALIKE, group_alike
-from utils.inspection.subject import Subject, read_scores
-from utils.inspection.texts import FORMS, STAINS
+from ..data.places import SHOWN
+from ..data.ranking import LEFT_OUT
+from .findings import EXAMPLES, NOTE, PROBLEM, Finding, excerpts, find_pairs, with_example
+from .scanning import Scan
+from .similarity import ALIKE, group_alike
+from .subject import Subject, read_scores
+from .texts import FORMS, STAINS
 
 ANSWER_WORDS = 10  # from which a response counts as an answer
 

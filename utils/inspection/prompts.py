@@ -10,19 +10,19 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.data.adapter import read_code, run_adapter
-from utils.data.columns import MESSAGES, kind_of_column, list_columns, list_names, reach
-from utils.data.conversion import MESSAGE_FEATURES, convert_rows
-from utils.data.files import quiet
-from utils.data.layouts import ANY_PROMPT, CONVERSATION
-from utils.data.ranking import Choice, add_context, expand_history
-from utils.data.row_cache import map_rows
-from utils.data.schemas import find_reading, is_packed, take_rows
-from utils.data.sources import Source, load_source
-from utils.data.turns import BadRow, prepend_system, read_turns, unpack
-from utils.errors import UserError
-from utils.inspection.texts import Value, flatten
-from utils.settings import DataSettings
+from ..data.adapter import read_code, run_adapter
+from ..data.columns import MESSAGES, kind_of_column, list_columns, list_names, reach
+from ..data.conversion import MESSAGE_FEATURES, convert_rows
+from ..data.files import quiet
+from ..data.layouts import ANY_PROMPT, CONVERSATION
+from ..data.ranking import Choice, add_context, expand_history
+from ..data.row_cache import map_rows
+from ..data.schemas import find_reading, is_packed, take_rows
+from ..data.sources import Source, load_source
+from ..data.turns import BadRow, prepend_system, read_turns, unpack
+from ..errors import UserError
+from ..settings.training import DataSettings
+from .texts import Value, flatten
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "problem", "text", *CONVERSATION)
 BATCH = 1000

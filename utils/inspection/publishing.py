@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
-from utils.inspection.page import make_page
-from utils.inspection.summary import summarize
-from utils.paths import read_path
-from utils.runtime import say
-from utils.saving import write_json, write_text
-from utils.settings import InspectionSettings
+from ..errors import UserError
+from ..run.files import write_json, write_text
+from ..run.paths import read_path
+from ..runtime import say
+from ..settings.training import InspectionSettings
+from .page import make_page
+from .summary import summarize
 
 
 def publish(record: dict[str, Any], settings: InspectionSettings) -> None:

@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from utils.data.files import quiet
-from utils.data.splitting import prompt_key
-from utils.inspection.languages import number_language
-from utils.inspection.similarity import HASHES, sign_texts
-from utils.inspection.texts import FORMS, STAINS, Value, first_words, flatten, has_answer, nearly_equal, repeats_prompt
+from ..data.files import quiet
+from ..data.splitting import prompt_key
+from .languages import number_language
+from .similarity import HASHES, sign_texts
+from .texts import FORMS, STAINS, Value, first_words, flatten, has_answer, nearly_equal, repeats_prompt
 
 FEW_ROWS = 20_000  # below this a second process costs more than it saves
 BATCH = 1000

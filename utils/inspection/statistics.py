@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from utils.inspection.findings import NOTE, Finding
-from utils.inspection.languages import LANGUAGES
-from utils.inspection.scanning import SIDES, Scan
-from utils.inspection.subject import Subject
-from utils.inspection.texts import FORMS
+from .findings import NOTE, Finding
+from .languages import LANGUAGES
+from .scanning import SIDES, Scan
+from .subject import Subject
+from .texts import FORMS
 
 BINS = 24
 SHOWN_STARTS = 12

@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.data import joining
-from utils.data.joining import Joined, convert_enough, join_parts, open_source, split_joined
-from utils.data.mixing import Wish, draw_positions, read_wishes
-from utils.data.places import Place
-from utils.data.row_cache import flatten_rows
-from utils.data.schemas import Reading, check_effects
-from utils.data.sources import Source
-from utils.errors import UserError, gather
-from utils.inspection.scanning import choose_processes
-from utils.settings import DataSettings, Settings
+from ..data import joining
+from ..data.joining import Joined, convert_enough, join_parts, open_source, split_joined
+from ..data.mixing import Wish, draw_positions, read_wishes
+from ..data.places import Place
+from ..data.row_cache import flatten_rows
+from ..data.schemas import Reading, check_effects
+from ..data.sources import Source
+from ..errors import UserError, gather
+from ..settings.training import DataSettings, Settings
+from .scanning import choose_processes
 
 TRAIN, HELD_OUT = "train", "held-out"
 POSITION = "position"  # column: the index of a pair among all

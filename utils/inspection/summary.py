@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from textwrap import wrap
 from typing import Any
 
-from utils.data.places import list_places
-from utils.data.splitting import advise_on_spare
+from ..data.places import list_places
+from ..data.splitting import advise_on_spare
 
 WIDTH = 100
 MOST_LANGUAGES = 4

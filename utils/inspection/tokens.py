@@ -15,20 +15,20 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer
 
-from utils.data.files import first_line, quiet
-from utils.data.rendering import Rendered
-from utils.data.tokenizing import PromptEncoder, find_texts, fit_lengths
-from utils.errors import UserError
-from utils.inspection.findings import NOTE, PROBLEM, Finding, find_pairs
-from utils.inspection.scanning import SIDES, choose_processes
-from utils.inspection.statistics import summarize_sides
-from utils.inspection.subject import Subject
-from utils.inspection.texts import flatten
-from utils.models.loading import choose_max_length, longest_context
-from utils.models.sources import read_end_ids
-from utils.models.strangers import check_folder
-from utils.models.templates import choose_template
-from utils.settings import Settings
+from ..data.files import first_line, quiet
+from ..data.rendering import Rendered
+from ..data.tokenizing import PromptEncoder, find_texts, fit_lengths
+from ..errors import UserError
+from ..models.loading import choose_max_length, longest_context
+from ..models.sources import read_end_ids
+from ..models.templates import choose_template
+from ..models.untrusted import check_folder
+from ..settings.training import Settings
+from .findings import NOTE, PROBLEM, Finding, find_pairs
+from .scanning import SIDES, choose_processes
+from .statistics import summarize_sides
+from .subject import Subject
+from .texts import flatten
 
 BATCH_PAIRS = 8  # per batch, where padding is compared
 TRIED_PAIRS = 200  # that are turned into tokens and back

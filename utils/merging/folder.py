@@ -10,15 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.bounded import read_json
-from utils.errors import UserError
-from utils.folder_lock import check_not_held, read_owner, take_lock
-from utils.output_folder import check_writable
-from utils.paths import read_path
-from utils.processes import identify_process
-from utils.runs import TrainedModel
-from utils.runtime import say
-from utils.saving import (
+from ..errors import UserError
+from ..models.trained import TrainedModel
+from ..run.bounded import read_json
+from ..run.files import (
     HALF_WRITTEN,
     LOCK,
     explain_fault,
@@ -27,6 +22,11 @@ from utils.saving import (
     flush_folder,
     unused_name,
 )
+from ..run.folder import check_writable
+from ..run.lock import check_not_held, read_owner, take_lock
+from ..run.paths import read_path
+from ..run.processes import identify_process
+from ..runtime import say
 
 MERGE_RECORD = "merge.json"
 FORMER = re.compile(r"\.(.+)\.[0-9a-f]+\.old")  # a model that is being replaced

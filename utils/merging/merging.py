@@ -12,11 +12,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from utils.errors import UserError, gather
-from utils.interruptions import stop_if_asked
-from utils.merging.folder import MERGE_RECORD, find_merge_folder, folder_beside, read_merge_record
-from utils.merging.pairs import CheckedTexts, load_texts
-from utils.merging.verifying import (
+from ..errors import UserError, gather
+from ..interruptions import stop_if_asked
+from ..models.loading import check_4bit, load_tokenizer
+from ..models.quantization import check_mergeable
+from ..models.trained import TrainedModel, as_in_run, find_trained
+from ..run.files import LOCK, now, write_json
+from ..runtime import Precision, device_name, read_versions, say
+from ..settings.training import Settings
+from ..training.pushing import push_folder
+from .folder import MERGE_RECORD, find_merge_folder, folder_beside, read_merge_record
+from .pairs import CheckedTexts, load_texts
+from .verifying import (
     STEPS,
     Difference,
     Verdict,
@@ -27,7 +34,7 @@ from utils.merging.verifying import (
     score_texts,
     sum_rows,
 )
-from utils.merging.weights import (
+from .weights import (
     FLAG,
     adapt,
     choose_computing,
@@ -39,13 +46,6 @@ from utils.merging.weights import (
     read_config,
     save_merged,
 )
-from utils.models.loading import check_4bit, load_tokenizer
-from utils.models.quantization import check_mergeable
-from utils.pushing import push_folder
-from utils.runs import TrainedModel, as_in_run, find_trained
-from utils.runtime import Precision, device_name, read_versions, say
-from utils.saving import LOCK, now, write_json
-from utils.settings import Settings
 
 WORTH_MENTION = 0.05  # of what the adapter changes
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.loading import PreferenceData, load_pairs
-from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, PromptEncoder, tokenize_rows
-from utils.errors import UserError
-from utils.models.loading import choose_max_length, context_length
-from utils.models.sources import read_end_ids
-from utils.models.templates import choose_template, recorded_moment
-from utils.records import ROW, read_lines
-from utils.runs import TrainedModel, as_in_run
-from utils.saving import PAIRS
-from utils.settings import Settings
-from utils.training.run_data import read_as_run
+from ..data.loading import PreferenceData, load_pairs
+from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, PromptEncoder, tokenize_rows
+from ..errors import UserError
+from ..models.loading import choose_max_length, context_length
+from ..models.sources import read_end_ids
+from ..models.templates import choose_template, recorded_moment
+from ..models.trained import TrainedModel, as_in_run
+from ..run.files import PAIRS
+from ..run.records import ROW, read_lines
+from ..settings.training import Settings
+from ..training.run_data import read_as_run
 
 DEFAULT_ROWS = 64
 ADVICE = "name pairs to check on with --dataset_name, or pass --skip_verification"

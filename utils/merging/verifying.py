@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
-from utils.interruptions import stop_if_asked
-from utils.merging.pairs import CheckedTexts
-from utils.models.scoring import score_tokens
-from utils.training.batches import consecutive_batches
+from ..engine.scoring import score_tokens
+from ..errors import UserError
+from ..interruptions import stop_if_asked
+from ..training.batches import consecutive_batches
+from .pairs import CheckedTexts
 
 STEPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # How many times as far as rounding two right ways may be apart, on average and for a single token.

@@ -13,14 +13,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.errors import UserError, in_one_line
-from utils.models.loading import load_frozen, put_adapter
-from utils.models.sources import ModelSource, read_end_ids
-from utils.models.translating import translating
-from utils.runs import TrainedModel
-from utils.runtime import Precision, find_device
-from utils.saving import let_umask_decide
-from utils.settings import ModelSettings
+from ..errors import UserError, in_one_line
+from ..models.loading import load_frozen, put_adapter
+from ..models.sources import ModelSource, read_end_ids
+from ..models.trained import TrainedModel
+from ..models.translating import translating
+from ..run.files import let_umask_decide
+from ..runtime import Precision, find_device
+from ..settings.training import ModelSettings
 
 FLAG = "--model_name_or_path"
 ROOM = 1.3  # memory that a model is given, in sizes of its weights

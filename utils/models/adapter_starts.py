@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.errors import UserError
+from ..errors import UserError
 
 LEAVE_BASE_ALONE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 REPEATABLE = ("pissa", "olora")  # computed from the base alone, to the same numbers each time

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils.bounded import Unreadable, read_json
-from utils.errors import UserError
+from ..errors import UserError
+from ..run.bounded import Unreadable, read_json
 
 
 def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any] | None:

@@ -21,16 +21,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from utils.errors import UserError
-from utils.models.adapter_starts import changes_base, check_start, rewrites_weights
-from utils.models.adapters import keep_dora_norms
-from utils.models.hub_files import find_file
-from utils.models.quantization import check_trainable
-from utils.models.rounding import begin_on_steps
-from utils.models.sources import ModelSource, find_model
-from utils.models.translating import translating
-from utils.runtime import Precision
-from utils.settings import LoraSettings, ModelSettings, Settings
+from ..engine.adapters import keep_dora_norms
+from ..errors import UserError
+from ..runtime import Precision
+from ..settings.training import LoraSettings, ModelSettings, Settings
+from .adapter_starts import changes_base, check_start, rewrites_weights
+from .hub_files import find_file
+from .quantization import check_trainable
+from .rounding import begin_on_steps
+from .sources import ModelSource, find_model
+from .translating import translating
 
 DEFAULT_MAX_LENGTH = 1024
 TRAINED_ADAPTER = "default"  # PEFT's name for the one that is trained

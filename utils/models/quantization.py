@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import UserError
-from utils.models.hub_files import read_json_file
+from ..errors import UserError
+from .hub_files import read_json_file
 
 CAN_BE_WRITTEN_OUT = "bitsandbytes"
 BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4, "gptq": None, "awq": None}  # None: the config says it

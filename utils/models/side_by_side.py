@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
-from utils.models.loading import load_frozen, put_adapter
-from utils.models.sources import ModelSource
-from utils.runtime import Precision
-from utils.settings import ModelSettings
+from ..runtime import Precision
+from ..settings.training import ModelSettings
+from .loading import load_frozen, put_adapter
+from .sources import ModelSource
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.checkpoints import find_fault, is_of_model
-from utils.errors import UserError
-from utils.manifests import MANIFEST, find_changed
-from utils.models.adapter_starts import changes_base, check_start
-from utils.models.hub_files import find_hub_file, read_json_file
-from utils.models.quantization import Stored, read_stored
-from utils.models.strangers import PICKLED, check_adapter_config, check_folder
-from utils.records import Unreadable, read_run
-from utils.runtime import say
-from utils.saving import CHECKPOINT, RECORD, SET_ASIDE
-from utils.settings import ModelSettings
+from ..errors import UserError
+from ..run.checkpoints import find_fault, is_of_model
+from ..run.files import CHECKPOINT, RECORD, SET_ASIDE
+from ..run.manifests import MANIFEST, find_changed
+from ..run.records import Unreadable, read_run
+from ..runtime import say
+from ..settings.training import ModelSettings
+from .adapter_starts import changes_base, check_start
+from .hub_files import find_hub_file, read_json_file
+from .quantization import Stored, read_stored
+from .untrusted import PICKLED, check_adapter_config, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ def check_unchanged(place: str, source: ModelSource, recorded: Mapping[str, Any]
     Raises:
         UserError: its weights are others.
     """
-    from utils.models.identity import identify_model
+    from .identity import identify_model
 
     known = next((recorded[name] for name in names if recorded.get(name)), None)
     if known is None:  # in the record of an earlier version

@@ -15,11 +15,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.rendering import held_moment, hold_moment, reads_clock, render_chat
-from utils.data.tokenizing import read_tools
-from utils.errors import UserError
-from utils.models.bounds import TimeIsUp, bounded
-from utils.saving import seconds_at
+from ..data.rendering import held_moment, hold_moment, reads_clock, render_chat
+from ..data.tokenizing import read_tools
+from ..errors import UserError
+from ..run.files import seconds_at
+from .bounds import TimeIsUp, bounded
 
 # Turns as in Anthropic's HH-RLHF transcripts: rendering their turns gives the transcript back.
 TRANSCRIPT_TEMPLATE = (

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from utils.errors import UserError
-from utils.models.strangers import explain_library
+from ..errors import UserError
+from .untrusted import explain_library
 
 Loaded = TypeVar("Loaded")
 

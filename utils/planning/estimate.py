@@ -11,12 +11,12 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from utils.models.shared_prefix import Lengths
-from utils.planning.hardware import Device, in_glibc_before
-from utils.planning.padded import RowLengths
-from utils.planning.padded import attention_flops as padded_attention_flops
-from utils.planning.paper_model import Way, make_policy
-from utils.planning.walk import (
+from ..engine.shared_prefix import Lengths
+from .hardware import Device, in_glibc_before
+from .padded import RowLengths
+from .padded import attention_flops as padded_attention_flops
+from .paper_model import Way, make_policy
+from .walk import (
     ACTIVATIONS,
     ADAPTER,
     FORWARD,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.errors import UserError
+from ..errors import UserError
 
 GIB = 2**30
 

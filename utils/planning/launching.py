@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from utils.processes import path_from_here
-from utils.use_settings import PlanSettings
+from ..run.processes import path_from_here
+from ..settings.verbs import PlanSettings
 
 # Files of examples/accelerate for each kind of sharding; ZeRO-1 has none, as ZeRO-2 takes less and is as fast.
 CONFIGS = {"none": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from utils.planning.work import Subject, place_of_reference
-from utils.runtime import peak_memory_bytes
-from utils.settings import Settings
-from utils.training.running import Run
+from ..runtime import peak_memory_bytes
+from ..settings.training import Settings
+from ..training.running import Run
+from .work import Subject, place_of_reference
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.models.scoring import PLACES, score_tokens
-from utils.planning.paper_model import Way
+from ..engine.scoring import PLACES, score_tokens
+from .paper_model import Way
 
 RowLengths = tuple[int, int]  # tokens of prompt and completion
 

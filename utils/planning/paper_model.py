@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from utils.models.adapters import speed_up_lora
-from utils.models.head import MARK, LogitShape
-from utils.models.last_layer import leave_out_prompts
-from utils.models.loading import answer_in_full, beyond_text, find_targets, freeze_beyond_text
-from utils.models.scoring import output_head
-from utils.models.switches import Switches
-from utils.models.translating import translating
-from utils.settings import LoraSettings
+from ..engine.adapters import speed_up_lora
+from ..engine.head import MARK, LogitShape
+from ..engine.last_layer import leave_out_prompts
+from ..engine.scoring import output_head
+from ..engine.switches import Switches
+from ..models.loading import answer_in_full, beyond_text, find_targets, freeze_beyond_text
+from ..models.translating import translating
+from ..settings.training import LoraSettings
 
 EXPERTS = "experts_on_paper"
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats

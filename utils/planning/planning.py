@@ -10,19 +10,19 @@ from typing import Any
 import psutil
 import torch
 
-from utils.errors import UserError
-from utils.models.quantization import Stored
-from utils.models.shared_prefix import Lengths
-from utils.planning.estimate import Estimate, estimate, pad_pairs
-from utils.planning.hardware import GIB, Device, describe_this_machine, find_device_by_name
-from utils.planning.launching import words_before_script
-from utils.planning.measuring import Measured
-from utils.planning.paper_model import Way
-from utils.planning.work import Subject, Work, pairs_per_step, place_of_reference
-from utils.runtime import choose_precision, find_device
-from utils.settings import Settings
-from utils.training.batches import fill_batches
-from utils.training.reference import KEPT_BYTES
+from ..engine.shared_prefix import Lengths
+from ..errors import UserError
+from ..models.quantization import Stored
+from ..runtime import choose_precision, find_device
+from ..settings.training import Settings
+from ..training.batches import fill_batches
+from ..training.reference import KEPT_BYTES
+from .estimate import Estimate, estimate, pad_pairs
+from .hardware import GIB, Device, describe_this_machine, find_device_by_name
+from .launching import words_before_script
+from .measuring import Measured
+from .paper_model import Way
+from .work import Subject, Work, pairs_per_step, place_of_reference
 
 FEWEST_TOKENS = 2048  # of a micro-batch that keeps a GPU busy: below, larger batches with checkpointing are better
 FORWARD_FLOPS = 2  # per parameter and token

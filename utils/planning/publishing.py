@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 
-from utils.errors import UserError
-from utils.paths import read_path
-from utils.planning.planning import Plan
-from utils.planning.summary import as_record, summarize
-from utils.processes import SCRIPT, path_from_here
-from utils.runtime import say
-from utils.saving import write_json
-from utils.settings import Settings
+from ..errors import UserError
+from ..run.files import write_json
+from ..run.paths import read_path
+from ..run.processes import SCRIPT, path_from_here
+from ..runtime import say
+from ..settings.training import Settings
+from .planning import Plan
+from .summary import as_record, summarize
 
 OF_A_MACHINE = 8  # GPUs, at most, in the usual ones
 

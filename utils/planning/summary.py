@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.planning.hardware import GIB
-from utils.planning.planning import Choice, Plan
+from .hardware import GIB
+from .planning import Choice, Plan
 
 SECONDS = (("day", 86400), ("hour", 3600), ("minute", 60))
 

@@ -24,13 +24,13 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from utils.errors import UserError
-from utils.models.counting import count_parameters
-from utils.models.head import chunks_as_on
-from utils.models.scoring import score_tokens
-from utils.models.shared_prefix import NAME, Lengths, PairLayout, shared_prefix_active
-from utils.planning.padded import RowLengths, padded_tokens, take_rows
-from utils.planning.paper_model import (
+from ..engine.head import chunks_as_on
+from ..engine.scoring import score_tokens
+from ..engine.shared_prefix import NAME, Lengths, PairLayout, shared_prefix_active
+from ..errors import UserError
+from ..models.counting import count_parameters
+from .padded import RowLengths, padded_tokens, take_rows
+from .paper_model import (
     STATE_BYTES,
     Way,
     give_values,

@@ -8,22 +8,22 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from utils.data.lengths import count_row_tokens
-from utils.data.loading import load_pairs
-from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
-from utils.models.hub_files import read_json_file
-from utils.models.loading import choose_max_length, load_tokenizer, longest_context
-from utils.models.quantization import check_trainable
-from utils.models.shared_prefix import Lengths
-from utils.models.sources import ADAPTER_CONFIG, ModelSource, find_policy
-from utils.models.strangers import check_folder
-from utils.models.translating import translating
-from utils.paths import read_path
-from utils.planning.padded import RowLengths, mean_padded_length, padded_tokens
-from utils.settings import Settings
-from utils.training.config import rows_of_run
-from utils.training.preparation import prepare_rows
-from utils.training.reference import scores_ahead
+from ..data.lengths import count_row_tokens
+from ..data.loading import load_pairs
+from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
+from ..engine.shared_prefix import Lengths
+from ..models.hub_files import read_json_file
+from ..models.loading import choose_max_length, load_tokenizer, longest_context
+from ..models.quantization import check_trainable
+from ..models.sources import ADAPTER_CONFIG, ModelSource, find_policy
+from ..models.translating import translating
+from ..models.untrusted import check_folder
+from ..run.paths import read_path
+from ..settings.training import Settings
+from ..training.config import rows_of_run
+from ..training.preparation import prepare_rows
+from ..training.reference import scores_ahead
+from .padded import RowLengths, mean_padded_length, padded_tokens
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from utils.report.charts import Line, draw_lines, percent
-from utils.report.html import make_chart, make_table
-from utils.report.run_files import RunFiles
+from .charts import Line, draw_lines, percent
+from .html import make_chart, make_table
+from .run_files import RunFiles
 
 MOST_ROWS = 40  # of the table beside a curve
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.records import LINE, ROW, read_lines
-from utils.saving import EXAMPLES, METRICS, PAIRS, SAMPLES, read_record
+from ..run.files import EXAMPLES, METRICS, PAIRS, SAMPLES, read_record
+from ..run.records import LINE, ROW, read_lines
 
 MOST_POINTS = 400  # of a curve: more than a screen shows
 MOST_LINES = 800  # of training that are held at once: of a longer run only every second, fourth, ... line is

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
-from utils.processes import SCRIPT, path_from_here
-from utils.recorded_command import check_arguments
-from utils.report.charts import draw_histogram, round_step
-from utils.report.html import (
+from ..arguments.recorded_command import check_arguments
+from ..errors import UserError
+from ..run.processes import SCRIPT, path_from_here
+from ..runtime import readable_seconds
+from .charts import draw_histogram, round_step
+from .html import (
     make_chart,
     make_command,
     make_details,
@@ -24,10 +25,9 @@ from utils.report.html import (
     make_tiles,
     show,
 )
-from utils.report.run_curves import show_curves
-from utils.report.run_files import RunFiles, read_run
-from utils.report.run_verdict import describe_run, headline, held_out_of
-from utils.runtime import readable_seconds
+from .run_curves import show_curves
+from .run_files import RunFiles, read_run
+from .run_verdict import describe_run, headline, held_out_of
 
 VERBS = {"train": "DPO run", "sft": "SFT run"}
 MEANINGS = {  # held-out metric -> its name for a reader, and how it is written

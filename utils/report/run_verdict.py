@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from utils.runtime import readable_seconds
+from ..runtime import readable_seconds
 
 SAME_LOSS = 0.002  # nats: a change of the mean loss that is none
 COLLAPSE = 1.0  # nats that a token of the chosen responses may lose

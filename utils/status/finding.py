@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
-from utils.records import Unreadable, read_run, read_trainer_state
-from utils.saving import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
+from ..errors import UserError
+from ..run.files import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
+from ..run.records import Unreadable, read_run, read_trainer_state
 
 DEPTH = 4  # levels of folders below the one that is named
 NO_RUNS_IN = ("wandb", "tensorboard", "__pycache__", "node_modules")

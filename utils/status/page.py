@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.arguments.flag_values import as_text
-from utils.output_folder import FREE_TO_CHANGE
-from utils.records import ROW, read_lines
-from utils.report.charts import draw_lines, percent
-from utils.report.html import (
+from ..arguments.flag_values import as_text
+from ..report.charts import draw_lines, percent
+from ..report.html import (
     make_chart,
     make_details,
     make_document,
@@ -22,10 +20,12 @@ from utils.report.html import (
     make_tiles,
     show,
 )
-from utils.runtime import readable_seconds
-from utils.saving import SAMPLES
-from utils.status.state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
-from utils.status.table import NOTHING, show_number
+from ..run.files import SAMPLES
+from ..run.folder import FREE_TO_CHANGE
+from ..run.records import ROW, read_lines
+from ..runtime import readable_seconds
+from .state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
+from .table import NOTHING, show_number
 
 TITLE = "Comparison of runs"
 CHARTED = 6  # runs: as many as there are colours that can be told apart

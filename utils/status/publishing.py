@@ -8,15 +8,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.bounded import Unreadable, read_bytes
-from utils.errors import UserError
-from utils.paths import read_path
-from utils.runtime import say
-from utils.saving import write_text
-from utils.status.page import TITLE, make_page
-from utils.status.state import Overview
-from utils.status.table import summarize
-from utils.use_settings import StatusSettings
+from ..errors import UserError
+from ..run.bounded import Unreadable, read_bytes
+from ..run.files import write_text
+from ..run.paths import read_path
+from ..runtime import say
+from ..settings.verbs import StatusSettings
+from .page import TITLE, make_page
+from .state import Overview
+from .table import summarize
 
 
 def publish(overview: Overview, settings: StatusSettings) -> None:

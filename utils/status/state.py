@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints import find_checkpoints
-from utils.folder_lock import read_owner
-from utils.processes import is_alive, patience_seconds
-from utils.recorded_command import build_command
-from utils.records import LINE, read_lines
-from utils.runtime import readable_seconds
-from utils.saving import LOCK, METRICS, seconds_at
-from utils.status.finding import Foreign, FoundRun, find_runs
+from ..arguments.recorded_command import build_command
+from ..run.checkpoints import find_checkpoints
+from ..run.files import LOCK, METRICS, seconds_at
+from ..run.lock import read_owner
+from ..run.processes import is_alive, patience_seconds
+from ..run.records import LINE, read_lines
+from ..runtime import readable_seconds
+from .finding import Foreign, FoundRun, find_runs
 
 DIED = "died"  # the record says that it runs, and its process is gone
 HELD_OUT = "held_out_"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from utils.report.html import CONTROL
-from utils.runtime import readable_seconds
-from utils.status.state import Overview, RunStatus
+from ..report.html import CONTROL
+from ..runtime import readable_seconds
+from .state import Overview, RunStatus
 
 HEADS = ("run", "verb", "state", "progress", "left", "held out", "margin", "KL", "time", "cost")
 NUMBERS = ("left", "margin", "KL", "time", "cost")  # written to the right

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.report.run_verdict import COLLAPSE, ENDS_AT_FIRST, ENDS_KEPT
+from ..report.run_verdict import COLLAPSE, ENDS_AT_FIRST, ENDS_KEPT
 
 Line = Mapping[str, Any]  # of metrics.jsonl: training names as they are, held-out names with held_out_ in front
 

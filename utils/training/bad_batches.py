@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoints import find_checkpoints
-from utils.data.identity import pair_id
-from utils.data.lengths import read_numbers
-from utils.data.loading import PreferenceData
-from utils.data.places import SHOWN, Place, list_places
-from utils.errors import UserError
-from utils.kept import keep_in_checkpoints, kept_in_checkpoint
-from utils.processes import command_to_go_on
-from utils.runtime import is_main_process, say
-from utils.saving import BAD_PAIRS, FolderLost, RunRecord, append_metrics, check_held, open_file
+from ..data.identity import pair_id
+from ..data.lengths import read_numbers
+from ..data.loading import PreferenceData
+from ..data.places import SHOWN, Place, list_places
+from ..errors import UserError
+from ..run.checkpoints import find_checkpoints
+from ..run.files import BAD_PAIRS, FolderLost, RunRecord, append_metrics, check_held, open_file
+from ..run.kept import keep_in_checkpoints, kept_in_checkpoint
+from ..run.processes import command_to_go_on
+from ..runtime import is_main_process, say
 
 KEY = "left_out"  # in what a checkpoint keeps: the steps
 SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches

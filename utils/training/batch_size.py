@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from utils.data.tokenizing import LENGTH
-from utils.errors import UserError
-from utils.memory import LESS_MEMORY, Peak, free_bytes, ran_out_of_memory, release_memory
-from utils.runtime import say
-from utils.state import read_random_state, set_random_state
-from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS, count_pairs
-from utils.training.trainer import PreferenceTrainer
-from utils.training.within_memory import MICRO_BATCHES
+from ..data.tokenizing import LENGTH
+from ..errors import UserError
+from ..memory import LESS_MEMORY, Peak, free_bytes, ran_out_of_memory, release_memory
+from ..run.state import read_random_state, set_random_state
+from ..runtime import say
+from .batches import PAIR_IDS, REFERENCE_COLUMNS, count_pairs
+from .trainer import PreferenceTrainer
+from .within_memory import MICRO_BATCHES
 
 FAST_ENOUGH = 0.97  # of the most tokens per second: the smallest size that comes to it is chosen
 USED = {"cpu": 0.8, "cuda": 0.92}  # share of the free memory; the rest is for what else grows, and for fragments

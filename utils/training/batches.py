@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from utils.data.lengths import count_row_tokens, read_numbers
-from utils.data.tokenizing import LENGTH
-from utils.models.flex import fewest_filling, filling_of
-from utils.models.shared_prefix import pack_pairs
+from ..data.lengths import count_row_tokens, read_numbers
+from ..data.tokenizing import LENGTH
+from ..engine.flex import fewest_filling, filling_of
+from ..engine.shared_prefix import pack_pairs
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from utils.errors import UserError
-from utils.interruptions import heeded_signals, let_no_second_hangup_count
-from utils.kept import keep_in_checkpoints, kept_in_checkpoint
-from utils.output_folder import clear_run
-from utils.runtime import readable_seconds, say
-from utils.saving import RunRecord, append_metrics, keep_rows_until, remove_leftovers, restore_metrics
-from utils.training.alarms import Limits, find_alarms
-from utils.training.bad_batches import BadBatches
-from utils.training.checkpointing import STOPS
-from utils.training.progress import Stopwatch
-from utils.training.reporting import ReportFile
+from ..errors import UserError
+from ..interruptions import heeded_signals, let_no_second_hangup_count
+from ..run.files import RunRecord, append_metrics, keep_rows_until, remove_leftovers, restore_metrics
+from ..run.folder import clear_run
+from ..run.kept import keep_in_checkpoints, kept_in_checkpoint
+from ..runtime import readable_seconds, say
+from .alarms import Limits, find_alarms
+from .bad_batches import BadBatches
+from .checkpointing import STOPS
+from .progress import Stopwatch
+from .reporting import ReportFile
 
 # name in the log -> how the console shows it
 SHOWN = {

@@ -7,9 +7,9 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from utils.kept import IDENTITY, keep_in_checkpoints
-from utils.training.continuation import CHANGES, Continuation
-from utils.training.run_folder import RunFolderTrainer
+from ..run.kept import IDENTITY, keep_in_checkpoints
+from .continuation import CHANGES, Continuation
+from .run_folder import RunFolderTrainer
 
 
 def attach_continuation(trainer: RunFolderTrainer, continuation: Continuation | None) -> list[str]:

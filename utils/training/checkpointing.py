@@ -12,7 +12,8 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from utils.checkpoints import (
+from ..errors import UserError
+from ..run.checkpoints import (
     begin_checkpoint,
     find_fault,
     finish_checkpoint,
@@ -20,10 +21,7 @@ from utils.checkpoints import (
     prune_checkpoints,
     unfinished_checkpoint,
 )
-from utils.errors import UserError
-from utils.kept import kept_in_checkpoint
-from utils.manifests import describe_files
-from utils.saving import (
+from ..run.files import (
     TRAINER_STATE,
     UNFINISHED_MODEL,
     FolderLost,
@@ -31,8 +29,10 @@ from utils.saving import (
     find_disk_fault,
     move_into_place,
 )
-from utils.state import load_state, restoring, save_state
-from utils.training.launch import gather_from_all
+from ..run.kept import kept_in_checkpoint
+from ..run.manifests import describe_files
+from ..run.state import load_state, restoring, save_state
+from .launch import gather_from_all
 
 STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
 LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process

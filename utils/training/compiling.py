@@ -10,11 +10,11 @@ from accelerate.utils import DynamoBackend
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
-from utils.errors import UserError
-from utils.models.compiled import CompiledLayers
-from utils.models.last_layer import LeftOut
-from utils.models.proving import describe_error, find_fault_of_compiled
-from utils.runtime import say
+from ..engine.compiled import CompiledLayers
+from ..engine.last_layer import LeftOut
+from ..engine.proving import describe_error, find_fault_of_compiled
+from ..errors import UserError
+from ..runtime import say
 
 
 class CompilesLayers(Trainer):

@@ -7,13 +7,13 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
-from utils.processes import count_processes
-from utils.runtime import Precision
-from utils.settings import Settings
-from utils.training.early_stopping import SMALLER_IS_BETTER
-from utils.training.launch import PATIENCE, uses
-from utils.training.losses import canonical_loss
-from utils.training.refusals import refusals_explained
+from ..objectives.losses import canonical_loss
+from ..run.processes import count_processes
+from ..runtime import Precision
+from ..settings.training import Settings
+from .early_stopping import SMALLER_IS_BETTER
+from .launch import PATIENCE, uses
+from .refusals import refusals_explained
 
 # verb -> learning rate without and with an adapter, where --learning_rate is not given
 LEARNING_RATES = {"train": (1e-6, 5e-5), "sft": (2e-5, 2e-4)}

@@ -15,25 +15,25 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.allowed_changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS, WORLD
-from utils.checkpoints import ResumePoint, find_resume_point, set_aside
-from utils.data.loading import PreferenceData
-from utils.data_settings import DataSettings
-from utils.errors import UserError
-from utils.kept import IDENTITY, read_kept
-from utils.models.identity import identify_model
-from utils.models.sources import ModelSource, find_model
-from utils.models.strangers import refuse_pickles
-from utils.models.templates import TEMPLATE_DATE
-from utils.output_folder import FREE_TO_CHANGE
-from utils.processes import count_processes
-from utils.runtime import Precision, is_main_process, read_versions, say
-from utils.saving import read_record
-from utils.settings import Settings
-from utils.state import restoring
-from utils.training.launch import gather_from_all, with_deepspeed
-from utils.training.preparation import Rows
-from utils.training.reference_cache import hash_rows
+from ..data.loading import PreferenceData
+from ..errors import UserError
+from ..models.identity import identify_model
+from ..models.sources import ModelSource, find_model
+from ..models.templates import TEMPLATE_DATE
+from ..models.untrusted import refuse_pickles
+from ..run.checkpoints import ResumePoint, find_resume_point, set_aside
+from ..run.files import read_record
+from ..run.folder import FREE_TO_CHANGE
+from ..run.kept import IDENTITY, read_kept
+from ..run.processes import count_processes
+from ..run.state import restoring
+from ..runtime import Precision, is_main_process, read_versions, say
+from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS, WORLD
+from ..settings.data import DataSettings
+from ..settings.training import Settings
+from .launch import gather_from_all, with_deepspeed
+from .preparation import Rows
+from .reference_cache import hash_rows
 
 CHANGES = "changes"  # in what a checkpoint keeps
 # Settings that say where something is: what it is counts, wherever it lies by now.

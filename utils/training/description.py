@@ -6,18 +6,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.data.loading import PreferenceData
-from utils.data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
-from utils.models.counting import count_parameters
-from utils.models.loading import Reference, text_part
-from utils.models.sources import ModelSource
-from utils.records import Unreadable, read_trainer_state
-from utils.runtime import Precision, device_name, say
-from utils.saving import TRAINER_STATE
-from utils.settings import Settings
-from utils.training.preparation import Rows
-from utils.training.run_folder import RunFolderTrainer
-from utils.training.trainer import PreferenceTrainer
+from ..data.loading import PreferenceData
+from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
+from ..models.counting import count_parameters
+from ..models.loading import Reference, text_part
+from ..models.sources import ModelSource
+from ..run.files import TRAINER_STATE
+from ..run.records import Unreadable, read_trainer_state
+from ..runtime import Precision, device_name, say
+from ..settings.training import Settings
+from .preparation import Rows
+from .run_folder import RunFolderTrainer
+from .trainer import PreferenceTrainer
 
 
 def describe_data(data: PreferenceData, rows: Rows) -> None:

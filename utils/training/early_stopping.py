@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from utils.runtime import say
-from utils.saving import RunRecord
+from ..run.files import RunRecord
+from ..runtime import say
 
 SMALLER_IS_BETTER = {"loss": True, "margin": False, "accuracy": False}
 

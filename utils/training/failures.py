@@ -6,18 +6,14 @@ import errno
 import traceback
 from pathlib import Path
 
-from utils.errors import LocalError, UserError, in_one_line
-from utils.memory import LESS_MEMORY, ran_out_of_memory
-from utils.saving import MEANINGS, FolderLost, explain_fault, find_disk_fault
+from ..errors import LocalError, UserError, in_one_line
+from ..memory import LESS_MEMORY, ran_out_of_memory
+from ..run.files import MEANINGS, FolderLost, explain_fault, find_disk_fault
 
 # Modules that write into the folder of a run.
 WRITERS = {
-    "utils.checkpoints",
-    "utils.manifests",
-    "utils.output_folder",
-    "utils.saving",
-    "utils.state",
-    "utils.training.checkpointing",
+    f"{__name__.partition('.')[0]}.{module}"
+    for module in ("run.checkpoints", "run.manifests", "run.folder", "run.files", "run.state", "training.checkpointing")
 }
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
 

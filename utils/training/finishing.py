@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.interruptions import stop_if_asked
-from utils.pushing import push_folder
-from utils.runtime import readable_seconds, say
-from utils.saving import EXAMPLES, PAIRS, REPORT, write_json_lines
-from utils.tracking import say_how_to_upload
-from utils.training.callbacks import readable_metrics
-from utils.training.early_stopping import describe_best, find_kept
-from utils.training.examples import choose_examples
-from utils.training.running import Run
+from ..interruptions import stop_if_asked
+from ..run.files import EXAMPLES, PAIRS, REPORT, write_json_lines
+from ..runtime import readable_seconds, say
+from .callbacks import readable_metrics
+from .early_stopping import describe_best, find_kept
+from .examples import choose_examples
+from .pushing import push_folder
+from .running import Run
+from .tracking import say_how_to_upload
 
 # What is uploaded. Records name hosts and paths, and pages hold texts of the data.
 MODEL_FILES = (

@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from utils.arguments import command_line
-from utils.bounded import Unreadable, read_json
-from utils.checkpoints import find_checkpoints
-from utils.errors import ProcessLost, UserError, gather
-from utils.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
-from utils.records import KEPT_STATE, check
-from utils.runtime import Precision, find_device, is_main_process
-from utils.saving import read_record
-from utils.settings import Settings
+from ..arguments import command_line
+from ..errors import ProcessLost, UserError, gather
+from ..run.bounded import Unreadable, read_json
+from ..run.checkpoints import find_checkpoints
+from ..run.files import read_record
+from ..run.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
+from ..run.records import KEPT_STATE, check
+from ..runtime import Precision, find_device, is_main_process
+from ..settings.training import Settings
 
 # Seconds that a process waits in a step for one that is silent (one that ends is noticed at once).
 PATIENCE = 600

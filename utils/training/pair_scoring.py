@@ -12,16 +12,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from utils.errors import LocalError
-from utils.interruptions import stop_if_asked
-from utils.memory import ran_out_of_memory, release_memory
-from utils.models.head import KeptLogits
-from utils.models.scoring import Comparison, score_tokens
-from utils.models.shared_prefix import shared_prefix_active
-from utils.training.batches import REFERENCE_COLUMNS, consecutive_batches
-from utils.training.losses import PairLogProbs
-from utils.training.metrics import DIVERGENCES, pair_metrics, summarise
-from utils.training.run_folder import RunFolderTrainer
+from ..engine.head import KeptLogits
+from ..engine.scoring import Comparison, score_tokens
+from ..engine.shared_prefix import shared_prefix_active
+from ..errors import LocalError
+from ..interruptions import stop_if_asked
+from ..memory import ran_out_of_memory, release_memory
+from ..objectives.losses import PairLogProbs
+from .batches import REFERENCE_COLUMNS, consecutive_batches
+from .metrics import DIVERGENCES, pair_metrics, summarise
+from .run_folder import RunFolderTrainer
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 

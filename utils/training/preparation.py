@@ -15,17 +15,14 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.bounded import read_json
-from utils.checkpoints import find_checkpoints
-from utils.data.lengths import count_row_tokens, longest_first
-from utils.data.loading import PreferenceData
-from utils.data.mixing import source_names
-from utils.data.places import Place
-from utils.data.tokenizing import PromptEncoder, Truncation, tokenize_rows
-from utils.errors import UserError, gather
-from utils.folder_lock import FolderLock, check_not_held
-from utils.models.hub_files import read_json_file
-from utils.models.loading import (
+from ..data.lengths import count_row_tokens, longest_first
+from ..data.loading import PreferenceData
+from ..data.mixing import source_names
+from ..data.places import Place
+from ..data.tokenizing import PromptEncoder, Truncation, tokenize_rows
+from ..errors import UserError, gather
+from ..models.hub_files import read_json_file
+from ..models.loading import (
     Reference,
     check_4bit,
     check_embeddings,
@@ -35,24 +32,27 @@ from utils.models.loading import (
     new_adapter_config,
     turn_off_dropout,
 )
-from utils.models.sources import ModelSource, find_model, read_end_ids
-from utils.models.templates import choose_template, recorded_moment, template_date
-from utils.output_folder import check_output_folder
-from utils.paths import read_path
-from utils.processes import count_processes
-from utils.pushing import check_login
-from utils.runtime import Precision, find_device, say
-from utils.saving import read_record
-from utils.settings import Settings
-from utils.tracking import check_trackers
-from utils.training.batch_size import limit_tokens_by_trying
-from utils.training.config import build_config
-from utils.training.launch import check_launch, gather_from_all, uses, with_deepspeed
-from utils.training.reference import scores_ahead
-from utils.training.refusals import refusals_explained
-from utils.training.sft import ImitationTrainer
-from utils.training.trainer import PreferenceTrainer
-from utils.training.within_memory import MICRO_BATCHES
+from ..models.sources import ModelSource, find_model, read_end_ids
+from ..models.templates import choose_template, recorded_moment, template_date
+from ..run.bounded import read_json
+from ..run.checkpoints import find_checkpoints
+from ..run.files import read_record
+from ..run.folder import check_output_folder
+from ..run.lock import FolderLock, check_not_held
+from ..run.paths import read_path
+from ..run.processes import count_processes
+from ..runtime import Precision, find_device, say
+from ..settings.training import Settings
+from .batch_size import limit_tokens_by_trying
+from .config import build_config
+from .launch import check_launch, gather_from_all, uses, with_deepspeed
+from .pushing import check_login
+from .reference import scores_ahead
+from .refusals import refusals_explained
+from .sft import ImitationTrainer
+from .tracking import check_trackers
+from .trainer import PreferenceTrainer
+from .within_memory import MICRO_BATCHES
 
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "liger_kernel_config")
 MOST_CONFIG_BYTES = 2**20

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from utils.data.lengths import count_row_tokens
+from ..data.lengths import count_row_tokens
 
 
 class Stopwatch:

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from utils.data.row_cache import flatten_rows
-from utils.memory import release_memory
-from utils.models.head import MARK, KeptLogits
-from utils.models.scoring import output_head
-from utils.runtime import is_main_process
-from utils.settings import Settings
-from utils.training.batches import PAIR_IDS, REFERENCE_COLUMNS
-from utils.training.pair_scoring import PairScoring
-from utils.training.reference_cache import hash_model, hash_rows, load_columns, save_columns
+from ..data.row_cache import flatten_rows
+from ..engine.head import MARK, KeptLogits
+from ..engine.scoring import output_head
+from ..memory import release_memory
+from ..runtime import is_main_process
+from ..settings.training import Settings
+from .batches import PAIR_IDS, REFERENCE_COLUMNS
+from .pair_scoring import PairScoring
+from .reference_cache import hash_model, hash_rows, load_columns, save_columns
 
 KEPT_BYTES = 2**27  # of each process, for the reference's hidden states
 

@@ -21,8 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from utils.runtime import read_versions, say
-from utils.saving import flush_folder, replacing
+from ..run.files import flush_folder, replacing
+from ..runtime import read_versions, say
 
 # What a config says of where the model came from, not of what it computes.
 NAMES_IN_CONFIG = ("_name_or_path", "transformers_version", "architectures", "use_cache")

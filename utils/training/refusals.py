@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from utils.errors import Interrupted, ProcessLost, UserError
-from utils.memory import ran_out_of_memory
-from utils.settings import Settings
-from utils.training.launch import is_loss
+from ..errors import Interrupted, ProcessLost, UserError
+from ..memory import ran_out_of_memory
+from ..settings.training import Settings
+from .launch import is_loss
 
 OURS = ("utils", "advanced_dpo_script", "__main__")
 PASSED_ON = ("lr_scheduler_type", "report_to", "attn_implementation", "lora_target_modules")

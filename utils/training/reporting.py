@@ -6,8 +6,8 @@ import contextlib
 import time
 from pathlib import Path
 
-from utils.report.run_page import make_run_page
-from utils.saving import REPORT, FolderLost, RunRecord, write_text
+from ..report.run_page import make_run_page
+from ..run.files import REPORT, FolderLost, RunRecord, write_text
 
 EVERY_SECONDS = 20.0
 LARGEST_SHARE = 0.02  # of the time, for pages that take long to write

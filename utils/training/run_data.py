@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from utils.data.loading import PreferenceData, load_pairs
-from utils.errors import UserError
-from utils.runs import TrainedModel, as_in_run
-from utils.settings import (
+from ..data.loading import PreferenceData, load_pairs
+from ..errors import UserError
+from ..models.trained import TrainedModel, as_in_run
+from ..settings.training import (
     DataSettings,
     LoraSettings,
     LossSettings,
@@ -16,7 +16,7 @@ from utils.settings import (
     Settings,
     TrainingSettings,
 )
-from utils.training.config import rows_of_run
+from .config import rows_of_run
 
 SIZE = ("seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")  # what is held out
 

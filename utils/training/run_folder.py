@@ -17,28 +17,28 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from utils.data.places import Place, row_places
-from utils.models.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
-from utils.models.loading import TRAINED_ADAPTER
-from utils.models.proving import Trial, gives_all_gradients, let_head_score_in_chunks
-from utils.runtime import peak_memory_bytes
-from utils.saving import RunRecord, let_umask_decide, sort_modules, write_json
-from utils.state import load_state, read_random_state, restoring, save_state, set_random_state
-from utils.training.bad_batches import BadBatches, losses_by_row
-from utils.training.batches import ROWS, TOKENS
-from utils.training.checkpointing import WholeCheckpoints
-from utils.training.compiling import CompilesLayers
-from utils.training.history import fold_history
-from utils.training.launch import KEPT_BY_DEEPSPEED
-from utils.training.progress import Stopwatch
-from utils.training.shards import load_weights, shard_optimizer_state, whole_state, whole_weights
-from utils.training.shares import StepShares
-from utils.training.stepping import SparingSteps
-from utils.training.trained_weights import float32_kept, set_lora_dropout
+from ..data.places import Place, row_places
+from ..engine.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
+from ..engine.proving import Trial, gives_all_gradients, let_head_score_in_chunks
+from ..models.loading import TRAINED_ADAPTER
+from ..run.files import RunRecord, let_umask_decide, sort_modules, write_json
+from ..run.state import load_state, read_random_state, restoring, save_state, set_random_state
+from ..runtime import peak_memory_bytes
+from .bad_batches import BadBatches, losses_by_row
+from .batches import ROWS, TOKENS
+from .checkpointing import WholeCheckpoints
+from .compiling import CompilesLayers
+from .history import fold_history
+from .launch import KEPT_BY_DEEPSPEED
+from .progress import Stopwatch
+from .shards import load_weights, shard_optimizer_state, whole_state, whole_weights
+from .shares import StepShares
+from .stepping import SparingSteps
+from .trained_weights import float32_kept, set_lora_dropout
 
 
 class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
-    """Saves a run in the layout of `utils/saving.py`, and evaluates with `measure_held_out`, which subclasses give.
+    """Saves a run in the layout of `utils/run/files.py`, and evaluates with `measure_held_out`, which subclasses give.
 
     Each `counted` item (a pair, or a token to be learnt) weighs the same in the loss of its optimizer step and in the
     logged metrics, whatever micro-batch or process it fell in.

@@ -13,33 +13,33 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from utils.checkpoints import checkpoint_step, find_checkpoints
-from utils.data.loading import PreferenceData
-from utils.errors import Interrupted, ProcessLost, UserError
-from utils.interruptions import stop_if_asked
-from utils.models.counting import count_parameters
-from utils.models.head import MARK
-from utils.models.loading import Reference
-from utils.models.scoring import output_head
-from utils.models.sources import ModelSource
-from utils.models.templates import TEMPLATE_DATE
-from utils.processes import command_to_go_on, identify_process
-from utils.runtime import Precision, device_name, is_main_process, peak_memory_bytes, read_versions, say
-from utils.saving import RunRecord, now, read_record
-from utils.settings import Settings
-from utils.training.bad_batches import BadBatches
-from utils.training.callbacks import RunWatcher, StopInGoodOrder
-from utils.training.early_stopping import EarlyStopping
-from utils.training.failures import explain_failure
-from utils.training.launch import check_resumable, explain_loss, speaks
-from utils.training.preparation import Rows
-from utils.training.progress import count_tokens, seconds_left
-from utils.training.refusals import refusals_explained
-from utils.training.run_folder import RunFolderTrainer
-from utils.training.samples import SampleWriter, choose_prompts
-from utils.training.start import StartCheck
-from utils.training.trackers import attach_trackers, close_trackers
-from utils.training.trainer import PreferenceTrainer
+from ..data.loading import PreferenceData
+from ..engine.head import MARK
+from ..engine.scoring import output_head
+from ..errors import Interrupted, ProcessLost, UserError
+from ..interruptions import stop_if_asked
+from ..models.counting import count_parameters
+from ..models.loading import Reference
+from ..models.sources import ModelSource
+from ..models.templates import TEMPLATE_DATE
+from ..run.checkpoints import checkpoint_step, find_checkpoints
+from ..run.files import RunRecord, now, read_record
+from ..run.processes import command_to_go_on, identify_process
+from ..runtime import Precision, device_name, is_main_process, peak_memory_bytes, read_versions, say
+from ..settings.training import Settings
+from .bad_batches import BadBatches
+from .callbacks import RunWatcher, StopInGoodOrder
+from .early_stopping import EarlyStopping
+from .failures import explain_failure
+from .launch import check_resumable, explain_loss, speaks
+from .preparation import Rows
+from .progress import count_tokens, seconds_left
+from .refusals import refusals_explained
+from .run_folder import RunFolderTrainer
+from .samples import SampleWriter, choose_prompts
+from .start import StartCheck
+from .trackers import attach_trackers, close_trackers
+from .trainer import PreferenceTrainer
 
 
 @dataclass

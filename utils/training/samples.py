@@ -13,19 +13,19 @@ import torch
 from transformers import TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
 
-from utils.data.loading import PreferenceData
-from utils.data.tokenizing import Turns
-from utils.errors import UserError
-from utils.generation import find_fitting, sample_continuations
-from utils.models.loading import longest_context
-from utils.report.html import CONTROL
-from utils.runtime import say
-from utils.saving import SAMPLES, read_json_lines, write_json_lines
-from utils.settings import Settings
-from utils.training.preparation import Rows
-from utils.training.run_folder import RunFolderTrainer
-from utils.training.trackers import log_samples
-from utils.use_settings import SamplingSettings
+from ..data.loading import PreferenceData
+from ..data.tokenizing import Turns
+from ..errors import UserError
+from ..models.loading import longest_context
+from ..report.html import CONTROL
+from ..responses.generation import find_fitting, sample_continuations
+from ..run.files import SAMPLES, read_json_lines, write_json_lines
+from ..runtime import say
+from ..settings.training import Settings
+from ..settings.verbs import SamplingSettings
+from .preparation import Rows
+from .run_folder import RunFolderTrainer
+from .trackers import log_samples
 
 TRIED = 256  # held-out rows looked at for each prompt that is wanted
 SHOWN_PROMPT, SHOWN_RESPONSE = 150, 400  # characters on the console

@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import pad
 
-from utils.data.lengths import read_numbers
-from utils.data.tokenizing import LENGTH, SFT_COLUMNS
-from utils.interruptions import stop_if_asked
-from utils.memory import freed_memory_returned
-from utils.models.proving import most_of_trial
-from utils.models.scoring import score_tokens
-from utils.training.batches import ROWS, TOKENS, UNCOUNTED, uncounted
-from utils.training.run_folder import RunFolderTrainer
+from ..data.lengths import read_numbers
+from ..data.tokenizing import LENGTH, SFT_COLUMNS
+from ..engine.proving import most_of_trial
+from ..engine.scoring import score_tokens
+from ..interruptions import stop_if_asked
+from ..memory import freed_memory_returned
+from .batches import ROWS, TOKENS, UNCOUNTED, uncounted
+from .run_folder import RunFolderTrainer
 
 
 class CompletionCollator:

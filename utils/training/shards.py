@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from utils.models.loading import TRAINED_ADAPTER
-from utils.runtime import is_main_process
+from ..models.loading import TRAINED_ADAPTER
+from ..runtime import is_main_process
 
 
 def whole_state(state: Any) -> Any:

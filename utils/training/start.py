@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import TrainerCallback
 
-from utils.models.loading import Reference
+from ..models.loading import Reference
 
 if TYPE_CHECKING:
-    from utils.training.trainer import PreferenceTrainer
+    from .trainer import PreferenceTrainer
 
 PAIRS = 8  # that are looked at, of those that are trained on
 TIMES_ROUNDING = 4.0  # how many times as far as the policy is from itself it may be from its reference

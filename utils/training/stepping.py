@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from utils.models.switches import Switches, trained_already
+from ..engine.switches import Switches, trained_already
 
 
 class SparingSteps(Trainer):

@@ -14,10 +14,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from utils.errors import in_one_line
-from utils.runtime import say
-from utils.saving import RunRecord
-from utils.settings import RunSettings
+from ..errors import in_one_line
+from ..run.files import RunRecord
+from ..runtime import say
+from ..settings.training import RunSettings
 
 TRACKERS = frozenset(INTEGRATION_TO_CALLBACK.values())
 SAMPLE_COLUMNS = ("step", "prompt", "response", "ended")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from utils.models.loading import TRAINED_ADAPTER
+from ..models.loading import TRAINED_ADAPTER
 
 
 @contextlib.contextmanager

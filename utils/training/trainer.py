@@ -12,16 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from utils.data.lengths import longest_first, read_numbers
-from utils.data.tokenizing import LENGTH
-from utils.errors import UserError
-from utils.memory import freed_memory_returned, ran_out_of_memory
-from utils.models.kernel_proof import attention_calls, find_fault_of_kernel
-from utils.models.last_layer import LeftOut, leave_out_prompts
-from utils.models.loading import TRAINED_ADAPTER, Reference
-from utils.models.proving import describe_error, find_gradient_mismatch, find_mismatch, most_of_trial
-from utils.models.scoring import tokens_of
-from utils.training.batches import (
+from ..data.lengths import longest_first, read_numbers
+from ..data.tokenizing import LENGTH
+from ..engine.kernel_proof import attention_calls, find_fault_of_kernel
+from ..engine.last_layer import LeftOut, leave_out_prompts
+from ..engine.proving import describe_error, find_gradient_mismatch, find_mismatch, most_of_trial
+from ..engine.scoring import tokens_of
+from ..errors import UserError
+from ..memory import freed_memory_returned, ran_out_of_memory
+from ..models.loading import TRAINED_ADAPTER, Reference
+from ..objectives.losses import Divergence, LossParameters, Objective, PairLogProbs
+from .batches import (
     PAIR_IDS,
     REFERENCE_COLUMNS,
     UNCOUNTED,
@@ -29,12 +30,11 @@ from utils.training.batches import (
     count_pairs,
     uncounted,
 )
-from utils.training.losses import Divergence, LossParameters, Objective, PairLogProbs
-from utils.training.metrics import pair_metrics
-from utils.training.pair_scoring import REFERENCE_ADAPTER
-from utils.training.reference import ReferenceAhead
-from utils.training.run_folder import RunFolderTrainer
-from utils.training.within_memory import StepsWithinMemory
+from .metrics import pair_metrics
+from .pair_scoring import REFERENCE_ADAPTER
+from .reference import ReferenceAhead
+from .run_folder import RunFolderTrainer
+from .within_memory import StepsWithinMemory
 
 ROW_MULTIPLE = 32  # tokens: bfloat16 products on a CPU are up to a tenth slower at other lengths
 

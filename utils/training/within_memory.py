@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.checkpoints import find_checkpoints
-from utils.errors import LocalError, UserError
-from utils.memory import LESS_MEMORY, ran_out_of_memory, release_memory
-from utils.models.scoring import tokens_of
-from utils.training.batches import ROWS, count_pairs, examples_of, fill_batches, parts_of
-from utils.training.pair_scoring import PairScoring
+from ..engine.scoring import tokens_of
+from ..errors import LocalError, UserError
+from ..memory import LESS_MEMORY, ran_out_of_memory, release_memory
+from ..run.checkpoints import find_checkpoints
+from .batches import ROWS, count_pairs, examples_of, fill_batches, parts_of
+from .pair_scoring import PairScoring
 
 MICRO_BATCHES = "micro_batches"  # the key in run.json of how large they are
 

@@ -1,0 +1,150 @@
+"""Bad rows: one reason each, reported together with their places, or left out and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from utils.data.loading import load_pairs
+from utils.errors import UserError
+from utils.settings.training import DataSettings
+
+GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path, verb: str = "train", **settings):
+    settings = {"validation_split": "none"} | settings
+    return load_pairs(DataSettings(dataset_name=str(path), **settings), verb, 0)
+
+
+def faults(path: Path, verb: str = "train", **settings) -> tuple[str, ...]:
+    with pytest.raises(UserError) as error:
+        load(path, verb, **settings)
+    return error.value.faults
+
+
+BAD = {
+    "'prompt' is missing": {"prompt": None},
+    "'prompt' is empty": {"prompt": " \n"},
+    "'chosen' is missing": {"chosen": None},
+    "'chosen' is empty": {"chosen": "\t", "rejected": "\t"},
+    "'rejected' is missing": {"rejected": None},
+    "'rejected' is empty": {"rejected": ""},
+    "'rejected' equals 'chosen'": {"rejected": " good\n"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_one_reason_per_row(reason, tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD | BAD[reason], GOOD])
+    assert faults(path) == (
+        f"{reason} in 1 row (pairs.jsonl line 2). Fix it, or pass --on_bad_rows skip (skipped rows are counted).",
+    )
+    data = load(path, on_bad_rows="skip")
+    assert data.dropped == {reason: 1}
+    assert data.train["row"][:] == [0, 2]
+    assert data.train.column_names == ["prompt", "chosen", "rejected", "row"]
+
+
+MESSAGES = {
+    "'prompt' is empty": {"prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": " "}]},
+    "'chosen' is empty": {"chosen": [{"role": "assistant", "content": ""}]},
+    "'rejected' is empty": {"rejected": []},
+    "'rejected' equals 'chosen'": {"rejected": [{"role": "assistant", "content": "good "}]},
+}
+
+
+@pytest.mark.parametrize("reason", MESSAGES)
+def test_messages_have_the_same_reasons(reason, tmp_path):
+    good = {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+    }
+    path = write(tmp_path / "pairs.jsonl", [good, good | MESSAGES[reason]])
+    assert load(path, on_bad_rows="skip").dropped == {reason: 1}
+
+
+def test_all_reasons_of_both_splits_are_reported_at_once_with_five_places_each(tmp_path):
+    same, empty = GOOD | {"rejected": "good"}, GOOD | {"chosen": ""}
+    write(tmp_path / "train.jsonl", [same, GOOD] * 4 + [empty] + [same] * 3)
+    write(tmp_path / "test.jsonl", [GOOD, empty])
+    fix = "Fix {}, or pass --on_bad_rows skip (skipped rows are counted)."
+    assert faults(tmp_path, validation_split=None) == (
+        "'rejected' equals 'chosen' in 7 rows (train.jsonl line 1, 3, 5, 7, 10, ...). " + fix.format("them"),
+        "'chosen' is empty in 1 row (train.jsonl line 9). " + fix.format("it"),
+        "'chosen' is empty in 1 row (test.jsonl line 2). " + fix.format("it"),
+    )
+    data = load(tmp_path, validation_split=None, on_bad_rows="skip")
+    assert data.dropped == {"'rejected' equals 'chosen'": 7, "'chosen' is empty": 2}
+    assert (len(data.train), len(data.held_out)) == (4, 1)
+
+
+def test_names_of_the_source_are_used(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [{"question": "q", "j": "a", "k": "a"}])
+    (line,) = faults(path, chosen_column="j", rejected_column="k")
+    assert line.startswith("'k' equals 'j' in 1 row")
+
+
+def test_nothing_left(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [GOOD | {"rejected": "good"}] * 3)
+    assert faults(path, on_bad_rows="skip") == (
+        "--dataset_name: no usable row is left ('rejected' equals 'chosen': 3)",
+    )
+
+
+def test_max_samples_takes_the_first_good_rows_in_file_order(tmp_path):
+    bad = GOOD | {"chosen": ""}
+    rows = [GOOD | {"prompt": f"q{i}"} if i >= 40 and i % 2 else bad for i in range(100)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    data = load(path, max_samples=3, on_bad_rows="skip")
+    assert data.train["row"][:] == [41, 43, 45]
+    assert data.dropped == {"'chosen' is empty": 43}
+    assert len(load(path, max_samples=1000, on_bad_rows="skip").train) == 30
+
+
+def test_max_samples_still_reports_the_bad_rows_before_the_last_one(tmp_path):
+    bad = GOOD | {"chosen": ""}
+    path = write(tmp_path / "pairs.jsonl", [GOOD, bad, GOOD, bad])
+    assert "in 1 row (pairs.jsonl line 2)" in faults(path, max_samples=2)[0]
+    assert len(load(path, max_samples=1).train) == 1
+
+
+def test_sft_needs_no_rejected_side_and_whole_texts_no_prompt(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [GOOD | {"rejected": "good"}, GOOD | {"chosen": " "}])
+    assert load(path, "sft", on_bad_rows="skip").dropped == {"'chosen' is empty": 1}
+    path = write(tmp_path / "texts.jsonl", [{"text": "once"}, {"text": " "}, {"text": None}])
+    data = load(path, "sft", on_bad_rows="skip")
+    assert data.train.to_list() == [{"prompt": "", "completion": "once", "row": 0}]
+    assert data.dropped == {"'text' is empty": 1, "'text' is missing": 1}
+
+
+def test_lines_that_hold_no_row_are_counted_with_the_rest(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"chosen": ""}])
+    path.write_text(path.read_text() + "{\n")
+    assert load(path, on_bad_rows="skip").dropped == {"invalid JSON": 1, "'chosen' is empty": 1}
+
+
+def test_the_fingerprint_depends_on_the_rows_alone(tmp_path):
+    rows = [GOOD | {"prompt": f"q{i}"} for i in range(5)]
+    lines = load(write(tmp_path / "pairs.jsonl", rows)).fingerprint
+    (tmp_path / "elsewhere").mkdir()
+    array = tmp_path / "elsewhere" / "other.json"
+    array.write_text(json.dumps([row | {"score": 1} for row in rows]))
+    assert load(array).fingerprint == lines
+    assert load(write(tmp_path / "order.jsonl", rows[::-1])).fingerprint != lines
+    assert load(write(tmp_path / "fewer.jsonl", rows[:4])).fingerprint != lines
+    assert load(write(tmp_path / "pairs.jsonl", rows), validation_split="0.2").fingerprint != lines

@@ -1,0 +1,59 @@
+"""A commented config for a situation, from the files beside this one, with a person's own names in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import UserError
+from ..run.files import write_text
+from ..run.paths import read_path
+from ..runtime import say
+from ..settings.training import Settings
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LAUNCH = {"eight_gpus_full": "accelerate launch --config_file {root}examples/accelerate/fsdp2.yaml"}
+
+
+def write_config(settings: Settings) -> None:
+    """Writes the config of --situation to --output_file and says how to use it.
+
+    Raises:
+        UserError: the file exists or cannot be written.
+    """
+    situation, path = settings.init.situation, read_path(settings.init.output_file)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"--output_file {path}: exists, and nothing is written over it; name another file")
+    names = {
+        "model_name_or_path": settings.model.model_name_or_path,
+        "dataset_name": settings.data.dataset_name,
+        "output_dir": settings.run.output_dir,
+    }
+    text = fill_in((HERE / f"{situation}.yaml").read_text(encoding="utf-8"), names)
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--output_file {path}: cannot be written ({error.strerror})") from None
+    say(f"wrote {path}: {text.splitlines()[0].removeprefix('# ')}")
+    root = "" if Path.cwd() == ROOT else f"{ROOT}/"
+    start = LAUNCH.get(situation, "python").format(root=root)
+    say("every line may be changed; --help says more of each. See that all stages work, then train:")
+    say(f"  {start} {root}advanced_dpo_script.py --config {path} --dry_run")
+    say(f"  {start} {root}advanced_dpo_script.py --config {path}")
+
+
+def fill_in(text: str, names: Mapping[str, str | None]) -> str:
+    """The config with the values that were given in place of its own, and its comments on those left out.
+
+    Files that come with the script are named as they are reached from the working folder.
+    """
+    for name, value in names.items():
+        if value is not None:
+            line = f"{name}: {json.dumps(value, ensure_ascii=False)}"
+            text = re.sub(rf"^{name}: .*$", lambda _, line=line: line, text, flags=re.MULTILINE)
+    if Path.cwd() != ROOT:
+        text = re.sub(r": (examples/\S+)", lambda match: f": {json.dumps(str(ROOT / match[1]))}", text)
+    return text

@@ -1,0 +1,214 @@
+"""Blind voting on a local page: a person sees two responses without their models' names and says which is better.
+
+The page is served on this machine alone, under an address that nobody can guess, and works without scripts. Every
+vote is on the disk before the next match is shown, so that voting goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import http.server
+import secrets
+import socket
+import sys
+import threading
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..report.html import make_document, show
+from ..runtime import say
+from .ballots import VOTES, Ballots, Match
+from .judging import read_text
+
+CHOICES = {"left": "1 is better", "tie": "Neither", "right": "2 is better"}
+LONGEST_FORM_BYTES = 1000
+
+
+def check_port(port: int) -> None:
+    """Refuses a port that the page cannot be served at.
+
+    Raises:
+        UserError: it is taken, or not allowed.
+    """
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise _refusal(port, error) from None
+
+
+def _refusal(port: int, error: OSError) -> UserError:
+    return UserError(f"--vote_port {port}: the page cannot be served there ({error.strerror}); choose another port")
+
+
+def collect_votes(matches: Sequence[Match], folder: Path, seed: int, port: int = 0) -> list[float | None]:
+    """Has a person vote on the matches, until all are voted on or Ctrl-C.
+
+    Args:
+        folder: where ballots.jsonl and votes.jsonl are written, and read to go on.
+        seed: of the order and the sides.
+        port: of the page on this machine; 0 for any that is free.
+
+    Returns:
+        For each match 1 where A's response won, 0 where B's did, 0.5 for neither, None where there is no vote.
+
+    Raises:
+        UserError: the port is taken, or the ballots in the folder cannot be read.
+    """
+    ballots = Ballots(matches, folder, seed)
+    if ballots.next_place() is not None:
+        try:
+            _serve(ballots, port)
+        except OSError as error:
+            raise _refusal(port, error) from None
+        if (folder / VOTES).is_file():
+            say(f"votes with a winner, as preference rows that train reads: {folder / VOTES}")
+    outcomes = ballots.outcomes
+    return [outcomes.get(match.key) for match in matches]
+
+
+def _serve(ballots: Ballots, port: int) -> None:
+    """Serves the page until the last vote or Ctrl-C."""
+    done = threading.Event()
+    path = f"/{secrets.token_urlsafe(16)}/"
+    with _Server(("127.0.0.1", port), _Page) as server:
+        server.page = Voting(ballots, path, done)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        count = len(ballots.shown)
+        waiting = sum(ballots.choice(place) is None for place in range(count))
+        say(f"{waiting:,} of {count:,} matches to vote on; open this page in a browser:")
+        say(f"  http://127.0.0.1:{server.server_address[1]}{path}")
+        say("Ctrl-C ends the voting; what was voted counts, and the same command goes on.")
+        try:
+            done.wait()
+        except KeyboardInterrupt:
+            say("voting ended")
+        server.shutdown()
+
+
+@dataclass(frozen=True)
+class Voting:
+    """What the page shows and changes."""
+
+    ballots: Ballots
+    path: str
+    done: threading.Event
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def render(self, place: int | None) -> str:
+        """The match at a place, or the thanks at the end."""
+        ballots = self.ballots
+        if place is None:
+            content = "<h1>Thank you</h1><p>Every match has its vote. The terminal shows the result.</p>"
+            return make_document("All votes are in", content)
+        match, left, right = ballots.sides(place)
+        sides = _show_text(left, "<h2>Response 1</h2>") + _show_text(right, "<h2>Response 2</h2>")
+        buttons = "".join(
+            f'<button name="choice" value="{choice}" accesskey="{number}"'
+            f"{' aria-pressed=true' if ballots.choice(place) == choice else ''}>{label}</button>"
+            for number, (choice, label) in enumerate(CHOICES.items(), start=1)
+        )
+        before = f'<a href="{escape(self.path)}?at={place - 1}">the one before</a>' if place else ""
+        content = (
+            f'<p class="soft">Match {place + 1} of {len(ballots.shown)} {before}</p><h1>Which response is better?</h1>'
+            f'{_show_text(read_text(match.prompt))}<div class="sides">{sides}</div>'
+            f'<form method="post" action="{escape(self.path)}" class="choices">'
+            f'<input type="hidden" name="match" value="{ballots.shown[place]}">{buttons}</form>'
+        )
+        return make_document("Which response is better?", content)
+
+    def take(self, form: Mapping[str, list[str]]) -> None:
+        """Counts the vote of a form. LookupError for one that is not of this page."""
+        with self.lock:
+            self.ballots.vote(form["match"][0], form["choice"][0])
+
+
+def _show_text(text: str, content: str = "") -> str:
+    """A text in a box of its own, under `content`."""
+    return f'<article class="example">{content}<div class="text">{show(text.strip() or "(nothing)")}</div></article>'
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Serves one voting; a browser that goes away in the middle of an answer is no fault."""
+
+    daemon_threads = True
+    request_queue_size = 128  # connections that wait to be taken; beyond that they are reset
+    page: Voting
+
+    def handle_error(self, *request: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(*request)
+
+
+class _Page(http.server.BaseHTTPRequestHandler):
+    """Answers the browser; whoever does not know the address gets nothing."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def do_GET(self) -> None:
+        address = urllib.parse.urlsplit(self.path)
+        if not self._is_ours(address.path):
+            return
+        ballots = self._voting.ballots
+        at = urllib.parse.parse_qs(address.query).get("at", [""])[0]
+        known = at.isdecimal() and len(at) < 10 and int(at) < len(ballots.shown)
+        place = int(at) if known else ballots.next_place()
+        self._send(200, self._voting.render(place))
+
+    def do_POST(self) -> None:
+        size = self.headers.get("Content-Length") or ""
+        length = int(size) if size.isdecimal() and len(size) < 10 else 0
+        self.close_connection = length > LONGEST_FORM_BYTES  # the rest would be taken for a request
+        body = self.rfile.read(min(length, LONGEST_FORM_BYTES)).decode("utf-8", "replace")
+        if not self._is_ours(self.path):
+            return
+        try:
+            self._voting.take(urllib.parse.parse_qs(body))
+        except LookupError:
+            self._send(400, make_document("Not understood", "<p>This vote could not be understood; go back.</p>"))
+            return
+        except OSError as error:
+            say(f"warning: a vote could not be written ({error}); mend that, then vote again")
+            text = f"<p>The vote could not be written ({escape(str(error.strerror))}). Go back and vote again.</p>"
+            self._send(500, make_document("Not written", text))
+            return
+        if self._voting.ballots.next_place() is None:
+            try:
+                self._send(200, self._voting.render(None))
+            finally:
+                self._voting.done.set()
+            return
+        self.send_response(303)
+        self.send_header("Location", self._voting.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    @property
+    def _voting(self) -> Voting:
+        return self.server.page
+
+    def _is_ours(self, path: str) -> bool:
+        """Whether the request is for this page; else it is answered here."""
+        host = (self.headers.get("Host") or "").partition(":")[0]
+        if host in ("127.0.0.1", "localhost") and secrets.compare_digest(path.encode(), self._voting.path.encode()):
+            return True
+        self._send(404, make_document("Nothing here", "<p>Nothing here.</p>"))
+        return False
+
+    def _send(self, code: int, page: str) -> None:
+        content = page.encode("utf-8", "backslashreplace")  # a prompt may hold half a surrogate pair
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'; form-action 'self'")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Requests are nobody's business."""

@@ -1,0 +1,188 @@
+"""The settings of the data: what is read and how, what is done with findings, how pairs are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .flags import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    AT_LEAST_ZERO,
+    DATA,
+    INIT,
+    PAIRS,
+    PLAN,
+    READS_DATA,
+    READS_PROMPTS,
+    SCORES_ROWS,
+    SFT,
+    SPLITS_DATA,
+    flag,
+)
+
+DATASET_FORMATS = (
+    "explicit_prompt",
+    "implicit_prompt",
+    "transcripts",
+    "openai",
+    "sharegpt",
+    "alpaca",
+    "scored_answers",
+    "ranked_answers",
+    "two_answers",
+    "webgpt",
+    "shp",
+    "stack_exchange",
+    "stack_exchange_paired",
+    "message_tree",
+    "unpaired",
+    "prompt_completion",
+    "messages",
+    "instruction",
+    "text",
+)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """data"""
+
+    dataset_name: str | None = flag(
+        None,
+        "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
+        "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
+        verbs=(*READS_DATA, *INIT),
+    )
+    dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=READS_DATA)
+    dataset_split: str | None = flag(
+        None,
+        "split to train on (default: train, train_prefs, or the only one; evaluate: the test or validation split where "
+        "there is one)",
+        verbs=READS_DATA,
+    )
+    dataset_format: str | None = flag(
+        None,
+        f"how to read the rows: {', '.join(DATASET_FORMATS[:-4])}; for sft also {', '.join(DATASET_FORMATS[-4:])} "
+        "(default: by their columns)",
+        choices=DATASET_FORMATS,
+        verbs=READS_DATA,
+    )
+    dataset_adapter: str | None = flag(
+        None,
+        "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None",
+        verbs=READS_DATA,
+    )
+    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields", verbs=READS_PROMPTS)
+    chosen_column: str | None = flag(None, "column with the preferred response", verbs=READS_DATA)
+    rejected_column: str | None = flag(None, "column with the other response", verbs=PAIRS)
+    completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
+    text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
+    pairs_per_prompt: int | None = flag(
+        None,
+        "rows with several answers: most pairs of one prompt, the best against lower-scored ones (default: 1)",
+        bound=AT_LEAST_ONE,
+        verbs=PAIRS,
+    )
+    min_score_gap: float | None = flag(
+        None,
+        "rows with scores: least difference between chosen and rejected",
+        bound=AT_LEAST_ZERO,
+        verbs=PAIRS,
+    )
+    min_score_ratio: float | None = flag(
+        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=PAIRS
+    )
+    strip_citations: bool = flag(
+        False, "webgpt: take citations such as [1] or [2, 3] out of the answers", verbs=READS_DATA
+    )
+    group_by: str | None = flag(
+        None, "column whose values are kept together in training or held out (default: the prompt)", verbs=SPLITS_DATA
+    )
+    validation_split: str | None = flag(
+        None,
+        "held-out data: a fraction, the name of a split, or none "
+        "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
+        verbs=SPLITS_DATA,
+    )
+    streaming: bool = flag(
+        False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
+    )
+    max_samples: int | None = flag(
+        None,
+        "use the first N good rows, in file order (of each source); merge: check on the first N pairs (default: 64)",
+        bound=AT_LEAST_ONE,
+        verbs=READS_DATA,
+    )
+    on_bad_rows: str = flag(
+        "error", "what to do with rows that cannot be trained on", choices=("error", "skip"), verbs=SCORES_ROWS
+    )
+    max_length: int | None = flag(
+        None,
+        "tokens per prompt + response (default: 1024, or the model's context if shorter)",
+        bound=AT_LEAST_TWO,
+        verbs=READS_DATA,
+    )
+    truncation: str = flag(
+        "shorten_prompt",
+        "for longer pairs: shorten_prompt from its left, then cut the response (its cut end is not taught as an end); "
+        "drop the pair; or stop with an error. All are counted",
+        choices=("shorten_prompt", "drop", "error"),
+        verbs=SCORES_ROWS,
+    )
+
+
+REMOVABLE = (
+    "ties",
+    "score_contradictions",
+    "near_duplicates",
+    "broken_text",
+    "held_out_prompts",
+    "overlap",
+    "too_long",
+)
+
+
+@dataclass(frozen=True)
+class InspectionSettings:
+    """what to do with the findings"""
+
+    report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs=DATA)
+    json_file: str | None = flag(
+        None, "write every number as JSON; - prints it in place of the summary", verbs=(*DATA, *PLAN)
+    )
+    output_file: str | None = flag(
+        None,
+        "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs labelled both ways",
+        verbs=DATA,
+    )
+    remove: tuple[str, ...] | None = flag(
+        None,
+        f"what else to leave out of --output_file: {', '.join(REMOVABLE)}",
+        choices=REMOVABLE,
+        many=True,
+        verbs=DATA,
+    )
+    compare: str | None = flag(
+        None,
+        "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
+        verbs=DATA,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """making pairs: a model answers prompts, a scorer ranks the answers"""
+
+    generate: bool = flag(
+        False,
+        "make pairs instead: answer the prompts of --dataset_name with --model_name_or_path, score the responses, and "
+        "write the best and the worst of each prompt to --output_file; the same command goes on after an interruption",
+        verbs=DATA,
+    )
+    scorer: str | None = flag(
+        None,
+        "file.py:function(prompts, responses) that returns scores; the folder or hub name of a reward model; or the "
+        "URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY",
+        verbs=DATA,
+    )
+    num_generations: int = flag(4, "responses per prompt", bound=AT_LEAST_TWO, verbs=DATA)
