@@ -214,8 +214,7 @@ def test_a_pair_that_does_not_fit_alone_is_named(run_script, tiny_model, tmp_pat
 
 @pytest.mark.parametrize("flags", [["--use_lora"], ["--precompute_ref_log_probs"]], ids=["", "reference ahead"])
 def test_scoring_that_does_not_fit_is_done_in_parts(train, tmp_path, monkeypatch, flags):
-    from utils.engine import scoring
-    from utils.training import pair_scoring
+    from utils.engine import completions, scoring
 
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(47, seed=len(flags[0])))  # of its own: no scores on disk
     flags = (*flags, "--validation_split", "0.4", "--per_device_eval_batch_size", 16)
@@ -227,7 +226,7 @@ def test_scoring_that_does_not_fit_is_done_in_parts(train, tmp_path, monkeypatch
             no_memory()
         return scoring.score_tokens(model, batch, **options)
 
-    monkeypatch.setattr(pair_scoring, "score_tokens", small_batches_only)
+    monkeypatch.setattr(completions, "score_tokens", small_batches_only)
     parts, out = train(*flags, folder="parts", data=data)
     assert_same_run(whole, parts)
     assert "chosen_kl" in read_record(parts)["metrics"]["held_out"]

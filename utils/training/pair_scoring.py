@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..engine.completions import CompletionLogProbs, CompletionScorer
 from ..engine.head import KeptLogits
-from ..engine.scoring import Comparison, score_tokens
+from ..engine.scoring import Comparison
 from ..engine.shared_prefix import shared_prefix_active
 from ..errors import LocalError
 from ..interruptions import stop_if_asked
@@ -26,47 +26,10 @@ from .run_folder import RunFolderTrainer
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 
 
-@dataclass(frozen=True)
-class CompletionLogProbs:
-    """What one forward pass says of 2 x pairs completions, chosen first: each tensor has shape (2 x pairs,)."""
-
-    summed: Tensor  # nats, in float32, weighted by ld_alpha where it is set
-    mean_negative: Tensor  # nats per token, unweighted
-    length: Tensor  # tokens
-    ended: Tensor  # whether the last token is an end-of-text token
-    end_prob: Tensor  # how likely the model is to end where the completion ends; NaN where that was cut off
-    weight: Tensor | None  # WPO weights, where they are used
-    auxiliary: Tensor | None  # load-balancing loss of a mixture of experts, a scalar
-    divergence: Tensor | None  # KL from the reference's next-token distributions, summed over the tokens, nats
-
-
-def sum_log_probs(log_probs: Tensor, mask: Tensor, ld_alpha: float | None) -> Tensor:
-    """Summed log-probs of 2 x pairs completions, shape (2 x pairs,), in float32.
-
-    With `ld_alpha` a, tokens beyond the length of the pair's shorter completion count a instead of 1 (LD-DPO, arXiv
-    2409.06411).
-
-    Args:
-        log_probs: shape (2 x pairs, length), zero outside `mask`.
-        mask: the same shape, 1 on completion tokens.
-    """
-    log_probs = log_probs.float()
-    if ld_alpha is None:
-        return log_probs.sum(dim=1)
-    position, length = mask.cumsum(dim=1), mask.sum(dim=1)
-    shorter = torch.minimum(*length.chunk(2)).repeat(2)
-    return (log_probs * torch.where(position <= shorter.unsqueeze(1), 1.0, ld_alpha)).sum(dim=1)
-
-
-def last_values(values: Tensor, mask: Tensor) -> Tensor:
-    """Each row's value at its last masked position, shape (rows,); both have shape (rows, length)."""
-    last = mask.size(1) - 1 - mask.flip(1).argmax(dim=1, keepdim=True)
-    return values.gather(1, last).squeeze(1)
-
-
 class PairScoring(RunFolderTrainer):
     """The part of the preference trainer that scores pairs, in the layout that its collator makes."""
 
+    scorer: CompletionScorer
     starts_as_reference = False  # whether all weights of the policy, none of them trained yet, are the reference
     _most_scored: int | None = None  # pairs at once, since memory ran out
     _columns: Tensor | None = None  # in an evaluation, the reference's head on the device
@@ -86,37 +49,6 @@ class PairScoring(RunFolderTrainer):
             stack.enter_context(shared_prefix_active(model))
         return stack
 
-    def score_completions(
-        self,
-        model,
-        inputs: Mapping[str, Tensor],
-        with_auxiliary: bool = False,
-        reference: KeptLogits | None = None,
-    ) -> CompletionLogProbs:
-        """The log-probs that `model` gives a batch's completions, and its divergence from the reference's logits."""
-        comparison = Comparison(against=reference) if reference is not None else None
-        scores = score_tokens(
-            model, inputs, with_squares=self.use_weighting, with_auxiliary=with_auxiliary, comparison=comparison
-        )
-        length = scores.mask.sum(dim=1)
-        weight = None
-        if scores.log_sum_sq_probs is not None:
-            # WPO (arXiv 2406.11827, eq. 2): how likely a completion is under the policy, per token.
-            aligned = (scores.log_probs - scores.log_sum_sq_probs).detach().sum(dim=1)
-            weight = torch.exp(aligned / length)
-        self.end_ids = self.end_ids.to(scores.last_ids.device)  # and there they stay
-        ended = torch.isin(scores.last_ids, self.end_ids)
-        return CompletionLogProbs(
-            summed=sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha),
-            mean_negative=-scores.log_probs.sum(dim=1) / length,
-            length=length,
-            ended=ended,
-            end_prob=torch.where(ended, last_values(scores.log_probs.detach(), scores.mask).exp(), torch.nan),
-            weight=weight,
-            auxiliary=scores.auxiliary,
-            divergence=scores.divergence.sum(dim=1) if scores.divergence is not None else None,
-        )
-
     def score_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The reference's summed log-probs of a batch's completions, shape (2 x pairs,), without gradient."""
         if REFERENCE_COLUMNS[0] in inputs:
@@ -132,8 +64,7 @@ class PairScoring(RunFolderTrainer):
             self.switches.nothing_recomputed(),
             self._reference_active() as model,
         ):
-            scores = score_tokens(model, inputs, comparison=comparison)
-            return sum_log_probs(scores.log_probs, scores.mask, self.ld_alpha), scores.logits
+            return self.scorer.sums(model, inputs, comparison)
 
     @contextlib.contextmanager
     def _reference_active(self):
@@ -182,7 +113,7 @@ class PairScoring(RunFolderTrainer):
 
         def score(indices: list[int]) -> dict[int, Any]:
             inputs = self._batch(dataset, indices)
-            policy, reference = self.score_completions(model, inputs), self.score_reference(inputs)
+            policy, reference = self.scorer.score(model, inputs), self.score_reference(inputs)
             pairs = self._pair(policy, reference)
             losses = [self._losses(policy, compared).repeat(2) for compared in (pairs, pairs.agreeing())]
             columns = (policy.summed, reference, policy.length, *losses)
@@ -304,7 +235,7 @@ class PairScoring(RunFolderTrainer):
             logits = logits and self._on_device(logits)
         else:
             reference, logits = self.compute_reference(inputs, keep=True)
-        policy = self.score_completions(model, inputs, reference=logits)
+        policy = self.scorer.score(model, inputs, reference=logits)
         pairs = self._pair(policy, reference)
         columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.parameters.beta)
         columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}

@@ -14,6 +14,7 @@ from trl import DPOTrainer
 
 from ..data.lengths import longest_first, read_numbers
 from ..data.tokenizing import LENGTH
+from ..engine.completions import CompletionScorer
 from ..engine.kernel_proof import attention_calls, find_fault_of_kernel
 from ..engine.last_layer import LeftOut, leave_out_prompts
 from ..engine.proving import describe_error, find_gradient_mismatch, find_mismatch, most_of_trial
@@ -91,7 +92,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
                 **parts,
             )
         self._freeze_reference_adapter()
-        self.end_ids = torch.tensor(sorted(end_ids))
+        self.scorer = CompletionScorer(end_ids, args.ld_alpha, args.use_weighting)
         self.shared_prefix: bool | str = "not chosen"  # True, or the reason why not
         self.last_layer_in_part = False  # whether it leaves out prompts
         self._left_out: dict[torch.nn.Module, LeftOut] = {}  # what last layers leave out
@@ -139,7 +140,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.tokens_computed, self.tokens_padded = self.tokens_computed + computed, self.tokens_padded + padded
         if self.args.gradient_checkpointing:
             self.switches.keep_last_layer()
-        policy = self.score_completions(model, inputs, with_auxiliary=self.aux_loss_enabled)
+        policy = self.scorer.score(model, inputs, with_auxiliary=self.aux_loss_enabled)
         pairs = self._pair(policy, self.score_reference(inputs))
         losses = self._losses(policy, pairs)
         if fills_up:  # policy and reference were computed in step with the other processes, for nothing else
