@@ -75,7 +75,7 @@ def work() -> None:
     from transformers import trainer as transformers_trainer
 
     import advanced_dpo_script
-    from utils.memory import Peak, release_memory
+    from utils.engine.memory import Peak, release_memory
 
     seconds: list[float] = []
 

@@ -302,7 +302,7 @@ def work_through(work: Path) -> None:
     from transformers import trainer as transformers_trainer
 
     import advanced_dpo_script
-    from utils.memory import release_memory
+    from utils.engine.memory import release_memory
 
     steps: list[dict[str, float]] = []
     starts: list[tuple[float, float]] = []

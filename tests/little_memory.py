@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
         def on_step_begin(self, args, state, control, **_):
             if state.global_step == 0:
-                from utils.memory import release_memory
+                from utils.engine.memory import release_memory
 
                 release_memory()
                 most = psutil.Process().memory_info().data + int(sys.argv[1]) * 2**20

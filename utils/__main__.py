@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .arguments import command_line, parse_arguments
 from .console import lost_output, open_console, reader_left
+from .engine.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from .errors import Interrupted, LocalError, ProcessLost, UserError, gather, in_one_line
 from .interruptions import interrupt_on_signals, stop_if_asked
-from .memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from .run.paths import read_path
 from .run.processes import check_launch_variables, forget_lone_rank, tell_launcher
 from .runtime import is_main_process, make_visible, quiet_libraries, say

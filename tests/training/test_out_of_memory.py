@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_model, write_lines
 from safetensors.torch import load_file
 
-from utils.memory import ran_out_of_memory
+from utils.engine.memory import ran_out_of_memory
 from utils.training.batches import PairCollator, examples_of
 from utils.training.trainer import PreferenceTrainer
 
@@ -318,7 +318,7 @@ def test_memory_that_the_system_refuses_is_done_without(tmp_path):
 
 HEAP = """
 import ctypes, sys
-from utils.memory import freed_memory_returned, keep_freed_memory
+from utils.engine.memory import freed_memory_returned, keep_freed_memory
 
 class Account(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

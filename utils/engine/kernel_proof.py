@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ..memory import ran_out_of_memory
 from .flex import filling_of
+from .memory import ran_out_of_memory
 from .proving import GRADIENT, Trial, describe_error
 from .scoring import score_tokens
 from .shared_prefix import Lengths, PairLayout, shared_prefix_active, shared_prefix_attention

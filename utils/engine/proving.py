@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..memory import ran_out_of_memory
 from .head import MARK, SMALLEST_CHUNK, LogitShape
+from .memory import ran_out_of_memory
 from .scoring import output_head, score_tokens
 from .shared_prefix import shared_prefix_active
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..data.tokenizing import LENGTH
+from ..engine.memory import LESS_MEMORY, Peak, free_bytes, ran_out_of_memory, release_memory
 from ..errors import UserError
-from ..memory import LESS_MEMORY, Peak, free_bytes, ran_out_of_memory, release_memory
 from ..run.state import read_random_state, set_random_state
 from ..runtime import say
 from .batches import PAIR_IDS, REFERENCE_COLUMNS, count_pairs

@@ -6,8 +6,8 @@ import errno
 import traceback
 from pathlib import Path
 
+from ..engine.memory import LESS_MEMORY, ran_out_of_memory
 from ..errors import LocalError, UserError, in_one_line
-from ..memory import LESS_MEMORY, ran_out_of_memory
 from ..run.files import MEANINGS, FolderLost, explain_fault, find_disk_fault
 
 # Modules that write into the folder of a run.

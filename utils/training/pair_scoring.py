@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..engine.completions import CompletionLogProbs, CompletionScorer
 from ..engine.head import KeptLogits
+from ..engine.memory import ran_out_of_memory, release_memory
 from ..engine.scoring import Comparison
 from ..engine.shared_prefix import shared_prefix_active
 from ..errors import LocalError
 from ..interruptions import stop_if_asked
-from ..memory import ran_out_of_memory, release_memory
 from ..objectives.losses import PairLogProbs
 from .batches import REFERENCE_COLUMNS, consecutive_batches
 from .metrics import DIVERGENCES, pair_metrics, summarise

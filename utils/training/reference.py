@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from ..data.row_cache import flatten_rows
 from ..engine.head import MARK, KeptLogits
+from ..engine.memory import release_memory
 from ..engine.scoring import output_head
-from ..memory import release_memory
 from ..runtime import is_main_process
 from ..settings.training import Settings
 from .batches import PAIR_IDS, REFERENCE_COLUMNS

@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
+from ..engine.memory import ran_out_of_memory
 from ..errors import Interrupted, ProcessLost, UserError
-from ..memory import ran_out_of_memory
 from ..settings.training import Settings
 from .launch import is_loss
 

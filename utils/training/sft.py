@@ -16,10 +16,10 @@ from trl.trainer.utils import pad
 
 from ..data.lengths import read_numbers
 from ..data.tokenizing import LENGTH, SFT_COLUMNS
+from ..engine.memory import freed_memory_returned
 from ..engine.proving import most_of_trial
 from ..engine.scoring import score_tokens
 from ..interruptions import stop_if_asked
-from ..memory import freed_memory_returned
 from .batches import ROWS, TOKENS, UNCOUNTED, uncounted
 from .run_folder import RunFolderTrainer
 

@@ -17,10 +17,10 @@ from ..data.tokenizing import LENGTH
 from ..engine.completions import CompletionScorer
 from ..engine.kernel_proof import attention_calls, find_fault_of_kernel
 from ..engine.last_layer import LeftOut, leave_out_prompts
+from ..engine.memory import freed_memory_returned, ran_out_of_memory
 from ..engine.proving import describe_error, find_gradient_mismatch, find_mismatch, most_of_trial
 from ..engine.scoring import tokens_of
 from ..errors import UserError
-from ..memory import freed_memory_returned, ran_out_of_memory
 from ..models.loading import TRAINED_ADAPTER, Reference
 from ..objectives.losses import Divergence, LossParameters, Objective, PairLogProbs
 from .batches import (

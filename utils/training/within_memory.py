@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.memory import LESS_MEMORY, ran_out_of_memory, release_memory
 from ..engine.scoring import tokens_of
 from ..errors import LocalError, UserError
-from ..memory import LESS_MEMORY, ran_out_of_memory, release_memory
 from ..run.checkpoints import find_checkpoints
 from .batches import ROWS, count_pairs, examples_of, fill_batches, parts_of
 from .pair_scoring import PairScoring
