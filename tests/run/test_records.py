@@ -35,11 +35,11 @@ WAYS = {
     "merging/merging.py": "the folder that was just written",
     "planning/work.py": "check_folder, or find_policy",
     "inspection/tokens.py": "check_folder",
-    "scorers.py": "check_folder",
+    "responses/scorers.py": "check_folder",
     "training/shards.py": "a checkpoint of this run, compared with its manifest",
 }
 # Where a ModelSource is made: by looking at what is there, or to be looked at by check_source.
-SOURCES = {"models/sources.py", "planning/work.py", "runs.py"}
+SOURCES = {"models/sources.py", "planning/work.py", "models/trained.py"}
 
 
 @functools.cache
