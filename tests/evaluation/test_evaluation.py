@@ -24,8 +24,9 @@ from utils.evaluation.page import make_edges
 from utils.evaluation.resampling import Bootstrap, flip_signs, make_figure
 from utils.models.sources import ModelSource
 from utils.models.trained import TrainedModel
-from utils.run.files import COMPARISON_FILES, EVALUATION_FILES, write_results
 from utils.run.folder import clear_run
+from utils.run.names import COMPARISON_FILES, EVALUATION_FILES
+from utils.run.results import write_results
 
 QUICK = ["--max_steps", 6, "--learning_rate", 5e-3, "--dtype", "float32", "--validation_split", 0.3, "--save_steps", 4]
 
@@ -508,7 +509,7 @@ def test_a_run_that_is_replaced_takes_its_comparison_with_it_but_no_votes(tmp_pa
 def test_results_that_could_not_be_written_whole_are_written_again(tmp_path, monkeypatch):
     write_results(tmp_path, EVALUATION_FILES, {"verb": "evaluate", "of": "old"}, [{"id": "old"}], "old")
     with monkeypatch.context() as broken:
-        broken.setattr("utils.run.files.write_json_lines", fail)
+        broken.setattr("utils.run.results.write_json_lines", fail)
         with pytest.raises(UserError, match="No space left on device"):
             write_results(tmp_path, EVALUATION_FILES, {"verb": "evaluate", "of": "new"}, [{"id": "new"}], "new")
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]  # nothing of the old beside the new

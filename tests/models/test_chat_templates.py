@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from utils.data.rendering import hold_moment, render_chat
 from utils.models.templates import set_chat_template
-from utils.run.kept import read_kept
+from utils.run.state import read_kept
 from utils.training.continuation import find_changes
 
 LOOP = "{%- for m in messages -%}"

@@ -16,7 +16,8 @@ from conftest import make_pairs, read_record, write_lines
 from utils.report.charts import draw_lines, percent
 from utils.report.run_page import break_command, make_run_page
 from utils.report.run_verdict import describe_run, headline
-from utils.run.files import RunRecord, write_json, write_json_lines
+from utils.run.record import RunRecord
+from utils.run.writing import write_json, write_json_lines
 from utils.training import reporting
 from utils.training.reporting import ReportFile
 

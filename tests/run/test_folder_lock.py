@@ -18,10 +18,13 @@ from conftest import ROOT, make_pairs, read_record, start_script, write_lines
 
 from utils.errors import UserError
 from utils.run.checkpoints import begin_checkpoint
-from utils.run.files import LOCK, REPORT, FolderLost, RunRecord, append_metrics, now, write_text
 from utils.run.folder import clear_run
 from utils.run.lock import FolderLock, check_not_held, read_owner
+from utils.run.metrics import append_metrics
+from utils.run.names import LOCK, REPORT
 from utils.run.processes import identify_process, is_alive
+from utils.run.record import RunRecord, now
+from utils.run.writing import FolderLost, write_text
 from utils.training.callbacks import RunWatcher
 
 STARTER = """

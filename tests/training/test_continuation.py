@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from utils.models.identity import BLOCK, BLOCKS, identify_model
 from utils.models.sources import find_model
-from utils.run.folder import FREE_TO_CHANGE
-from utils.run.kept import read_kept
-from utils.run.state import load_state
-from utils.settings.changes import GROUPS
+from utils.run.state import load_state, read_kept
+from utils.settings.changes import FREE_TO_CHANGE, GROUPS
 from utils.training.continuation import describe_free_changes, differing_versions, find_changes
 
 NOW = {

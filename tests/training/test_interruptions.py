@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from utils.errors import ProcessLost
 from utils.run.checkpoints import remove_checkpoint
-from utils.run.files import write_json
 from utils.run.state import save_state
+from utils.run.writing import write_json
 from utils.training.callbacks import RunWatcher
 from utils.training.checkpointing import WholeCheckpoints
 from utils.training.failures import explain_failure
@@ -389,7 +389,7 @@ def full_from(call: int):
     ("place", "call"),
     [
         slow("utils.training.callbacks.append_metrics", 3),
-        slow("utils.run.files.write_json", 4),  # run.json
+        slow("utils.run.record.write_json", 4),  # run.json
         slow("utils.training.run_folder.save_state", 3),  # the second checkpoint
         ("utils.run.checkpoints.write_manifest", 2),
         slow("utils.training.checkpointing.move_into_place", 1),  # the model at the end

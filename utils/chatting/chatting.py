@@ -15,8 +15,8 @@ import torch
 from ..console import lost_output
 from ..errors import Interrupted, UserError
 from ..interruptions import heeded_signals
-from ..run.files import write_json
 from ..run.paths import read_path
+from ..run.writing import write_json
 from ..runtime import make_visible
 from ..settings.training import Settings
 from .models import Speaker, load_speakers

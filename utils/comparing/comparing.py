@@ -17,9 +17,11 @@ from ..models.side_by_side import Contender, load_side_by_side
 from ..models.trained import as_in_run
 from ..responses.generation import Continuation
 from ..responses.scorers import Prompt
-from ..run.files import COMPARISON_FILES, now, write_results
 from ..run.folder import named_as_given
+from ..run.names import COMPARISON_FILES
 from ..run.processes import count_processes
+from ..run.record import now
+from ..run.results import write_results
 from ..runtime import Precision, choose_precision, device_name, find_device, read_versions, say
 from ..settings.training import Settings
 from .folder import PAGE, RECORD, ROWS, find_folder

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..responses.ballots import read_ballots
-from ..run.files import COMPARISON_FILES, is_result
 from ..run.folder import check_writable, named_as_given
 from ..run.lock import check_not_held
+from ..run.names import COMPARISON_FILES
 from ..run.paths import read_path
+from ..run.results import is_result
 from ..settings.training import Settings
 from .judges import VOTE
 from .sides import Side

@@ -29,8 +29,8 @@ from datasets.fingerprint import Hasher
 from datasets.table import MemoryMappedTable, concat_tables
 
 from ..errors import UserError
-from ..run.files import flush_folder, write_text
 from ..run.manifests import hash_file
+from ..run.writing import flush_folder, write_text
 from ..runtime import say
 
 LIST = "entry.json"

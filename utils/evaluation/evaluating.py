@@ -21,8 +21,10 @@ from ..models.loading import Reference, check_4bit, check_token_ids, load_tokeni
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE, recorded_moment
 from ..models.trained import TrainedModel, find_trained
-from ..run.files import EVALUATION_FILES, now, write_results
 from ..run.folder import named_as_given
+from ..run.names import EVALUATION_FILES
+from ..run.record import now
+from ..run.results import write_results
 from ..runtime import (
     Precision,
     choose_precision,

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..models.trained import TrainedModel
-from ..run.files import CHECKPOINT, EVALUATION_FILES, is_result
 from ..run.folder import check_writable, named_as_given
 from ..run.lock import check_not_held
+from ..run.names import CHECKPOINT, EVALUATION_FILES
 from ..run.paths import read_path
+from ..run.results import is_result
 
 RECORD = EVALUATION_FILES[0]
 

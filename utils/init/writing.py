@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UserError
-from ..run.files import write_text
 from ..run.paths import read_path
+from ..run.writing import write_text
 from ..runtime import say
 from ..settings.training import Settings
 

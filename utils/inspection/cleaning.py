@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from ..errors import UserError
-from ..run.files import replacing
+from ..run.writing import replacing
 from .findings import Finding
 from .subject import Subject
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..run.files import write_json, write_text
 from ..run.paths import read_path
+from ..run.writing import write_json, write_text
 from ..runtime import say
 from ..settings.training import InspectionSettings
 from .page import make_page

@@ -13,19 +13,12 @@ from typing import Any
 from ..errors import UserError
 from ..models.trained import TrainedModel
 from ..run.bounded import read_json
-from ..run.files import (
-    HALF_WRITTEN,
-    LOCK,
-    explain_fault,
-    find_disk_fault,
-    flush_files,
-    flush_folder,
-    unused_name,
-)
 from ..run.folder import check_writable
 from ..run.lock import check_not_held, read_owner, take_lock
+from ..run.names import HALF_WRITTEN, LOCK
 from ..run.paths import read_path
 from ..run.processes import identify_process
+from ..run.writing import explain_fault, find_disk_fault, flush_files, flush_folder, unused_name
 from ..runtime import say
 
 MERGE_RECORD = "merge.json"

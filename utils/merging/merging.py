@@ -17,7 +17,9 @@ from ..interruptions import stop_if_asked
 from ..models.loading import check_4bit, load_tokenizer
 from ..models.quantization import check_mergeable
 from ..models.trained import TrainedModel, as_in_run, find_trained
-from ..run.files import LOCK, now, write_json
+from ..run.names import LOCK
+from ..run.record import now
+from ..run.writing import write_json
 from ..runtime import Precision, device_name, read_versions, say
 from ..settings.training import Settings
 from ..training.pushing import push_folder

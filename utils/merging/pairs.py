@@ -17,7 +17,7 @@ from ..models.loading import choose_max_length, context_length
 from ..models.sources import read_end_ids
 from ..models.templates import choose_template, recorded_moment
 from ..models.trained import TrainedModel, as_in_run
-from ..run.files import PAIRS
+from ..run.names import PAIRS
 from ..run.records import ROW, read_lines
 from ..settings.training import Settings
 from ..training.run_data import read_as_run

@@ -18,7 +18,7 @@ from ..models.loading import load_frozen, put_adapter
 from ..models.sources import ModelSource, read_end_ids
 from ..models.trained import TrainedModel
 from ..models.translating import translating
-from ..run.files import let_umask_decide
+from ..run.writing import let_umask_decide
 from ..runtime import Precision, find_device
 from ..settings.training import ModelSettings
 

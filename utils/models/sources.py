@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..run.checkpoints import find_fault, is_of_model
-from ..run.files import CHECKPOINT, RECORD, SET_ASIDE
 from ..run.manifests import MANIFEST, find_changed
+from ..run.names import CHECKPOINT, RECORD, SET_ASIDE
 from ..run.records import Unreadable, read_run
 from ..runtime import say
 from ..settings.training import ModelSettings

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.rendering import held_moment, hold_moment, reads_clock, render_chat
 from ..data.tokenizing import read_tools
 from ..errors import UserError
-from ..run.files import seconds_at
+from ..run.record import seconds_at
 from .bounds import TimeIsUp, bounded
 
 # Turns as in Anthropic's HH-RLHF transcripts: rendering their turns gives the transcript back.

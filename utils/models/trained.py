@@ -12,7 +12,7 @@ from typing import Any
 from ..arguments.parsing import NAMES_CODE, known_flags, read_recorded
 from ..errors import UserError
 from ..run.checkpoints import find_checkpoints, find_fault, is_of_model
-from ..run.files import CHECKPOINT, RECORD
+from ..run.names import CHECKPOINT, RECORD
 from ..run.paths import read_path
 from ..run.records import Unreadable, read_run
 from ..settings.training import STAGES, Settings

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..run.files import PICKLE_ENDINGS
+from ..run.names import PICKLE_ENDINGS
 from .hub_files import read_json_file
 
 PICKLED = "can run code when they are loaded"

@@ -6,9 +6,9 @@ import json
 import shlex
 
 from ..errors import UserError
-from ..run.files import write_json
 from ..run.paths import read_path
 from ..run.processes import SCRIPT, path_from_here
+from ..run.writing import write_json
 from ..runtime import say
 from ..settings.training import Settings
 from .planning import Plan

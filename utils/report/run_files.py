@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..run.files import EXAMPLES, METRICS, PAIRS, SAMPLES, read_record
+from ..run.names import EXAMPLES, METRICS, PAIRS, SAMPLES
+from ..run.record import read_record
 from ..run.records import LINE, ROW, read_lines
 
 MOST_POINTS = 400  # of a curve: more than a screen shows

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..run.files import write_json_lines
+from ..run.writing import write_json_lines
 from .scorers import Prompt
 
 BALLOTS = "ballots.jsonl"  # every vote ever cast in the folder, to go on with

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..run.files import open_file
+from ..run.writing import open_file
 from ..runtime import say
 from .scorers import Prompt
 

@@ -32,9 +32,10 @@ from ..interruptions import stop_if_asked
 from ..models.loading import context_length, load_policy, load_tokenizer
 from ..models.sources import ModelSource, find_policy, read_end_ids
 from ..models.templates import TEMPLATE_DATE, set_chat_template, template_date
-from ..run.files import COMPARISON_FILES, EVALUATION_FILES, RECORD, open_file, write_text
 from ..run.manifests import hash_file
+from ..run.names import COMPARISON_FILES, EVALUATION_FILES, RECORD
 from ..run.paths import read_path
+from ..run.writing import open_file, write_text
 from ..runtime import choose_precision, find_device, say
 from ..settings.training import Settings
 from .generation import find_fitting, sample_continuations

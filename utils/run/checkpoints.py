@@ -16,10 +16,11 @@ from pathlib import Path
 from ..errors import UserError
 from ..runtime import say
 from .bounded import Unreadable
-from .files import CHECKPOINT, SET_ASIDE, TRAINER_STATE, check_held, flush_folder
-from .kept import IDENTITY, read_kept
 from .manifests import MANIFEST, find_damage, forget_cached, write_manifest
+from .names import CHECKPOINT, SET_ASIDE, TRAINER_STATE
 from .records import read_trainer_state
+from .state import IDENTITY, read_kept
+from .writing import check_held, flush_folder
 
 # Of the training alone: whoever only uses the model does not read them.
 OF_TRAINING = ("optimizer", "scheduler", "scaler", "random_state", "log_state", TRAINER_STATE)

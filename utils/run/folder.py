@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ from pathlib import Path
 from ..errors import UserError
 from ..runtime import HALF_CHARACTER
 from .checkpoints import find_checkpoints, find_models_alone, remove_checkpoint
-from .files import (
+from .names import (
     CHECKPOINT,
+    HALF_MADE,
     HALF_WRITTEN,
     LOCK,
     OWN_FILES,
@@ -21,44 +22,11 @@ from .files import (
     RESULT_FOLDER,
     RESULTS,
     SET_ASIDE,
-    check_held,
-    is_result,
-    read_record,
-    remove_leftovers,
-    write_json,
+    is_own,
 )
-
-# Settings that may differ between the parts of one run: they change how it is run, not what it computes.
-FREE_TO_CHANGE = frozenset(
-    {
-        "resume_from_checkpoint",
-        "allow_changes",
-        "overwrite_output_dir",
-        "output_dir",
-        "dry_run",
-        "report_to",
-        "use_wandb",
-        "wandb_project",
-        "wandb_run_name",
-        "wandb_entity",
-        "wandb_tags",
-        "cost_per_hour",
-        "max_kl",
-        "skip_bad_batches",
-        "logging_steps",
-        "save_steps",
-        "eval_steps",
-        "save_total_limit",
-        "sample_during_eval",
-        "num_eval_samples",
-        "sample_max_new_tokens",
-        "per_device_eval_batch_size",
-        "max_tokens_per_batch",  # the pairs of an optimizer step stay what they are
-        "auto_batch_size",
-        "dataset_num_proc",
-        "dataloader_num_workers",
-    }
-)
+from .record import read_record
+from .results import is_result
+from .writing import check_held, write_json
 
 
 def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bool) -> None:
@@ -171,7 +139,6 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
             "failure": "another run was to replace it, and was stopped while it removed this one",
         }
         write_json(output_dir / RECORD, record | left)
-    removed = set(OWN_FILES) - {RECORD, LOCK}
     for path in list(output_dir.iterdir()):
         is_checkpoint = CHECKPOINT.fullmatch(path.name) or (damaged and SET_ASIDE.fullmatch(path.name))
         if is_checkpoint and path.is_symlink():
@@ -180,7 +147,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
             remove_checkpoint(path)
         elif RESULT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             _clear_results(path)
-        elif path.name in removed or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name):
+        elif is_own(path.name) and path.name not in (RECORD, LOCK):
             if path.is_dir() and not path.is_symlink():
                 raise UserError(
                     f"--output_dir {output_dir}: {path.name} is a folder there, and no run made it; move it"
@@ -197,3 +164,12 @@ def _clear_results(folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed left half done in the folder of a run, by the names that they give."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and HALF_MADE.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif (match := HALF_WRITTEN.fullmatch(path.name)) and match[1] in OWN_FILES:
+            path.unlink(missing_ok=True)

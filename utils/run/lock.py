@@ -23,8 +23,10 @@ from typing import Any
 from ..errors import UserError
 from ..runtime import is_main_process, readable_seconds, say
 from .bounded import read_json
-from .files import HELD, LOCK, create_file, explain_fault, now, read_record, seconds_at, unused_name
+from .names import LOCK
 from .processes import identify_process, is_alive, on_same_kernel, patience_seconds
+from .record import now, read_record, seconds_at
+from .writing import HELD, create_file, explain_fault, unused_name
 
 GRACE = 30.0  # seconds in which a lock that cannot be read may be in the making
 LONGEST_SILENCE = 1e9  # seconds; what a record says beyond that (NaN, say) says nothing

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from .bounded import read_json
-from .files import PICKLE_ENDINGS, flush_folder, write_json
+from .names import PICKLE_ENDINGS
+from .writing import flush_folder, write_json
 
 MANIFEST = "manifest.json"
 BLOCK = 2**22  # bytes that are read at a time

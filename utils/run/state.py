@@ -1,4 +1,5 @@
-"""The state of a training as files: nested values and random number generators, in safetensors and JSON, no pickles."""
+"""The state of a training as files: nested values and random number generators, in safetensors and JSON, no pickles;
+and what the trainer's own state holds of ours, so that each checkpoint has it as it was at its step."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import replacing, write_json
+from .names import TRAINER_STATE
+from .records import Unreadable, read_trainer_state
+from .writing import replacing, write_json
+
+IDENTITY = "identity"  # the key of what the run is; every version that keeps it writes manifests
+OWN = "dpo_run"  # among the states of callbacks, where a trainer that does not know it leaves it alone
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
@@ -118,3 +124,23 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.random.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def keep_in_checkpoints(state: Any, key: str, value: Any) -> None:
+    """Puts a value (as JSON) into the trainer's state, from which the next checkpoints have it."""
+    own = state.stateful_callbacks.setdefault(OWN, {"args": {}, "attributes": {}})
+    own["attributes"][key] = value
+
+
+def kept_in_checkpoint(state: Any, key: str) -> Any:
+    """The value that the trainer's state has, from the checkpoint it was read from; None where it has none."""
+    return state.stateful_callbacks.get(OWN, {}).get("attributes", {}).get(key)
+
+
+def read_kept(checkpoint: Path) -> dict[str, Any]:
+    """All that a checkpoint holds of this kind; empty for one of another trainer."""
+    try:
+        state = read_trainer_state(checkpoint / TRAINER_STATE)
+        return dict(state["stateful_callbacks"][OWN]["attributes"])
+    except (OSError, Unreadable, LookupError, TypeError):  # TypeError: one of them is null
+        return {}

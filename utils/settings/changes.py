@@ -1,4 +1,4 @@
-"""What --allow_changes can name: the parts of a run that a resumed one may have otherwise, when a person says so."""
+"""What a resumed run may have otherwise than it had when it began: freely, or when --allow_changes names it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,34 @@ GROUPS = {
 ALL_SETTINGS = "settings"  # every flag at once
 # Flags that shape what a checkpoint holds: with another value it could not be loaded.
 CANNOT_CHANGE = frozenset({"use_lora", "lora_r", "lora_target_modules", "use_dora", "optim", "architecture"})
+# Settings that may differ between the parts of one run: they change how it is run, not what it computes.
+FREE_TO_CHANGE = frozenset(
+    {
+        "resume_from_checkpoint",
+        "allow_changes",
+        "overwrite_output_dir",
+        "output_dir",
+        "dry_run",
+        "report_to",
+        "use_wandb",
+        "wandb_project",
+        "wandb_run_name",
+        "wandb_entity",
+        "wandb_tags",
+        "cost_per_hour",
+        "max_kl",
+        "skip_bad_batches",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "save_total_limit",
+        "sample_during_eval",
+        "num_eval_samples",
+        "sample_max_new_tokens",
+        "per_device_eval_batch_size",
+        "max_tokens_per_batch",  # the pairs of an optimizer step stay what they are
+        "auto_batch_size",
+        "dataset_num_proc",
+        "dataloader_num_workers",
+    }
+)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..run.files import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
+from ..run.names import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
 from ..run.records import Unreadable, read_run, read_trainer_state
 
 DEPTH = 4  # levels of folders below the one that is named

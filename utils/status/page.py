@@ -20,10 +20,10 @@ from ..report.html import (
     make_tiles,
     show,
 )
-from ..run.files import SAMPLES
-from ..run.folder import FREE_TO_CHANGE
+from ..run.names import SAMPLES
 from ..run.records import ROW, read_lines
 from ..runtime import readable_seconds
+from ..settings.changes import FREE_TO_CHANGE
 from .state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
 from .table import NOTHING, show_number
 

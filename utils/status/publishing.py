@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..run.bounded import Unreadable, read_bytes
-from ..run.files import write_text
 from ..run.paths import read_path
+from ..run.writing import write_text
 from ..runtime import say
 from ..settings.verbs import StatusSettings
 from .page import TITLE, make_page

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..arguments.recorded_command import build_command
 from ..run.checkpoints import find_checkpoints
-from ..run.files import LOCK, METRICS, seconds_at
 from ..run.lock import read_owner
+from ..run.names import LOCK, METRICS
 from ..run.processes import is_alive, patience_seconds
+from ..run.record import seconds_at
 from ..run.records import LINE, read_lines
 from ..runtime import readable_seconds
 from .finding import Foreign, FoundRun, find_runs

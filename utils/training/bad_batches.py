@@ -19,9 +19,12 @@ from ..data.loading import PreferenceData
 from ..data.places import SHOWN, Place, list_places
 from ..errors import UserError
 from ..run.checkpoints import find_checkpoints
-from ..run.files import BAD_PAIRS, FolderLost, RunRecord, append_metrics, check_held, open_file
-from ..run.kept import keep_in_checkpoints, kept_in_checkpoint
+from ..run.metrics import append_metrics
+from ..run.names import BAD_PAIRS
 from ..run.processes import command_to_go_on
+from ..run.record import RunRecord
+from ..run.state import keep_in_checkpoints, kept_in_checkpoint
+from ..run.writing import FolderLost, check_held, open_file
 from ..runtime import is_main_process, say
 
 KEY = "left_out"  # in what a checkpoint keeps: the steps

@@ -17,9 +17,10 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..interruptions import heeded_signals, let_no_second_hangup_count
-from ..run.files import RunRecord, append_metrics, keep_rows_until, remove_leftovers, restore_metrics
-from ..run.folder import clear_run
-from ..run.kept import keep_in_checkpoints, kept_in_checkpoint
+from ..run.folder import clear_run, remove_leftovers
+from ..run.metrics import append_metrics, keep_rows_until, restore_metrics
+from ..run.record import RunRecord
+from ..run.state import keep_in_checkpoints, kept_in_checkpoint
 from ..runtime import readable_seconds, say
 from .alarms import Limits, find_alarms
 from .bad_batches import BadBatches

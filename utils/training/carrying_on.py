@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from ..run.kept import IDENTITY, keep_in_checkpoints
+from ..run.state import IDENTITY, keep_in_checkpoints
 from .continuation import CHANGES, Continuation
 from .run_folder import RunFolderTrainer
 

@@ -21,17 +21,10 @@ from ..run.checkpoints import (
     prune_checkpoints,
     unfinished_checkpoint,
 )
-from ..run.files import (
-    TRAINER_STATE,
-    UNFINISHED_MODEL,
-    FolderLost,
-    check_held,
-    find_disk_fault,
-    move_into_place,
-)
-from ..run.kept import kept_in_checkpoint
 from ..run.manifests import describe_files
-from ..run.state import load_state, restoring, save_state
+from ..run.names import TRAINER_STATE, UNFINISHED_MODEL
+from ..run.state import kept_in_checkpoint, load_state, restoring, save_state
+from ..run.writing import FolderLost, check_held, find_disk_fault, move_into_place
 from .launch import gather_from_all
 
 STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there

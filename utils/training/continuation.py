@@ -22,13 +22,11 @@ from ..models.sources import ModelSource, find_model
 from ..models.templates import TEMPLATE_DATE
 from ..models.untrusted import refuse_pickles
 from ..run.checkpoints import ResumePoint, find_resume_point, set_aside
-from ..run.files import read_record
-from ..run.folder import FREE_TO_CHANGE
-from ..run.kept import IDENTITY, read_kept
 from ..run.processes import count_processes
-from ..run.state import restoring
+from ..run.record import read_record
+from ..run.state import IDENTITY, read_kept, restoring
 from ..runtime import Precision, is_main_process, read_versions, say
-from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS, WORLD
+from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, FREE_TO_CHANGE, GROUPS, WORLD
 from ..settings.data import DataSettings
 from ..settings.training import Settings
 from .launch import gather_from_all, with_deepspeed

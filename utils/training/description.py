@@ -11,7 +11,7 @@ from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
 from ..models.loading import Reference, text_part
 from ..models.sources import ModelSource
-from ..run.files import TRAINER_STATE
+from ..run.names import TRAINER_STATE
 from ..run.records import Unreadable, read_trainer_state
 from ..runtime import Precision, device_name, say
 from ..settings.training import Settings

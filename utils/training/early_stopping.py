@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from ..run.files import RunRecord
+from ..run.record import RunRecord
 from ..runtime import say
 
 SMALLER_IS_BETTER = {"loss": True, "margin": False, "accuracy": False}

@@ -8,13 +8,9 @@ from pathlib import Path
 
 from ..engine.memory import LESS_MEMORY, ran_out_of_memory
 from ..errors import LocalError, UserError, in_one_line
-from ..run.files import MEANINGS, FolderLost, explain_fault, find_disk_fault
+from ..run.writing import MEANINGS, FolderLost, explain_fault, find_disk_fault
 
-# Modules that write into the folder of a run.
-WRITERS = {
-    f"{__name__.partition('.')[0]}.{module}"
-    for module in ("run.checkpoints", "run.manifests", "run.folder", "run.files", "run.state", "training.checkpointing")
-}
+PACKAGE = __name__.partition(".")[0]
 GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
 
 
@@ -57,5 +53,10 @@ def _is_of(fault: OSError, folder: Path, error: BaseException) -> bool:
     path = Path(str(fault.filename or ""))
     if path.is_absolute():
         return folder == path or folder in path.parents
-    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return not modules.isdisjoint(WRITERS) or (not fault.filename and fault.errno in MEANINGS)
+    modules = {frame.f_globals.get("__name__") or "" for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(map(is_writer, modules)) or (not fault.filename and fault.errno in MEANINGS)
+
+
+def is_writer(module: str) -> bool:
+    """Whether a module is one that writes into the folder of a run."""
+    return module.startswith(f"{PACKAGE}.run.") or module == f"{PACKAGE}.training.checkpointing"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..interruptions import stop_if_asked
-from ..run.files import EXAMPLES, PAIRS, REPORT, write_json_lines
+from ..run.names import EXAMPLES, MODEL_FILES, PAIRS, REPORT
+from ..run.writing import write_json_lines
 from ..runtime import readable_seconds, say
 from .callbacks import readable_metrics
 from .early_stopping import describe_best, find_kept
@@ -14,13 +15,6 @@ from .pushing import push_folder
 from .running import Run
 from .tracking import say_how_to_upload
 
-# What is uploaded. Records name hosts and paths, and pages hold texts of the data.
-MODEL_FILES = (
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json"),
-    *("adapter_model.safetensors", "adapter_config.json", "generation_config.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
-)
 METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..run.files import STANDS_FOR
+from ..run.metrics import STANDS_FOR
 
 MOST_LINES = 200  # of training
 FOLDED = 100

@@ -36,11 +36,11 @@ from ..models.sources import ModelSource, find_model, read_end_ids
 from ..models.templates import choose_template, recorded_moment, template_date
 from ..run.bounded import read_json
 from ..run.checkpoints import find_checkpoints
-from ..run.files import read_record
 from ..run.folder import check_output_folder
 from ..run.lock import FolderLock, check_not_held
 from ..run.paths import read_path
 from ..run.processes import count_processes
+from ..run.record import read_record
 from ..runtime import Precision, find_device, say
 from ..settings.training import Settings
 from .batch_size import limit_tokens_by_trying

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..run.files import flush_folder, replacing
+from ..run.writing import flush_folder, replacing
 from ..runtime import read_versions, say
 
 # What a config says of where the model came from, not of what it computes.

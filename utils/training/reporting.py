@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from ..report.run_page import make_run_page
-from ..run.files import REPORT, FolderLost, RunRecord, write_text
+from ..run.names import REPORT
+from ..run.record import RunRecord
+from ..run.writing import FolderLost, write_text
 
 EVERY_SECONDS = 20.0
 LARGEST_SHARE = 0.02  # of the time, for pages that take long to write

@@ -21,8 +21,9 @@ from ..data.places import Place, row_places
 from ..engine.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
 from ..engine.proving import Trial, gives_all_gradients, let_head_score_in_chunks
 from ..models.loading import TRAINED_ADAPTER
-from ..run.files import RunRecord, let_umask_decide, sort_modules, write_json
+from ..run.record import RunRecord
 from ..run.state import load_state, read_random_state, restoring, save_state, set_random_state
+from ..run.writing import let_umask_decide, sort_modules, write_json
 from ..runtime import peak_memory_bytes
 from .bad_batches import BadBatches, losses_by_row
 from .batches import ROWS, TOKENS
@@ -38,7 +39,7 @@ from .trained_weights import float32_kept, set_lora_dropout
 
 
 class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
-    """Saves a run in the layout of `utils/run/files.py`, and evaluates with `measure_held_out`, which subclasses give.
+    """Saves a run in the layout of utils/run/, and evaluates with `measure_held_out`, which subclasses give.
 
     Each `counted` item (a pair, or a token to be learnt) weighs the same in the loss of its optimizer step and in the
     logged metrics, whatever micro-batch or process it fell in.

@@ -23,8 +23,8 @@ from ..models.loading import Reference
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE
 from ..run.checkpoints import checkpoint_step, find_checkpoints
-from ..run.files import RunRecord, now, read_record
 from ..run.processes import command_to_go_on, identify_process
+from ..run.record import RunRecord, now, read_record
 from ..runtime import Precision, device_name, is_main_process, peak_memory_bytes, read_versions, say
 from ..settings.training import Settings
 from .bad_batches import BadBatches

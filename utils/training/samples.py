@@ -19,7 +19,9 @@ from ..errors import UserError
 from ..models.loading import longest_context
 from ..report.html import CONTROL
 from ..responses.generation import find_fitting, sample_continuations
-from ..run.files import SAMPLES, read_json_lines, write_json_lines
+from ..run.metrics import read_json_lines
+from ..run.names import SAMPLES
+from ..run.writing import write_json_lines
 from ..runtime import say
 from ..settings.training import Settings
 from ..settings.verbs import SamplingSettings

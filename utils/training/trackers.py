@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback, rewrit
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import in_one_line
-from ..run.files import RunRecord
+from ..run.record import RunRecord
 from ..runtime import say
 from ..settings.training import RunSettings
 
