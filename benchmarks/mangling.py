@@ -114,7 +114,8 @@ class Case:
 
 def make_seeds(seeds: Path) -> int:
     """What is mangled later: models, an adapter, runs, data of every kind, configs."""
-    from conftest import make_pairs, save_tiny_model, save_tiny_reward_model, write_lines
+    from shared.models import save_tiny_model, save_tiny_reward_model
+    from shared.pairs import make_pairs, write_lines
 
     import advanced_dpo_script
 

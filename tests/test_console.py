@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_pairs, read_record, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_record
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such streams and signals")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

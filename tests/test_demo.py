@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from shared.runs import ROOT
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 BUNDLED = DEMO / "bundled"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, make_pairs, save_tiny_tokenizer, write_lines
+from shared.models import save_tiny_tokenizer
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT
 
 from utils.arguments import parse_arguments
 

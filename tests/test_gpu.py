@@ -10,9 +10,9 @@ import math
 
 import pytest
 import torch
-from conftest import read_record, save_tiny_model
-from test_engine import build, gradients, one_by_one, packed, padded, random_pairs
-from test_flex import rows_of_many_sizes
+from shared.layouts import build, gradients, one_by_one, packed, padded, random_pairs, rows_of_many_sizes
+from shared.models import save_tiny_model
+from shared.runs import read_record
 from torch._dynamo.utils import counters
 
 from utils.engine.compiled import CompiledLayers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT, read_record
+from shared.runs import ROOT, read_record
 
 from utils.arguments import parse_arguments
 from utils.data.loading import load_pairs

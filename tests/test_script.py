@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_tokenizer, start_script, write_lines
 from safetensors.torch import load_file
+from shared.models import save_tiny_tokenizer
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_metrics, read_record, start_script
 
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3]
 

@@ -16,8 +16,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import ROOT, make_pairs, save_tiny_reward_model, write_lines
 from safetensors.torch import load_file
+from shared.models import save_tiny_reward_model
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT
 
 MARKUP = "<img src=x onerror=alert(1)><script>alert(1)</script>"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"

@@ -1,12 +1,14 @@
-"""The house: imports run one way, and the floor stands on nothing of ours."""
+"""The house: imports run one way, the floor stands on nothing of ours, and tests stand by what they test."""
 
 from __future__ import annotations
 
 import ast
+import fnmatch
+import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from shared.runs import ROOT
 
 UTILS = ROOT / "utils"
 # Each room may import those before it in this table.
@@ -74,3 +76,24 @@ def test_the_floor_imports_nothing_of_ours(name):
 def test_only_the_story_of_training_knows_all_stages():
     for path in set(FILES) - {UTILS / "training" / "stages.py"}:
         assert len({"data", "models", "training", "arguments"} & {room(path), *imported_rooms(path)}) < 4, path
+
+
+def test_every_test_file_is_named_where_tests_of_its_room_are():
+    """In tests/README.md: a room's files under its heading, and nothing that is not there."""
+    _, *parts = re.split(r"^## ", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = {part.partition("\n")[0].strip("`/"): re.findall(r"`(test_[\w*]+\.py)`", part) for part in parts}
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    folders = {file.parent.name for file in files} - {"tests"}
+    assert {name for name in named if (UTILS / name).is_dir()} == folders
+    for file in files:
+        names = named["Of no single room" if file.parent.name == "tests" else file.parent.name]
+        assert any(fnmatch.fnmatch(file.name, name) for name in names), file
+    for name in (name for names in named.values() for name in names):
+        assert any(fnmatch.fnmatch(file.name, name) for file in files), name
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not re.match(r"conftest$|test_|tests\b", node.module or ""), path

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from shared.runs import ROOT
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.arguments.foreign_names import ADVICE, OTHER_LOSSES, SAME

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_record, start_script
+from shared.runs import ROOT, read_record, start_script
 
 from utils.errors import ProcessLost, UserError
 from utils.runtime import readable_seconds

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny_model
+from shared.models import save_tiny_model
+from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.chatting.dialogue import Dialogue

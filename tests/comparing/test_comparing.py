@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KEY, ROOT, make_pairs, save_tiny_reward_model, write_lines
 from peft import AutoPeftModelForCausalLM
+from shared.endpoint import KEY
+from shared.models import save_tiny_reward_model
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.comparing.judges import Judge, by_scores, count_orders, join_orders

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT, write_lines
+from shared.pairs import write_lines
+from shared.runs import ROOT
 
 from utils.data.adapter import load_adapter
 from utils.data.loading import load_pairs

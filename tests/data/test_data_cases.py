@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from conftest import write_lines
+from shared.pairs import write_lines
 
 from utils.data.layouts import LAYOUTS
 from utils.data.loading import load_pairs

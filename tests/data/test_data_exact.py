@@ -7,7 +7,7 @@ import json
 
 import datasets
 import pytest
-from conftest import write_lines
+from shared.pairs import write_lines
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError

@@ -6,7 +6,8 @@ import json
 
 import datasets
 import pytest
-from conftest import make_pairs, read_record, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_record
 
 from utils.data.identity import pair_id
 from utils.data.loading import load_pairs

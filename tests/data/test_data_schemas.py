@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import jinja2
 import pytest
-from conftest import REAL_DATA
+from shared.runs import REAL_DATA
 
 from utils.data.conversion import convert_rows
 from utils.data.loading import load_pairs

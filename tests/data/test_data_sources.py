@@ -14,8 +14,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from datasets.exceptions import DatasetNotFoundError
+from shared.runs import ROOT
 
 from utils.data.places import describe_bad_rows
 from utils.data.sources import held_out_wish, load_source

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import make_pairs, read_record, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_record
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError

@@ -7,7 +7,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import make_pairs, write_lines
+from shared.pairs import make_pairs, write_lines
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import REAL_DATA, read_record
 from peft import AutoPeftModelForCausalLM, PeftModel
+from shared.runs import REAL_DATA, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import parse_arguments

@@ -16,7 +16,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, write_lines
+from shared.pairs import write_lines
+from shared.runs import ROOT
 
 from utils.data.loading import load_pairs
 from utils.data.row_cache import cache_folder, keep_rows, modules_behind

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import trl
-from conftest import REAL_DATA
+from shared.runs import REAL_DATA
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

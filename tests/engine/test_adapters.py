@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from conftest import read_record
 from peft import IA3Config, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_engine import build
+from shared.layouts import build
+from shared.runs import read_record
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 

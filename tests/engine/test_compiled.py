@@ -7,9 +7,18 @@ import math
 
 import pytest
 import torch
-from conftest import read_metrics, read_record
-from test_engine import ARCHITECTURES, assert_same, build, gradients, one_by_one, packed, padded, random_pairs
-from test_flex import rows_of_many_sizes
+from shared.layouts import (
+    ARCHITECTURES,
+    assert_same,
+    build,
+    gradients,
+    one_by_one,
+    packed,
+    padded,
+    random_pairs,
+    rows_of_many_sizes,
+)
+from shared.runs import read_metrics, read_record
 from torch._dynamo.utils import counters
 
 from utils.engine.compiled import CompiledLayers

@@ -11,8 +11,8 @@ import random
 
 import pytest
 import torch
-from conftest import read_metrics, read_record
-from test_engine import ARCHITECTURES, build, gradients, one_by_one, packed, random_pairs
+from shared.layouts import ARCHITECTURES, build, gradients, one_by_one, packed, random_pairs, rows_of_many_sizes
+from shared.runs import read_metrics, read_record
 from torch._dynamo.utils import counters
 
 from utils.engine import flex
@@ -104,18 +104,6 @@ def traced(monkeypatch, backward_too):
     monkeypatch.setattr(flex, "_kernel", lambda _compiled: kernel)
     yield counters
     torch._dynamo.reset()
-
-
-def rows_of_many_sizes() -> list:
-    """Pairs in rows of 2 to 9 blocks, of 1 to 8 pairs."""
-    draw = random.Random(2)
-    batches = []
-    for count in (1, 3, 1, 8, 2, 5, 8, 4):
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        batches.append(
-            [{n: [draw.randrange(3, 97) for _ in range(draw.randint(1, 60))] for n in names} for _ in range(count)]
-        )
-    return batches
 
 
 # Windows beside full attention, soft-capping, sinks, and what of the two is in a model.

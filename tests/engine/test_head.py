@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from test_engine import ARCHITECTURES, build, padded, random_pairs
+from shared.layouts import ARCHITECTURES, build, padded, random_pairs
 
 from utils.engine import head as head_module
 from utils.engine.head import MARK

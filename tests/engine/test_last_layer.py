@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_record
-from test_engine import ARCHITECTURES, build, one_by_one, packed, padded, random_pairs
+from shared.layouts import ARCHITECTURES, build, one_by_one, packed, padded, random_pairs
+from shared.runs import read_record
 
 from utils.engine import last_layer
 from utils.engine.last_layer import leave_out_prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from conftest import ROOT
+from shared.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from long_pairs import measure

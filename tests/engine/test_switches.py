@@ -7,7 +7,7 @@ import collections
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_engine import build
+from shared.layouts import build
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import use_adapter

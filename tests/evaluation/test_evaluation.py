@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_pairs, read_record, write_lines
 from scipy.stats import permutation_test
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_record
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -582,7 +583,7 @@ def test_bins_of_margins_have_round_edges_and_one_at_0():
     ],
 )  # fmt: skip
 def test_a_fault_is_one_line(flags, said, run_script, tiny_model, other_model, pairs_file, tmp_path):
-    from conftest import save_tiny_model
+    from shared.models import save_tiny_model
 
     places = {"MODEL": tiny_model, "OTHER": other_model, "DATA": pairs_file, "OUT": tmp_path / "out",
               "BAD": write_lines(tmp_path / "bad.jsonl", [*make_pairs(2), make_pairs(1)[0] | {"chosen": " "}]),

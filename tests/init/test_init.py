@@ -6,7 +6,8 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT, make_pairs, read_record, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_record
 
 from utils.arguments import parse_arguments
 from utils.settings.verbs import SITUATIONS

@@ -12,25 +12,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_lines
+from shared.findings import counts_of, make_texts, places_of
+from shared.pairs import write_lines
 
 from utils.data.places import list_places
 from utils.inspection.languages import LANGUAGES, number_language
 from utils.inspection.similarity import find_alike, group_alike, sign_texts
 from utils.inspection.texts import has_control, has_html, has_mojibake, nearly_equal, refuses, says_nothing
 from utils.report.charts import draw_bars, draw_histogram, draw_lines
-
-WORDS = [a + b for a in ("ba", "ce", "di", "fo", "gu", "la", "me", "ni") for b in ("ron", "sel", "tam", "vik", "wod")]
-
-
-def make_texts(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Pairs with nothing wrong with them, and nothing in common."""
-    draw = random.Random(seed)
-
-    def say(length: int) -> str:
-        return " ".join(draw.choices(WORDS, k=length)).capitalize() + "."
-
-    return [{"prompt": say(12), "chosen": say(14), "rejected": say(14)} for _ in range(count)]
 
 
 def inspect(run_script, tmp_path: Path, rows: list[dict], *flags, name: str = "pairs.jsonl") -> tuple[int, dict, str]:
@@ -39,15 +28,6 @@ def inspect(run_script, tmp_path: Path, rows: list[dict], *flags, name: str = "p
     code, out, err = run_script("data", "--dataset_name", path, "--json_file", tmp_path / "found.json", *flags)
     assert err == ""
     return code, json.loads((tmp_path / "found.json").read_text(encoding="utf-8")), out
-
-
-def counts_of(record: dict) -> dict[str, int]:
-    return {finding["name"]: finding["count"] for finding in record["findings"]}
-
-
-def places_of(record: dict, name: str) -> str:
-    finding = next(finding for finding in record["findings"] if finding["name"] == name)
-    return list_places(finding["places"], finding["count"])
 
 
 def test_a_clean_file_is_clean(run_script, tmp_path):

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import make_pairs, read_record, write_lines
-from test_inspection import counts_of, make_texts, places_of
+from shared.findings import counts_of, make_texts, places_of
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_record
 
 from utils.arguments import parse_arguments
 from utils.data.identity import pair_id

@@ -15,8 +15,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny_model, save_tiny_tokenizer, write_lines
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from shared.models import save_tiny_model, save_tiny_tokenizer
+from shared.pairs import write_lines
+from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from utils.errors import UserError

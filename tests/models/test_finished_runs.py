@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_record, save_tiny_model
 from safetensors.torch import load_file, save_file
+from shared.models import save_tiny_model
+from shared.runs import ROOT, read_record
 
 
 def flip(path: Path, place: int = -3) -> None:

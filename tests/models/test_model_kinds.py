@@ -10,8 +10,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import read_record, save_tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from shared.models import save_tiny_tokenizer
+from shared.runs import read_record
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
+from shared.runs import ROOT
 
 from utils.errors import UserError
 from utils.models import sources

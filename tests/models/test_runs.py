@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_record
+from shared.runs import read_record
 
 from utils.errors import UserError
 from utils.models.side_by_side import Wanted, load_side_by_side

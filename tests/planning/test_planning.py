@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, save_tiny_model
+from shared.models import save_tiny_model
+from shared.runs import ROOT
+from shared.ways import CONFIG, FULL, LORA, PAIRS, make_real
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from utils.arguments import parse_arguments
@@ -22,7 +24,6 @@ from utils.planning.estimate import SHARDED, estimate, pad_pairs, walk_all_layer
 from utils.planning.hardware import GIB, SHEETS, Device, find_device_by_name
 from utils.planning.launching import words_before_script
 from utils.planning.measuring import as_measured
-from utils.planning.paper_model import Way, make_policy
 from utils.planning.planning import _asked_way, _Planner
 from utils.planning.walk import (
     ACTIVATIONS,
@@ -37,30 +38,6 @@ from utils.planning.walk import (
     walk_step,
 )
 from utils.planning.work import Subject, Work, place_of_reference, read_subject
-from utils.settings.training import LoraSettings
-
-CONFIG = LlamaConfig(
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=500,
-)
-PAIRS = ((40, 20, 30), (25, 33, 8), (60, 5, 12))
-FULL = Way(CONFIG, torch.float32, False, False, LoraSettings(), checkpointing=False, reference="ahead")
-LORA = replace(FULL, use_lora=True, reference="policy")
-
-
-def make_real(way: Way) -> torch.nn.Module:
-    """The model of the way with numbers in it."""
-    model = make_policy(way).to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for name, buffer in model.named_buffers():
-        if "inv_freq" in name:
-            torch.nn.init.ones_(buffer)
-    return model
 
 
 @pytest.mark.parametrize(

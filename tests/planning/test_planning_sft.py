@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save_tiny_tokenizer
 from datasets import Dataset
-from test_planning import CONFIG, LORA, make_real
+from shared.models import save_tiny_tokenizer
+from shared.ways import CONFIG, LORA, make_real
 from transformers import AutoTokenizer
 from trl import SFTConfig
 

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browser import open_browser
-from conftest import make_pairs, read_record, write_lines
+from shared.browser import open_browser
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_record
 
 from utils.report.charts import draw_lines, percent
 from utils.report.run_page import break_command, make_run_page

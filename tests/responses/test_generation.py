@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs
 from scipy import stats
+from shared.pairs import make_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from utils.responses import generation

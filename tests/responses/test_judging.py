@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import KEY, ROOT
+from shared.endpoint import KEY
+from shared.runs import ROOT
 
 from utils.errors import UserError
 from utils.responses.judging import EndpointJudge, JudgeLimits, mask, read_verdict

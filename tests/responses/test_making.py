@@ -10,7 +10,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import KEY, make_pairs, save_tiny_reward_model, write_lines
+from shared.endpoint import KEY
+from shared.models import save_tiny_reward_model
+from shared.pairs import make_pairs, write_lines
 
 from utils.errors import UserError
 from utils.inspection.prompts import read_prompts

@@ -13,7 +13,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from browser import open_browser
+from shared.browser import open_browser
 
 from utils.errors import UserError
 from utils.responses.ballots import Ballots, Match

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, make_pairs, read_record, start_script, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_record, start_script
 
 from utils.errors import UserError
 from utils.run.checkpoints import begin_checkpoint

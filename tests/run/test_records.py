@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, read_record
 from safetensors.torch import load_file
+from shared.runs import ROOT, read_record
 
 from utils.errors import UserError
 from utils.models.sources import find_model

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_record, start_script
+from shared.runs import ROOT, read_record, start_script
 
 from utils.arguments import parse_arguments
 from utils.run.processes import command_to_go_on, identify_process, is_alive

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import open_browser
-from conftest import make_pairs, read_metrics, read_record, write_lines
+from shared.browser import open_browser
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 
 from utils.status.page import make_page
 from utils.status.state import read_runs

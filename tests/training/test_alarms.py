@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
-from conftest import ROOT, make_pairs, read_metrics, read_record, write_lines
 from safetensors.torch import load_file
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_metrics, read_record
 
 from utils.training.alarms import ALARMS, Limits, find_alarms
 from utils.training.early_stopping import describe_best

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_pairs, read_metrics, read_record, write_lines
 from safetensors.torch import load_file
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_metrics, read_record
 
 from utils.run.state import load_state
 
@@ -224,7 +225,7 @@ def test_deepspeed_cannot_leave_steps_out(train, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["advanced_dpo_script.py", "tests/sharded.py"])
+@pytest.mark.parametrize("script", ["advanced_dpo_script.py", "tests/programs/sharded.py"])
 def test_two_processes_leave_out_the_same_step(script, holed, tmp_path):
     model, data, token = holed
     folder = tmp_path / "run"

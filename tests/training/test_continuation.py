@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, read_metrics, read_record, save_tiny_model, write_lines
 from safetensors.torch import load_file, save_file
+from shared.models import save_tiny_model
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 
 from utils.models.identity import BLOCK, BLOCKS, identify_model
 from utils.models.sources import find_model

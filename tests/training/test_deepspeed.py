@@ -12,9 +12,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, read_metrics, read_record
-from ranks import free_port
-from test_processes import assert_same_run, pretend_interrupted
+from shared.ranks import free_port
+from shared.runs import ROOT, assert_same_run, pretend_interrupted, read_metrics, read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 HELD = "--precompute_ref_log_probs=false"

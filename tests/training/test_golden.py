@@ -1,19 +1,20 @@
 """Golden numbers: the same seed gives the same losses and metrics, whatever was rearranged in the code.
 
-`golden.json` was written by `python tests/training/test_golden.py`. It is written again only where a change of the
-numbers is meant, and then the commit says why. What depends on the libraries' random numbers holds for the pinned
-versions.
+`golden.json` was written by `PYTHONPATH=.:tests python tests/training/test_golden.py`. It is written again only where a
+change of the numbers is meant, and then the commit says why. What depends on the libraries' random numbers holds for
+the pinned versions.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_model, write_lines
+from shared.models import save_tiny_model
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CASES = {
@@ -67,7 +68,6 @@ def test_the_numbers_are_those_of_before(name, tmp_path):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as scratch:
         content = {name: run_case(name, Path(scratch, str(number))) for number, name in enumerate(CASES)}
     GOLDEN.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

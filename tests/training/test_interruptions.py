@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, read_record
 from safetensors.torch import load_file
+from shared.runs import ROOT, read_metrics, read_record
 
 from utils.errors import ProcessLost
 from utils.run.checkpoints import remove_checkpoint
@@ -120,7 +120,7 @@ def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
 
     def go(place: str) -> subprocess.CompletedProcess[str]:
         arguments = [place, *flags(tiny_model, pairs_file, tmp_path / "part"), "--precompute_ref_log_probs"]
-        command = [sys.executable, "tests/dropped_signal.py", *map(str, arguments)]
+        command = [sys.executable, "tests/programs/dropped_signal.py", *map(str, arguments)]
         own = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}  # where no scores lie
         return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120, check=False)
 
@@ -163,7 +163,7 @@ def test_a_stop_that_python_drops_in_another_verb_ends_it(verb, tiny_model, pair
             *["--scorer", ROOT / "examples/demo/scorer.py:score", "--output_file", made],
         ],
     }[verb]
-    command = [sys.executable, "tests/dropped_signal.py", *map(str, (place, *words))]
+    command = [sys.executable, "tests/programs/dropped_signal.py", *map(str, (place, *words))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 130, done.stdout + done.stderr
     assert done.stdout.endswith("interrupted; nothing was lost that had been saved before\n")

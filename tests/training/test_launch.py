@@ -13,8 +13,9 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ROOT, make_pairs, write_lines
-from ranks import free_port, run_together
+from shared.pairs import make_pairs, write_lines
+from shared.ranks import free_port, run_together
+from shared.runs import ROOT
 
 from utils.training.launch import speaks
 

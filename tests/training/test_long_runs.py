@@ -8,7 +8,8 @@ import json
 import shutil
 
 import pytest
-from conftest import make_pairs, read_metrics, read_record, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 
 from utils.report.run_files import read_thinned
 from utils.training import callbacks, history

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, read_metrics, read_record, write_lines
 from peft import PeftModel
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.training.pair_scoring import PairScoring

@@ -13,8 +13,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_pairs, read_metrics, read_record, save_tiny_model, write_lines
 from safetensors.torch import load_file
+from shared.models import save_tiny_model
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_metrics, read_record
 
 from utils.engine.memory import ran_out_of_memory
 from utils.training.batches import PairCollator, examples_of
@@ -276,7 +278,7 @@ def start_two(script, *arguments):
 def test_one_of_two_processes_begins_its_part_anew(run_script, tiny_model, pairs_file, tmp_path, flags):
     quick = "--learning_rate 5e-3 --max_steps 3 --dtype float32 --logging_steps 1 --precompute_ref_log_probs false"
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *quick.split(), *flags]
-    done = start_two("tests/little_room.py", 60, *flags, "--per_device_train_batch_size", 4,
+    done = start_two("tests/programs/little_room.py", 60, *flags, "--per_device_train_batch_size", 4,
                      "--output_dir", tmp_path / "two")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"warning: step 1, process 1: memory ran out in a micro-batch of \d+ tokens", done.stdout)
@@ -287,8 +289,8 @@ def test_one_of_two_processes_begins_its_part_anew(run_script, tiny_model, pairs
 
 @pytest.mark.slow
 def test_one_of_two_processes_that_cannot_go_on_ends_both(tiny_model, pairs_file, tmp_path):
-    done = start_two("tests/little_room.py", 5, "--model_name_or_path", tiny_model, "--dataset_name", pairs_file,
-                     "--per_device_train_batch_size", 2, "--validation_split", "none", "--output_dir",
+    done = start_two("tests/programs/little_room.py", 5, "--model_name_or_path", tiny_model, "--dataset_name",
+                     pairs_file, "--per_device_train_batch_size", 2, "--validation_split", "none", "--output_dir",
                      tmp_path / "run")  # fmt: skip
     assert done.returncode != 0
     found = r"error: step 1, process 1: memory ran out with a pair of \d+ tokens \(pairs.jsonl line"
@@ -304,7 +306,7 @@ def test_memory_that_the_system_refuses_is_done_without(tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(130))
     flags = [model, "--dataset_name", data, "--per_device_train_batch_size", 64, "--max_steps", 2, "--logging_steps", 1,
              "--dtype", "float32", "--validation_split", "none", "--precompute_ref_log_probs", "false"]  # fmt: skip
-    for name, script in (("little", ["tests/little_memory.py", 60]), ("enough", ["advanced_dpo_script.py"])):
+    for name, script in (("little", ["tests/programs/little_memory.py", 60]), ("enough", ["advanced_dpo_script.py"])):
         command = [sys.executable, *script, "--model_name_or_path", *flags, "--output_dir", tmp_path / name]
         done = subprocess.run(
             list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False

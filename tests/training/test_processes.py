@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, read_metrics, read_record
-from ranks import Ended, free_port, run_together
-from safetensors.torch import load_file
+from shared.ranks import Ended, free_port, run_together
+from shared.runs import ROOT, assert_same_run, pretend_interrupted, read_record
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from utils.engine.proving import Trial, gives_all_gradients
@@ -41,7 +39,7 @@ WAYS = {
     # Now one process, now the other has more micro-batches; gradients are exchanged once all the same.
     "lora, by tokens": ["--use_lora", "--max_tokens_per_batch", 44],
 }
-KINDS = {"replicated": ("ddp", "advanced_dpo_script.py"), "sharded": ("fsdp2", "tests/sharded.py")}
+KINDS = {"replicated": ("ddp", "advanced_dpo_script.py"), "sharded": ("fsdp2", "tests/programs/sharded.py")}
 # Of the table, for every day.
 EVERY_DAY = (
     ("lora", "replicated", 4),
@@ -106,19 +104,6 @@ def run_of_one(kept_runs, run_script, monkeypatch):
         return runs[key]
 
     return find
-
-
-def assert_same_run(one, other) -> None:
-    """The same curve, held-out result and artefact."""
-    for line, its in zip(read_metrics(one), read_metrics(other), strict=True):
-        its["epoch"] = line["epoch"]  # which the trainer counts in micro-batches
-        assert its == pytest.approx(line, abs=1e-4)
-    held_out = read_record(one)["metrics"]["held_out"]
-    assert read_record(other)["metrics"]["held_out"] == pytest.approx(held_out, abs=1e-4)
-    (artefact,) = (path.name for path in one.glob("*.safetensors"))
-    a, b = (load_file(folder / artefact) for folder in (one, other))
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
 def parted(count: int) -> list:
@@ -228,15 +213,6 @@ def test_sft_in_two_processes_is_the_run_of_one(kind, together, run_of_one, flag
     flags = ["sft", *flags_of(*A_PASS)]
     together(kind, 2, *flags, "--output_dir", tmp_path / "run", "--per_device_train_batch_size", 6)
     assert_same_run(run_of_one(*flags), tmp_path / "run")
-
-
-def pretend_interrupted(folder, step: int) -> None:
-    """Takes a finished run back to a checkpoint, as if it had ended there."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if int(checkpoint.name.rpartition("-")[2]) > step:
-            shutil.rmtree(checkpoint)
-    record = read_record(folder)
-    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}), encoding="utf-8")
 
 
 EVERY_DAY_RESUMED = ("full", ("sharded", 2), ("replicated", 1))

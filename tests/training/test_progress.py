@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from conftest import read_record
 from datasets import Dataset
+from shared.runs import read_record
 
 from utils.training.progress import Stopwatch, count_tokens, seconds_left
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_record
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shared.runs import read_record
 
 from utils.training import reference_cache
 from utils.training.batches import REFERENCE_COLUMNS, consecutive_batches, fill_batches

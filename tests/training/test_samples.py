@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_pairs, read_metrics, read_record, write_lines
 from peft import PeftModel
 from safetensors.torch import load_file
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, read_metrics, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.responses.generation import sample_continuations

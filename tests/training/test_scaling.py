@@ -13,7 +13,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT
+from shared.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from cluster import (

@@ -8,8 +8,9 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import read_record, save_tiny_model
 from safetensors.torch import load_file
+from shared.models import save_tiny_model
+from shared.runs import read_record
 
 SIDES = ("chosen", "rejected")
 CHANGING = {

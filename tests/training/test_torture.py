@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from shared.runs import ROOT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from conftest import make_pairs, read_record, start_script, write_lines
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_record, start_script
 
 from utils.training.tracking import say_how_to_upload
 

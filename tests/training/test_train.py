@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, read_metrics, read_record, write_lines
 from peft import PeftModel
 from safetensors.torch import load_file
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 QUICK = {"per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 5e-3, "warmup_steps": 0}

@@ -12,9 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import make_pairs, read_metrics, read_record, write_lines
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from shared.pairs import make_pairs, write_lines
+from shared.runs import read_metrics, read_record
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
 from trl import DPOConfig, DPOTrainer

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_metrics, read_record
+from shared.runs import ROOT, read_metrics, read_record
 
 pytestmark = pytest.mark.slow
 FREE_PORT = 29600

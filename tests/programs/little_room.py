@@ -1,6 +1,6 @@
 """The script with room for so many tokens of a micro-batch, and no more, in one of its processes.
 
-    torchrun --nproc_per_node 2 tests/little_room.py TOKENS [flags of advanced_dpo_script.py]
+    torchrun --nproc_per_node 2 tests/programs/little_room.py TOKENS [flags of advanced_dpo_script.py]
 
 Memory runs out in the backward pass of larger micro-batches in the process with rank 1.
 """
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if __name__ == "__main__":
     import torch

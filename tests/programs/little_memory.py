@@ -1,6 +1,6 @@
 """The script on a machine that runs out of memory: a limit is set on the process when training begins.
 
-    python tests/little_memory.py MEBIBYTES [flags of advanced_dpo_script.py]
+    python tests/programs/little_memory.py MEBIBYTES [flags of advanced_dpo_script.py]
 
 Beyond so many mebibytes more than the process then has, the system gives it none (RLIMIT_DATA; Linux).
 """
@@ -11,7 +11,7 @@ import resource
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if __name__ == "__main__":
     import psutil

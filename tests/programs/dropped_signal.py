@@ -1,6 +1,6 @@
 """The script, asked to stop where Python drops what a signal's handler raises: in a finalizer.
 
-    python tests/dropped_signal.py PLACE [flags of advanced_dpo_script.py]
+    python tests/programs/dropped_signal.py PLACE [flags of advanced_dpo_script.py]
 
 SIGTERM comes when PLACE is come to: a package that is imported, or a function (its whole name) that is called.
 """
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from pydoc import locate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "advanced_dpo_script.py"
 
 

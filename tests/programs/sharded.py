@@ -1,6 +1,6 @@
 """The script under FSDP2 on CPUs: accelerate offers sharding to accelerators alone, torch shards anywhere.
 
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 tests/sharded.py [flags]
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 tests/programs/sharded.py [flags]
 
 Only accelerate's choice of the kind of distribution is overruled; wrapping, saving and clipping are its own.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if __name__ == "__main__":
     import advanced_dpo_script

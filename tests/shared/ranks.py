@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
+from shared.runs import ROOT
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run_together(
         environments: further variables by rank.
     """
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    context.set_forkserver_preload(["preloaded"])
+    context.set_forkserver_preload(["shared.preloaded"])
     common = dict(os.environ) | told_by(config, count) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
     folder.mkdir(parents=True, exist_ok=True)

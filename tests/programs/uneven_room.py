@@ -1,6 +1,6 @@
 """The script with --auto_batch_size, where each process has room for so many tokens in a micro-batch.
 
-    torchrun --nproc_per_node 2 tests/uneven_room.py TOKENS_OF_THE_FIRST TOKENS_OF_THE_SECOND [flags]
+    torchrun --nproc_per_node 2 tests/programs/uneven_room.py TOKENS_OF_THE_FIRST TOKENS_OF_THE_SECOND [flags]
 
 What a size takes and how fast it is are given numbers; what is computed is what the script computes. Training a larger
 micro-batch than there is room for runs out of memory.
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 PER_TOKEN = 2**30 // 100  # bytes
 
 if __name__ == "__main__":

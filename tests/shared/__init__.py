@@ -1,0 +1,1 @@
+"""What several tests use; fixtures stand in conftest.py."""
