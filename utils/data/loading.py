@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,15 +16,14 @@ import pyarrow.compute as pc
 
 from ..errors import UserError, gather
 from ..settings.training import DataSettings
-from .checks import CheckedRows, check_rows
 from .files import quiet
 from .identity import read_pair_ids
-from .joining import Part, convert_enough, join_parts, open_source, split_joined
-from .mixing import Wish, count_repeated, draw_rows, read_wishes
-from .places import Place
+from .mixing import Wish, count_repeated, read_wishes
+from .parts import Part, check_part, convert_part, draw_part, join_parts, read_parts, split_joined, take_parts
+from .places import Place, describe_nothing_left
 from .row_cache import flatten_rows
 from .schemas import Reading, check_effects
-from .sources import Source, find_evaluation_split, load_source, load_streams
+from .sources import find_evaluation_split, load_source, load_streams
 from .splitting import SPARE, Split, count_shared_prompts
 from .streaming import place_of, read_stream
 
@@ -65,15 +64,6 @@ class PreferenceData:
     sources: tuple[SourceCounts, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A part of the data, with what was found in its source."""
-
-    part: Part
-    good: int
-    dropped: Counter[str]
-
-
 def load_pairs(
     settings: DataSettings, verb: str, seed: int, num_proc: int | None = None, wanted: int | None = None
 ) -> PreferenceData:
@@ -89,8 +79,8 @@ def load_pairs(
     wishes = read_wishes(settings.dataset_name)
     if settings.streaming:
         return _load_stream(wishes, settings, verb, seed, wanted)
-    read = gather(*(_reader(wish, wishes, settings, verb, seed, num_proc) for wish in wishes))
-    return _join_and_split(read, settings, seed)
+    parts = take_parts(wishes, lambda wish: _take_good(wish, wishes, settings, verb, seed, num_proc))
+    return _join_and_split(parts, settings, seed)
 
 
 def load_unsplit_pairs(settings: DataSettings, seed: int) -> PreferenceData:
@@ -101,24 +91,38 @@ def load_unsplit_pairs(settings: DataSettings, seed: int) -> PreferenceData:
     wishes = read_wishes(settings.dataset_name)
     settings = dataclasses.replace(settings, validation_split="none")
 
-    def reader(wish: Wish) -> Callable[[], _Checked]:
-        def read() -> _Checked:
-            split = find_evaluation_split(dataclasses.replace(settings, dataset_name=wish.name))
-            own = dataclasses.replace(settings, dataset_split=split)
-            return _reader(wish, wishes, own, "train", seed, None)()
+    def take(wish: Wish) -> list[Part]:
+        split = find_evaluation_split(dataclasses.replace(settings, dataset_name=wish.name))
+        return _take_good(wish, wishes, dataclasses.replace(settings, dataset_split=split), "train", seed)
 
-        return read
-
-    return _join_and_split(gather(*map(reader, wishes)), settings, seed)
+    return _join_and_split(take_parts(wishes, take), settings, seed)
 
 
-def _join_and_split(read: Sequence[_Checked], settings: DataSettings, seed: int) -> PreferenceData:
-    parts = [checked.part for checked in read]
-    check_effects([part.reading for part in parts], settings)
+def _take_good(
+    wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb: str, seed: int, num_proc: int | None = None
+) -> list[Part]:
+    """The parts of one source. Raises UserError with every fault of the rows of both splits."""
+
+    def check(part: Part) -> Part:
+        part = convert_part(part, settings.max_samples, num_proc)
+        part = check_part(part, settings.on_bad_rows, settings.max_samples)
+        if not len(part.good):
+            flag = f"--dataset_name {wish.name}" if len(wishes) > 1 else "--dataset_name"
+            raise UserError(describe_nothing_left("--validation_split" if part.is_held_out else flag, part.dropped))
+        return part
+
+    parts = gather(*(partial(check, part) for part in read_parts(wish, wishes, settings, verb)))
+    return [draw_part(part, seed) for part in parts]
+
+
+def _join_and_split(parts: Sequence[Part], settings: DataSettings, seed: int) -> PreferenceData:
+    trained = [part for part in parts if not part.is_held_out]
+    check_effects([part.reading for part in trained], settings)
     joined = join_parts(parts)
     split = split_joined(joined, settings.validation_split, seed)
-    repeated = count_repeated(joined.rows) if len(parts) > 1 else [0]
-    dropped = sum((checked.dropped for checked in read), Counter({SPARE: split.spare}))
+    repeated = count_repeated(joined.rows) if len(trained) > 1 else [0]
+    sources = [_count_source(part, parts, number, split) for part, number in zip(trained, repeated, strict=True)]
+    dropped = sum((Counter(source.dropped) for source in sources), Counter({SPARE: split.spare}))
     return PreferenceData(
         train=split.train,
         held_out=split.held_out and add_ids(split.held_out),
@@ -129,7 +133,28 @@ def _join_and_split(read: Sequence[_Checked], settings: DataSettings, seed: int)
         fingerprint=fingerprint_rows(split.train, split.held_out),
         place=joined.place,
         held_out_place=joined.held_out_place,
-        sources=tuple(_count_source(*pair, split) for pair in zip(read, repeated, strict=True)),
+        sources=tuple(sources),
+    )
+
+
+def _count_source(part: Part, parts: Sequence[Part], repeated: int, split: Split) -> SourceCounts:
+    """What the source of a training split brought, with its held-out split if it has one."""
+
+    def count(side: datasets.Dataset | None) -> int:
+        if side is None:
+            return 0
+        return sum(name == part.wish.name for name in side["source"]) if "source" in side.column_names else len(side)
+
+    own = (other.dropped for other in parts if other.wish == part.wish)
+    return SourceCounts(
+        name=part.wish.written,
+        reading=part.reading.description,
+        good=part.found,
+        drawn=len(part.good),
+        train=count(split.train),
+        held_out=count(split.held_out),
+        repeated=repeated,
+        dropped=dict(sum(own, Counter(part.source.dropped))),
     )
 
 
@@ -166,66 +191,6 @@ def _load_stream(
         held_out_place=partial(place_of, label),
         sources=(counts,),
     )
-
-
-def _reader(
-    wish: Wish, wishes: Sequence[Wish], settings: DataSettings, verb: str, seed: int, num_proc: int | None
-) -> Callable[[], _Checked]:
-    def read() -> _Checked:
-        source, reading = open_source(wish, wishes, settings, verb)
-        flag = f"--dataset_name {wish.name}" if len(wishes) > 1 else "--dataset_name"
-        checked, held_out = gather(
-            lambda: read_good_rows(source.rows, reading, source.place, settings, flag, num_proc),
-            lambda: _read_held_out(source, reading, settings, num_proc),
-        )
-        dropped = Counter(source.dropped) + Counter(checked.dropped) + Counter(held_out.dropped if held_out else {})
-        drawn = draw_rows(checked.rows, wish, seed)
-        part = Part(wish, source, reading, drawn, held_out.rows if held_out else None)
-        return _Checked(part, len(checked.rows), dropped)
-
-    return read
-
-
-def _count_source(checked: _Checked, repeated: int, split: Split) -> SourceCounts:
-    part = checked.part
-
-    def count(side: datasets.Dataset | None) -> int:
-        if side is None:
-            return 0
-        return sum(name == part.wish.name for name in side["source"]) if "source" in side.column_names else len(side)
-
-    return SourceCounts(
-        name=part.wish.written,
-        reading=part.reading.description,
-        good=checked.good,
-        drawn=len(part.rows),
-        train=count(split.train),
-        held_out=count(split.held_out),
-        repeated=repeated,
-        dropped=dict(checked.dropped),
-    )
-
-
-def read_good_rows(
-    rows: datasets.Dataset,
-    reading: Reading,
-    place: Place,
-    settings: DataSettings,
-    flag: str = "--dataset_name",
-    num_proc: int | None = None,
-) -> CheckedRows:
-    """The converted good rows. With --max_samples, no more of the source is converted than is needed for them."""
-    converted = convert_enough(rows, reading, settings.max_samples, num_proc)
-    return check_rows(converted, place, settings.on_bad_rows, settings.max_samples, flag)
-
-
-def _read_held_out(
-    source: Source, reading: Reading, settings: DataSettings, num_proc: int | None
-) -> CheckedRows | None:
-    if source.held_out_rows is None:
-        return None
-    place = source.held_out_place
-    return read_good_rows(source.held_out_rows, reading, place, settings, "--validation_split", num_proc)
 
 
 def add_ids(rows: datasets.Dataset) -> datasets.Dataset:

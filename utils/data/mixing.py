@@ -83,14 +83,6 @@ def _read_wish(item: str) -> Wish:
     return Wish(name, share=number)
 
 
-def draw_rows(rows: datasets.Dataset, wish: Wish, seed: int) -> datasets.Dataset:
-    """As many rows as wished, in order.
-
-    Raises UserError where there are fewer.
-    """
-    return rows if wish.share is None and wish.count is None else rows.select(draw_positions(rows, wish, seed))
-
-
 def draw_positions(rows: datasets.Dataset, wish: Wish, seed: int) -> np.ndarray:
     """Where the rows stand that are drawn, by a hash of the seed and of what each says; ascending.
 

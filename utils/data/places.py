@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -71,3 +71,14 @@ def describe_bad_rows(reason: str, places: Sequence[str], count: int, detail: st
         f"{reason} in {count} {rows} ({list_places(places, count)}{note}). "
         f"Fix {them}, or pass --on_bad_rows skip (skipped rows are counted)."
     )
+
+
+def describe_all_bad(bad: Mapping[str, Sequence[int]], place: Place) -> list[str]:
+    """A line for each reason; `place` says where what stands under it is found."""
+    return [describe_bad_rows(reason, [place(at) for at in rows[:SHOWN]], len(rows)) for reason, rows in bad.items()]
+
+
+def describe_nothing_left(flag: str, dropped: Mapping[str, int]) -> str:
+    """That no row is left of the data that a flag names, and for which reasons."""
+    found = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there are no rows"
+    return f"{flag}: no usable row is left ({found})"

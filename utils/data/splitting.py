@@ -8,7 +8,7 @@ chance: for n prompts and a fraction f the standard deviation is sqrt(n f (1 - f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
@@ -58,7 +58,7 @@ def split_rows(
         return Split(without_group(rows), without_group(held_out_rows), shared)
     if isinstance(wish, str):
         raise UserError(f"--validation_split {wish}: the data has no such split")
-    numbers = draw_numbers(_groups(rows), seed)
+    numbers = number_rows(rows, seed)
     if len(rows) < 2 or (numbers == numbers[0]).all():
         what = "1 row" if len(rows) == 1 else f"{len(rows)} rows that share one prompt"
         raise UserError(f"nothing can be held out of {what}: add data, or pass --validation_split none")
@@ -129,18 +129,21 @@ def draw_numbers(groups: Iterable[str], seed: int) -> np.ndarray:
     return np.frombuffer(hashes, dtype="<u8") / 2.0**64
 
 
+def number_rows(rows: datasets.Dataset, seed: int) -> np.ndarray:
+    """The number in [0, 1) of what keeps each row with others. Shape (rows,)."""
+    return draw_numbers(_groups(rows), seed)
+
+
 def _groups(rows: datasets.Dataset) -> Iterator[str]:
+    """What keeps a row with others: its `group` of --group_by; else its prompt; for a text without one, the text."""
     names = [name for name in ("prompt", "completion", "group") if name in rows.column_names]
     for batch in rows.select_columns(names).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
-            yield group_of(dict(zip(batch, values, strict=True)))
-
-
-def group_of(row: Mapping[str, Any]) -> str:
-    """What keeps a row with others: its `group` of --group_by; else its prompt; for a text without one, the text."""
-    if row.get("group") is not None:
-        return f"group {row['group']}"
-    return group_key(row["prompt"] or row.get("completion") or row["prompt"])
+            row = dict(zip(batch, values, strict=True))
+            if row.get("group") is not None:
+                yield f"group {row['group']}"
+            else:
+                yield group_key(row["prompt"] or row.get("completion") or row["prompt"])
 
 
 def _sources(rows: datasets.Dataset) -> np.ndarray | None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import atexit
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
 from ..errors import UserError
@@ -26,13 +29,14 @@ from .columns import list_heads
 from .conversion import convert_batch, features_of, padded_columns
 from .files import describe_changed_texts, first_line, holds_json, json_or_text, quiet
 from .labels import label_column, read_numbers
-from .places import SHOWN, describe_bad_rows
-from .ranking import LEFT_OUT
+from .mixing import Wish
+from .parts import Part, check_part
+from .places import describe_nothing_left
 from .row_cache import make_scratch
 from .scanning import check_width
 from .schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
-from .sources import Stream
-from .splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, draw_numbers, group_of, without_group
+from .sources import Source, Stream
+from .splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, number_rows, without_group
 
 BATCH = 1000
 FILE_BITS = 40  # a row's number is its file's, then its own within it
@@ -50,41 +54,53 @@ class StreamedPairs:
     exhausted: bool
 
 
-@dataclass
 class _Intake:
-    """Where good rows go, and what is counted on the way."""
+    """The good rows of a stream, batch by batch, and what is counted on the way."""
 
-    reading: Reading
-    label: str
-    on_bad_rows: str
-    features: datasets.Features
-    padded: tuple[str, ...] = ()
-    dropped: Counter[str] = field(default_factory=Counter)
-    rows_read: int = 0
-    numbers: set[str] = field(default_factory=set)  # among the labels of two answers
+    def __init__(self, stream: Stream, reading: Reading, on_bad_rows: str):
+        self.dropped: Counter[str] = Counter()
+        self.numbers: set[str] = set()  # among the labels of two answers
+        self.rows_read = 0
+        self.reading = reading
+        self._stream, self._on_bad_rows = stream, on_bad_rows
+        self._padded = padded_columns(stream.rows.features)
 
-    def good_rows(self, batch: dict[str, list], first: int) -> Iterator[dict[str, Any]]:
-        """The good rows of one batch, whose first row has the number `first`. Raises UserError for bad ones."""
-        count = len(next(iter(batch.values())))
-        labels = batch.get(label_column(self.reading.columns), [])
-        try:
-            self.numbers |= read_numbers(labels, self.reading.columns)
-        except UserError as error:
-            raise UserError(*(f"--dataset_name {self.label}: {fault}" for fault in error.faults)) from None
-        output = convert_batch(batch, list(range(first, first + count)), self.reading, self.padded)
-        self.rows_read += count
-        bad: dict[str, list[int]] = {}
-        for row, reason in zip(output["row"], output["reason"], strict=True):
-            if reason is not None:
-                bad.setdefault(reason, []).append(row)
-        faults = {reason: rows for reason, rows in bad.items() if reason not in LEFT_OUT}
-        if faults and self.on_bad_rows == "error":
-            places = {reason: [place_of(self.label, row) for row in rows[:SHOWN]] for reason, rows in faults.items()}
-            raise UserError(*(describe_bad_rows(reason, places[reason], len(rows)) for reason, rows in faults.items()))
-        self.dropped.update({reason: len(rows) for reason, rows in bad.items()})
-        for values in zip(*(output[name] for name in self.features), output["reason"], strict=True):
-            if values[-1] is None:
-                yield dict(zip(self.features, values, strict=False))
+    def read(self, seed: int) -> Iterator[datasets.Dataset]:
+        """The good rows of each batch, whole files in an order that the seed draws. Raises UserError for bad ones."""
+        for batch, first in _read_batches(self._stream, seed):
+            count = len(next(iter(batch.values())))
+            labels = batch.get(label_column(self.reading.columns), [])
+            try:
+                self.numbers |= read_numbers(labels, self.reading.columns)
+            except UserError as error:
+                raise UserError(*(f"--dataset_name {self._stream.label}: {fault}" for fault in error.faults)) from None
+            columns = convert_batch(batch, list(range(first, first + count)), self.reading, self._padded)
+            self.rows_read += count
+            rows = datasets.Dataset.from_dict(columns, features=features_of(self.reading))
+            part = check_part(self._as_part(rows), self._on_bad_rows)
+            self.dropped.update(part.dropped)
+            yield part.pairs
+
+    def _as_part(self, converted: datasets.Dataset) -> Part:
+        label = self._stream.label
+        source = Source(converted, None, label, (), partial(place_of, label))
+        return Part(Wish(label), source, self.reading, converted)
+
+
+def _read_batches(stream: Stream, seed: int) -> Iterator[tuple[dict[str, list], int]]:
+    """Batches as they were found, each with the number of its first row."""
+    files = list(range(stream.rows.num_shards))
+    random.Random(seed).shuffle(files)
+    for file in files:
+        part = stream.rows.shard(num_shards=len(files), index=file) if len(files) > 1 else stream.rows
+        batches, row = part.iter(batch_size=BATCH), 0
+        while True:
+            with _reading(stream.label, row):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch, (file << FILE_BITS) + row
+            row += len(next(iter(batch.values())))
 
 
 def place_of(label: str, row: int) -> str:
@@ -104,12 +120,21 @@ def read_stream(
     Raises UserError for bad rows in any batch of 1000 (unless they are skipped), where nothing is left, and where the
     pairs cannot be written to the disk.
     """
+    reading = _find_reading(stream, settings, verb)
+    check_effects([reading], settings)
+    if reading.layout.pairs_up:
+        raise UserError("--streaming: answers in rows of their own are paired across the whole data; leave it out")
+
+    def read_into(folder: Path) -> StreamedPairs:
+        intakes = [_Intake(each, reading, settings.on_bad_rows) for each in (stream, held_out) if each is not None]
+        return _read_into(folder, intakes, settings.validation_split, seed, wanted)
+
     try:
-        return _read_into(_temporary_folder(), stream, held_out, settings, verb, seed, wanted)
+        return read_into(_temporary_folder())
     except OSError as error:
         fault = error
     try:
-        return _read_into(make_scratch(fault), stream, held_out, settings, verb, seed, wanted)
+        return read_into(make_scratch(fault))
     except OSError as error:
         raise UserError(
             f"--streaming: pairs cannot be written to the disk ({error.strerror or error}); make room, or name another "
@@ -118,61 +143,49 @@ def read_stream(
 
 
 def _read_into(
-    folder: Path, stream: Stream, held_out: Stream | None, settings: DataSettings, verb: str, seed: int, wanted: int
+    folder: Path, intakes: Sequence[_Intake], validation_split: str | None, seed: int, wanted: int
 ) -> StreamedPairs:
-    reading = _find_reading(stream, settings, verb)
-    check_effects([reading], settings)
-    if reading.layout.pairs_up:
-        raise UserError("--streaming: answers in rows of their own are paired across the whole data; leave it out")
-    features = datasets.Features({n: kind for n, kind in features_of(reading).items() if n != "reason"})
-    padded = padded_columns(stream.rows.features)
-    intake = _Intake(reading, stream.label, settings.on_bad_rows, features, padded)
-    fraction = None if held_out is not None else _fraction(settings.validation_split)
-    most = None if fraction is not None and settings.validation_split is not None else DEFAULT_MOST_ROWS
-    train, other = _Writer(folder / "train.arrow", features), _Writer(folder / "held_out.arrow", features)
-    for rows in _good_batches(stream, intake, seed):
-        for row in rows:
-            if fraction is None or draw_numbers([group_of(row)], seed)[0] >= fraction:
-                if train.count < wanted:
-                    train.write(row)
-            elif most is None or other.count < most:
-                other.write(row)
-            else:
-                intake.dropped[SPARE] += 1
-        if train.count >= wanted and (fraction is None or other.count):
+    """The pairs of the first intake, and of a second that is held out; without one, of the first some are."""
+    intake, *own = intakes
+    fraction = None if own else _fraction(validation_split)
+    most = DEFAULT_MOST_ROWS if fraction is None or validation_split is None else sys.maxsize
+    train, other = _Writer(folder / "train.arrow", wanted), _Writer(folder / "held_out.arrow", most)
+    for rows in intake.read(seed):
+        held_out = number_rows(rows, seed) < (fraction or 0)
+        train.write(rows.select(np.flatnonzero(~held_out)))
+        spare = other.write(rows.select(np.flatnonzero(held_out)))
+        intake.dropped.update({SPARE: spare} if spare else {})
+        if train.is_full and (fraction is None or other.count):
             break
-    exhausted = train.count < wanted
-    if held_out is not None:
-        other_intake = _Intake(
-            reading,
-            held_out.label,
-            settings.on_bad_rows,
-            features,
-            padded_columns(held_out.rows.features),
-            intake.dropped,
-            numbers=intake.numbers,
-        )
-        for rows in _good_batches(held_out, other_intake, seed):
-            for row in rows[: DEFAULT_MOST_ROWS - other.count]:
-                other.write(row)
-            if other.count >= DEFAULT_MOST_ROWS:
+    exhausted = not train.is_full
+    for held_out_intake in own:
+        for rows in held_out_intake.read(seed):
+            other.write(rows)
+            if other.is_full:
                 break
-    if len(intake.numbers) == 1 and not exhausted:
-        raise UserError(
-            f"--streaming: '{label_column(reading.columns)}' holds the number {min(intake.numbers)} alone in the "
-            f"{intake.rows_read:,} rows that were read, so whether it counts from 0 or from 1 cannot be told; leave "
-            "--streaming out"
-        )
+    dropped = sum((each.dropped for each in own), intake.dropped)
+    if not exhausted:
+        _check_numbers(intakes)
     if train.count == 0:
-        found = ", ".join(f"{reason}: {count}" for reason, count in intake.dropped.items()) or "there are no rows"
-        raise UserError(f"--dataset_name: no usable row is left ({found})")
-    if other.count == 0 and (fraction is not None or held_out is not None):
+        raise UserError(describe_nothing_left("--dataset_name", dropped))
+    if other.count == 0 and (fraction is not None or own):
         raise UserError(
             f"--validation_split: none of the {intake.rows_read:,} rows that were read is held out; raise it, or "
             "pass none"
         )
     sides = [train.finish(), other.finish() if other.count else None]
-    return StreamedPairs(*sides, reading, dict(intake.dropped), intake.rows_read, exhausted)
+    return StreamedPairs(*sides, intake.reading, dict(dropped), intake.rows_read, exhausted)
+
+
+def _check_numbers(intakes: Sequence[_Intake]) -> None:
+    """Raises UserError where the labels that were read are one number alone, which does not say how it is counted."""
+    numbers = set.union(*(intake.numbers for intake in intakes))
+    if len(numbers) == 1:
+        column, rows = label_column(intakes[0].reading.columns), intakes[0].rows_read
+        raise UserError(
+            f"--streaming: '{column}' holds the number {min(numbers)} alone in the {rows:,} rows that were read, so "
+            "whether it counts from 0 or from 1 cannot be told; leave --streaming out"
+        )
 
 
 def _fraction(validation_split: str | None) -> float | None:
@@ -210,22 +223,6 @@ def _check_exact(stream: Stream, reading: Reading | None = None) -> None:
         )
 
 
-def _good_batches(stream: Stream, intake: _Intake, seed: int) -> Iterator[list[dict[str, Any]]]:
-    """Good rows of each batch in the order of reading: whole files, in an order that the seed draws."""
-    files = list(range(stream.rows.num_shards))
-    random.Random(seed).shuffle(files)
-    for file in files:
-        part = stream.rows.shard(num_shards=len(files), index=file) if len(files) > 1 else stream.rows
-        batches, row = part.iter(batch_size=BATCH), 0
-        while True:
-            with _reading(stream.label, row):
-                batch = next(batches, None)
-            if batch is None:
-                break
-            yield list(intake.good_rows(batch, (file << FILE_BITS) + row))
-            row += len(next(iter(batch.values())))
-
-
 class _reading:
     """Around the library's own reading: whatever stops it is said in one line."""
 
@@ -247,16 +244,26 @@ class _reading:
 
 
 class _Writer:
-    """Rows to a table on the disk, some at a time."""
+    """Rows to a table on the disk, some at a time, `most` at most."""
 
-    def __init__(self, path: Path, features: datasets.Features):
+    def __init__(self, path: Path, most: int):
         self.count = 0
-        self._path, self._features = path, features
-        self._writer = ArrowWriter(path=str(path), features=features, writer_batch_size=BATCH)
+        self._path, self._most = path, most
+        self._writer: ArrowWriter | None = None
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._writer.write(row)
-        self.count += 1
+    @property
+    def is_full(self) -> bool:
+        return self.count >= self._most
+
+    def write(self, rows: datasets.Dataset) -> int:
+        """Writes as many as there is room for; returns how many there are more."""
+        if self._writer is None:
+            self._writer = ArrowWriter(path=str(self._path), features=rows.features)
+        kept = min(len(rows), self._most - self.count)
+        if kept:
+            self._writer.write_table(rows.select(range(kept)).with_format("arrow")[:])
+        self.count += kept
+        return len(rows) - kept
 
     def finish(self) -> datasets.Dataset:
         self._writer.finalize()

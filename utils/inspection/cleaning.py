@@ -36,9 +36,9 @@ def choose_clean(subject: Subject, findings: Sequence[Finding], remove: Sequence
     names = [*ALWAYS, *(name for wish in remove for name in REMOVES[wish])]
     keep = subject.in_training_split
     removed: dict[str, int] = {}
-    for part in subject.parts[: len(subject.origins)]:
-        for reason, positions in part.bad.items():
-            removed[reason] = removed.get(reason, 0) + len(positions)
+    for part in subject.sources:
+        for reason, count in part.dropped.items():
+            removed[reason] = removed.get(reason, 0) + count
     for name in names:
         for finding in (finding for finding in findings if finding.name == name):
             before = int(keep.sum())

@@ -23,7 +23,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
     good rows that make no pair (ties and their like), leaves them out in any case."""
     findings = []
     for reason, count in subject.unreadable.items():
-        lines = [origin.source.unreadable[reason] for origin in subject.origins if reason in origin.source.unreadable]
+        lines = [part.source.unreadable[reason] for part in subject.sources if reason in part.source.unreadable]
         places = [place for one in lines for place in one.places][:SHOWN]
         detail = next((one.detail for one in lines if one.detail), "")
         title = f"a line that cannot be read: {reason}{f' (the first: {detail})' if detail else ''}"
@@ -35,7 +35,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
             positions = part.bad.get(reason, np.zeros(0, dtype=int))
             count += len(positions)
             for position in positions[:SHOWN]:
-                row = part.converted[int(position)]
+                row = part.rows[int(position)]
                 places.append(part.place(row["row"]))
                 examples.append({"place": places[-1]} | excerpts(row))
         severity, kind = (NOTE, "left_out") if reason in LEFT_OUT else (PROBLEM, _kind(reason))
@@ -54,8 +54,8 @@ def check_sources(subject: Subject) -> list[Finding]:
     """Content that is not read, and rows whose own column calls them held out."""
     return [
         Finding(remark.name, PROBLEM, remark.title, remark.advice, remark.rows)
-        for origin in subject.origins
-        for remark in origin.reading.remarks
+        for part in subject.sources
+        for remark in part.reading.remarks
     ]
 
 

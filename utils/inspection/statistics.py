@@ -24,7 +24,7 @@ def count_pairs(subject: Subject, scan: Scan) -> dict[str, Any]:
     """Rows, pairs, prompts and turns."""
     _, per_prompt = np.unique(scan.prompt_keys, return_counts=True)
     return {
-        "rows": sum(len(part.converted) for part in subject.parts) + subject.unreadable.total(),
+        "rows": sum(len(part.rows) for part in subject.parts) + subject.unreadable.total(),
         "good_pairs": len(scan),
         "train_pairs": int(subject.trained.sum()),
         "held_out_pairs": int(subject.held_out.sum()),
@@ -45,16 +45,16 @@ def count_sources(subject: Subject, scan: Scan) -> list[dict[str, Any]]:
     """
     source_of, training = subject.source_of, subject.in_training_split
     counts = []
-    for number, origin in enumerate(subject.origins):
-        parts = [part for part in subject.parts if part.source == number]
+    for number, origin in enumerate(subject.sources):
+        parts = [part for part in subject.parts if part.wish == origin.wish]
         own = source_of == number
         before = np.isin(scan.pair_keys[own & training], scan.pair_keys[(source_of < number) & training])
-        bad = sum((Counter({reason: len(at) for reason, at in part.bad.items()}) for part in parts), Counter())
+        bad = sum((part.dropped for part in parts), Counter())
         counts.append(
             {
                 "name": origin.wish.written,
                 "reading": origin.reading.description,
-                "rows": sum(len(part.converted) for part in parts) + sum(origin.source.dropped.values()),
+                "rows": sum(len(part.rows) for part in parts) + sum(origin.source.dropped.values()),
                 "good_pairs": sum(part.found for part in parts),
                 "drawn": int(own.sum()),
                 "train_pairs": int((own & subject.trained).sum()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,55 +15,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data import joining
-from ..data.joining import Joined, convert_enough, join_parts, open_source, split_joined
-from ..data.mixing import Wish, draw_positions, read_wishes
-from ..data.places import Place
-from ..data.row_cache import flatten_rows
+from ..data.mixing import Wish, read_wishes
+from ..data.parts import (
+    POSITION,
+    Joined,
+    Part,
+    check_part,
+    convert_part,
+    draw_part,
+    join_parts,
+    read_parts,
+    split_joined,
+    take_parts,
+)
 from ..data.schemas import Reading, check_effects
-from ..data.sources import Source
-from ..errors import UserError, gather
+from ..errors import UserError
 from ..settings.training import DataSettings, Settings
 from .scanning import choose_processes
 
-TRAIN, HELD_OUT = "train", "held-out"
-POSITION = "position"  # column: the index of a pair among all
 SCORE_WORD = re.compile(r"score|rating|reward", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One split of one source as it was converted. `good` and `bad` are positions in `converted`.
-
-    Of a training split only the pairs drawn by its share or number are in `good`; `found` counts all of them.
-    """
-
-    name: str
-    source: int
-    converted: datasets.Dataset
-    place: Place
-    good: np.ndarray
-    bad: dict[str, np.ndarray]  # reason -> positions
-    found: int
-
-
-@dataclass(frozen=True)
-class Origin:
-    """One source of --dataset_name."""
-
-    wish: Wish
-    source: Source
-    reading: Reading
 
 
 @dataclass(frozen=True)
 class Subject:
     """All good pairs in use, those of the training splits first; `held_out` and `trained` say what a run does.
 
-    `parts` are the training splits in the order of `origins`, then the held-out splits that those have of their own.
+    `parts` are the training splits of all sources, then the held-out splits that those have of their own.
     """
 
-    origins: tuple[Origin, ...]
     description: str
     reading: Reading  # in the words of all sources
     parts: tuple[Part, ...]
@@ -73,30 +52,35 @@ class Subject:
     split: str  # how they were parted, as a phrase
 
     @cached_property
+    def sources(self) -> tuple[Part, ...]:
+        """The training split of each source."""
+        return tuple(part for part in self.parts if not part.is_held_out)
+
+    @cached_property
     def part_of(self) -> np.ndarray:
         """The index in `parts` of each pair."""
         return np.repeat(np.arange(len(self.parts)), [len(part.good) for part in self.parts])
 
     @property
     def source_of(self) -> np.ndarray:
-        """The index in `origins` of each pair."""
-        return np.array([part.source for part in self.parts])[self.part_of]
+        """The index in `sources` of each pair."""
+        wishes = [source.wish for source in self.sources]
+        return np.array([wishes.index(part.wish) for part in self.parts])[self.part_of]
 
     @property
     def in_training_split(self) -> np.ndarray:
         """(pairs,) bool: not from a held-out split that the source has of its own."""
-        return self.part_of < len(self.origins)
+        return self.part_of < len(self.sources)
 
     @property
     def unreadable(self) -> Counter[str]:
         """Lines that hold no row, by reason."""
-        return sum((Counter(origin.source.dropped) for origin in self.origins), Counter())
+        return sum((Counter(part.source.dropped) for part in self.sources), Counter())
 
     def find_place(self, pair: int) -> str:
         """Where a pair is found by the person who has to mend it."""
         part = self.parts[self.part_of[pair]]
-        position = part.good[pair - np.searchsorted(self.part_of, self.part_of[pair])]
-        return part.place(part.converted[int(position)]["row"])
+        return part.find_place(part.good[pair - np.searchsorted(self.part_of, self.part_of[pair])])
 
 
 def load_subject(settings: Settings) -> Subject:
@@ -105,21 +89,21 @@ def load_subject(settings: Settings) -> Subject:
     Raises:
         UserError: there is nothing to inspect: no data, no known shape, or fewer good pairs than are to be drawn.
     """
-    wish = dataclasses.replace(settings.data, on_bad_rows="skip")
-    seed = settings.training.seed
-    wishes = read_wishes(wish.dataset_name)
-    read = gather(*(_reader(number, wishes, wish, seed) for number in range(len(wishes))))
-    origins = tuple(origin for origin, _ in read)
-    check_effects([origin.reading for origin in origins], wish)
-    parts = tuple(sorted((part for _, own in read for part in own), key=lambda part: part.name != TRAIN))
-    joined = join_parts(list(_number_pairs(origins, parts)))
+    data, seed = dataclasses.replace(settings.data, on_bad_rows="skip"), settings.training.seed
+    wishes = read_wishes(data.dataset_name)
+
+    def take(wish: Wish) -> list[Part]:
+        return [draw_part(_check(part, data), seed) for part in read_parts(wish, wishes, data, "train")]
+
+    parts = take_parts(wishes, take)
+    check_effects([part.reading for part in parts if not part.is_held_out], data)
+    joined = join_parts(parts, numbered=True)
     pairs = [*joined.rows, *(rows for rows in joined.held_out if rows is not None)]
-    held_out, trained, split = _divide(joined, origins, parts, settings)
+    held_out, trained, split = _divide(joined, parts, settings)
     return Subject(
-        origins=origins,
         description=joined.description,
         reading=joined.reading,
-        parts=parts,
+        parts=tuple(parts),
         pairs=datasets.concatenate_datasets(pairs) if len(pairs) > 1 else pairs[0],
         held_out=held_out,
         trained=trained,
@@ -127,63 +111,17 @@ def load_subject(settings: Settings) -> Subject:
     )
 
 
-def _reader(
-    number: int, wishes: Sequence[Wish], settings: DataSettings, seed: int
-) -> Callable[[], tuple[Origin, list[Part]]]:
-    def read() -> tuple[Origin, list[Part]]:
-        wish = wishes[number]
-        source, reading = open_source(wish, wishes, settings, "train")
-        wanted = settings.max_samples
-        train = _read_part(TRAIN, number, source.rows, reading, source.place, wanted)
-        drawn = train.good[draw_positions(train.converted.select(train.good), wish, seed)]
-        parts = [dataclasses.replace(train, good=drawn)]
-        if source.held_out_rows is not None:
-            parts.append(_read_part(HELD_OUT, number, source.held_out_rows, reading, source.held_out_place, wanted))
-        return Origin(wish, source, reading), parts
-
-    return read
+def _check(part: Part, settings: DataSettings) -> Part:
+    part = convert_part(part, settings.max_samples, choose_processes(len(part.rows)))
+    return check_part(part, settings.on_bad_rows, settings.max_samples)
 
 
-def _number_pairs(origins: Sequence[Origin], parts: Sequence[Part]) -> Iterator[joining.Part]:
-    """The pairs in use of each source, with their position among all: in the order of `parts`."""
-    tables: dict[tuple[int, str], datasets.Dataset] = {}
-    start = 0
-    for part in parts:
-        rows = part.converted.select(part.good).remove_columns("reason")
-        tables[part.source, part.name] = flatten_rows(rows).add_column(POSITION, np.arange(start, start + len(rows)))
-        start += len(rows)
-    for number, origin in enumerate(origins):
-        rows, held_out = tables[number, TRAIN], tables.get((number, HELD_OUT))
-        yield joining.Part(origin.wish, origin.source, origin.reading, rows, held_out)
-
-
-def _read_part(
-    name: str, number: int, rows: datasets.Dataset, reading: Reading, place: Place, wanted: int | None
-) -> Part:
-    """The part up to its `wanted`th good pair; what stands behind that is not looked at."""
-    converted = convert_enough(rows, reading, wanted, choose_processes(len(rows)))
-    good = np.flatnonzero(_reasons(converted).is_null().to_numpy())
-    if wanted is not None and len(good) >= wanted:
-        good = good[:wanted]
-        converted = converted.select(range(int(good[-1]) + 1))
-    reasons = _reasons(converted)
-    names = [reason for reason in pc.unique(reasons).to_pylist() if reason is not None]
-    bad = {name: np.flatnonzero(pc.fill_null(pc.equal(reasons, name), False).to_numpy()) for name in names}
-    return Part(name, number, converted, place, good, bad, len(good))
-
-
-def _reasons(converted: datasets.Dataset) -> pa.ChunkedArray:
-    return converted.select_columns(["reason"]).with_format("arrow")[:]["reason"]
-
-
-def _divide(
-    joined: Joined, origins: Sequence[Origin], parts: Sequence[Part], settings: Settings
-) -> tuple[np.ndarray, np.ndarray, str]:
+def _divide(joined: Joined, parts: Sequence[Part], settings: Settings) -> tuple[np.ndarray, np.ndarray, str]:
     """Which pairs `train` would hold out, which it would train on, and how they are parted, or why they cannot be."""
     wish, seed = settings.data.validation_split, settings.training.seed
     count = sum(len(part.good) for part in parts)
     nothing, everything = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
-    empty = dict.fromkeys(origins[part.source].wish.written for part in parts if part.found == 0)
+    empty = dict.fromkeys(part.wish.written for part in parts if part.found == 0)
     if empty:
         return nothing, everything, f"train would stop: no good pair in {', '.join(empty)}"
     try:
@@ -222,9 +160,7 @@ def read_scores(subject: Subject) -> list[tuple[str, np.ndarray, np.ndarray]]:
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     start = 0
     for part in subject.parts:
-        origin = subject.origins[part.source]
-        rows = origin.source.rows if part.name == TRAIN else origin.source.held_out_rows
-        read = _read_part_scores(part, rows, origin.reading)
+        read = _read_part_scores(part)
         if read is not None:
             columns, *scores = read
             empty = tuple(np.full(len(subject.part_of), np.nan) for _ in scores)
@@ -234,18 +170,16 @@ def read_scores(subject: Subject) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return [(columns, *scores) for columns, scores in found.items()]
 
 
-def _read_part_scores(
-    part: Part, rows: datasets.Dataset, reading: Reading
-) -> tuple[str, np.ndarray, np.ndarray] | None:
-    names = _score_columns(part.converted.features)
+def _read_part_scores(part: Part) -> tuple[str, np.ndarray, np.ndarray] | None:
+    names = _score_columns(part.rows.features)
     if names:  # the reading found them, or made the pair by them
-        scores = (_read_numbers(part.converted, name)[part.good] for name in names)
-        return " and ".join(reading.columns.get(name, name) for name in names), *scores
-    names = _score_columns(rows.features)
+        scores = (_read_numbers(part.rows, name)[part.good] for name in names)
+        return " and ".join(part.reading.columns.get(name, name) for name in names), *scores
+    names = _score_columns(part.found_rows.features)
     if names is None:
         return None
-    indices = np.array(part.converted.with_format("numpy")["row"][:])[part.good]
-    return " and ".join(names), *(_read_numbers(rows, name)[indices] for name in names)
+    indices = np.array(part.rows.with_format("numpy")["row"][:])[part.good]
+    return " and ".join(names), *(_read_numbers(part.found_rows, name)[indices] for name in names)
 
 
 def _score_columns(features: Mapping[str, Any]) -> tuple[str, str] | None:
