@@ -15,7 +15,7 @@ from shared.runs import ROOT, read_record, start_script
 from utils.errors import ProcessLost, UserError
 from utils.runtime import readable_seconds
 from utils.settings.training import STAGES, Settings
-from utils.training.launch import losses_explained
+from utils.training.launch import lost_processes_explained
 from utils.training.refusals import refusals_explained
 from utils.training.running import Run
 
@@ -67,11 +67,11 @@ def test_a_lost_process_and_memory_that_runs_out_are_no_refusals(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(ProcessLost, match="another process of this run ended before training began"),
-        losses_explained(),
+        lost_processes_explained(),
         refusals_explained(settings()),
     ):
         library["fail"](lost)
-    with pytest.raises(RuntimeError, match="another thing"), losses_explained():
+    with pytest.raises(RuntimeError, match="another thing"), lost_processes_explained():
         raise RuntimeError("another thing")
 
 

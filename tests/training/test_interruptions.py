@@ -24,7 +24,7 @@ from utils.run.writing import write_json
 from utils.training.callbacks import RunWatcher
 from utils.training.checkpointing import WholeCheckpoints
 from utils.training.failures import explain_failure
-from utils.training.launch import explain_loss
+from utils.training.launch import explain_lost_process
 
 FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate", 5e-3, "--save_steps", 4,
          "--eval_steps", 5, "--logging_steps", 3, "--dtype", "float32"]  # fmt: skip
@@ -542,13 +542,13 @@ def test_a_lost_process_is_no_fault_of_settings(tmp_path, monkeypatch):
     error = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:1234")
     record = {"arguments": ["train"], "process": {"processes": 2}}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    lost = explain_loss(error, record, tmp_path, 7)
+    lost = explain_lost_process(error, record, tmp_path, 7)
     assert isinstance(lost, ProcessLost)
     assert "after step 7 another process of this run ended or fell silent" in str(lost)
     assert str(lost).endswith("accelerate launch --num_processes 2 advanced_dpo_script.py train --overwrite_output_dir")
-    assert explain_loss(ValueError(str(error)), record, tmp_path, 7) is None
+    assert explain_lost_process(ValueError(str(error)), record, tmp_path, 7) is None
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert explain_loss(error, record, tmp_path, 7) is None
+    assert explain_lost_process(error, record, tmp_path, 7) is None
     assert explain_failure(error, tmp_path, 7, "", "") is None
     foreign = OSError(errno.EIO, "Input/output error", "/data/pairs.arrow")
     assert explain_failure(foreign, tmp_path, 7, "", "") is None, "the data set's disk is not the folder's"

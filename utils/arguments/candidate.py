@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..run.names import ADAPTER_CONFIG
 from ..settings.training import Settings
 
 
@@ -43,7 +44,7 @@ class Candidate:
         if self.adapter_found is not None:
             return self.adapter_found
         folder = os.path.expanduser(self["model_name_or_path"] or "")
-        return self["adapter_name_or_path"] is not None or os.path.isfile(os.path.join(folder, "adapter_config.json"))
+        return self["adapter_name_or_path"] is not None or os.path.isfile(os.path.join(folder, ADAPTER_CONFIG))
 
     @property
     def may_have_adapter(self) -> bool:

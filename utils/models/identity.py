@@ -7,8 +7,9 @@ import json
 import os
 from pathlib import Path
 
+from ..run.names import ADAPTER_CONFIG
 from .hub_files import find_file, read_json_file
-from .sources import ADAPTER_CONFIG, WEIGHT_FILES, ModelSource
+from .sources import WEIGHT_FILES, ModelSource
 
 BLOCK = 2**16  # bytes
 BLOCKS = 64  # that are read of each file, evenly spread over it

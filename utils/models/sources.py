@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..run.checkpoints import find_fault, is_of_model
 from ..run.manifests import MANIFEST, find_changed
-from ..run.names import CHECKPOINT, RECORD, SET_ASIDE
+from ..run.names import ADAPTER_CONFIG, CHECKPOINT, RECORD, SET_ASIDE
 from ..run.records import Unreadable, read_run
 from ..runtime import say
 from ..settings.training import ModelSettings
+from .adapter_config import read_adapter_config
 from .adapter_starts import changes_base, check_start
 from .hub_files import find_hub_file, read_json_file
 from .quantization import Stored, read_stored
@@ -25,7 +26,6 @@ from .untrusted import PICKLED, check_adapter_config, check_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
@@ -56,7 +56,7 @@ class ModelSource:
         """What the adapter's adapter_config.json says; empty without an adapter."""
         if self.adapter is None:
             return {}
-        return read_json_file(self.adapter, ADAPTER_CONFIG, self.adapter_revision) or {}
+        return read_adapter_config(self.adapter, self.adapter_revision) or {}
 
     def stored(self) -> Stored | None:
         """How the base's files hold their weights where that is in few bits; None for whole numbers."""
@@ -91,7 +91,7 @@ def find_policy(settings: ModelSettings) -> ModelSource:
     _check_place(flag, adapter, ADAPTER_CONFIG)
     if os.path.isdir(adapter):
         _check_saved(flag, Path(adapter))
-    config = read_json_file(adapter, ADAPTER_CONFIG, None)
+    config = read_adapter_config(adapter)
     if config is None:
         if not os.path.isdir(adapter):
             _check_hub_model(flag, adapter, None, ADAPTER_CONFIG)
@@ -189,7 +189,7 @@ def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource
     _check_place(flag, name, "config.json")
     if os.path.isdir(name):
         _check_saved(flag, Path(name))
-    adapter_config = read_json_file(name, ADAPTER_CONFIG, revision)
+    adapter_config = read_adapter_config(name, revision)
     if adapter_config is not None:
         _check_adapter(flag, name, revision, adapter_config)
         base, base_revision = _base_of_adapter(flag, name, adapter_config)
@@ -216,7 +216,7 @@ def check_source(place: str, source: ModelSource) -> None:
     _check_model(place, source.base, source.revision)
     if source.adapter is not None:
         _check_place(place, source.adapter, ADAPTER_CONFIG)
-        config = read_json_file(source.adapter, ADAPTER_CONFIG, source.adapter_revision)
+        config = read_adapter_config(source.adapter, source.adapter_revision)
         if config is None:
             raise UserError(f"{place} {source.adapter}: no {ADAPTER_CONFIG} there, so it is not an adapter")
         _check_adapter(place, source.adapter, source.adapter_revision, config)
@@ -245,7 +245,7 @@ def _check_place(flag: str, name: str, config: str) -> None:
 
 def _check_base(flag: str, name: str, base: str, revision: str | None) -> None:
     """The base of an adapter; what is wrong with it is said of the adapter, which is what was named."""
-    if read_json_file(base, ADAPTER_CONFIG, revision) and not read_json_file(base, "config.json", revision):
+    if read_adapter_config(base, revision) and not read_json_file(base, "config.json", revision):
         raise UserError(
             f"{flag} {name}: an adapter for {base}, which is an adapter itself; merge that one first, and name the "
             f"merged model as base_model_name_or_path in the {ADAPTER_CONFIG} of {name}"

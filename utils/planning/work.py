@@ -12,10 +12,10 @@ from ..data.lengths import count_row_tokens
 from ..data.loading import load_pairs
 from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
 from ..engine.shared_prefix import Lengths
-from ..models.hub_files import read_json_file
+from ..models.adapter_config import read_adapter_config
 from ..models.loading import choose_max_length, load_tokenizer, longest_context
 from ..models.quantization import check_trainable
-from ..models.sources import ADAPTER_CONFIG, ModelSource, find_policy
+from ..models.sources import ModelSource, find_policy
 from ..models.translating import translating
 from ..models.untrusted import check_folder
 from ..run.paths import read_path
@@ -94,7 +94,7 @@ def read_subject(settings: Settings) -> Subject:
 
 def _read_reference_config(name: str, settings: Settings) -> PretrainedConfig:
     folder = read_path(name)
-    adapter = read_json_file(str(folder) if folder.is_dir() else name, ADAPTER_CONFIG, None)
+    adapter = read_adapter_config(str(folder) if folder.is_dir() else name)
     base = (adapter or {}).get("base_model_name_or_path") or (str(folder) if folder.is_dir() else name)
     check_folder("--ref_model_name_or_path", base)
     return translating(
@@ -123,7 +123,7 @@ def find_config(settings: Settings) -> tuple[ModelSource, PretrainedConfig]:
     model = settings.model
     name = model.model_name_or_path
     folder = read_path(name)
-    if model.adapter_name_or_path or read_json_file(str(folder) if folder.is_dir() else name, ADAPTER_CONFIG, None):
+    if model.adapter_name_or_path or read_adapter_config(str(folder) if folder.is_dir() else name):
         source = find_policy(model)
     else:
         place = str(folder.resolve()) if folder.is_dir() else name

@@ -17,6 +17,7 @@ EVALUATION_FILES = ("evaluation.json", "evaluation_pairs.jsonl", "evaluation.htm
 COMPARISON_FILES = ("comparison.json", "comparison.jsonl", "comparison.html")
 RESULTS = {"evaluate": EVALUATION_FILES, "compare": COMPARISON_FILES}
 TRAINER_STATE = "trainer_state.json"
+ADAPTER_CONFIG = "adapter_config.json"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SET_ASIDE = re.compile(r"checkpoint-\d+\.damaged(-\d+)?")
@@ -28,7 +29,7 @@ RESULT_FOLDER = re.compile(r"(evaluation|comparison)(-checkpoint-\d+)?")
 # paths, and pages hold texts of the data.
 MODEL_FILES = (
     *("model.safetensors", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors", "model.safetensors.index.json"),
-    *("config.json", "adapter_model.safetensors", "adapter_config.json", "generation_config.json"),
+    *("config.json", "adapter_model.safetensors", ADAPTER_CONFIG, "generation_config.json"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )

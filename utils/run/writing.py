@@ -169,15 +169,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def sort_modules(path: Path) -> None:
-    """Puts the names in a saved adapter's config in order: PEFT writes its sets in another one in each process."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), list):
-            config[name].sort()
-    write_json(path, config)
-
-
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object per line, in one step."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

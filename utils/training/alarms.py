@@ -25,7 +25,7 @@ OVERFIT = 1.1  # times the best held-out loss
 
 @dataclass(frozen=True)
 class Limits:
-    """What the run says of itself: its steps, beta, and the KL that --max_kl allows (nats)."""
+    """The steps of the run, and the KL that --max_kl allows (nats)."""
 
     steps: int
     max_kl: float | None = None

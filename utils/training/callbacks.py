@@ -81,7 +81,6 @@ class RunWatcher(TrainerCallback):
         self.shows_evaluations = True
         self._saves_later = False
         self._has_named = False  # whether it was looked for what the first step does not train
-        self.before: dict[str, float] | None = None
         self.resumed_step = 0
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
         self._max_kl = max_kl
@@ -227,7 +226,6 @@ class RunWatcher(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **_):
         shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         if state.global_step == 0:
-            self.before = shown
             self.record.update(metrics={"held_out_before": shown})
         else:
             self.record.update()

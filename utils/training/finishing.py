@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..interruptions import stop_if_asked
-from ..run.names import EXAMPLES, MODEL_FILES, PAIRS, REPORT
+from ..run.names import ADAPTER_CONFIG, EXAMPLES, MODEL_FILES, PAIRS, REPORT
 from ..run.writing import write_json_lines
 from ..runtime import readable_seconds, say
 from .callbacks import readable_metrics
@@ -105,7 +105,7 @@ def _say_result(run: Run) -> None:
         f"done in {readable_seconds(resources['seconds'])}{cost} ({resources['pairs_per_second']:.1f} {kind}/s in "
         f"training, peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
-    what = "adapter" if "adapter" in str(sorted(p.name for p in run.folder.iterdir())) else "model"
+    what = "adapter" if ADAPTER_CONFIG in run.trainer.saved_files else "model"
     say(f"{what}, tokenizer and record (run.json): {run.folder}")
     if (run.folder / REPORT).is_file():
         say(f"report: {run.folder / REPORT}")

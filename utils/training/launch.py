@@ -195,19 +195,19 @@ def one_first() -> Iterator[None]:
         wait_for_all()
 
 
-def is_loss(error: BaseException) -> bool:
+def lost_a_process(error: BaseException) -> bool:
     """Whether it was raised because another process of the run is gone."""
     text = str(error).lower()
     return count_processes() > 1 and isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
 
 
 @contextlib.contextmanager
-def losses_explained() -> Iterator[None]:
+def lost_processes_explained() -> Iterator[None]:
     """Where a process is lost outside of training, of which the run itself tells more, the others say that."""
     try:
         yield
     except RuntimeError as error:
-        if not is_loss(error):
+        if not lost_a_process(error):
             raise
         raise _lost_early() from error
 
@@ -218,17 +218,19 @@ def _lost_early() -> ProcessLost:
     return lost
 
 
-def explain_loss(error: BaseException, record: Mapping[str, Any], folder: Path | None, step: int) -> ProcessLost | None:
+def explain_lost_process(
+    error: BaseException, record: Mapping[str, Any], folder: Path | None, step: int
+) -> ProcessLost | None:
     """What was raised because another process is gone, as one message; None for any other error.
 
     Args:
         record: what run.json holds; `folder` is None in a dry run.
         step: the last one that was taken.
     """
-    return ProcessLost(_describe_loss(record, folder, step)) if is_loss(error) else None
+    return ProcessLost(_describe_lost_process(record, folder, step)) if lost_a_process(error) else None
 
 
-def _describe_loss(record: Mapping[str, Any], folder: Path | None, step: int) -> str:
+def _describe_lost_process(record: Mapping[str, Any], folder: Path | None, step: int) -> str:
     checkpoints = find_checkpoints(folder) if folder is not None else []
     command = command_to_go_on(record["arguments"], record["process"], bool(checkpoints))
     safe = f"everything up to {checkpoints[-1].name} is safe" if checkpoints else "no checkpoint was saved yet"

@@ -21,7 +21,7 @@ from ..data.mixing import source_names
 from ..data.places import Place
 from ..data.tokenizing import PromptEncoder, Truncation, tokenize_rows
 from ..errors import UserError, gather
-from ..models.hub_files import read_json_file
+from ..models.adapter_config import read_adapter_config
 from ..models.loading import (
     Reference,
     check_4bit,
@@ -38,6 +38,7 @@ from ..run.bounded import read_json
 from ..run.checkpoints import find_checkpoints
 from ..run.folder import check_output_folder
 from ..run.lock import FolderLock, check_not_held
+from ..run.names import ADAPTER_CONFIG
 from ..run.paths import read_path
 from ..run.processes import count_processes
 from ..run.record import read_record
@@ -124,8 +125,8 @@ def _check_inputs_outside(folder: Path, settings: Settings) -> None:
         "adapter_name_or_path": model.adapter_name_or_path,
     }
     for name in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
-        if inputs[name] is not None and (Path(inputs[name]) / "adapter_config.json").is_file():
-            config = read_json_file(inputs[name], "adapter_config.json", None) or {}
+        if inputs[name] is not None and (Path(inputs[name]) / ADAPTER_CONFIG).is_file():
+            config = read_adapter_config(inputs[name]) or {}
             inputs[f"{name} (its base model)"] = config.get("base_model_name_or_path")
     faults = []
     data = [("dataset_name", name) for name in source_names(settings.data.dataset_name)]

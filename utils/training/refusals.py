@@ -11,7 +11,7 @@ from types import TracebackType
 from ..engine.memory import ran_out_of_memory
 from ..errors import Interrupted, ProcessLost, UserError
 from ..settings.training import Settings
-from .launch import is_loss
+from .launch import lost_a_process
 
 OURS = ("utils", "advanced_dpo_script", "__main__")
 PASSED_ON = ("lr_scheduler_type", "report_to", "attn_implementation", "lora_target_modules")
@@ -21,7 +21,7 @@ PASSED_ON = ("lr_scheduler_type", "report_to", "attn_implementation", "lora_targ
 def refusals_explained(settings: Settings, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turns an exception that a library raises within the context into a UserError that names the flags behind it.
 
-    What our own code raises (or Python's library on its behalf), running out of memory, the loss of another process,
+    What our own code raises (or Python's library on its behalf), running out of memory, a process that is lost,
     and whatever happens once training has begun pass through.
 
     Args:
@@ -33,7 +33,7 @@ def refusals_explained(settings: Settings, begun: Callable[[], bool] = lambda: F
         raise
     except Exception as error:
         library = _raised_by(error.__traceback__)
-        if begun() or library in OURS or ran_out_of_memory(error) or is_loss(error):
+        if begun() or library in OURS or ran_out_of_memory(error) or lost_a_process(error):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{_flags_behind(message, settings)}: refused by {library}: {message}") from error

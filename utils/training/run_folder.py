@@ -20,10 +20,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..data.places import Place, row_places
 from ..engine.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
 from ..engine.proving import Trial, gives_all_gradients, let_head_score_in_chunks
+from ..models.adapter_config import sort_modules
 from ..models.loading import TRAINED_ADAPTER
 from ..run.record import RunRecord
 from ..run.state import load_state, read_random_state, restoring, save_state, set_random_state
-from ..run.writing import let_umask_decide, sort_modules, write_json
+from ..run.writing import let_umask_decide, write_json
 from ..runtime import peak_memory_bytes
 from .bad_batches import BadBatches, losses_by_row
 from .batches import ROWS, TOKENS
@@ -294,7 +295,7 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
         had_readme = (folder / "README.md").is_file()
         model.save_pretrained(folder, **options)
         if isinstance(model, PeftModel):
-            sort_modules(folder / "adapter_config.json")
+            sort_modules(folder)
         if not had_readme:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
         self.processing_class.save_pretrained(folder)

@@ -31,7 +31,7 @@ from .bad_batches import BadBatches
 from .callbacks import RunWatcher, StopInGoodOrder
 from .early_stopping import EarlyStopping
 from .failures import explain_failure
-from .launch import check_resumable, explain_loss, speaks
+from .launch import check_resumable, explain_lost_process, speaks
 from .preparation import Rows
 from .progress import count_tokens, seconds_left
 from .refusals import refusals_explained
@@ -114,7 +114,7 @@ class Run:
 
     def _explain(self, error: BaseException) -> UserError | ProcessLost | None:
         step = self.trainer.state.global_step
-        return explain_failure(error, self.folder, step, self._what_is_safe(), self._command()) or explain_loss(
+        return explain_failure(error, self.folder, step, self._what_is_safe(), self._command()) or explain_lost_process(
             error, self.record.content, self.folder, step
         )
 

@@ -21,7 +21,7 @@ from .config import rows_of_run
 from .continuation import check_continuation, choose_checkpoint
 from .description import describe_data, describe_start
 from .finishing import finish_run
-from .launch import join_processes, losses_explained, one_first
+from .launch import join_processes, lost_processes_explained, one_first
 from .preparation import (
     check_settings,
     check_steps,
@@ -39,7 +39,7 @@ from .tracking import prepare_trackers
 
 def run_training(settings: Settings) -> Run:
     """The stages of training, in a folder that no other run writes into; returns the run that was finished."""
-    with losses_explained(), FolderLock() as lock:
+    with lost_processes_explained(), FolderLock() as lock:
         return run_stages(settings, lock)
 
 
