@@ -151,16 +151,17 @@ def test_lora_on_4_bits_is_real_nf4_with_double_quantization(train, tiny_model, 
     import bitsandbytes as bnb
 
     from utils.models import loading
+    from utils.training import stages
 
     seen = []
-    original = loading.load_policy
+    original = stages.load_policy
 
     def spy(*arguments):
         model = original(*arguments)
         seen.extend(module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
         return model
 
-    monkeypatch.setattr(loading, "load_policy", spy)
+    monkeypatch.setattr(stages, "load_policy", spy)
     folder = train("--use_lora", "--use_4bit", "--lora_r", 4, "--num_train_epochs", 2)
     assert len(seen) == 14
     assert all(layer.weight.dtype == torch.uint8 for layer in seen)
