@@ -275,7 +275,7 @@ def test_entries_are_flushed_before_they_get_their_name(tmp_path, monkeypatch):
 
 def test_all_code_that_makes_rows_is_in_their_key():
     """Whatever a module of ours imports, when it is imported alone, is among the modules behind it."""
-    for module in ("utils.data.conversion", "utils.data.tokenizing", "utils.inspection.prompts"):
+    for module in ("utils.data.conversion", "utils.data.tokenizing", "utils.data.prompts"):
         code = f"import sys, {module}; print(*(name for name in sys.modules if name.split('.')[0] == 'utils'))"
         imported = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -14,8 +14,8 @@ from shared.endpoint import KEY
 from shared.models import save_tiny_reward_model
 from shared.pairs import make_pairs, write_lines
 
+from utils.data.prompts import read_prompts
 from utils.errors import UserError
-from utils.inspection.prompts import read_prompts
 from utils.responses.making import Sampled, Samples, _hash_files, pick_pair
 from utils.responses.scorers import load_reward_model, load_scorer
 from utils.settings.training import DataSettings

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.prompts import name_split, read_prompts
 from ..data.splitting import prompt_key
 from ..errors import UserError
-from ..inspection.leaks import WITH_SPLIT
-from ..inspection.prompts import read_prompts
 from ..models.trained import TrainedModel
 from ..responses.scorers import Prompt
 from ..run.paths import read_path
@@ -75,13 +73,9 @@ def _read_lines(path: Path, name: str) -> list[str]:
 
 
 def _read_data(name: str, settings: DataSettings) -> tuple[str, Iterator[Prompt]]:
-    named = WITH_SPLIT.fullmatch(name)
-    place, split = named.groups() if named else (name, None)
-    wish = dataclasses.replace(settings, dataset_name=place, dataset_split=split)
-    read = read_prompts(wish, "--prompts")
-    for reason, count in read.left_out.items():
-        where = f" (the first: {read.first_left_out[reason]})" if reason in read.first_left_out else ""
-        say(f"      {count:,} rows left out: {reason}{where}")
+    read = read_prompts(name_split(settings, name), "--prompts")
+    for line in read.describe_left_out("rows left out"):
+        say(line)
     batches = read.rows.iter(1000)
     return f"{read.source}: {read.description}", (prompt for batch in batches for prompt in batch["prompt"])
 

@@ -49,6 +49,7 @@ WRITTEN_ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
 BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""", re.DOTALL)
 
 Turns = list[dict[str, str]]
+Value = str | Turns
 
 
 class BadRow(Exception):
@@ -121,6 +122,11 @@ def _parse(text: str) -> Any:
         return list(found) if isinstance(found, tuple) else found
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(str(error)) from None
+
+
+def flatten(value: Value) -> str:
+    """What is said, without who says it."""
+    return value if isinstance(value, str) else "\n".join(turn["content"] for turn in value)
 
 
 def is_transcript(text: Any) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..data.splitting import group_key
 from ..data.tokenizing import PAIR_COLUMNS
+from ..data.turns import flatten
 from ..errors import UserError, gather
-from ..inspection.texts import flatten
 from ..models.loading import Reference, check_4bit, check_token_ids, load_tokenizer
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE, recorded_moment

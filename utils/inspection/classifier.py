@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data.turns import flatten
 from .scanning import Scan
 from .subject import Subject
-from .texts import flatten
 
 SAMPLED_PAIRS = 10_000
 FEWEST_PROMPTS = 50

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..data.places import SHOWN
+from ..data.turns import flatten
 from .subject import Subject
-from .texts import flatten
 
 PROBLEM, NOTE = "problem", "note"
 EXAMPLES = 3

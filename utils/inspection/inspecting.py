@@ -9,11 +9,12 @@ from typing import Any
 import datasets
 
 from ..data.mixing import read_wishes
+from ..data.writing import write_pairs
 from ..errors import UserError
 from ..run.paths import read_path
 from ..settings.training import Settings
 from .classifier import measure_words
-from .cleaning import choose_clean, write_pairs
+from .cleaning import choose_clean
 from .findings import NOTE, PROBLEM, Finding, count_problems
 from .leaks import check_held_out, check_overlap
 from .pair_checks import (

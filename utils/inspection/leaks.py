@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 import datasets
 import numpy as np
 
+from ..data.prompts import name_split, read_prompts
 from ..data.splitting import prompt_key
+from ..data.turns import flatten
 from ..settings.training import DataSettings, Settings
 from .findings import NOTE, PROBLEM, Finding, find_pairs, with_example
-from .prompts import read_prompts
 from .scanning import Scan, hash_texts
 from .similarity import ALIKE, find_alike, sign_texts
 from .subject import Subject
-from .texts import flatten
 
-WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 BATCH = 1000
 
 
@@ -66,9 +63,7 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
     Raises:
         UserError: those data cannot be read, or have no prompts.
     """
-    named = WITH_SPLIT.fullmatch(settings.inspection.compare)
-    other, split = named.groups() if named else (settings.inspection.compare, None)
-    read = read_prompts(DataSettings(dataset_name=other, dataset_split=split), "--compare")
+    read = read_prompts(name_split(DataSettings(), settings.inspection.compare), "--compare")
     name, prompts = read.source, read.rows
     keys, signatures = _sign_prompts(prompts)
     exact = np.isin(scan.prompt_keys, keys)

@@ -18,9 +18,10 @@ import pyarrow as pa
 
 from ..data.files import quiet
 from ..data.splitting import prompt_key
+from ..data.turns import Value, flatten
 from .languages import number_language
 from .similarity import HASHES, sign_texts
-from .texts import FORMS, STAINS, Value, first_words, flatten, has_answer, nearly_equal, repeats_prompt
+from .texts import FORMS, STAINS, first_words, has_answer, nearly_equal, repeats_prompt
 
 FEW_ROWS = 20_000  # below this a second process costs more than it saves
 BATCH = 1000

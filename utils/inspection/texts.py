@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
-Value = str | list[dict[str, Any]]  # a text, or a list of messages
-
-
-def flatten(value: Value) -> str:
-    """What is said, without who says it."""
-    return value if isinstance(value, str) else "\n".join(turn["content"] for turn in value)
-
+from ..data.turns import Value
 
 REFUSED = (
     r"(?:help|assist|provide|do|answer|comply|fulfil|create|write|generate|give|support|engage|discuss|share|offer|take"

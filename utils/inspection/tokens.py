@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..data.files import first_line, quiet
 from ..data.rendering import Rendered
 from ..data.tokenizing import PromptEncoder, find_texts, fit_lengths
+from ..data.turns import flatten
 from ..errors import UserError
 from ..models.loading import choose_max_length, longest_context
 from ..models.sources import read_end_ids
@@ -28,7 +29,6 @@ from .findings import NOTE, PROBLEM, Finding, find_pairs
 from .scanning import SIDES, choose_processes
 from .statistics import summarize_sides
 from .subject import Subject
-from .texts import flatten
 
 BATCH_PAIRS = 8  # per batch, where padding is compared
 TRIED_PAIRS = 200  # that are turned into tokens and back

@@ -24,10 +24,10 @@ import datasets
 
 from ..data.files import quiet
 from ..data.mixing import read_wishes
+from ..data.prompts import read_prompts
 from ..data.splitting import prompt_key
+from ..data.writing import write_pairs
 from ..errors import UserError
-from ..inspection.cleaning import write_pairs
-from ..inspection.prompts import read_prompts
 from ..interruptions import stop_if_asked
 from ..models.loading import context_length, load_policy, load_tokenizer
 from ..models.sources import ModelSource, find_policy, read_end_ids
@@ -100,9 +100,8 @@ def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
         raise UserError(f"--dataset_name {name}: --generate reads one source at a time; name one")
     prompts = read_prompts(settings.data)
     say(f"prompts: {prompts.source}, read as {prompts.description}")
-    for reason, count in prompts.left_out.items():
-        where = f" (the first: {prompts.first_left_out[reason]})" if reason in prompts.first_left_out else ""
-        say(f"      {count:,} left out: {reason}{where}")
+    for line in prompts.describe_left_out("left out"):
+        say(line)
     distinct: dict[str, Prompt] = {}
     for batch in prompts.rows.iter(1000):
         for prompt in batch["prompt"]:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
-from ..data.adapter import read_code, run_adapter
-from ..data.columns import MESSAGES, kind_of_column, list_columns, list_names, reach
-from ..data.conversion import MESSAGE_FEATURES, convert_rows
-from ..data.files import quiet
-from ..data.layouts import ANY_PROMPT, CONVERSATION
-from ..data.ranking import Choice, add_context, expand_history
-from ..data.row_cache import map_rows
-from ..data.schemas import find_reading, is_packed, take_rows
-from ..data.sources import Source, load_source
-from ..data.turns import BadRow, prepend_system, read_turns, unpack
 from ..errors import UserError
 from ..settings.training import DataSettings
-from .texts import Value, flatten
+from .adapter import read_code, run_adapter
+from .columns import MESSAGES, kind_of_column, list_columns, list_names, reach
+from .conversion import MESSAGE_FEATURES, convert_rows
+from .files import quiet
+from .layouts import ANY_PROMPT, CONVERSATION
+from .ranking import Choice, add_context, expand_history
+from .row_cache import map_rows
+from .schemas import find_reading, is_packed, take_rows
+from .sources import Source, load_source
+from .turns import BadRow, Value, flatten, prepend_system, read_turns, unpack
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "problem", "text", *CONVERSATION)
+WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 BATCH = 1000
 
 
@@ -37,6 +38,12 @@ class Prompts:
     rows: datasets.Dataset
     left_out: dict[str, int]
     first_left_out: dict[str, str]  # reason -> where the first such row stands, for those whose place is known
+
+    def describe_left_out(self, what: str) -> Iterator[str]:
+        """A line for each reason; `what` are left out, to be read after their number."""
+        for reason, count in self.left_out.items():
+            where = f" (the first: {self.first_left_out[reason]})" if reason in self.first_left_out else ""
+            yield f"      {count:,} {what}: {reason}{where}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,13 @@ def read_prompts(settings: DataSettings, flag: str = "--dataset_name") -> Prompt
             if len(prompts.rows):
                 return prompts
     return _read_bare_prompts(source, settings, flag, fault)
+
+
+def name_split(settings: DataSettings, name: str) -> DataSettings:
+    """The settings for data of that name; NAME[SPLIT] names a split."""
+    named = WITH_SPLIT.fullmatch(name)
+    place, split = named.groups() if named else (name, None)
+    return dataclasses.replace(settings, dataset_name=place, dataset_split=split)
 
 
 def _read_bare_prompts(source: Source, settings: DataSettings, flag: str, fault: UserError | None) -> Prompts:
