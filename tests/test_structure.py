@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ ORDER = [
     "planning",
     "__main__",
 ]
+# Tables, which any room may read: they import the standard library alone.
+TABLES = {"data.layouts"}
 FILES = sorted(UTILS.rglob("*.py"))
 
 
@@ -50,7 +53,7 @@ def imported_rooms(path: Path) -> set[str]:
             assert not [alias.name for alias in node.names if alias.name.partition(".")[0] == "utils"], path
         elif isinstance(node, ast.ImportFrom):
             assert node.level or (node.module or "").partition(".")[0] != "utils", f"{path}: import relatively"
-            if node.level == depth:
+            if node.level == depth and node.module not in TABLES:
                 found |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
     return found - {room(path)}
 
@@ -65,6 +68,15 @@ def test_imports_run_one_way(path):
     for other in imported_rooms(path):
         assert other in ORDER
         assert ORDER.index(other) < ORDER.index(own), f"{own} must not import {other}"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_tables_import_the_standard_library_alone(name):
+    path = UTILS / f"{name.replace('.', '/')}.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.names[0].name if isinstance(node, ast.Import) else "." * node.level + (node.module or "")
+            assert module.partition(".")[0] in sys.stdlib_module_names, module
 
 
 @pytest.mark.parametrize("name", FLOOR)

@@ -10,10 +10,13 @@ import pytest
 import yaml
 from shared.pairs import write_lines
 
-from utils.data.layouts import LAYOUTS
+from utils.data.layouts import LAYOUTS, PAIR_FORMATS, SFT_FORMATS
 from utils.data.loading import load_pairs
+from utils.data.matching import FITS
+from utils.data.ranking import EXPANSIONS
+from utils.data.shapes import find_shape
 from utils.errors import UserError
-from utils.settings.data import DATASET_FORMATS, DataSettings
+from utils.settings.data import DataSettings
 
 CASES = {path.stem: path for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
 
@@ -84,10 +87,16 @@ def test_the_chosen_sides_can_be_imitated(name, tmp_path):
 
 def test_every_format_has_a_case_and_a_name():
     named = {yaml.safe_load(path.read_text(encoding="utf-8"))["format"] for path in CASES.values()}
-    assert named == {layout.name for layout in LAYOUTS["train"]}
-    every = {layout.name for layouts in LAYOUTS.values() for layout in layouts}
-    assert every == set(DATASET_FORMATS)
-    assert DATASET_FORMATS[-4:] == ("prompt_completion", "messages", "instruction", "text")
+    pairs, demonstrations = ({layout.name for layout in LAYOUTS[verb]} for verb in ("train", "sft"))
+    assert named == pairs == set(PAIR_FORMATS)
+    assert demonstrations - pairs == set(SFT_FORMATS)
+
+
+def test_layouts_name_what_there_is():
+    for layout in {id(layout): layout for layouts in LAYOUTS.values() for layout in layouts}.values():
+        assert layout.expand is None or layout.expand in EXPANSIONS, layout.name
+        assert layout.fits is None or layout.fits in FITS, layout.name
+        assert all(find_shape(name).name == name for name in layout.shapes), layout.name
 
 
 def refusal(rows: list[dict], tmp_path: Path, verb: str = "train", **settings) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from .checks import find_fault
 from .columns import list_heads, reach, unpack_row
 from .files import quiet
 from .labels import check_labels, read_number, read_yes_or_no
-from .ranking import NOT_WANTED, SMALL_GAP, add_context
+from .ranking import EXPANSIONS, NOT_WANTED, SMALL_GAP, add_context
 from .row_cache import map_rows
 from .schemas import Reading
 from .turns import BadRow
@@ -147,7 +147,8 @@ def _expand(row: Mapping[str, Any], reading: Reading) -> list[dict[str, Any]]:
         return run_adapter(reading.adapter, row)
     row = unpack_row(row, reading.packed)
     parts = {part: reach(row, path) for part, path in reading.columns.items()}
-    return [parts] if reading.layout.expand is None else reading.layout.expand(parts, reading.columns, reading.choice)
+    expand = reading.layout.expand
+    return [parts] if expand is None else EXPANSIONS[expand](parts, reading.columns, reading.choice)
 
 
 def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:

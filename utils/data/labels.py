@@ -15,10 +15,10 @@ import datasets
 import pyarrow.compute as pc
 
 from ..errors import UserError
+from .layouts import SIGNED_LABELS
 from .turns import BadRow
 
 TIE_WORDS = {"tie", "ties", "tie (bothbad)", "both", "bothbad", "both bad", "equal", "same", "neither", "none", ""}
-SIGNED_LABELS = ("preference_strength", "overall_preference")  # below 0: the first is better, by so much
 SHOWN_NUMBERS = 5
 
 Names = Mapping[str, str]  # part -> its column: first, second and label

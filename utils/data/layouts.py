@@ -1,23 +1,37 @@
-"""Which columns hold what: one line per form of data, in the order in which they are tried.
+"""The forms of data: which columns hold what, and in which order forms are tried.
 
 A `Layout` is known by the columns it needs, not by the data set's name, so local copies and look-alikes are read too.
+This file is a table that imports nothing of ours: --dataset_format offers what it names. Shapes, `expand` and `fits`
+name what `shapes.py` and `ranking.py` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
-from . import ranking
-from .columns import reach
-from .labels import SIGNED_LABELS, read_yes_or_no
-from .ranking import Choice
+# What --dataset_format takes, in the order in which it is told to people: forms of pairs, and what else sft reads.
+PAIR_FORMATS = (
+    "explicit_prompt",
+    "implicit_prompt",
+    "transcripts",
+    "openai",
+    "sharegpt",
+    "alpaca",
+    "scored_answers",
+    "ranked_answers",
+    "two_answers",
+    "webgpt",
+    "shp",
+    "stack_exchange",
+    "stack_exchange_paired",
+    "message_tree",
+    "unpaired",
+)
+SFT_FORMATS = ("prompt_completion", "messages", "instruction", "text")
 
-Row = Mapping[str, Any]
-Names = Mapping[str, str]
-Expand = Callable[[Row, Names, Choice], list[dict[str, Any]]]
+SIGNED_LABELS = ("preference_strength", "overall_preference")  # below 0: the first is better, by so much
 ANY_SHAPE = ("texts with a system prompt", "texts", "messages with a prompt", "messages")
 
 
@@ -34,36 +48,17 @@ class Layout:
     parts: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...] = ("system", "tools", "context", "chosen_score", "rejected_score")
     shapes: tuple[str, ...] = ANY_SHAPE
-    expand: Expand | None = None
+    expand: str | None = None
     says: str = ""
-    fits: Callable[[Sequence[Row], Names], bool] | None = None
+    fits: str | None = None
     strips_citations: bool = False
     pairs_up: bool = False
 
-    def is_scored(self, names: Names) -> bool:
+    def is_scored(self, names: Mapping[str, str]) -> bool:
         """Whether the rows say how good each answer is."""
         return {"chosen_score", "rejected_score"} <= set(names) or bool(
             {"answers", "first_score"} & set(names) or names.get("label") in SIGNED_LABELS
         )
-
-
-def _holds_lists(sample: Sequence[Row], names: Names) -> bool:
-    return any(isinstance(reach(row, names["answers"]), list) for row in sample)
-
-
-def _holds_rated_answers(sample: Sequence[Row], names: Names) -> bool:
-    keys = {*ranking.SCORE_KEYS, *ranking.RANK_KEYS}
-    lists = [value for row in sample if isinstance(value := reach(row, names["answers"]), list)]
-    return any(isinstance(answer, Mapping) and keys & set(answer) for answers in lists for answer in answers)
-
-
-def _labels_are_yes_or_no(sample: Sequence[Row], names: Names) -> bool:
-    return any(read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
-
-
-def _label_is_no_text_of_its_own(sample: Sequence[Row], names: Names) -> bool:
-    values = [reach(row, names["label"]) for row in sample]
-    return all(value is None or (isinstance(value, str | int | float) and len(str(value)) < 40) for value in values)
 
 
 SYSTEM = {"system": ("system", "system_prompt"), "tools": ("tools",)}
@@ -102,14 +97,14 @@ ANSWERED = Layout(
     "sharegpt",
     {"prompt": CONVERSATION} | SYSTEM | {"rejected": REPLIES["rejected"]} | SCORES,
     shapes=("messages with a prompt",),
-    expand=ranking.expand_answered,
+    expand="answered dialogue",
     says="a dialogue that ends with the chosen reply",
 )
 HISTORY = Layout(
     "alpaca",
     INSTRUCTION | REPLIES | SCORES | {"history": ("history",)},
     shapes=("messages with a prompt",),
-    expand=ranking.expand_history,
+    expand="earlier rounds",
     says="instruction, input and earlier rounds",
 )
 ALPACA = Layout("alpaca", INSTRUCTION | REPLIES | SCORES, shapes=ANY_SHAPE[:3])
@@ -129,7 +124,7 @@ WEBGPT = Layout(
         "first_score": ("score_0",),
         "second_score": ("score_1",),
     },
-    expand=ranking.expand_two,
+    expand="two answers",
     says=TWO,
     strips_citations=True,
 )
@@ -145,45 +140,45 @@ SHP = Layout(
         "ratio": ("score_ratio",),
     },
     ("first_score", "second_score", "ratio"),
-    expand=ranking.expand_two,
+    expand="two answers",
     says=TWO,
 )
 STACK_EXCHANGE = Layout(
     "stack_exchange",
     {"prompt": ("question",), "answers": ("answers",), "id": ("qid",)},
-    expand=ranking.expand_html_list,
+    expand="list of answers in HTML",
     says="scored answers in HTML, read as text; the best against a lower-scored one",
-    fits=_holds_rated_answers,
+    fits="rated answers",
 )
 ANSWERS = ("completions", "answers", "responses", "generations", "candidates", "outputs", "all_generated_responses")
 BEST = "the best against a lower-scored one"
 SCORE_LIST = Layout(
     "scored_answers",
     ANY_PROMPT | {"answers": ANSWERS, "scores": ("scores", "ratings", "rating", "rewards", "all_rm_scores", "score")},
-    expand=ranking.expand_list,
+    expand="list of answers",
     says=f"answers with a list of scores; {BEST}",
-    fits=_holds_lists,
+    fits="lists",
 )
 RANK_LIST = Layout(
     "scored_answers",
     ANY_PROMPT | {"answers": ANSWERS, "ranks": ("ranks", "rank", "ranking", "rankings")},
-    expand=ranking.expand_list,
+    expand="list of answers",
     says=f"answers with a list of ranks; {BEST}",
-    fits=_holds_lists,
+    fits="lists",
 )
 SCORED = Layout(
     "scored_answers",
     ANY_PROMPT | {"answers": ANSWERS},
-    expand=ranking.expand_list,
+    expand="list of answers",
     says=f"answers with their scores or ranks; {BEST}",
-    fits=_holds_rated_answers,
+    fits="rated answers",
 )
 RANKED = Layout(
     "ranked_answers",
     ANY_PROMPT | {"answers": (*ANSWERS, "output")},
-    expand=ranking.expand_list,
+    expand="list of answers",
     says="answers, the best first; the best against a later one",
-    fits=_holds_lists,
+    fits="lists",
 )  # only when it is asked for: the order of a list alone says nothing
 TREE = Layout(
     "message_tree",
@@ -195,7 +190,7 @@ TREE = Layout(
     },
     ("deleted",),
     ("messages with a prompt",),
-    expand=ranking.expand_tree,
+    expand="tree of messages",
     says="trees of messages; the replies to each message of a person, by rank",
 )
 UNPAIRED = Layout(
@@ -203,7 +198,7 @@ UNPAIRED = Layout(
     PROMPT | {"completion": ("completion", *CONVERSATION), "label": ("label", "kto_tag")},
     (*Layout.optional, "prompt"),
     says="answers with a yes/no label, paired where one prompt has both labels",
-    fits=_labels_are_yes_or_no,
+    fits="yes or no",
     pairs_up=True,
 )
 
@@ -230,11 +225,11 @@ def _two_answers(stem: str, endings: tuple[str, str]) -> tuple[Layout, Layout]:
             "two_answers",
             parts | LABELS | {"ratio": ("score_ratio",)},
             (*may_lack, "first_score", "second_score"),
-            expand=ranking.expand_two,
+            expand="two answers",
             says=TWO,
-            fits=_label_is_no_text_of_its_own,
+            fits="short labels",
         ),
-        Layout("two_answers", parts, may_lack, expand=ranking.expand_two, says=TWO),
+        Layout("two_answers", parts, may_lack, expand="two answers", says=TWO),
     )
 
 
@@ -255,7 +250,7 @@ DEMONSTRATION_HISTORY = Layout(
     "instruction",
     TASK | {"history": ("history",)},
     shapes=("messages with a prompt",),
-    expand=ranking.expand_history,
+    expand="earlier rounds",
     says="instruction, input and earlier rounds",
 )
 DEMONSTRATION = Layout("instruction", TASK, shapes=ANY_SHAPE[:2])

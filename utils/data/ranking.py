@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from .html_text import html_to_text
-from .labels import SIGNED_LABELS, find_better, read_number
+from .labels import find_better, read_number
+from .layouts import SIGNED_LABELS
 from .turns import BadRow, as_messages, check_fields, is_message, role_of
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
@@ -284,3 +285,14 @@ def expand_answered(parts: Mapping[str, Any], names: Mapping[str, str], choice: 
     if messages and start == len(messages):
         raise BadRow(f"'{names['prompt']}' ends with a turn of the {role_of(messages[-1])}: there is no reply to learn")
     return [dict(parts) | {"prompt": messages[:start], "chosen": messages[start:]}]
+
+
+# By the names that layouts give them.
+EXPANSIONS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str], Choice], list[dict[str, Any]]]] = {
+    "two answers": expand_two,
+    "list of answers": expand_list,
+    "list of answers in HTML": expand_html_list,
+    "tree of messages": expand_tree,
+    "answered dialogue": expand_answered,
+    "earlier rounds": expand_history,
+}

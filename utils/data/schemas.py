@@ -19,7 +19,6 @@ from ..settings.training import DataSettings
 from .adapter import run_adapter
 from .columns import (
     KIND_NAMES,
-    TEXT,
     Rows,
     describe_missing,
     kind_of_column,
@@ -31,8 +30,9 @@ from .columns import (
 )
 from .files import AnyJson
 from .labels import check_labels
-from .layouts import ANY_SHAPE, FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
-from .ranking import Choice
+from .layouts import ANY_SHAPE, FLAGS, PROMPT, Layout
+from .matching import FITS, describe_misfit, describe_unknown, find_columns, list_layouts, name_replies
+from .ranking import EXPANSIONS, Choice
 from .remarks import Remark, find_remarks, find_written_messages, list_unused
 from .shapes import Names, Shape, find_shape
 from .turns import BadRow, holds_messages
@@ -132,17 +132,17 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
     sample = [_unpack_sample(row, packed) for row in sample]
     columns = list(dict.fromkeys([*columns, *list_columns(sample)]))
     mapped = {part: named[flag] for part, flag in wishes.items() if flag in named and part != "group"}
-    for layout in _layouts(settings, verb):
-        replies = _replies(layout, verb)
-        found = _find_columns(layout, mapped, columns, replies)
-        if not isinstance(found, dict) or (layout.fits is not None and not layout.fits(sample, found)):
+    for layout in list_layouts(settings, verb):
+        replies = name_replies(layout, verb)
+        found = find_columns(layout, mapped, columns, replies)
+        if not isinstance(found, dict) or (layout.fits is not None and not FITS[layout.fits](sample, found)):
             continue
         reading = _match(layout, found, replies, sample, settings, verb)
         if reading is not None:
             return _with_remarks(_with_labels(reading, rows, settings), rows, packed)
     if settings.dataset_format is not None:
-        raise UserError(*_describe_misfit(settings, verb, mapped, columns, sample))
-    raise UserError(_describe_unknown(settings, verb, mapped, columns, sample))
+        raise UserError(*describe_misfit(settings, verb, mapped, columns, sample))
+    raise UserError(describe_unknown(settings, verb, mapped, columns, sample))
 
 
 def _with_labels(reading: Reading, rows: datasets.Dataset, settings: DataSettings) -> Reading:
@@ -186,23 +186,6 @@ def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str
     return replace(reading, description="; ".join(says), packed=packed, remarks=remarks)
 
 
-def _layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:
-    """Those to try, in order. Raises UserError for a format of another verb."""
-    wish = settings.dataset_format
-    if wish is None:
-        return [layout for layout in LAYOUTS[verb] if layout not in ONLY_ASKED_FOR]
-    layouts = [layout for layout in LAYOUTS[verb] if layout.name == wish]
-    if not layouts:
-        raise UserError(f"--dataset_format {wish}: holds no pairs; it is a format for the verb sft")
-    return layouts
-
-
-def _replies(layout: Layout, verb: str) -> tuple[str, ...]:
-    if verb == "sft" or layout.pairs_up:
-        return (sft_reply(layout),)
-    return ("chosen", "rejected")
-
-
 def _match(
     layout: Layout, found: Names, replies: tuple[str, ...], sample: Rows, settings: DataSettings, verb: str
 ) -> Reading | None:
@@ -240,7 +223,7 @@ def _expand_sample(layout: Layout, found: Names, sample: Rows, choice: Choice) -
     for row in sample:
         parts = {part: reach(row, path) for part, path in found.items()}
         try:
-            rows += layout.expand(parts, found, replace(choice, any_two=True))
+            rows += EXPANSIONS[layout.expand](parts, found, replace(choice, any_two=True))
         except BadRow:
             continue
     return rows
@@ -284,73 +267,6 @@ def _read_with_adapter(sample: Rows, settings: DataSettings, verb: str) -> Readi
         settings.group_by,
         settings.dataset_adapter,
         scored,
-    )
-
-
-def _find_columns(
-    layout: Layout, mapped: Names, columns: Sequence[str], replies: Sequence[str]
-) -> dict[str, str] | list[str]:
-    """Part -> column; or the parts that the layout needs and the data lack, or that a flag names and it lacks."""
-    missing = [part for part in mapped if part not in layout.parts]
-    found: dict[str, str] = {}
-    for part, candidates in layout.parts.items():
-        if part.removesuffix("_score") in ("chosen", "rejected") and part not in replies and len(replies) == 1:
-            continue
-        taken = (*mapped.values(), *found.values())
-        path = mapped.get(part) or _find_column(candidates, columns, taken)
-        if path is not None:
-            found[part] = path
-        elif part not in layout.optional:
-            missing.append(part)
-    return missing or found
-
-
-def _find_column(candidates: Sequence[str], columns: Sequence[str], taken: Sequence[str]) -> str | None:
-    """The first candidate that is a column; spaces around a name and its case do not count where no name is exact."""
-    loose = {name.strip().casefold(): name for name in reversed(columns)}
-    names = (name if name in columns else loose.get(name.casefold()) for name in candidates)
-    return next((name for name in names if name is not None and name not in taken), None)
-
-
-def _describe_misfit(
-    settings: DataSettings, verb: str, mapped: Names, columns: Sequence[str], sample: Rows
-) -> list[str]:
-    """What the format asked for needs and the data have not, one line each."""
-    flag = f"--dataset_format {settings.dataset_format}"
-    tries = [(lay, _find_columns(lay, mapped, columns, _replies(lay, verb))) for lay in _layouts(settings, verb)]
-    layout, found = min(tries, key=lambda pair: len(pair[1]) if isinstance(pair[1], list) else 0)
-    if isinstance(found, list):
-        return [
-            f"{flag}: no column for its {part.replace('_', ' ')}{_looked_for(layout.parts.get(part, ()))}; "
-            f"the data has: {list_names(columns)}"
-            for part in found
-        ]
-    holds = ", ".join(f"'{path}' holds {KIND_NAMES[kind_of_column(sample, path)]}" for path in found.values())
-    needed = layout.says or " or ".join(find_shape(name).description for name in layout.shapes)
-    return [f"{flag}: the columns are there, but not what they should hold: {holds}; needed: {needed}"]
-
-
-def _looked_for(candidates: Sequence[str]) -> str:
-    return f" (looked for {', '.join(candidates)})" if candidates else ""
-
-
-def _describe_unknown(settings: DataSettings, verb: str, mapped: Names, columns: Sequence[str], sample: Rows) -> str:
-    has = f"the data has: {list_names(columns)}"
-    replies = [path for part in FLAGS[verb][1:] if (path := mapped.get(part, part)) in columns]
-    kinds = {path: kind_of_column(sample, path) for path in dict.fromkeys([*mapped.values(), *replies])}
-    no_prompt = "prompt" not in mapped and not any(name in columns for name in PROMPT["prompt"])
-    if replies and no_prompt and all(kind in (*TEXT, "message", "replies") for kind in kinds.values()):
-        names = " and ".join(f"'{path}'" for path in replies)
-        return f"--prompt_column is missing: no column is known as the prompt of {names}; {has}"
-    flags = "--prompt_column, --chosen_column and --rejected_column (dots reach into nested fields)"
-    if verb == "sft":
-        flags = "--prompt_column and --completion_column, --chosen_column, or --text_column"
-    found = ", ".join(f"'{path}' holds {KIND_NAMES[kind]}" for path, kind in kinds.items())
-    note = f" ({found}; texts or message lists are needed)" if found else ""
-    name = settings.dataset_name
-    return (
-        f"--dataset_name {name}: its columns fit no known shape{note}; name them with {flags}, or read them with a "
-        f"function of your own (--dataset_adapter file.py:function); {has}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..data.layouts import PAIR_FORMATS, SFT_FORMATS
 from .flags import (
     AT_LEAST_ONE,
     AT_LEAST_TWO,
@@ -18,28 +19,6 @@ from .flags import (
     SFT,
     SPLITS_DATA,
     flag,
-)
-
-DATASET_FORMATS = (
-    "explicit_prompt",
-    "implicit_prompt",
-    "transcripts",
-    "openai",
-    "sharegpt",
-    "alpaca",
-    "scored_answers",
-    "ranked_answers",
-    "two_answers",
-    "webgpt",
-    "shp",
-    "stack_exchange",
-    "stack_exchange_paired",
-    "message_tree",
-    "unpaired",
-    "prompt_completion",
-    "messages",
-    "instruction",
-    "text",
 )
 
 
@@ -62,9 +41,9 @@ class DataSettings:
     )
     dataset_format: str | None = flag(
         None,
-        f"how to read the rows: {', '.join(DATASET_FORMATS[:-4])}; for sft also {', '.join(DATASET_FORMATS[-4:])} "
+        f"how to read the rows: {', '.join(PAIR_FORMATS)}; for sft also {', '.join(SFT_FORMATS)} "
         "(default: by their columns)",
-        choices=DATASET_FORMATS,
+        choices=(*PAIR_FORMATS, *SFT_FORMATS),
         verbs=READS_DATA,
     )
     dataset_adapter: str | None = flag(
