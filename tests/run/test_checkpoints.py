@@ -219,6 +219,20 @@ def test_later_ones_that_a_run_went_back_from_go_first(tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_in_which_order_checkpoints_go(tmp_path):
+    """First those that the run went back from, then those of stops that were asked for, then the others: each oldest
+    first."""
+    for step in (2, 4, 6, 8, 12, 14):
+        save_checkpoint(tmp_path, step)
+    newest, left, gone = save_checkpoint(tmp_path, 10), names(tmp_path), []
+    for most in range(6, 0, -1):
+        prune_checkpoints(newest, most, None, stops=(6, 8, 14))
+        gone += [int(name.rpartition("-")[2]) for name in left - names(tmp_path)]
+        left = names(tmp_path)
+    assert gone == [14, 12, 6, 8, 2, 4]
+    assert left == {"checkpoint-10"}
+
+
 def test_a_user_of_the_model_reads_what_is_of_the_model(tmp_path):
     checkpoint = save_checkpoint(tmp_path, 3)
     flip(checkpoint / "optimizer.safetensors")

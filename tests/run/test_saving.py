@@ -18,7 +18,7 @@ from utils.run.lock import FolderLock
 from utils.run.metrics import append_metrics, keep_rows_until, read_json_lines, restore_metrics
 from utils.run.names import HALF_WRITTEN, LOCK, OWN_FILES
 from utils.run.record import RunRecord, now, read_record
-from utils.run.writing import create_file, unused_name, write_json, write_json_lines, write_text
+from utils.run.writing import create_file, move_into_place, unused_name, write_json, write_json_lines, write_text
 
 SETTINGS = {"seed": 1, "output_dir": "a"}
 
@@ -500,3 +500,43 @@ def test_nothing_is_added_to_a_file_behind_a_link(tmp_path):
     with pytest.raises(OSError, match=r"symbolic links: .*metrics\.jsonl"):
         append_metrics(tmp_path, {"step": 1})
     assert victim.read_text() == "kept"
+
+
+# What outlives a power cut
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the disk is asked for, in order: ("flush" or "place", path)."""
+    made, fsync = [], os.fsync
+
+    def note_flush(number):
+        made.append(("flush", Path(os.readlink(f"/proc/self/fd/{number}"))))
+        fsync(number)
+
+    def noting(move):
+        def moved(source, target, **options):
+            made.append(("place", Path(target)))
+            move(source, target, **options)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    return made
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads the names of open files where Linux has them")
+def test_moved_files_and_their_names_are_on_the_disk(tmp_path, calls):
+    """Files before they are moved, and the folder, which holds their names, after the last of them."""
+    folder, made = tmp_path / "run", tmp_path / "run" / ".made"
+    (made / "inner").mkdir(parents=True)
+    for name in ("one", "inner/two"):
+        (made / name).write_text(name)
+    move_into_place(made, folder)
+    files = [("flush", made / "inner/two"), ("flush", made / "one")]
+    places = [("place", folder / "inner/two"), ("place", folder / "one")]
+    assert calls == [*files, *places, ("flush", folder), ("flush", folder / "inner")]
+    assert (folder / "inner/two").read_text() == "inner/two"
+    assert not made.exists()

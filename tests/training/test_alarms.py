@@ -12,7 +12,7 @@ from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT, read_metrics, read_record
 
 from utils.training.alarms import ALARMS, Limits, find_alarms
-from utils.training.early_stopping import describe_best
+from utils.training.early_stopping import Best, describe_best, find_best
 
 DEMO = ROOT / "examples" / "demo" / "bundled"
 
@@ -199,6 +199,15 @@ def test_early_stopping_keeps_the_best_model(train):
     assert record["metrics"]["held_out"]["loss"] == pytest.approx(best["held_out_loss"], abs=1e-6)
     saved, kept = (load_file(path / "model.safetensors") for path in (folder, folder / f"checkpoint-{best['step']}"))
     assert all(torch.equal(saved[name], kept[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("metric", "values"), [("accuracy", (0.5, 0.75, 0.75, 0.5, 0.75)), ("loss", (3, 2, 2, 4, 2))])
+def test_of_evaluations_that_are_equally_good_the_first_is_the_best(metric, values):
+    name = f"eval_{metric}"
+    before = {"step": 0, name: 1.0 if metric == "accuracy" else 0.0}  # the untrained model does not count
+    lines = [before, *({"step": 4 * number, name: value} for number, value in enumerate(values, 1))]
+    assert find_best(lines, metric) == Best(step=8, value=values[1], evaluations_since=3)
+    assert find_best(lines[:1], metric) is None
 
 
 def test_a_run_that_gets_better_is_not_stopped(train):

@@ -139,13 +139,16 @@ def move_into_place(made: Path, folder: Path) -> None:
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
     check_held(folder)  # which takes no time; flushing may
+    folders = [folder]
     for path in paths:
         target = folder / path.relative_to(made)
         if path.is_dir():
             target.mkdir(exist_ok=True)
+            folders.append(target)
         else:
             os.replace(path, target)
-    flush_folder(folder)
+    for path in folders:
+        flush_folder(path)
     shutil.rmtree(made)
 
 
