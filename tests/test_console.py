@@ -58,7 +58,7 @@ def test_a_closed_terminal_stops_a_run_and_its_state_is_saved(tiny_model, tmp_pa
     data = write_lines(tmp_path / "\u5c0d.jsonl", pairs)
     shows = ["--sample_during_eval", "--num_eval_samples", 1, "--sample_max_new_tokens", 2]
     run = start(
-        *training(tiny_model, data, tmp_path / "run", 200), *shows,
+        *training(tiny_model, data, tmp_path / "run", 10**5), *shows,
         environment={"PYTHONIOENCODING": "ascii"}, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     out = b""

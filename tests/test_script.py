@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared.forked import Forked
 from shared.models import save_tiny_tokenizer
 from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT, read_metrics, read_record, start_script
@@ -297,12 +298,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model, pairs_file, tmp_path, ru
     output = tmp_path / "run"
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", output, *QUICK,
              "--num_train_epochs", 400]  # fmt: skip
-    process = start_script(*flags)
+    process = Forked(*flags)
     for line in process.stdout:
         if line.strip().startswith("step "):
             process.send_signal(signal.SIGINT)
             break
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert process.returncode == 130, out + err
     assert "--resume_from_checkpoint auto" in out
     assert "Traceback" not in err

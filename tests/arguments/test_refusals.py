@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shared.runs import ROOT, read_record, start_script
+from shared.forked import Forked
+from shared.runs import ROOT, read_record
 
 from utils.errors import ProcessLost, UserError
 from utils.runtime import readable_seconds
@@ -110,12 +111,12 @@ def test_the_flags_that_a_message_mentions_are_named():
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_terminated_while_loading_is_interrupted_and_leaves_no_folder(tiny_model, pairs_file, tmp_path):
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "run"]
-    process = start_script(*flags)
+    process = Forked(*flags)
     for line in process.stdout:
         if line.startswith("data:"):
             process.send_signal(signal.SIGTERM)
             break
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 130, out + err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()

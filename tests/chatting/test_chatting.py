@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared.forked import Forked, take_terminal
 from shared.models import save_tiny_model
 from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,14 +91,9 @@ class Terminal:
     def __init__(self, *arguments):
         import pty
 
-        self.master, slave = pty.openpty()
-        command = [sys.executable, "advanced_dpo_script.py", "chat", *map(str, arguments)]
-        environment = os.environ | {"TERM": "dumb"}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=_take_terminal,
-        )  # fmt: skip
-        os.close(slave)
+        self.master, self.slave = pty.openpty()
+        taking = functools.partial(take_terminal, os.ttyname(self.slave))
+        self.process = Forked("chat", *arguments, before=taking, TERM="dumb")
         self.shown = b""
         self.place = 0
 
@@ -142,18 +139,12 @@ class Terminal:
 
     def wait(self) -> int:
         for _ in range(600):
-            if self.process.poll() is not None:
+            if self.process.returncode is not None:
                 break
             self._read(0.1)
         os.close(self.master)
-        return self.process.wait(timeout=1)
-
-
-def _take_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.close(self.slave)
+        return self.process.wait(1)
 
 
 @posix

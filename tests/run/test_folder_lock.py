@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from shared.forked import Forked
 from shared.pairs import make_pairs, write_lines
-from shared.runs import ROOT, read_record, start_script
+from shared.runs import ROOT, read_record
 
 from utils.errors import UserError
 from utils.run.checkpoints import begin_checkpoint
@@ -388,7 +388,7 @@ def test_status_shows_a_run_that_loads_before_it_goes_on(run_script, tmp_path):
 # With real runs
 
 
-def wait_for_step(process: subprocess.Popen) -> None:
+def wait_for_step(process: Forked) -> None:
     for line in process.stdout:
         if line.strip().startswith("step "):
             return
@@ -401,7 +401,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_folder_is_taken_over(run_scri
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--logging_steps", 1, "--save_steps", 2,
              "--per_device_train_batch_size", 2, "--validation_split", "none", "--save_total_limit", 1]  # fmt: skip
     folder = tmp_path / "run"
-    process = start_script("train", *flags, "--num_train_epochs", 2000, "--output_dir", folder)
+    process = Forked("train", *flags, "--num_train_epochs", 2000, "--output_dir", folder)
     try:
         wait_for_step(process)
         before = json.loads((folder / LOCK).read_text())
@@ -423,8 +423,8 @@ def test_a_second_run_is_refused_and_a_killed_ones_folder_is_taken_over(run_scri
         assert (code, "running" in out) == (0, True)
         assert json.loads((folder / LOCK).read_text()) == before
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.kill()
+        process.communicate()
     assert (folder / LOCK).is_file()
     code, out, err = run_script("train", *flags, "--max_steps", 2, "--overwrite_output_dir", "--output_dir", folder)
     assert code == 0, err

@@ -1,9 +1,12 @@
-"""What takes long to import: once, in the server that `ranks.py` has its processes forked from."""
+"""What takes long to import: once, in the server that `forked.py` has its processes forked from."""
 
+import gc
 import importlib
 
 from utils.runtime import quiet_libraries
 
 quiet_libraries()
-for module in ("torch.distributed.fsdp", "utils.training.preparation", "utils.training.finishing"):
+for module in ("torch.distributed.fsdp", "utils.training.stages", "utils.training.finishing"):
     importlib.import_module(module)
+gc.collect()
+gc.freeze()  # else the collector of each process would copy all of these pages

@@ -9,14 +9,14 @@ import os
 import random
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from shared.runs import ROOT, read_record, start_script
+from shared.forked import Forked
+from shared.runs import ROOT, read_record
 
 from utils.arguments import parse_arguments
 from utils.run.processes import command_to_go_on, identify_process, is_alive
@@ -44,9 +44,9 @@ def finished(tiny_model, pairs_file, tmp_path_factory) -> Path:
     return root
 
 
-def start_long_run(tiny_model, pairs_file, folder: Path, steps: int) -> subprocess.Popen:
+def start_long_run(tiny_model, pairs_file, folder: Path, steps: int) -> Forked:
     """A run that would take hours, once it has taken some steps."""
-    process = start_script("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--dtype", "auto",
+    process = Forked("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--dtype", "auto",
                            "--per_device_train_batch_size", 2, "--output_dir", folder, *LONG)  # fmt: skip
     for line in process.stdout:
         if line.strip().startswith(f"step {steps:>6}/"):
@@ -104,7 +104,7 @@ def test_a_run_is_running_then_died(tiny_model, pairs_file, tmp_path, run_script
         assert "accuracy 50% -> " in row_of(lines, "long"), "the newest evaluation"
         assert not any("--resume_from_checkpoint" in line for line in lines)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     lines = lines_of(run_script, tmp_path / "runs")
     assert row_of(lines, "long").split()[2] == "died"
@@ -121,7 +121,7 @@ def test_the_printed_command_goes_on_with_a_run_that_died(tiny_model, pairs_file
     process = start_long_run(tiny_model, pairs_file, tmp_path / "long", steps=5)
     process.kill()
     process.wait()
-    again = start_script(*command_to_go_on_in(lines_of(run_script, tmp_path), "long"))
+    again = Forked(*command_to_go_on_in(lines_of(run_script, tmp_path), "long"))
     try:
         assert any(line.startswith("resuming from ") for line in again.stdout), again.stderr.read()
     finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared.forked import run_together
 from shared.pairs import make_pairs, write_lines
-from shared.ranks import run_together
 from shared.runs import read_metrics, read_record
 
 from utils.training import batch_size
@@ -176,7 +176,7 @@ def run_in_two(tiny_model, tmp_path):
         named = ("--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", tmp_path / "two")
         half = ("--per_device_train_batch_size", 2, *QUICK[2:])
         script = (first, second, *named, *half, "--dtype", "float32", *flags)
-        return run_together(2, tmp_path / "terminal", *script, script="tests/programs/uneven_room.py")
+        return run_together(2, *script, script="tests/programs/uneven_room.py")
 
     return start
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from shared.ranks import free_port
+from shared.forked import free_port
 from shared.runs import ROOT, assert_same_run, pretend_interrupted, read_metrics, read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

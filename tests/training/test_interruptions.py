@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared.runs import ROOT, read_metrics, read_record
+from shared.forked import Forked
+from shared.runs import ROOT, read_metrics, read_record, start_script
 
 from utils.errors import ProcessLost
 from utils.run.checkpoints import remove_checkpoint
@@ -28,6 +29,7 @@ from utils.training.launch import explain_lost_process
 
 FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate", 5e-3, "--save_steps", 4,
          "--eval_steps", 5, "--logging_steps", 3, "--dtype", "float32"]  # fmt: skip
+DROPPED = "tests/programs/dropped_signal.py"
 GO_ON = ("--resume_from_checkpoint", "auto")
 
 
@@ -116,13 +118,16 @@ needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has 
 
 @pytest.fixture
 def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
-    """Runs the script in `part`, asked to stop where Python drops what is raised: (place) -> the process that ended."""
+    """Runs the script in `part`, asked to stop where Python drops what is raised, a package that is imported or a
+    function: (place) -> its exit code, and what it wrote to both streams."""
 
-    def go(place: str) -> subprocess.CompletedProcess[str]:
+    def go(place: str) -> tuple[int, str, str]:
         arguments = [place, *flags(tiny_model, pairs_file, tmp_path / "part"), "--precompute_ref_log_probs"]
-        command = [sys.executable, "tests/programs/dropped_signal.py", *map(str, arguments)]
-        own = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}  # where no scores lie
-        return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120, check=False)
+        own = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}  # where no scores lie
+        started_by = Forked if "." in place else start_script  # which imports all packages
+        process = started_by(*arguments, script=DROPPED, **own)
+        out, err = process.communicate()
+        return process.returncode, out, err
 
     return go
 
@@ -139,11 +144,11 @@ def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
     ],
 )
 def test_a_stop_that_python_drops_while_the_run_starts_ends_it(run_with_dropped_signal, tmp_path, place, next_said):
-    done = run_with_dropped_signal(place)
-    assert done.returncode == 130, done.stdout + done.stderr
-    assert done.stdout.endswith("interrupted; nothing was lost that had been saved before\n")
-    assert next_said not in done.stdout
-    assert "Traceback" not in done.stderr
+    code, out, err = run_with_dropped_signal(place)
+    assert code == 130, out + err
+    assert out.endswith("interrupted; nothing was lost that had been saved before\n")
+    assert next_said not in out
+    assert "Traceback" not in err
     assert not (tmp_path / "part").exists()
 
 
@@ -163,20 +168,20 @@ def test_a_stop_that_python_drops_in_another_verb_ends_it(verb, tiny_model, pair
             *["--scorer", ROOT / "examples/demo/scorer.py:score", "--output_file", made],
         ],
     }[verb]
-    command = [sys.executable, "tests/programs/dropped_signal.py", *map(str, (place, *words))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 130, done.stdout + done.stderr
-    assert done.stdout.endswith("interrupted; nothing was lost that had been saved before\n")
-    assert "Traceback" not in done.stderr
+    process = Forked(place, *words, script=DROPPED)
+    out, err = process.communicate()
+    assert process.returncode == 130, out + err
+    assert out.endswith("interrupted; nothing was lost that had been saved before\n")
+    assert "Traceback" not in err
     assert not made.exists()
 
 
 @needs_signals
 def test_a_stop_that_python_drops_while_the_run_finishes_ends_it(run_with_dropped_signal, tmp_path):
-    done = run_with_dropped_signal("utils.training.finishing.evaluate_last")
-    assert done.returncode == 130, done.stdout + done.stderr
-    assert "interrupted at step 12, its state is saved; to go on:" in done.stdout
-    assert "Traceback" not in done.stderr
+    code, out, err = run_with_dropped_signal("utils.training.finishing.evaluate_last")
+    assert code == 130, out + err
+    assert "interrupted at step 12, its state is saved; to go on:" in out
+    assert "Traceback" not in err
     assert read_record(tmp_path / "part")["status"] == "interrupted"
     assert not (tmp_path / "part" / "model.safetensors").exists()
 

@@ -13,8 +13,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from shared.forked import free_port, run_together
 from shared.pairs import make_pairs, write_lines
-from shared.ranks import free_port, run_together
 from shared.runs import ROOT
 
 from utils.training.launch import speaks
@@ -230,7 +230,7 @@ def test_each_process_scores_its_share_with_the_reference_once_for_all_runs(run_
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", data, "--dtype", "float32", "--max_steps", 2)
     flags += ("--precompute_ref_log_probs", "--validation_split", "none")
     for number in (1, 2):
-        done = run_together(2, tmp_path / "terminal", tmp_path / f"scored{number}-", *flags, "--output_dir",
+        done = run_together(2, tmp_path / f"scored{number}-", *flags, "--output_dir",
                             tmp_path / f"run{number}", script=str(script))  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert ("found on the disk" in done.stdout) == (number == 2)

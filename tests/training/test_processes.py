@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import torch
-from shared.ranks import Ended, free_port, run_together
+from shared.forked import Ended, free_port, run_together
 from shared.runs import ROOT, assert_same_run, pretend_interrupted, read_record
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -74,7 +74,7 @@ def together(tmp_path):
     def run(kind: str, count: int, *flags) -> Ended:
         config, script = KINDS[kind]
         config += "_qlora" if kind == "sharded" and {"--use_lora", "--use_4bit"} <= set(flags) else ""
-        done = run_together(count, tmp_path / "terminal", *flags, script=script, config=config)
+        done = run_together(count, *flags, script=script, config=config)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done
 
