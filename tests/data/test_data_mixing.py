@@ -134,6 +134,22 @@ def test_shares_and_counts_are_exact_and_drawn_by_the_seed(tmp_path):
     assert "has only 50 good rows" in fault(f"{first}:51,{second}")
 
 
+@pytest.mark.parametrize(
+    ("share", "rows", "drawn"),
+    [
+        ("0.35", 5, 2),  # 1.75
+        ("0.25", 5, 1),  # 1.25
+        ("0.5", 3, 2),  # 1.5: a half goes to the even number
+        ("0.5", 5, 2),  # 2.5
+        ("0.01", 5, 1),  # one at least
+        ("0.99", 5, 5),  # 4.95
+    ],
+)
+def test_a_share_is_rounded_to_the_nearest_number_of_pairs(share, rows, drawn, tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", texts("a", rows))
+    assert len(load(f"{path}:{share}").train) == drawn
+
+
 def test_no_prompt_is_on_both_sides_of_the_mixture(tmp_path):
     first = write_lines(tmp_path / "first.jsonl", texts("a", 200))
     second = write_lines(tmp_path / "second.jsonl", [row | {"chosen": "other"} for row in texts("a", 150)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tracemalloc
+from hashlib import blake2b
 
 import datasets
 import numpy as np
 import pytest
 
-from utils.data.splitting import count_shared, group_key, split_rows
+from utils.data.splitting import choose_held_out, count_shared, group_key, split_rows
 from utils.errors import UserError
 
 
@@ -61,6 +62,31 @@ def test_the_share_is_what_was_asked_for():
     for seed in range(5):
         split = split_rows(table([f"p{i}" for i in range(20_000)]), None, "0.2", seed)
         assert abs(len(split.held_out) - 4000) < 4 * (20_000 * 0.2 * 0.8) ** 0.5
+
+
+@pytest.mark.parametrize(("fraction", "seed"), [("0.1", 0), ("0.3", 1), ("0.5", 2), ("0.7", 2**32 - 1)])
+def test_a_prompt_is_held_out_where_its_hash_lies_below_the_fraction(fraction, seed):
+    prompts = [f"prompt {i}" for i in range(300)]
+    key = seed.to_bytes(8, "little")
+    hashes = [int.from_bytes(blake2b(p.encode(), digest_size=8, key=key).digest(), "little") for p in prompts]
+    below = [p for p, number in zip(prompts, hashes, strict=True) if number < float(fraction) * 2**64]
+    assert split_rows(table(prompts), None, fraction, seed).held_out["prompt"][:] == below
+
+
+def test_a_number_that_is_the_fraction_itself_is_not_held_out():
+    assert choose_held_out(np.array([0.0, 0.25, 0.5, 0.75]), 0.25).tolist() == [True, False, False, False]
+    assert choose_held_out(np.array([0.25, 0.25, 0.5]), 0.25).tolist() == [True, True, False]  # the lowest one, though
+
+
+def test_whole_prompts_are_evaluated_up_to_a_thousand_rows_and_a_larger_one_alone():
+    def evaluated(rows_of_prompt: int, prompts: int) -> int:
+        names = [f"p{i}" for i in range(prompts) for _ in range(rows_of_prompt)]
+        return len(split_rows(table(names), None, None, 0).held_out)
+
+    assert evaluated(4, 5000) == 1000  # 250 prompts fit exactly
+    assert evaluated(3, 5000) == 999
+    assert evaluated(501, 60) == 501
+    assert evaluated(1001, 60) == 1001
 
 
 def test_the_seed_decides():

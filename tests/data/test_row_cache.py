@@ -7,6 +7,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from shared.pairs import write_lines
 from shared.runs import ROOT
 
 from utils.data.loading import load_pairs
-from utils.data.row_cache import cache_folder, keep_rows, modules_behind
+from utils.data.row_cache import cache_folder, hash_code, keep_rows, modules_behind
 from utils.errors import UserError
 from utils.settings.training import DataSettings
 
@@ -273,17 +274,63 @@ def test_entries_are_flushed_before_they_get_their_name(tmp_path, monkeypatch):
     assert str(cache_folder()) in flushed
 
 
-def test_all_code_that_makes_rows_is_in_their_key():
+def list_modules_that_keep_rows() -> list[str]:
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "utils").rglob("*.py"))}
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path, text in texts.items()
+        if re.search(r"\b(map_rows|hash_code)\((?!module)", text) and path.stem != "row_cache"
+    ]
+
+
+def test_modules_that_keep_rows_are_found():
+    assert {"conversion", "mixing", "tokenizing", "unpaired", "prompts", "files"} <= {
+        name.rpartition(".")[2] for name in list_modules_that_keep_rows()
+    }
+
+
+@pytest.mark.parametrize("module", list_modules_that_keep_rows())
+def test_all_code_that_makes_rows_is_in_their_key(module):
     """Whatever a module of ours imports, when it is imported alone, is among the modules behind it."""
-    for module in ("utils.data.conversion", "utils.data.tokenizing", "utils.data.prompts"):
-        code = f"import sys, {module}; print(*(name for name in sys.modules if name.split('.')[0] == 'utils'))"
-        imported = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.split()
-        behind = modules_behind(module)
-        for name in set(imported) - set(behind) - {"utils"}:  # packages, which hold no code
-            assert not (ROOT / name.replace(".", "/") / "__init__.py").read_bytes(), name
-    assert {"utils.data.scanning", "utils.user_code"} <= set(modules_behind("utils.data.conversion"))
+    code = f"import sys, {module}; print(*(name for name in sys.modules if name.split('.')[0] == 'utils'))"
+    imported = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in set(imported) - set(modules_behind(module)) - {"utils"}:  # packages, which hold no code
+        assert not (ROOT / name.replace(".", "/") / "__init__.py").read_bytes(), name
+
+
+IMPORTS = {
+    "beside": "from .other import thing",
+    "a module beside": "from . import other",
+    "above": "from ..room.other import thing",
+    "a module above": "from ..room import other",
+    "by its whole name": "import made.room.other",
+    "from its whole name": "from made.room.other import thing",
+    "when it is called": "def call():\n    from .other import thing",
+    "through another": "from . import between",
+}
+
+
+@pytest.mark.parametrize("form", IMPORTS)
+def test_the_code_behind_a_module_is_found_however_it_is_imported(form, tmp_path, monkeypatch):
+    files = {"__init__": "", "first": IMPORTS[form], "other": "thing = 1", "between": "from .other import thing"}
+    (tmp_path / "made" / "room").mkdir(parents=True)
+    (tmp_path / "made" / "__init__.py").write_text("")
+    for name, text in files.items():
+        (tmp_path / "made" / "room" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        behind = modules_behind("made.room.first")
+        assert {"made.room.first", "made.room.other"} <= set(behind)
+        before = hash_code("made.room.first")
+        hash_code.cache_clear()
+        behind["made.room.other"].write_text("thing = 2")
+        assert hash_code("made.room.first") != before
+    finally:
+        hash_code.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "made"]:
+            del sys.modules[name]
 
 
 def test_a_damaged_copy_of_a_hub_data_set_is_made_again(tmp_path, monkeypatch, capsys):
