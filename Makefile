@@ -16,7 +16,7 @@ help:
 	@echo "make test   lint and tests"
 	@echo "make slow   the tests that take minutes each"
 	@echo "make bench  speed and memory beside stock TRL (about half an hour; QUICK=1: two minutes)"
-	@echo "make lint   ruff alone"
+	@echo "make lint   ruff and mypy alone"
 	@echo "make clean  remove .venv, runs/ and caches"
 
 $(INSTALLED): requirements.txt
@@ -42,7 +42,8 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
 _lost: OSError | None = None  # what ended standard output
 
@@ -51,7 +51,7 @@ def _open_writer(stream: TextIO | None, number: int) -> TextIO:
         return stream
     stream.flush()
     return io.TextIOWrapper(
-        _Writer(number),
+        cast(io.BufferedWriter, _Writer(number)),
         stream.encoding,
         errors,
         line_buffering=stream.line_buffering,
@@ -65,7 +65,7 @@ class _Writer(io.BufferedIOBase):
     Python's own BufferedWriter raises where a handler of a signal prints while it writes.
     """
 
-    def __init__(self, number: int):
+    def __init__(self, number: int) -> None:
         self.number = number
 
     def fileno(self) -> int:

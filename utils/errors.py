@@ -19,7 +19,7 @@ class UserError(Exception):
     and raised together, so that nobody has to mend them one run at a time.
     """
 
-    def __init__(self, *faults: str):
+    def __init__(self, *faults: str) -> None:
         if not faults:
             raise ValueError("a UserError names at least one fault")
         self.faults = faults
@@ -58,7 +58,8 @@ def gather(*stages: Callable[[], Any]) -> tuple[Any, ...]:
     Every stage is tried even when an earlier one failed, and the faults of all of them are raised as one UserError,
     so the stages must not depend on one another.
     """
-    results, faults = [], []
+    results: list[Any] = []
+    faults: list[str] = []
     for stage in stages:
         try:
             results.append(stage())

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,15 @@ class _ImportOfTheirs:
     Only one of the two can be in `sys.modules`: theirs is while such a file imports it, and is kept here afterwards.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.plain = builtins.__import__
         self.modules: dict[str, dict[str, Any]] = {}  # folder -> what was imported there as utils and utils.x
         self.lock = threading.RLock()
         self.at_work = False
 
-    def __call__(self, name, globals=None, locals=None, fromlist=(), level=0):
+    def __call__(
+        self, name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] = (), level: int = 0
+    ) -> Any:
         folder = None
         if level == 0 and name.partition(".")[0] == "utils":
             file = str((globals or {}).get("__file__"))

@@ -106,7 +106,7 @@ def help_text(verb: str) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str, **options: Any):
+    def __init__(self, prog: str, **options: Any) -> None:
         width = min(max(shutil.get_terminal_size().columns, 80), 100)
         super().__init__(prog, max_help_position=30, width=width, **options)
 

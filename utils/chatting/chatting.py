@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,7 +66,7 @@ def answer_once(settings: Settings) -> int:
 
 
 @contextlib.contextmanager
-def _termination_ends():
+def _termination_ends() -> Iterator[None]:
     """Ctrl-C stops an answer; SIGTERM, or SIGHUP where the terminal is closed, ends the chat."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -87,7 +87,7 @@ def _termination_ends():
 class Chat:
     """A conversation with one model, or with two at a time."""
 
-    def __init__(self, speakers: list[Speaker], settings: Settings):
+    def __init__(self, speakers: list[Speaker], settings: Settings) -> None:
         self.speakers = speakers
         self.settings = settings
         self.attempt = 0  # of the last message

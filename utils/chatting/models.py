@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Speaker:
         """What of the conversation it is given; see `Dialogue.fit`."""
         return self.dialogue.fit(PromptEncoder(self.tokenizer, self.end_ids), self.context, max_new_tokens)
 
-    def stream(self, shown: Shown, sampling: SamplingSettings, seed: int) -> Iterator[Continuation]:
+    def stream(self, shown: Shown, sampling: SamplingSettings, seed: int) -> Generator[Continuation, None, None]:
         """Its answer while it grows."""
         sampling = dataclasses.replace(sampling, max_new_tokens=shown.room)
         with self.contender.active() as model:

@@ -38,7 +38,7 @@ def let_lines_be_edited() -> None:
 class Answer:
     """An answer on its way to a stream: each call writes what is new of it."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.text = ""
 

@@ -145,7 +145,7 @@ def _as_turns(value: Any, role: str) -> Any:
 class MixedPlaces:
     """Places of the rows of several tables: table k holds the rows from `starts[k]` on."""
 
-    def __init__(self, starts: Sequence[int], places: Sequence[Place]):
+    def __init__(self, starts: Sequence[int], places: Sequence[Place]) -> None:
         self._starts = list(starts)
         self._places = list(places)
 

@@ -24,7 +24,7 @@ class FileLines:
 class FilePlaces:
     """Places of rows that were read from files, in order. The files are scanned on the first question only."""
 
-    def __init__(self, label: str, rows: int, scan: Callable[[], list[FileLines]]):
+    def __init__(self, label: str, rows: int, scan: Callable[[], list[FileLines]]) -> None:
         self._label = label
         self._rows = rows
         self._scan = scan

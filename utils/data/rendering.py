@@ -28,7 +28,7 @@ ANY_REPLY = "\ue000"
 class Tags:
     """The tags around thoughts that go by one name; `more_open`, `more_close` are further spellings (no groups)."""
 
-    def __init__(self, name: str, more_open: str = "", more_close: str = ""):
+    def __init__(self, name: str, more_open: str = "", more_close: str = "") -> None:
         self.open = rf"(?:<\|?(?:\w+:)?{name}\|?>|<\|(?i:start|begin(?:_of)?)_{name}\|>{more_open})"
         self.close = rf"(?:<(?:/\|?|\|/)(?:\w+:)?{name}\|?>|<\|(?i:end(?:_of)?)_{name}\|>{more_close})"
         self.opening = re.compile(rf"\s*{self.open}")  # a text that begins with a think block

@@ -90,7 +90,7 @@ def name_of(value: Any) -> str:
 class _Unpacked(io.RawIOBase):
     """The bytes of a packed file. Raises UserError where it holds far more than text can be packed to."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self._path, self._file = path, gzip.GzipFile(path)
         self._most = max(FREE_BYTES, PACKED_RATIO * path.stat().st_size)
 

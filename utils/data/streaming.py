@@ -57,7 +57,7 @@ class StreamedPairs:
 class _Intake:
     """The good rows of a stream, batch by batch, and what is counted on the way."""
 
-    def __init__(self, stream: Stream, reading: Reading, on_bad_rows: str):
+    def __init__(self, stream: Stream, reading: Reading, on_bad_rows: str) -> None:
         self.dropped: Counter[str] = Counter()
         self.numbers: set[str] = set()  # among the labels of two answers
         self.rows_read = 0
@@ -226,7 +226,7 @@ def _check_exact(stream: Stream, reading: Reading | None = None) -> None:
 class _reading:
     """Around the library's own reading: whatever stops it is said in one line."""
 
-    def __init__(self, label: str, row: int):
+    def __init__(self, label: str, row: int) -> None:
         self.label, self.row = label, row
         self._quiet = quiet(0)
 
@@ -246,7 +246,7 @@ class _reading:
 class _Writer:
     """Rows to a table on the disk, some at a time, `most` at most."""
 
-    def __init__(self, path: Path, most: int):
+    def __init__(self, path: Path, most: int) -> None:
         self.count = 0
         self._path, self._most = path, most
         self._writer: ArrowWriter | None = None

@@ -63,7 +63,7 @@ class PromptEncoder:
     model may end its turns with a token of its own).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-text token (eos_token): the model could not learn to stop. "

@@ -48,7 +48,7 @@ class CompiledLayers:
         left_out: Mapping[torch.nn.Module, LeftOut],
         padded: bool,
         options: Mapping[str, Any],
-    ):
+    ) -> None:
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
             raise ValueError("the model has no layers that can be compiled one by one")
@@ -91,7 +91,7 @@ class CompiledLayers:
 class _CompiledForward:
     """The forward of a layer: compiled where that serves, and recomputed in the backward pass where that is asked."""
 
-    def __init__(self, layer: torch.nn.Module, layers: CompiledLayers, left_out: LeftOut | None, options: dict):
+    def __init__(self, layer: torch.nn.Module, layers: CompiledLayers, left_out: LeftOut | None, options: dict) -> None:
         self.layer, self.layers, self.left_out = layer, layers, left_out
         own = type(layer).forward
         # Some releases of transformers recompute within `forward`, others around it.
@@ -137,7 +137,9 @@ def attend(
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scaling: float | None, window: int | None):
+def _(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, scaling: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
     _, heads, tokens, width = query.shape
     return query.new_empty(1, tokens, heads, width), query.new_empty(1, heads, tokens, dtype=torch.float32)
 
@@ -161,8 +163,8 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(grad, query, key, value, row, normalizers, table, scaling, window):
-    return tuple(part.new_empty(part.shape) for part in (query, key, value))
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -98,7 +98,17 @@ class _Text:
 
 class _PairByPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, spans, mask, scaling, window, kept):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spans: Spans,
+        mask: Mask,
+        scaling: float | None,
+        window: int | None,
+        kept: Kept | None,
+    ) -> Tensor:
         found = kept.take() if kept is not None else None
         row, normalizers = found or attend(query, key, value, spans, mask, scaling, window)
         if kept is not None and any(ctx.needs_input_grad):
@@ -109,7 +119,7 @@ class _PairByPair(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *attend_backward(grad, ctx.saved_tensors, *ctx.arguments), *[None] * 5
 
 

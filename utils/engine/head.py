@@ -132,7 +132,16 @@ class _LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, shape, with_right, with_squares):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        shape: LogitShape,
+        with_right: bool,
+        with_squares: bool,
+    ) -> tuple[Tensor, ...]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trains_head = needs_weight or needs_bias
         log_probs = hidden.new_empty(len(labels), dtype=torch.float32)
@@ -166,7 +175,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if len(saved) == 1:
             return (saved[0] * grad[:, None]).to(saved[0].dtype), *[None] * 6

@@ -55,7 +55,7 @@ class LeftOut:
 
     def __init__(
         self, layer: torch.nn.Module, attention: torch.nn.Module, parts: list[torch.nn.Module], where_it_pays: bool
-    ):
+    ) -> None:
         self.layer, self.where_it_pays = layer, where_it_pays
         self._rows: Tensor | None = None  # of the row at hand that are computed; None: all
         self._tokens = 0  # of that row
@@ -100,7 +100,7 @@ class LeftOut:
 class _InPart:
     """The forward of a module that treats each token on its own, for those that are read; zero for the others."""
 
-    def __init__(self, whole: Callable[..., Tensor], left_out: LeftOut):
+    def __init__(self, whole: Callable[..., Tensor], left_out: LeftOut) -> None:
         self.whole, self.left_out = whole, left_out
 
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:

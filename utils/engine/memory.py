@@ -158,7 +158,7 @@ def _left_by_limits() -> Iterator[int]:
 class Peak:
     """The most memory that was taken within the context, beyond what was taken at its beginning: `bytes`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
         self._ended = threading.Event()
 

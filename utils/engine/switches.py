@@ -23,7 +23,7 @@ RECOMPUTES = "gradient_checkpointing"  # what modules call it
 class Switches:
     """The switches of a model whose modules stay the same from here on."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         modules = list(model.modules())
         self._adapted = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

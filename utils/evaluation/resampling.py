@@ -23,7 +23,7 @@ class Bootstrap:
         draws: how many.
     """
 
-    def __init__(self, groups: np.ndarray, draws: int, seed: int):
+    def __init__(self, groups: np.ndarray, draws: int, seed: int) -> None:
         self.groups = np.unique(groups, return_inverse=True)[1]
         self.prompts = int(self.groups.max()) + 1
         self.draws, self._seed = draws, seed

@@ -128,7 +128,7 @@ def _put_adapter(model: torch.nn.Module, settings: LoraSettings) -> torch.nn.Mod
 class Linear4bit(torch.nn.Module):
     """A linear layer whose weight is held in 4 bits, with 8-bit scales for blocks, and widened for each product."""
 
-    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype):
+    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         count = layer.weight.numel()
         self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, dtype
@@ -156,7 +156,7 @@ class _Product(torch.autograd.Function):
         return x @ x.new_empty(shape).t()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad @ grad.new_empty(ctx.shape), None, None
 
 
@@ -197,7 +197,7 @@ class _ExpertProduct(torch.autograd.Function):
         return rows @ _of_one(weight, transposed).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         of_rows = grad @ _of_one(weight, ctx.transposed).to(grad.dtype).t() if ctx.needs_input_grad[0] else None
         of_weight = None

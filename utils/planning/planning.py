@@ -162,7 +162,7 @@ def _asked_way(settings: Settings, subject: Subject, dtype: torch.dtype, device:
 class _Planner:
     """Estimates ways of training for one run on one kind of device."""
 
-    def __init__(self, settings: Settings, device: Device, work: Work, base: int, stored: Stored | None = None):
+    def __init__(self, settings: Settings, device: Device, work: Work, base: int, stored: Stored | None = None) -> None:
         self.stored = stored
         self.settings, self.device, self.work, self.base = settings, device, work, base
         training = settings.training

@@ -76,7 +76,7 @@ class Walk:
 class Meter(TorchDispatchMode):
     """Counts bytes held, by part, and operations, of everything that is computed within."""
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.held: Counter[str] = Counter()
         self.moments: dict[str, Counter[str]] = {}  # of each phase, when most was held in it
@@ -85,7 +85,7 @@ class Meter(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._entries: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
@@ -257,7 +257,7 @@ def _score_reference(
 class Optimizer:
     """An optimizer by its name among transformers': AdamW is walked through, of others the states are held."""
 
-    def __init__(self, name: str, trained: list[torch.nn.Parameter]):
+    def __init__(self, name: str, trained: list[torch.nn.Parameter]) -> None:
         self._trained = trained
         self._bytes = STATE_BYTES.get(name)
         self._adamw = torch.optim.AdamW(trained, fused=True) if self._bytes is None else None
@@ -286,7 +286,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, widened, kept):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, widened: bool, kept: Any) -> Tensor:
         out, normalizer = (kept and kept.take()) or _attended(query, key, value, widened)
         if kept is not None and any(ctx.needs_input_grad):
             kept.put(out, normalizer)
@@ -295,7 +295,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, _ = ctx.saved_tensors
         copies = [part.float() for part in (grad, out, query, key, value)] if ctx.widened else []
         dtype = torch.float32 if ctx.widened else query.dtype
@@ -315,11 +315,13 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, widened: bool) -> tuple
     return out, normalizer
 
 
-def _fused(module, query, key, value, attention_mask, *, pair_layout=None, **_):
+def _fused(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return _Attention.apply(query, key, value, False, None), None
 
 
-def _pair_by_pair(module, query, key, value, attention_mask, *, pair_layout=None, **_):
+def _pair_by_pair(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, pair_layout: Any = None, **__: Any
+) -> tuple[Tensor, None]:
     kept = pair_layout.kept_of(module) if pair_layout is not None else None
     return _Attention.apply(query, key, value, True, kept), None
 

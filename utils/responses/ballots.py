@@ -90,7 +90,7 @@ class Ballots:
     Votes that were cast in the folder on other matches (another seed, another model) are kept.
     """
 
-    def __init__(self, matches: Sequence[Match], folder: Path, seed: int):
+    def __init__(self, matches: Sequence[Match], folder: Path, seed: int) -> None:
         self._folder = folder
         draw = random.Random(f"votes {seed}")
         self._matches = {match.key: match for match in matches}

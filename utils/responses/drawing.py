@@ -36,7 +36,7 @@ class DrawnToken(LogitsProcessor):
     then takes it.
     """
 
-    def __init__(self, draws: np.ndarray, width: int, device: torch.device):
+    def __init__(self, draws: np.ndarray, width: int, device: torch.device) -> None:
         """`draws` has shape (rows, steps); `width` is the length of the padded prompts."""
         self.precision = torch.float32 if device.type == "mps" else torch.float64
         self.draws = torch.tensor(draws, dtype=self.precision, device=device)
@@ -79,7 +79,7 @@ class FiniteScores(LogitsProcessor):
 class PenaltyOnText(RepetitionPenaltyLogitsProcessor):
     """The repetition penalty for tokens of the text, not for the padding in front of it."""
 
-    def __init__(self, penalty: float, mask: Tensor):
+    def __init__(self, penalty: float, mask: Tensor) -> None:
         super().__init__(penalty)
         self.mask = mask  # (rows, width): 1 on the prompts' tokens
 

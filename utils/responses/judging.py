@@ -115,7 +115,7 @@ class EndpointJudge:
         limits: JudgeLimits,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         flag: str = "--scorer",
-    ):
+    ) -> None:
         self._flag = f"{flag} {url}"
         self.url = url.rstrip("/") + "/chat/completions"
         _check_url(self._flag, self.url)

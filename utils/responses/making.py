@@ -209,7 +209,7 @@ class Samples:
         UserError: the file cannot be written, holds samples of another run, or has a line that was changed.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]):
+    def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]) -> None:
         self.path = path
         self.prompts = prompts
         self.count = 0

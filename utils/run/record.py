@@ -21,7 +21,7 @@ TIME = "%Y-%m-%dT%H:%M:%SZ"
 class RunRecord:
     """run.json: what the run is and how it went. Every update rewrites it, once it has a folder."""
 
-    def __init__(self, content: Mapping[str, Any]):
+    def __init__(self, content: Mapping[str, Any]) -> None:
         self.path: Path | None = None
         self.content = dict(content)
         self._last = time.monotonic()  # update
