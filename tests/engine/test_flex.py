@@ -106,9 +106,23 @@ def traced(monkeypatch, backward_too):
     torch._dynamo.reset()
 
 
-# Windows beside full attention, soft-capping, sinks, and what of the two is in a model.
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt_oss"])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+# Windows beside full attention, soft-capping, sinks, and what of the two is in a model; for every day each once.
+DAILY = [
+    ("llama", torch.float32),
+    ("gemma2", torch.bfloat16),
+    ("gemma3_text", torch.float32),
+    ("gpt_oss", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(name, precision, marks=[] if (name, precision) in DAILY else pytest.mark.slow)
+        for name in ("llama", "gemma2", "gemma3_text", "gpt_oss")
+        for precision in (torch.float32, torch.bfloat16)
+    ],
+)
 def test_a_few_kernels_serve_all_rows_and_layers(name, precision, traced):
     model = build(name)
     for pairs in rows_of_many_sizes():

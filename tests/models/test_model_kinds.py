@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -79,13 +80,20 @@ def test_experts_that_stay_in_16_bits_are_not_called_4_bits(run_script, mixture,
     assert not [text for text in recwarn if "pattern keys" in str(text.message)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("adapted", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("kind", ["mixture", "mixtral"])
-def test_a_mixture_of_experts_is_planned(run_script, request, kind, adapted, dtype):
+DAILY = [("mixture", "lora", "float32"), ("mixtral", "full", "float32")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case in DAILY else pytest.mark.slow)
+        for case in itertools.product(("mixture", "mixtral"), ("lora", "full"), ("float32", "bfloat16"))
+    ],
+)
+def test_a_mixture_of_experts_is_planned(run_script, request, kind, way, dtype):
     model = request.getfixturevalue(kind)
     code, out, err = run_script(
-        "plan", "--model_name_or_path", model, *(["--use_lora"] if adapted else []), "--max_length", 32,
+        "plan", "--model_name_or_path", model, *(["--use_lora"] if way == "lora" else []), "--max_length", 32,
         "--dtype", dtype, "--json_file", "-",
     )  # fmt: skip
     assert (code, err) == (0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from shared.forked import Forked
 from shared.models import save_tiny_model
-from shared.runs import ROOT
+from shared.runs import ROOT, start_script
 from shared.ways import CONFIG, FULL, LORA, PAIRS, make_real
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -415,7 +417,9 @@ def test_what_cannot_be_planned_is_said(run_script, flags, fault):
     assert "Traceback" not in err
 
 
-def plan_and_train(folder: Path, model: Path, data: Path, flags: tuple[str, ...]) -> tuple[int, int]:
+def plan_and_train(
+    folder: Path, model: Path, data: Path, flags: tuple[str, ...], start: Callable = start_script
+) -> tuple[int, int]:
     """Planned and measured peak of a run whose micro-batch is all its pairs, bytes; each in a process of its own."""
     shared = ["--model_name_or_path", model, "--dataset_name", data, "--per_device_train_batch_size", 8, *flags]
     shared += ["--num_train_epochs", 3, "--validation_split", "none"]
@@ -423,20 +427,27 @@ def plan_and_train(folder: Path, model: Path, data: Path, flags: tuple[str, ...]
         ["plan", *shared, "--json_file", folder / "plan.json"],
         ["train", *shared, "--output_dir", folder / "run", "--save_strategy", "no"],
     ):
-        command = [sys.executable, ROOT / "advanced_dpo_script.py", *words]
-        ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
-        assert ended.returncode == 0, ended.stderr
+        process = start(*words)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
     planned = json.loads((folder / "plan.json").read_text())["choices"][0]["bytes"]
     return planned, json.loads((folder / "run" / "run.json").read_text())["resources"]["peak_memory_bytes"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU run holds")
-@pytest.mark.parametrize("flags", [("--use_lora",), pytest.param((), marks=pytest.mark.slow)], ids=["lora", "full"])
-def test_a_small_run_holds_what_was_planned(tmp_path, tiny_model, flags):
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        pytest.param(("--use_lora",), Forked, id="lora, forked"),
+        pytest.param(("--use_lora",), start_script, id="lora", marks=pytest.mark.slow),
+        pytest.param((), start_script, id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_a_small_run_holds_what_was_planned(tmp_path, tiny_model, flags, start):
     data = tmp_path / "pairs.jsonl"
     rows = ({"prompt": f"question {n}", "chosen": f" yes {n}", "rejected": f" no {n}"} for n in range(8))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    planned, measured = plan_and_train(tmp_path, tiny_model, data, flags)
+    planned, measured = plan_and_train(tmp_path, tiny_model, data, flags, start)
     assert planned == pytest.approx(measured, rel=0.15)
 
 

@@ -233,8 +233,13 @@ def test_long_thoughts_are_read_in_no_time_and_without_their_end_there_is_no_ver
 
 
 def test_a_signal_ends_the_wait_for_an_endpoint_at_once(tmp_path):
-    held = threading.Event()
-    with RawEndpoint(lambda connection: held.wait(60)) as endpoint:
+    asked, held = threading.Event(), threading.Event()
+
+    def hold(connection):
+        asked.set()
+        held.wait(60)
+
+    with RawEndpoint(hold) as endpoint:
         code = (
             "from pathlib import Path\n"
             "from utils.interruptions import interrupt_on_signals\n"
@@ -247,9 +252,10 @@ def test_a_signal_ends_the_wait_for_an_endpoint_at_once(tmp_path):
         for number in (signal.SIGINT, signal.SIGTERM):
             process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
             assert process.stdout.readline() == "asking\n"
-            time.sleep(1.5)  # it imports the client, and waits
+            assert asked.wait(60)
             process.send_signal(number)
-            assert process.communicate(timeout=20)[1].rstrip().endswith("KeyboardInterrupt")
+            assert process.communicate(timeout=50)[1].rstrip().endswith("KeyboardInterrupt")  # not when it is answered
+            asked.clear()
         held.set()
 
 

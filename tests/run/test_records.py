@@ -160,7 +160,7 @@ def test_a_device_in_a_model_folder_is_not_read(tiny_model, tmp_path):
 # Records of strangers
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
 def test_no_record_ends_in_a_traceback(seed, trained, tmp_path):
     draw, ends = random.Random(seed), {}
     for number in range(12):
