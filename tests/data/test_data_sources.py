@@ -18,7 +18,8 @@ from datasets.exceptions import DatasetNotFoundError
 from shared.runs import ROOT
 
 from utils.data.places import describe_bad_rows
-from utils.data.sources import held_out_wish, load_source
+from utils.data.sources import load_source
+from utils.data.split_names import held_out_wish
 from utils.errors import UserError
 from utils.settings.training import DataSettings
 

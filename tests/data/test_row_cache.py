@@ -20,8 +20,9 @@ import pytest
 from shared.pairs import write_lines
 from shared.runs import ROOT
 
+from utils.data.code_hash import hash_code, modules_behind
 from utils.data.loading import load_pairs
-from utils.data.row_cache import cache_folder, hash_code, keep_rows, modules_behind
+from utils.data.row_cache import cache_folder, keep_rows
 from utils.errors import UserError
 from utils.settings.training import DataSettings
 

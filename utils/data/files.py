@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import warnings
 from array import array
 from collections import Counter
@@ -26,30 +25,17 @@ from datasets.io.generator import GeneratorDatasetInputStream
 
 from ..errors import UserError, in_one_line
 from ..run.manifests import hash_file
+from .arrow_safety import is_safe_for_arrow
+from .code_hash import hash_code
+from .csv_rows import csv_separator, iterate_csv, peek_csv, scan_csv
+from .exact import check_texts, describe_changed_texts, find_changed_texts, is_exact, is_misread
+from .opening import BOM, check_start, check_unpacked, open_binary
 from .places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, list_places
-from .row_cache import hash_code, keep_rows, make_key
-from .scanning import (
-    Scan,
-    check_start,
-    check_unpacked,
-    check_width,
-    csv_separator,
-    is_safe_for_arrow,
-    iterate_csv,
-    iterate_json,
-    line_numbers,
-    open_binary,
-    peek_csv,
-    scan_csv,
-    scan_json,
-    whole_rows,
-)
+from .row_cache import keep_rows, make_key
+from .scanning import Scan, check_width, iterate_json, json_layout, scan_json
 
 KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20
-LIBRARY_BLOCK = 10 << 20  # of a JSON file; the types of the first are those of all
-CHECKED_BLOCK = 32 << 20
-TOOLS = ("tools", "functions")  # JSON schemas, in which a null or 1 for 1.0 is another schema
 
 
 @dataclass
@@ -125,7 +111,20 @@ def read_files(paths: Sequence[Path], on_bad_rows: str) -> FileRows:
     rows = _read_fast(kind, paths)
     if rows is None:
         return _read_slowly(kind, paths, on_bad_rows)
-    return FileRows(rows, FilePlaces(paths[0].name, len(rows), lambda: [line_numbers(path) for path in paths]), {})
+    return FileRows(rows, FilePlaces(paths[0].name, len(rows), lambda: [_line_numbers(path) for path in paths]), {})
+
+
+def _line_numbers(path: Path) -> FileLines:
+    """Where each row of a readable JSON or CSV file stands, without keeping the rows."""
+    if path.name.lower().endswith((".csv", ".tsv")):
+        scan = scan_csv(path)
+        return FileLines(scan.name, scan.unit, scan.numbers)
+    if json_layout(path) == "whole":
+        scan = scan_json(path)
+        return FileLines(scan.name, scan.unit, scan.numbers)
+    with open_binary(path) as handle:
+        lines = (number for number, line in enumerate(handle, start=1) if line.removeprefix(BOM).strip())
+        return FileLines(path.name, "line", array("Q", lines))
 
 
 def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
@@ -150,7 +149,7 @@ def _read_fast(kind: str, paths: Sequence[Path]) -> datasets.Dataset | None:
     except Exception:
         return None
     check_width(paths[0].name, rows.column_names)
-    if kind == "json" and (not is_exact(rows.features) or _is_misread(rows, paths)):
+    if kind == "json" and (not is_exact(rows.features) or is_misread(rows, paths)):
         return None
     return rows
 
@@ -172,47 +171,6 @@ def _load_kept(kind: str, paths: Sequence[Path], options: dict[str, Any]) -> dat
         return rows
 
     return keep_rows(make_key(how, hash_code(__name__)), make)
-
-
-def find_changed_texts(rows: datasets.Dataset) -> str | None:
-    """A column that the library itself read, or wrote, in which it may have changed texts.
-
-    Where a field holds values of several types it decodes those that are texts: '"Yes"' is then Yes, '42' a number.
-    """
-    for name, kind in rows.features.items():
-        for chunk in rows.data.column(name).chunks:
-            for stored in _stored_json(chunk, kind):
-                if any(
-                    text is not None and text[:1] not in ("{", "[") for text in stored.cast(pa.string()).to_pylist()
-                ):
-                    return name
-    return None
-
-
-def describe_changed_texts(column: str) -> str:
-    """What is wrong with such a column, for messages."""
-    return (
-        f"'{column}' holds texts beside values of other types, and the datasets library changes such texts as it reads "
-        "or writes them"
-    )
-
-
-def holds_json(kind: Any) -> bool:
-    """Whether the library holds values of several types in a column of this type."""
-    if isinstance(kind, dict):
-        return any(map(holds_json, kind.values()))
-    return holds_json(kind.feature) if hasattr(kind, "feature") else type(kind).__name__ == "Json"
-
-
-def _stored_json(array: pa.Array, kind: Any) -> Iterator[pa.Array]:
-    """The arrays in which the library holds values of several types as JSON."""
-    if isinstance(kind, dict):
-        for name, inner in kind.items():
-            yield from _stored_json(array.field(name), inner)
-    elif hasattr(kind, "feature"):
-        yield from _stored_json(array.flatten(), kind.feature)
-    elif type(kind).__name__ == "Json":
-        yield array.storage if isinstance(array, pa.ExtensionArray) else array
 
 
 def _csv_options(header: Sequence[str], separators: set[str]) -> dict[str, Any] | None:
@@ -253,55 +211,6 @@ def _iterate_files(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         yield from iterate_csv(path) if file_kind(path) == "csv" else iterate_json(path)
 
 
-def is_exact(features: Any, name: str = "") -> bool:
-    """Whether values of these types are what their file says.
-
-    False where the library holds values of several types in one column, and where nested tools become columns of a
-    table: that adds nulls for what other rows have, and turns 1 into 1.0.
-    """
-    if isinstance(features, dict):
-        return name not in TOOLS and all(is_exact(kind, name) for name, kind in features.items())
-    if hasattr(features, "feature"):
-        return is_exact(features.feature, name)
-    return type(features).__name__ != "Json"
-
-
-def _is_misread(rows: datasets.Dataset, paths: Sequence[Path]) -> bool:
-    """Texts that look like dates become timestamps; a whole table in one object becomes a single row; and what stands
-    behind a block or a file of texts alone becomes text: numbers, objects, and dates in another form than theirs."""
-    if any(_has_timestamp(field.type) for field in rows.data.table.schema):
-        return True
-    size = max(path.stat().st_size for path in paths)
-    in_one_block = len(paths) == 1 and size <= LIBRARY_BLOCK and paths[0].suffix.lower() != ".gz"
-    if not in_one_block and not _is_as_written(rows.data.table, paths):
-        return True
-    return len(rows) == len(paths) and any(whole_rows(path) is not None for path in paths)
-
-
-def _is_as_written(table: pa.Table, paths: Sequence[Path]) -> bool:
-    """Whether a table holds the values of these files of JSON lines as they are written."""
-    known = pa.schema([field for field in table.schema if not pa.types.is_null(field.type)])
-    parse = pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="ignore")
-    table, read = table.select(known.names), 0
-    try:
-        for path in paths:
-            with open_binary(path) as file:
-                if file.read(1) == b"[":
-                    return len(paths) == 1  # an array is one block
-                file.seek(0)
-                for batch in pyarrow.json.open_json(file, pyarrow.json.ReadOptions(block_size=CHECKED_BLOCK), parse):
-                    if not pa.Table.from_batches([batch]).equals(table.slice(read, len(batch))):
-                        return False
-                    read += len(batch)
-    except pa.ArrowException:
-        return False
-    return read == len(table)
-
-
-def _has_timestamp(kind: pa.DataType) -> bool:
-    return pa.types.is_temporal(kind) or any(_has_timestamp(kind.field(i).type) for i in range(kind.num_fields))
-
-
 def _read_parquet(paths: Sequence[Path]) -> FileRows:
     def count_rows() -> list[FileLines]:
         return [FileLines(p.name, "row", range(1, pq.read_metadata(p).num_rows + 1)) for p in paths]
@@ -311,7 +220,7 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
         try:
             count += pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}") from None
+            raise UserError(f"{path} cannot be read as Parquet: {in_one_line(error)}") from None
     if count == 0:
         raise UserError(f"{', '.join(map(str, paths))} holds no rows.")
     try:
@@ -322,28 +231,13 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
                 rows = _load_kept("parquet", paths, {})
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
         names = ", ".join(str(path) for path in paths)
-        raise UserError(f"{names} cannot be read as Parquet: {first_line(error.__cause__ or error)}") from None
+        raise UserError(f"{names} cannot be read as Parquet: {in_one_line(error.__cause__ or error)}") from None
     column = find_changed_texts(rows)
     if column is not None:
         raise UserError(f"{', '.join(map(str, paths))}: {describe_changed_texts(column)}; write it as texts alone")
     place = FilePlaces(paths[0].name, len(rows), count_rows)
     check_texts(rows, place, f"{', '.join(map(str, paths))} cannot be read")
     return FileRows(rows, place, {})
-
-
-def check_texts(rows: datasets.Dataset, place: Place, fault: str) -> None:
-    """Raises UserError where a table holds bytes that are no text, which some readers let through, and where."""
-    for name, column in zip(rows.data.table.column_names, rows.data.table.columns, strict=True):
-        before = 0
-        for chunk in column.chunks:
-            try:
-                chunk.validate(full=True)
-            except pa.ArrowException as error:
-                index = re.search(r"at string index (\d+)", str(error))
-                flat = index and (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type))
-                where = f"{place(before + int(index[1]))}, column '{name}'" if flat else f"column '{name}'"
-                raise UserError(f"{fault}: damaged at {where} ({first_line(error)}). Make or copy it again.") from None
-            before += len(chunk)
 
 
 def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows:
@@ -409,8 +303,3 @@ def quiet(size_bytes: int) -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    """The text of an error in one line, or its name when it has none."""
-    return in_one_line(error)

@@ -1,59 +1,34 @@
-"""Where the rows come from: a hub dataset, a folder or a file; which split is trained on and which is held out."""
+"""Where the rows come from: a hub dataset, a folder or a file, all of it at once or as a stream."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow as pa
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
 
-from ..errors import UserError, gather
+from ..errors import UserError, gather, in_one_line
+from ..run.manifests import hash_file
 from ..run.paths import is_there, read_path
 from ..runtime import say
 from ..settings.training import DataSettings
-from .files import (
-    FileRows,
-    Unreadable,
-    check_texts,
-    describe_changed_texts,
-    file_kind,
-    find_changed_texts,
-    first_line,
-    quiet,
-    read_files,
-    stream_files,
-)
+from .exact import check_texts, describe_changed_texts, find_changed_texts
+from .files import FileRows, Unreadable, file_kind, quiet, read_files, stream_files
+from .hub import describe_config_fault, load_hub, open_hub
+from .opening import check_start, check_unpacked
 from .places import Place, row_places
-from .row_cache import (
-    find_system_fault,
-    hash_file,
-    keep_rows,
-    know_by_content,
-    make_key,
-    make_scratch,
-    name_by_content,
-)
-from .scanning import check_start, check_unpacked
+from .row_cache import keep_rows, make_key, name_by_content
+from .split_names import HELD_OUT_NAMES, Collection, ReadSplit, held_out_split, training_split
 from .untrusted import check_data_folder, check_reader
 
 ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
-TRAIN_NAMES = {"train": ("train", "train_prefs"), "sft": ("train", "train_sft", "train_prefs")}
-HELD_OUT_NAMES = ("test", "validation", "val", "eval", "dev", "test_prefs")
-ANEW = "reuse_cache_if_exists"  # the library's word for: make the tables again from what was downloaded
 LONGEST_HUB_NAME = 200
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-
-ReadSplit = Callable[[], FileRows]
 
 
 @dataclass(frozen=True)
@@ -81,17 +56,6 @@ class Stream:
     label: str
 
 
-@dataclass(frozen=True)
-class _Collection:
-    """The splits that a source has, each read when asked for. `aliases` are further names that are understood."""
-
-    splits: Mapping[str, ReadSplit]
-    aliases: Mapping[str, ReadSplit] = field(default_factory=dict)
-
-    def find(self, name: str) -> ReadSplit | None:
-        return self.splits.get(name) or self.aliases.get(name)
-
-
 def load_source(settings: DataSettings, verb: str) -> Source:
     """Read the training split and, where the held-out data is a split of its own, that one.
 
@@ -100,8 +64,8 @@ def load_source(settings: DataSettings, verb: str) -> Source:
     if not settings.dataset_name:
         raise UserError(f"--dataset_name is missing: give a hub name, a folder, or a {ENDINGS} file")
     collection = _find_collection(settings)
-    train = _training_split(settings, verb, collection)
-    held_out = _held_out_split(settings, train, collection)
+    train = training_split(settings, verb, collection)
+    held_out = held_out_split(settings, train, collection)
     main, other = gather(collection.find(train), (held_out and collection.find(held_out)) or (lambda: None))
     if other is not None and len(other.rows) == 0 and settings.validation_split is None:
         other = None
@@ -158,12 +122,14 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{flag}: no data here that can be streamed ({first_line(error)}); use {ENDINGS}") from None
+            raise UserError(
+                f"{flag}: no data here that can be streamed ({in_one_line(error)}); use {ENDINGS}"
+            ) from None
     label = name if not is_local(name) else path.name
     streams = {str(split): Stream(rows, f"{label}[{split}]") for split, rows in splits.items()}
-    collection = _Collection(streams)
-    train = _training_split(settings, verb, collection)
-    held_out = _held_out_split(settings, train, collection)
+    collection = Collection(streams)
+    train = training_split(settings, verb, collection)
+    held_out = held_out_split(settings, train, collection)
     if held_out and streams[held_out].rows is None and settings.validation_split is None:
         held_out = None
     used = [streams[split] for split in (train, held_out) if split]
@@ -184,39 +150,18 @@ def _stream_folder(path: Path, scratch: str) -> Mapping[str, datasets.IterableDa
     return {split: stream_files(paths, scratch) for split, paths in splits.items()}
 
 
-def held_out_wish(validation_split: str | None) -> float | str | None:
-    """What --validation_split asks for: None (not given), "none", a fraction, or the name of a split.
-
-    Raises UserError for a number that is no fraction.
-    """
-    if validation_split is None:
-        return None
-    if validation_split.strip().lower() == "none":
-        return "none"
-    try:
-        fraction = float(validation_split)
-    except ValueError:
-        return validation_split
-    if not 0 < fraction < 1:
-        raise UserError(
-            f"--validation_split is {validation_split}: "
-            "must be a fraction above 0 and below 1, the name of a split, or none"
-        )
-    return fraction
-
-
 def is_local(name: str) -> bool:
     """Whether a dataset name means a path, which is then never looked up on the hub."""
     looks_local = name.startswith(("./", "../", "/", "~", ".\\")) or name in (".", "..") or file_kind(Path(name))
     return bool(looks_local) or is_there(name)
 
 
-def _find_collection(settings: DataSettings) -> _Collection:
+def _find_collection(settings: DataSettings) -> Collection:
     name = settings.dataset_name
     if not is_local(name):
         if not HUB_NAME.fullmatch(name) or len(name) > LONGEST_HUB_NAME:
             raise UserError(_missing_path(name, Path(name)))
-        return _open_hub(name, settings.dataset_config)
+        return _from_splits(name, open_hub(name, settings.dataset_config))
     path = read_path(name)
     if not is_there(path):
         raise UserError(_missing_path(name, path))
@@ -226,7 +171,7 @@ def _find_collection(settings: DataSettings) -> _Collection:
         raise UserError(f"--dataset_name {name}: not a kind of file that is read; use {ENDINGS}")
     if settings.dataset_config is not None:
         raise UserError(f"--dataset_config {settings.dataset_config}: {name} is a file and has no configurations")
-    return _Collection({"train": lambda: read_files([path], settings.on_bad_rows)})
+    return Collection({"train": lambda: read_files([path], settings.on_bad_rows)})
 
 
 def _missing_path(name: str, path: Path) -> str:
@@ -242,7 +187,7 @@ def _missing_path(name: str, path: Path) -> str:
     return f"--dataset_name {name}: no such file or folder; {listed}"
 
 
-def _open_folder(path: Path, settings: DataSettings) -> _Collection:
+def _open_folder(path: Path, settings: DataSettings) -> Collection:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if settings.dataset_config is not None:
             raise UserError(f"--dataset_config {settings.dataset_config}: {path} has no configurations")
@@ -254,22 +199,22 @@ def _open_folder(path: Path, settings: DataSettings) -> _Collection:
             builder = _open_builder(path, settings.dataset_config)
         files = {str(split): [Path(p) for p in paths] for split, paths in (builder.config.data_files or {}).items()}
     except ValueError as error:
-        raise UserError(_config_fault(settings.dataset_config, flag, error)) from None
+        raise UserError(describe_config_fault(settings.dataset_config, flag, error)) from None
     except Exception as error:  # what lies in a folder can make the library raise anything
-        raise UserError(f"{flag}: no data here that can be read ({first_line(error)}); use {ENDINGS}") from None
+        raise UserError(f"{flag}: no data here that can be read ({in_one_line(error)}); use {ENDINGS}") from None
     check_reader(flag, builder)
     _name_passed_over(path, [file for paths in files.values() for file in paths])
     kinds = {file_kind(file) for paths in files.values() for file in paths}
     if len(kinds) != 1 or None in kinds:
         _check_read_apart(flag, files)
-        return _Collection({split: _preparer(path, settings, split, paths) for split, paths in files.items()})
+        return Collection({split: _preparer(path, settings, split, paths) for split, paths in files.items()})
 
     def reader(paths: list[Path]) -> ReadSplit:
         return lambda: read_files(paths, settings.on_bad_rows)
 
     every_file = [file for paths in files.values() for file in paths]
     aliases = {file.name.partition(".")[0]: reader([file]) for file in every_file}
-    return _Collection({split: reader(paths) for split, paths in files.items()}, aliases)
+    return Collection({split: reader(paths) for split, paths in files.items()}, aliases)
 
 
 def _name_passed_over(path: Path, read: Sequence[Path]) -> None:
@@ -291,7 +236,7 @@ def _check_read_apart(flag: str, files: Mapping[str, list[Path]]) -> None:
             raise UserError(f"{flag}: {file.name} is packed in a way that is not read; unpack it, or use {ENDINGS}")
 
 
-def _open_saved(path: Path) -> _Collection:
+def _open_saved(path: Path) -> Collection:
     return _from_splits(path.name, _load_saved(path))
 
 
@@ -304,7 +249,7 @@ def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
         names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return {name: _load_saved_split(path / name) for name in names}
     except Exception as error:
-        raise UserError(f"--dataset_name {path}: cannot be read as a saved dataset ({first_line(error)})") from None
+        raise UserError(f"--dataset_name {path}: cannot be read as a saved dataset ({in_one_line(error)})") from None
 
 
 def _load_saved_split(folder: Path) -> datasets.Dataset:
@@ -343,18 +288,18 @@ def _preparer(path: Path, settings: DataSettings, split: str, files: Sequence[Pa
         except UserError:
             raise
         except Exception as error:
-            said = first_line(error.__cause__ or error)
+            said = in_one_line(error.__cause__ or error)
             raise UserError(f"--dataset_name {settings.dataset_name}: cannot be read ({said}); use {ENDINGS}") from None
         return _whole_split(path.name, split, rows)
 
     return read
 
 
-def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> _Collection:
+def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> Collection:
     def reader(name: str, rows: datasets.Dataset) -> ReadSplit:
         return lambda: _whole_split(label, name, rows)
 
-    return _Collection({str(name): reader(str(name), rows) for name, rows in splits.items()})
+    return Collection({str(name): reader(str(name), rows) for name, rows in splits.items()})
 
 
 def _whole_split(label: str, name: str, rows: datasets.Dataset) -> FileRows:
@@ -365,127 +310,3 @@ def _whole_split(label: str, name: str, rows: datasets.Dataset) -> FileRows:
     place = row_places(f"{label}[{name}]")
     check_texts(rows, place, f"--dataset_name {label} cannot be read")
     return FileRows(rows, place, {})
-
-
-def _open_hub(name: str, config: str | None) -> _Collection:
-    """All splits of a hub dataset, from the hub or from the local cache of an earlier download.
-
-    Raises UserError where the local copy is damaged and cannot be made again.
-    """
-    splits = load_hub(name, config)
-    if know_by_content(splits):
-        splits = load_hub(name, config, download_mode=ANEW)
-        if damaged := know_by_content(splits):
-            raise UserError(
-                f"--dataset_name {name}: its copy in the cache is damaged; remove {damaged.parent}, and start again "
-                "with the network on"
-            )
-    return _from_splits(name, splits)
-
-
-def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]:
-    """Split name -> rows of a hub dataset, as the library gives them. Raises UserError for whatever it refuses."""
-    flag = f"--dataset_name {name}"
-    try:
-        return datasets.load_dataset(name, config, **options)
-    except pa.ArrowException as error:
-        if "download_mode" in options:
-            raise UserError(f"{flag}: its copy in the cache is damaged ({first_line(error)}); remove it") from None
-        return load_hub(name, config, **options, download_mode=ANEW)
-    except DatasetNotFoundError as error:
-        if "gated" in str(error):
-            raise UserError(
-                f"{flag}: gated on the Hugging Face Hub; accept its terms at https://huggingface.co/datasets/{name}, "
-                "then run hf auth login"
-            ) from None
-        raise UserError(
-            f"{flag}: no such path here, and the Hugging Face Hub has no such dataset that is open to you; check the "
-            "spelling, run hf auth login for a private one, or give a local file or folder"
-        ) from None
-    except ConnectionError as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or "OfflineMode" in str(error)
-        state = "offline mode is on (HF_HUB_OFFLINE)" if offline else "it could not be reached; check the network"
-        raise UserError(
-            f"{flag}: no such path here and not in the local cache; looked for on the Hugging Face Hub, but {state}. "
-            "Or give a local file or folder"
-        ) from None
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"{flag}: the Hugging Face Hub answered: {first_line(error)}; try again, run hf auth login, or give a "
-            "local file or folder"
-        ) from None
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        raise UserError(
-            f"{flag}: is read by a Python script of its own, which the datasets library no longer runs; download its "
-            "data files and give their folder"
-        ) from None
-    except ValueError as error:
-        raise UserError(_config_fault(config, flag, error)) from None
-    except (DatasetsError, FileNotFoundError) as error:
-        if (fault := find_system_fault(error.__cause__)) and "cache_dir" not in options:
-            return load_hub(name, config, **options, cache_dir=str(make_scratch(fault)))
-        raise UserError(f"{flag}: holds no data that can be read ({first_line(error.__cause__ or error)})") from None
-    except OSError as error:
-        if error.errno is None and "download_mode" not in options:  # a table that is cut off
-            return load_hub(name, config, **options, download_mode=ANEW)
-        if error.errno is not None and "cache_dir" not in options:
-            return load_hub(name, config, **options, cache_dir=str(make_scratch(error)))
-        raise UserError(
-            f"{flag}: cannot be kept on the disk ({first_line(error)}); make room, or set HF_HOME"
-        ) from None
-
-
-def _config_fault(config: str | None, flag: str, error: ValueError) -> str:
-    """The library's complaint about configurations in one line; the error itself when it is about something else."""
-    text = str(error)
-    listed = re.search(r"\[[^\]]*\]", text)
-    if listed and ("BuilderConfig" in text or "Config name" in text):
-        names = ", ".join(re.findall(r"['\"]([^'\"]+)['\"]", listed[0]))
-        if config is None:
-            return f"{flag}: has several configurations; choose one with --dataset_config: {names}"
-        return f"--dataset_config {config}: {flag.partition(' ')[2]} has no such configuration; it has: {names}"
-    return f"{flag}: cannot be read ({first_line(error)})"
-
-
-def _training_split(settings: DataSettings, verb: str, collection: _Collection) -> str:
-    names = list(collection.splits)
-    asked = settings.dataset_split
-    if asked is not None:
-        if collection.find(asked) is None:
-            raise UserError(_missing_split("--dataset_split", asked, names, settings.dataset_name))
-        return asked
-    for name in TRAIN_NAMES.get(verb, TRAIN_NAMES["train"]):
-        if name in names:
-            return name
-    if len(names) == 1:
-        return names[0]
-    raise UserError(
-        f"--dataset_split is missing: {settings.dataset_name} has no train split; it has: {', '.join(names)}"
-    )
-
-
-def _missing_split(flag: str, asked: str, names: list[str], source: str) -> str:
-    if "[" in asked:
-        return f"{flag} {asked}: slices are not read; name a split ({', '.join(names)}) and use --max_samples"
-    return f"{flag} {asked}: no such split in {source}; it has: {', '.join(names)}"
-
-
-def _held_out_split(settings: DataSettings, train: str, collection: _Collection) -> str | None:
-    """The split to hold out: the one asked for, or by default one that is made for it."""
-    wish = held_out_wish(settings.validation_split)
-    names = list(collection.splits)
-    if wish is None:
-        like_train = [train.replace("train", word) for word in ("test", "validation", "eval") if "train" in train]
-        return next((n for n in (*like_train, *HELD_OUT_NAMES) if n in names and n != train), None)
-    if isinstance(wish, float) or wish == "none":
-        return None
-    if wish == train:
-        raise UserError(
-            f"--validation_split {wish}: is the training split of {settings.dataset_name} too; "
-            "name another, a fraction, or none"
-        )
-    if collection.find(wish) is None:
-        raise UserError(_missing_split("--validation_split", wish, names, settings.dataset_name))
-    return wish

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 
 from ..errors import UserError
-from .sources import held_out_wish
+from .split_names import held_out_wish
 
 DEFAULT_FRACTION = 0.1
 DEFAULT_MOST_ROWS = 1000

@@ -23,11 +23,12 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from ..settings.training import DataSettings
 from .columns import list_heads
 from .conversion import convert_batch, features_of, padded_columns
-from .files import describe_changed_texts, first_line, holds_json, json_or_text, quiet
+from .exact import describe_changed_texts, holds_json
+from .files import json_or_text, quiet
 from .labels import label_column, read_numbers
 from .mixing import Wish
 from .parts import Part, check_part
@@ -236,7 +237,7 @@ class _reading:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._quiet.__exit__(None, None, None)
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            cause = first_line(error.__cause__ or error)
+            cause = in_one_line(error.__cause__ or error)
             raise UserError(
                 f"--streaming: {self.label} cannot be read on after row {self.row:,} ({cause}); "
                 "read without --streaming, a file's lines at fault are named and can be skipped"

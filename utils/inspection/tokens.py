@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer
 
-from ..data.files import first_line, quiet
+from ..data.files import quiet
 from ..data.rendering import Rendered
 from ..data.tokenizing import PromptEncoder, find_texts, fit_lengths
 from ..data.turns import flatten
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from ..models.loading import choose_max_length, longest_context
 from ..models.sources import read_end_ids
 from ..models.templates import choose_template
@@ -63,7 +63,7 @@ def load_encoder(subject: Subject, settings: Settings) -> tuple[PromptEncoder, s
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         raise UserError(
-            f"--model_name_or_path {name}: no tokenizer can be loaded from it ({first_line(error)})"
+            f"--model_name_or_path {name}: no tokenizer can be loaded from it ({in_one_line(error)})"
         ) from None
     max_length = choose_max_length(settings.data.max_length, _context_length(name, options))
     encoder = PromptEncoder(tokenizer, read_end_ids(name, revision, tokenizer))
