@@ -276,6 +276,24 @@ def test_four_pairs_by_hand():
     assert found["length"]["prefers_longer"]["value"] == pytest.approx(1 / 3)
 
 
+def test_how_far_a_calibrated_model_would_be_off_by_chance():
+    """A single pair of which it is sure to 4/5: in one of five draws it is wrong, and off by 4/5 in place of 1/5."""
+    calibration = measure(table_of([make_rows(1)[0] | {"margin": np.log(4)}]), 100, 0)["calibration"]
+    by_chance = calibration["expected_calibration_error_by_chance"]
+    assert by_chance["mean"] == pytest.approx(0.8 * 0.2 + 0.2 * 0.8, abs=0.06)
+    assert by_chance["high"] == pytest.approx(0.8), "which happens in more than one case of twenty"
+
+
+def test_a_share_of_all_has_the_interval_of_the_side_with_fewer_prompts():
+    lengths = [(9, 4)] * 9 + [(4, 9)] * 3
+    rows = [row | {"chosen_tokens": chosen, "rejected_tokens": rejected, "accuracy": 1.0}
+            for row, (chosen, rejected) in zip(make_rows(12), lengths, strict=True)]  # fmt: skip
+    rows = [row | {"prompt_number": number} for number, row in enumerate(rows)]
+    found = measure(table_of(rows), 100, 0)["measures"]["length_controlled_accuracy"]
+    # Three of three: the share at which that happens in one of forty cases.
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((1, 0.025 ** (1 / 3), 1))
+
+
 def test_a_model_that_picks_the_longer_response_is_a_coin_when_length_is_controlled():
     rows = make_rows(400)
     for row in rows:
@@ -401,6 +419,14 @@ def test_flipped_signs_give_the_p_value_of_a_library(alternative):
     differences = np.array([1.0] * 9 + [-1.0] + [0.0] * 20)
     p = 11 / 1024 * (2 if alternative == "two-sided" else 1)
     assert flip_signs(differences, alternative, 0)["p_value"] == pytest.approx(p)
+
+
+def test_signs_are_flipped_in_every_way_as_long_as_there_are_few_and_no_draw_makes_certain():
+    every_way, at_random = (flip_signs(np.arange(1.0, 1 + count), "greater", 0) for count in (13, 60))
+    assert every_way["test"] == "signs flipped by prompt, in all 8,192 ways"
+    assert every_way["p_value"] == 1 / 8192
+    assert at_random["test"] == "signs flipped by prompt, 9,999 times at random"
+    assert at_random["p_value"] == 1 / 10000, "of 9,999 draws none is as far out, and the values as they are count too"
 
 
 # Which pairs.

@@ -25,7 +25,8 @@ from utils.errors import UserError
 from utils.merging import folder as folder_room
 from utils.merging import merging
 from utils.merging.folder import folder_beside
-from utils.merging.verifying import Difference, judge
+from utils.merging.pairs import CheckedTexts
+from utils.merging.verifying import Difference, judge, measure_accuracy, move_weights
 
 TUNED = ["--use_lora", "--max_steps", 3, "--save_steps", 2, "--learning_rate", 5e-2, "--dtype", "float32"]
 IDS = torch.tensor([[0, 5, 9, 30, 7, 44, 12]])
@@ -273,6 +274,32 @@ def test_a_merge_without_the_adapter_is_refused_in_any_format():
     assert "smaller than the steps of the saved weights" in verdict.faults()[0]
     assert judge(adapted, without, adapted, coarse).faults() == []
     assert judge(adapted, without, adapted * torch.nan, coarse).faults()
+
+
+def test_an_adapter_that_changes_hardly_anything_may_lose_it_to_rounding():
+    """Below a hundred-thousandth of a nat two ways of computing the same may differ, whatever share of it that is."""
+    without = torch.zeros(1000)
+    adapted, merged = without + 8e-6, without + 1e-6
+    assert judge(adapted, without, merged, merged).lost > 0.8
+    assert judge(adapted, without, merged, merged).faults() == []
+
+
+def test_weights_are_moved_by_a_step_at_most_and_only_where_they_were_merged():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(40, 40) for name in ("merged", "other")})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    move_weights(model, 0.01, {"merged"})
+    for name, value in model.state_dict().items():
+        factors = (value / before[name] - 1).abs().round(decimals=4).unique().tolist()
+        assert factors == pytest.approx([0.0, 0.01] if name.startswith("merged") else [0.0], abs=1e-6)
+    move_weights(model, 0.01, None)
+    assert not torch.equal(model["other"].weight, before["other.weight"])
+
+
+def test_a_tie_of_rewards_is_half_right():
+    log_probs = torch.tensor([-1.0, -2.0, -3.0, -1.0, -2.0, -5.0])  # three chosen sides, three rejected ones
+    reference = [-1.0, -3.0, -3.0, -1.0, -3.0, -4.0]  # rewards 0, 1, 0 beside 0, 1, -1
+    texts = CheckedTexts("pairs", [[1]] * 6, [[2]] * 6, 3, reference)
+    assert measure_accuracy(log_probs, texts, reference) == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
 def test_weights_beyond_the_format_are_refused(tied_model, pairs_file, run_script, tmp_path):

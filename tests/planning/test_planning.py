@@ -158,6 +158,12 @@ def test_padded_rows_put_as_many_tokens_through_the_model():
     assert walk_step(FULL, pad_pairs(PAIRS)).parts[ACTIVATIONS] > walk_step(FULL, PAIRS).parts[ACTIVATIONS]
 
 
+def test_what_takes_all_of_a_device_fits_it():
+    needs, device = estimate(FULL, PAIRS, 1, base=0), find_device_by_name("L4")
+    assert needs.fits(replace(device, memory=needs.peak))
+    assert not needs.fits(replace(device, memory=needs.peak - 1))
+
+
 def test_devices_are_found_by_name():
     assert find_device_by_name("nvidia a100-80gb").memory == 80 * GIB
     assert find_device_by_name("h100").name == "H100 80GB"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from shared.runs import read_record
 
 from utils.training import reference_cache
-from utils.training.batches import REFERENCE_COLUMNS, consecutive_batches, fill_batches
+from utils.training.batches import REFERENCE_COLUMNS
 from utils.training.reference_cache import cache_folder, hash_rows, load_columns, save_columns
 
 FOUND = "found on the disk"
@@ -181,21 +180,6 @@ def test_the_key_tells_rows_apart():
     assert hash_rows(Dataset.from_dict(moved), names) != key
     assert hash_rows(Dataset.from_dict(rows).select([1, 0]), names) != key
     assert hash_rows(Dataset.from_dict(rows).select([1, 0]).select([1, 0]), names) == key
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("seed", range(5))
-def test_batches_hold_every_pair_once_and_never_more_than_the_limit(padded, seed):
-    draw = random.Random(seed)
-    sizes = [draw.randint(1, 100) for _ in range(draw.randint(1, 60))]
-    for batches in (fill_batches(sizes, 100, padded), consecutive_batches(sizes, 100, 7, padded)):
-        assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
-        for batch in batches:
-            inside = [sizes[index] for index in batch]
-            assert (max(inside) * len(inside) if padded else sum(inside)) <= 100
-    assert max(map(len, consecutive_batches(sizes, 100, 7, padded))) <= 7
-    if not padded:
-        assert len(fill_batches(sizes, 100, padded)) <= 2 * sum(sizes) / 100 + 1, "no two batches are both half empty"
 
 
 def test_nothing_is_left_half_written(train):
