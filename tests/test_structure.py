@@ -13,11 +13,10 @@ from shared.runs import ROOT
 
 UTILS = ROOT / "utils"
 # Each room may import those before it in this table.
-FLOOR = ["errors", "console", "interruptions", "runtime", "engine"]
+FLOOR = ["errors", "console", "interruptions", "runtime", "engine", "objectives"]
 ORDER = [
     *FLOOR,
     "settings",
-    "objectives",
     "run",
     "arguments",
     "init",

@@ -126,6 +126,8 @@ def test_yes_no_flag(flags, expected):
         ("--loss_type 'sigmoid, sft'", "loss", "loss_type", ("sigmoid", "sft")),
         ("--loss_type=ipo", "loss", "loss_type", ("ipo",)),
         ("--loss_type ipo sft --loss_weights 1,.5", "loss", "loss_weights", (1.0, 0.5)),
+        ("--loss_type discopop --discopop_tau 0.1", "loss", "discopop_tau", 0.1),
+        ("--ld_alpha 1", "loss", "ld_alpha", 1.0),
         ("--report_to wandb tensorboard", "run", "report_to", ("wandb", "tensorboard")),
         ("--report_to none", "run", "report_to", ()),
         ("--report_to all", "run", "report_to", ("all",)),
@@ -163,7 +165,6 @@ def test_curated_value(flags, stage, name, expected):
         ("--optim_target_modules attn mlp", {"optim_target_modules": ["attn", "mlp"]}),
         ("--include_num_input_tokens_seen all", {"include_num_input_tokens_seen": "all"}),
         ("--trackio_static_space_id false", {"trackio_static_space_id": False}),
-        ("--loss_type discopop --discopop_tau 0.1", {"discopop_tau": 0.1}),
     ],
 )
 def test_trainer_field(flags, expected):

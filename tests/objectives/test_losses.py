@@ -5,25 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections import defaultdict
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from math import exp, log
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from utils.objectives.losses import (
-    ALIASES,
-    DIVERGENCE_LOSSES,
-    DIVERGENCES,
-    LOSSES,
-    Divergence,
-    LossParameters,
-    Objective,
-    PairLogProbs,
-    canonical_loss,
-)
+from utils.objectives.losses import BY_NAME, LOSSES
+from utils.objectives.objective import Objective
+from utils.objectives.pairs import DIVERGENCES, Divergence, PairLogProbs
 from utils.training.metrics import pair_metrics
 
 
@@ -55,8 +49,32 @@ PAIRS = PairLogProbs(
     rejected_length=numbers(7, 10, 4),
     chosen_nll=numbers(2.5, 2.52, 2.33),
 )
-SMOOTHED = LossParameters(beta=0.5, label_smoothing=0.1)
-PLAIN = LossParameters(beta=0.5)
+
+
+@dataclass(frozen=True)
+class Parameters(Mapping[str, Any]):
+    """What losses read besides log-probs, by name."""
+
+    beta: float
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    divergence: Divergence = field(default_factory=Divergence)
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
+
+
+SMOOTHED = Parameters(beta=0.5, label_smoothing=0.1)
+PLAIN = Parameters(beta=0.5)
+
+# The losses that have a form for f-divergences, of those that compare policy and reference.
+DIVERGENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}
 
 BY_HAND = {
     ("sigmoid", PLAIN): [-log(s(0.5)), -log(s(-1.875)), -log(s(1.125))],
@@ -120,7 +138,7 @@ BY_HAND = {
     ],
     ("apo_zero", PLAIN): [1 - s(0.25) + s(-0.25), 1 - s(-0.625) + s(1.25), 1 - s(0.75) + s(-0.375)],
     ("apo_down", PLAIN): [s(0.25) + 1 - s(0.5), s(-0.625) + 1 - s(-1.875), s(0.75) + 1 - s(1.125)],
-    ("discopop", LossParameters(beta=0.5, discopop_tau=0.25)): [
+    ("discopop", Parameters(beta=0.5, discopop_tau=0.25)): [
         -log(s(0.5)) * (1 - s(0.5 / 0.25)) + exp(-0.5) * s(0.5 / 0.25),
         -log(s(-1.875)) * (1 - s(-1.875 / 0.25)) + exp(1.875) * s(-1.875 / 0.25),
         -log(s(1.125)) * (1 - s(1.125 / 0.25)) + exp(-1.125) * s(1.125 / 0.25),
@@ -183,21 +201,21 @@ def test_gradient_is_the_slope(name, parameters):
     check_slopes(lambda pairs: LOSSES[name](pairs, parameters), PAIRS)
 
 
-@pytest.mark.parametrize("name", sorted(DIVERGENCE_LOSSES - {"sft"}))
+@pytest.mark.parametrize("name", sorted(DIVERGENCE_LOSSES))
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_gradient_is_the_slope_under_every_divergence(name, kind):
-    parameters = LossParameters(0.5, label_smoothing=0.1, divergence=Divergence(kind, alpha=0.3))
+    parameters = Parameters(0.5, label_smoothing=0.1, divergence=Divergence(kind, alpha=0.3))
     check_slopes(lambda pairs: LOSSES[name](pairs, parameters), PAIRS)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 2.0])
 def test_before_the_first_step_sigmoid_is_ln_2_and_ipo_is_a_quarter_over_beta_squared(beta):
     for smoothing in (0.0, 0.2):
-        parameters = LossParameters(beta, label_smoothing=smoothing)
+        parameters = Parameters(beta, label_smoothing=smoothing)
         for name in ("sigmoid", "robust"):
             torch.testing.assert_close(LOSSES[name](untrained(), parameters), numbers(*[math.log(2)] * 3))
     for kind in DIVERGENCES:  # with unequal lengths too: an f' that is not 0 at a ratio of 1 would shift these
-        parameters = LossParameters(beta, divergence=Divergence(kind, alpha=0.3))
+        parameters = Parameters(beta, divergence=Divergence(kind, alpha=0.3))
         torch.testing.assert_close(LOSSES["sigmoid"](untrained(), parameters), numbers(*[math.log(2)] * 3))
         torch.testing.assert_close(LOSSES["sigmoid_norm"](untrained(), parameters), numbers(*[math.log(2)] * 3))
         torch.testing.assert_close(LOSSES["ipo"](untrained(), parameters), numbers(*[1 / (4 * beta**2)] * 3))
@@ -207,7 +225,7 @@ def test_before_the_first_step_sigmoid_is_ln_2_and_ipo_is_a_quarter_over_beta_sq
 def test_the_slope_of_sigmoid_at_margin_0_is_minus_half_beta(beta):
     pairs = untrained()
     chosen, rejected = (value.clone().requires_grad_() for value in (pairs.chosen, pairs.rejected))
-    LOSSES["sigmoid"](replace(pairs, chosen=chosen, rejected=rejected), LossParameters(beta)).sum().backward()
+    LOSSES["sigmoid"](replace(pairs, chosen=chosen, rejected=rejected), Parameters(beta)).sum().backward()
     torch.testing.assert_close(chosen.grad, numbers(*[-beta / 2] * 3))
     torch.testing.assert_close(rejected.grad, numbers(*[beta / 2] * 3))
 
@@ -222,7 +240,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin():
 
 
 def test_smoothing_of_one_half_makes_the_order_irrelevant_and_one_flips_it():
-    half, whole = LossParameters(0.5, label_smoothing=0.5), LossParameters(0.5, label_smoothing=1.0)
+    half, whole = Parameters(0.5, label_smoothing=0.5), Parameters(0.5, label_smoothing=1.0)
     torch.testing.assert_close(LOSSES["sigmoid"](PAIRS, half), LOSSES["sigmoid"](swapped(PAIRS), half))
     torch.testing.assert_close(LOSSES["sigmoid"](PAIRS, whole), LOSSES["sigmoid"](swapped(PAIRS), PLAIN))
 
@@ -250,7 +268,7 @@ def test_smoothing_matters_only_to_the_losses_that_have_it(name):
 def test_divergence_matters_only_to_the_losses_that_are_listed_for_it(name):
     forward = replace(SMOOTHED, divergence=Divergence("forward_kl"))
     same = torch.equal(LOSSES[name](PAIRS, SMOOTHED), LOSSES[name](PAIRS, forward))
-    assert same == (name not in DIVERGENCE_LOSSES - {"sft"})
+    assert same == (name not in DIVERGENCE_LOSSES)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"aot", "aot_unpaired"}))
@@ -296,13 +314,13 @@ def test_alpha_divergence_is_the_forward_kl_at_0_and_runs_into_the_reverse_kl_at
 
 
 def test_sigmoid_takes_the_difference_of_the_scores():
-    parameters = LossParameters(0.5, divergence=Divergence("forward_kl"))
+    parameters = Parameters(0.5, divergence=Divergence("forward_kl"))
     expected = [-log(s(0.5 * ((1 - exp(-0.5)) - (1 - exp(0.5)))))]
     torch.testing.assert_close(LOSSES["sigmoid"](PAIRS, parameters)[:1], numbers(*expected))
 
 
 def test_ipo_divides_the_scores_by_the_lengths():
-    parameters = LossParameters(0.5, divergence=Divergence("forward_kl"))
+    parameters = Parameters(0.5, divergence=Divergence("forward_kl"))
     expected = [((1 - exp(-0.5)) / 5 - (1 - exp(0.5)) / 7 - 1) ** 2]
     torch.testing.assert_close(LOSSES["ipo"](PAIRS, parameters)[:1], numbers(*expected))
 
@@ -320,7 +338,7 @@ def test_log_ratios_of_hundreds_of_nats_give_finite_losses_and_gradients(name, k
     zero, one = torch.zeros(3), torch.ones(3)
     pairs = PairLogProbs(chosen, rejected, zero, zero, 100 * one, 100 * one, one)
     # DiscoPOP grows as exp(-bD) only where its modulation lets it: not with the usual tau.
-    loss = LOSSES[name](pairs, LossParameters(0.1, label_smoothing=0.1, divergence=Divergence(kind)))
+    loss = LOSSES[name](pairs, Parameters(0.1, label_smoothing=0.1, divergence=Divergence(kind)))
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(chosen.grad).all()
@@ -344,17 +362,12 @@ def test_an_objective_wants_one_weight_per_loss():
 
 
 def test_other_names_mean_the_same_losses():
-    assert [canonical_loss(name) for name in ("dpo", "cdpo", "rdpo", "slic")] == [
-        "sigmoid",
-        "sigmoid",
-        "robust",
-        "hinge",
-    ]
-    assert all(canonical_loss(name) == name for name in LOSSES)
-    assert not set(ALIASES) & set(LOSSES)
+    others = {name: loss.name for name, loss in BY_NAME.items() if name != loss.name}
+    assert others == {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
+    assert {name: loss for name, loss in BY_NAME.items() if name == loss.name} == LOSSES
 
 
-def trl_loss(name: str, parameters: LossParameters, log_probs: Tensor, mask: Tensor, reference: Tensor) -> float:
+def trl_loss(name: str, parameters: Parameters, log_probs: Tensor, mask: Tensor, reference: Tensor) -> float:
     """What TRL's trainer computes for a batch (chosen rows, then rejected ones) of these per-token log-probs."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -424,7 +437,7 @@ TRL_CASES = [
     ),
     *(
         (name, kind, 0.1 if name == "exo_pair" else 0.0)
-        for name in sorted(DIVERGENCE_LOSSES)
+        for name in sorted({*DIVERGENCE_LOSSES, "sft"})
         for kind in DIVERGENCES[1:]
     ),
 ]
@@ -433,7 +446,7 @@ TRL_CASES = [
 @needs_trl
 @pytest.mark.parametrize(("name", "kind", "smoothing"), TRL_CASES)
 def test_loss_is_that_of_trl_where_trl_is_right(name, kind, smoothing):
-    parameters = LossParameters(0.3, label_smoothing=smoothing, divergence=Divergence(kind, alpha=0.4))
+    parameters = Parameters(0.3, label_smoothing=smoothing, divergence=Divergence(kind, alpha=0.4))
     for seed in range(3):
         batch = random_batch(seed)
         ours = LOSSES[name](as_pairs(*batch), parameters).mean().item()

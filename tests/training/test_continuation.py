@@ -54,6 +54,8 @@ def test_every_other_setting_is_named_with_both_values():
     assert "beta" in changed(settings={"beta": None})
     assert "label_smoothing" in changed(settings={"label_smoothing": 0.1})
     assert changed(settings={"a_flag_of_a_later_version": None}) == {}
+    assert changed(settings={"discopop_tau": 0.05}) == {}, "a flag that the run did not have, at its default"
+    assert changed(settings={"discopop_tau": 0.1}) == {"discopop_tau": "--discopop_tau was not given, is 0.1"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator
 
 from ..errors import UserError
+from ..objectives.losses import BY_NAME, LOSSES, reading
 from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS
 from ..settings.flags import acts_as
 from ..settings.training import Settings
@@ -43,10 +44,6 @@ HELD_OUT_METRICS = {
     "train": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"),
     "sft": ("loss", "perplexity", "token_accuracy"),
 }
-SAME_LOSS = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
-SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
 def cross_faults(candidate: Candidate) -> list[str]:
@@ -151,7 +148,7 @@ def losses(candidate: Candidate) -> Iterator[str]:
     names, weights = candidate["loss_type"], candidate["loss_weights"]
     first_name: dict[str, str] = {}
     for name in names:
-        same = first_name.setdefault(SAME_LOSS.get(name, name), name)
+        same = first_name.setdefault(BY_NAME[name].name, name)
         if names.count(name) > 1:
             yield f"{candidate.label('loss_type')}: {name} stands twice; name each loss once"
         elif same != name:
@@ -166,36 +163,34 @@ def losses(candidate: Candidate) -> Iterator[str]:
 def smoothing(candidate: Candidate) -> Iterator[str]:
     names, label = candidate["loss_type"], candidate.label("label_smoothing")
     if candidate["label_smoothing"]:
-        if not {SAME_LOSS.get(name, name) for name in names} & set(SMOOTHED_LOSSES):
-            yield f"{label}: has no effect on {' '.join(names)}; it is for {', '.join(SMOOTHED_LOSSES)}"
+        smoothed = reading("label_smoothing")
+        if not {BY_NAME[name].name for name in names} & set(smoothed):
+            yield f"{label}: has no effect on {' '.join(names)}; it is for {', '.join(smoothed)}"
         return
-    if "cdpo" in names:
-        yield f"{candidate.label('loss_type')} cdpo: needs --label_smoothing above 0 (0.1 is usual)"
-    if "exo_pair" in names:
-        yield f"{candidate.label('loss_type')} exo_pair: needs --label_smoothing above 0 (1e-3 is usual)"
+    for name in names:
+        if usual := BY_NAME[name].needs_smoothing.get(name):
+            yield f"{candidate.label('loss_type')} {name}: needs --label_smoothing above 0 ({usual} is usual)"
 
 
 def loss_fields(candidate: Candidate) -> Iterator[str]:
-    names = [SAME_LOSS.get(name, name) for name in candidate["loss_type"]]
-    divergence = candidate["f_divergence_type"] or "reverse_kl"
-    if candidate.given("discopop_tau") and "discopop" not in names:
-        yield f"{candidate.label('discopop_tau')}: has no effect without --loss_type discopop"
+    chosen = {BY_NAME[name].name: BY_NAME[name] for name in sorted(candidate["loss_type"])}
+    divergence = candidate["f_divergence_type"]
+    for loss in LOSSES.values():
+        for name in candidate.given(*loss.parameters) if loss.name not in chosen else ():
+            yield f"{candidate.label(name)}: has no effect without --loss_type {loss.name}"
     if candidate.given("f_alpha_divergence_coef") and divergence != "alpha_divergence":
         label = candidate.label("f_alpha_divergence_coef")
         yield f"{label}: has no effect without --f_divergence_type alpha_divergence"
-    if divergence not in F_DIVERGENCES:
-        yield f"{candidate.label('f_divergence_type')} is {divergence!r}: must be one of {', '.join(F_DIVERGENCES)}"
-    elif divergence != "reverse_kl":
-        for name in sorted(set(names) - set(F_DIVERGENCE_LOSSES)):
-            yield f"{candidate.label('f_divergence_type')} {divergence}: is not defined for the loss {name}"
-    for limit in candidate.given("max_tokens_per_batch", "auto_batch_size"):
-        for name in sorted({"aot", "aot_unpaired"} & set(names)) if candidate[limit] else ():
-            yield f"{candidate.label(limit)}: would change the groups in which {name} sorts pairs"
-    if candidate["use_weighting"]:
-        for name in sorted({"aot", "aot_unpaired"} & set(names)):
-            yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {name}, which sorts them"
-    if candidate["ld_alpha"] is not None and not 0 <= candidate["ld_alpha"] <= 1:
-        yield f"{candidate.label('ld_alpha')} is {candidate['ld_alpha']}: must be between 0 and 1"
+    if divergence != "reverse_kl":
+        for loss in chosen.values():
+            if loss.reads_reference and "divergence" not in loss.reads:
+                yield f"{candidate.label('f_divergence_type')} {divergence}: is not defined for the loss {loss.name}"
+    for loss in (loss for loss in chosen.values() if loss.sorts_pairs):
+        for limit in candidate.given("max_tokens_per_batch", "auto_batch_size"):
+            if candidate[limit]:
+                yield f"{candidate.label(limit)}: would change the groups in which {loss.name} sorts pairs"
+        if candidate["use_weighting"]:
+            yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {loss.name}, which sorts them"
 
 
 def batch_size(candidate: Candidate) -> Iterator[str]:
@@ -324,7 +319,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
 TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
     losses: ("loss_type", "loss_weights"),
     smoothing: ("loss_type", "label_smoothing"),
-    loss_fields: ("loss_type", "f_divergence_type", "ld_alpha"),
+    loss_fields: ("loss_type", "f_divergence_type"),
     divergence_bound: ("max_kl", "validation_split"),
     batch_size: ("auto_batch_size", "max_tokens_per_batch"),
     moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),

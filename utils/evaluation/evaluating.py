@@ -199,7 +199,7 @@ def _make_record(
     dropped = data.dropped | rows.bad_rows
     if rows.truncation.dropped:
         dropped[f"longer than {rows.max_length} tokens"] = rows.truncation.dropped
-    whole = scoring.trainer_fields.get("ld_alpha") is None
+    whole = scoring.loss.ld_alpha is None
     return {
         "verb": "evaluate",
         "model": dataclasses.asdict(trained.source)
@@ -218,12 +218,7 @@ def _make_record(
             TEMPLATE_DATE: rows.template_date,
             "fingerprint": data.fingerprint,
         },
-        "scoring": {
-            "beta": scoring.loss.beta,
-            "loss_type": list(scoring.loss.loss_type),
-            **scoring.trainer_fields,
-            "precision": precision.name,
-        },
+        "scoring": dataclasses.asdict(scoring.loss) | {"precision": precision.name},
         "metrics": metrics,
         **measure(table, settings.evaluation.bootstrap_samples, settings.training.seed, whole),
         "recorded": compare_with_record(metrics, pairs, trained, precision),

@@ -14,7 +14,7 @@ from ..models.loading import Reference, load_frozen, put_adapter
 from ..models.sources import ModelSource, looks_local
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..runtime import Precision
-from ..settings.training import Settings
+from ..settings.training import STAGES, Settings
 from ..training.pair_scoring import REFERENCE_ADAPTER
 from ..training.preparation import Rows, make_preference_trainer
 from ..training.trainer import PreferenceTrainer
@@ -24,16 +24,13 @@ AS_IN_RUN = (
     *("dtype", "attn_implementation", "use_4bit", "bnb_4bit_quant_type"),
     *("max_length", "truncation", "per_device_eval_batch_size"),
 )
-AS_IN_PREFERENCE_RUN = ("beta", "loss_type", "loss_weights", "label_smoothing", "engine")
-# Fields of TRL's config that the loss or the log-probs depend on.
-LOSS_FIELDS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "use_weighting")
+AS_IN_PREFERENCE_RUN = (*(field.name for field in dataclasses.fields(STAGES["loss"])), "engine")
 
 
 def settings_of_evaluation(settings: Settings, trained: TrainedModel) -> Settings:
     """The settings that pairs are scored with: those given, else those of the run, else the defaults of `train`."""
     preference = trained.record.get("verb") == "train"
     settings = as_in_run(settings, trained, AS_IN_RUN + (AS_IN_PREFERENCE_RUN if preference else ()))
-    fields = {name: trained.setting(name) for name in LOSS_FIELDS} if preference else {}
     return dataclasses.replace(
         settings,
         verb="train",
@@ -41,7 +38,6 @@ def settings_of_evaluation(settings: Settings, trained: TrainedModel) -> Setting
         training=dataclasses.replace(
             settings.training, precompute_ref_log_probs=False, gradient_checkpointing=False, max_tokens_per_batch=None
         ),
-        trainer_fields={name: value for name, value in fields.items() if value is not None},
     )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..objectives.losses import BY_NAME, LOSSES, reading
+from ..objectives.pairs import DIVERGENCES
 from .data import DataSettings, GenerationSettings, InspectionSettings
 from .flags import (
     ABOVE_ZERO,
@@ -19,6 +21,7 @@ from .flags import (
     AT_LEAST_ZERO,
     BELOW_HALF,
     CHAT,
+    CLOSED_UNIT,
     COMPUTES,
     HALF_OPEN_UNIT,
     INIT,
@@ -33,6 +36,7 @@ from .flags import (
     TRAIN,
     TRAINING,
     USES_MODEL,
+    Bound,
     flag,
     takes,
 )
@@ -105,29 +109,6 @@ class LoraSettings:
     use_dora: bool = flag(False, "weight-decomposed adapters (DoRA)")
 
 
-LOSS_NAMES = (
-    "sigmoid",
-    "dpo",
-    "cdpo",
-    "robust",
-    "rdpo",
-    "ipo",
-    "hinge",
-    "slic",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "sft",
-)
-
-
 @dataclass(frozen=True)
 class LossSettings:
     """loss"""
@@ -137,18 +118,44 @@ class LossSettings:
     )
     loss_type: tuple[str, ...] = flag(
         ("sigmoid",),
-        "sigmoid (dpo), cdpo, robust (rdpo), ipo, hinge (slic) and the other losses of TRL; several are summed",
-        choices=LOSS_NAMES,
+        f"{', '.join(loss.title for loss in LOSSES.values())}; several are summed",
+        choices=tuple(BY_NAME),
         many=True,
         verbs=TRAIN,
     )
     loss_weights: tuple[float, ...] | None = flag(None, "one weight per loss (default: 1 each)", many=True, verbs=TRAIN)
     label_smoothing: float = flag(
         0.0,
-        "share of preference labels assumed to be flipped (sigmoid: conservative DPO; robust; exo_pair)",
+        f"share of preference labels assumed to be flipped ({', '.join(reading('label_smoothing'))})",
         bound=BELOW_HALF,
         usual="0.1 is usual",
         verbs=TRAIN,
+    )
+    f_divergence_type: str = flag(
+        "reverse_kl",
+        f"divergence that holds the policy to the reference (f-DPO): {', '.join(DIVERGENCES)}",
+        choices=DIVERGENCES,
+        verbs=TRAIN,
+    )
+    f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence; towards 1 it is the reverse KL", verbs=TRAIN)
+    ld_alpha: float | None = flag(
+        None,
+        "weight of a token beyond the length of the pair's shorter response (LD-DPO; default: 1)",
+        bound=CLOSED_UNIT,
+        verbs=TRAIN,
+    )
+    use_weighting: bool = flag(False, "weigh pairs by how likely the policy makes their responses (WPO)", verbs=TRAIN)
+
+
+def _with_own_parameters(stage: type) -> type:
+    """The stage with the parameters that losses have of their own."""
+    fields = [
+        (name, "float", flag(own.default, f"{loss.name}: {own.help}", bound=Bound(own.must_be, own.holds), verbs=TRAIN))
+        for loss in LOSSES.values()
+        for name, own in loss.parameters.items()
+    ]
+    return dataclasses.make_dataclass(
+        stage.__name__, fields, bases=(stage,), frozen=True, namespace={"__doc__": stage.__doc__}
     )
 
 
@@ -330,7 +337,7 @@ STAGES: dict[str, type] = {
     "model": ModelSettings,
     "lora": LoraSettings,
     "data": DataSettings,
-    "loss": LossSettings,
+    "loss": _with_own_parameters(LossSettings),
     "training": TrainingSettings,
     "run": RunSettings,
     "inspection": InspectionSettings,

@@ -1,16 +1,19 @@
-"""Settings -> TRL's DPOConfig or SFTConfig."""
+"""Settings -> TRL's DPOConfig or SFTConfig, and the objective."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
-from ..objectives.losses import canonical_loss
+from ..objectives.losses import BY_NAME
+from ..objectives.objective import Objective
+from ..objectives.pairs import Divergence
 from ..run.processes import count_processes
 from ..runtime import Precision
-from ..settings.training import Settings
+from ..settings.training import LossSettings, Settings
 from .early_stopping import SMALLER_IS_BETTER
 from .launch import PATIENCE, uses
 from .refusals import refusals_explained
@@ -98,7 +101,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
             "logging_steps": 1,
         }
     if settings.verb == "train":
-        values |= _loss_values(settings)
+        values |= _loss_values(settings.loss)
         if training.max_tokens_per_batch is not None or training.auto_batch_size:
             # The trainer hands out the pairs of a whole optimizer step; micro-batches are made of those.
             values["per_device_train_batch_size"] *= values["gradient_accumulation_steps"]
@@ -113,11 +116,18 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
     return config
 
 
-def _loss_values(settings: Settings) -> dict[str, Any]:
-    loss = settings.loss
-    return {
-        "beta": loss.beta,
-        "loss_type": [canonical_loss(name) for name in loss.loss_type],
-        "loss_weights": list(loss.loss_weights) if loss.loss_weights is not None else None,
-        "label_smoothing": loss.label_smoothing,
-    }
+def make_objective(settings: LossSettings) -> Objective:
+    """What is optimised."""
+    divergence = Divergence(settings.f_divergence_type, settings.f_alpha_divergence_coef)
+    names = tuple(BY_NAME[name].name for name in settings.loss_type)
+    weights = settings.loss_weights or (1.0,) * len(names)
+    return Objective(names, weights, dataclasses.asdict(settings) | {"divergence": divergence})
+
+
+def _loss_values(settings: LossSettings) -> dict[str, Any]:
+    """The same as fields of TRL's config: its trainer looks at them, trackers show them."""
+    known = {field.name for field in dataclasses.fields(DPOConfig)}
+    values = dataclasses.asdict(settings)
+    values["loss_type"] = [BY_NAME[name].name for name in settings.loss_type]
+    values["loss_weights"] = list(settings.loss_weights) if settings.loss_weights is not None else None
+    return {name: value for name, value in values.items() if name in known}

@@ -28,7 +28,7 @@ from ..run.state import IDENTITY, read_kept, restoring
 from ..runtime import Precision, is_main_process, read_versions, say
 from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, FREE_TO_CHANGE, GROUPS, WORLD
 from ..settings.data import DataSettings
-from ..settings.training import Settings
+from ..settings.training import STAGES, Settings
 from .launch import gather_from_all, with_deepspeed
 from .preparation import Rows
 from .reference_cache import hash_rows
@@ -40,6 +40,7 @@ PLACES |= {"chat_template"}
 # Settings from which other token ids of the same rows follow, and those from which other rows do.
 OF_IDS = {"max_length", "truncation"}
 OF_ROWS = {field.name for field in dataclasses.fields(DataSettings)} - OF_IDS | {"seed"}
+DEFAULTS = {field.name: field.default for stage in STAGES.values() for field in dataclasses.fields(stage)}
 PROBE = "The quick brown fox: jumps over 13 lazy dogs!\n\n  \u00e9\u4e2d"
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 
@@ -192,7 +193,7 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     free |= PLACES if "model" in before else set()
     for name in sorted({*old, *new} - free):
         # A flag that a former version of the script did not have was at its default.
-        if old.get(name) != new.get(name) and (name in old or new.get(name)):
+        if old.get(name, DEFAULTS.get(name)) != new.get(name) and (name in old or new.get(name)):
             yield name, f"--{name} was {_written(old.get(name))}, is {_written(new.get(name))}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..objectives.losses import PairLogProbs
+from ..objectives.pairs import PairLogProbs
 
 ROUNDING = 2.0**-21  # of a sum of log-probs in float32: what the shape of a batch can make of it (measured: 2**-23)
 

@@ -18,7 +18,7 @@ from ..engine.scoring import Comparison
 from ..engine.shared_prefix import shared_prefix_active
 from ..errors import LocalError
 from ..interruptions import stop_if_asked
-from ..objectives.losses import PairLogProbs
+from ..objectives.pairs import PairLogProbs
 from .batches import REFERENCE_COLUMNS, consecutive_batches
 from .metrics import DIVERGENCES, pair_metrics, summarise
 from .run_folder import RunFolderTrainer
@@ -237,7 +237,7 @@ class PairScoring(RunFolderTrainer):
             reference, logits = self.compute_reference(inputs, keep=True)
         policy = self.scorer.score(model, inputs, reference=logits)
         pairs = self._pair(policy, reference)
-        columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.parameters.beta)
+        columns = pair_metrics(pairs, self._losses(policy, pairs), self.objective.beta)
         columns |= {"ref_chosen_logps": pairs.ref_chosen, "ref_rejected_logps": pairs.ref_rejected}
         columns["chosen_ends"], columns["rejected_ends"] = policy.ended.chunk(2)
         columns["chosen_end_prob"] = policy.end_prob.chunk(2)[0]

@@ -45,7 +45,7 @@ from ..run.record import read_record
 from ..runtime import Precision, find_device, say
 from ..settings.training import Settings
 from .batch_size import limit_tokens_by_trying
-from .config import build_config
+from .config import build_config, make_objective
 from .launch import check_launch, gather_from_all, uses, with_deepspeed
 from .pushing import check_login
 from .reference import scores_ahead
@@ -340,7 +340,8 @@ def make_preference_trainer(
                 turn_off_dropout(model)
     parts = _trainer_parts(policy, rows, source, settings, precision, folder)
     with refusals_explained(settings):
-        trainer = PreferenceTrainer(reference=reference, end_ids=rows.end_ids, **parts)
+        objective = make_objective(settings.loss)
+        trainer = PreferenceTrainer(objective=objective, reference=reference, end_ids=rows.end_ids, **parts)
     trainer.choose_layout(settings.training.engine)
     adapts = settings.lora.use_lora or source.adapter is not None
     ahead = scores_ahead(settings, adapts, len(rows.train), trainer.args.world_size)

@@ -22,7 +22,8 @@ from ..engine.proving import describe_error, find_gradient_mismatch, find_mismat
 from ..engine.scoring import tokens_of
 from ..errors import UserError
 from ..models.loading import TRAINED_ADAPTER, Reference
-from ..objectives.losses import Divergence, LossParameters, Objective, PairLogProbs
+from ..objectives.objective import Objective
+from ..objectives.pairs import PairLogProbs
 from .batches import (
     PAIR_IDS,
     REFERENCE_COLUMNS,
@@ -79,7 +80,13 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
     counted = "pairs"
 
     def __init__(
-        self, *, reference: Reference, end_ids: frozenset[int], processing_class: PreTrainedTokenizerBase, **parts: Any
+        self,
+        *,
+        objective: Objective,
+        reference: Reference,
+        end_ids: frozenset[int],
+        processing_class: PreTrainedTokenizerBase,
+        **parts: Any,
     ):
         model, args = parts["model"], parts["args"]
         self.starts_as_reference = reference.model is None and not _adapts(parts)
@@ -98,13 +105,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self._left_out: dict[torch.nn.Module, LeftOut] = {}  # what last layers leave out
         self.pair_by_pair: str | None = None  # on a GPU, why attention is not one call over the row
         args.precompute_ref_log_probs = False
-        parameters = LossParameters(
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            discopop_tau=args.discopop_tau,
-            divergence=Divergence(args.f_divergence_type, args.f_alpha_divergence_coef),
-        )
-        self.objective = Objective(tuple(args.loss_type), tuple(self.loss_weights), parameters)
+        self.objective = objective
 
     def _freeze_reference_adapter(self) -> None:
         """Freezes the copy of an adapter that training continues; of those whose weights end in the adapter's name
@@ -144,7 +145,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         pairs = self._pair(policy, self.score_reference(inputs))
         losses = self._losses(policy, pairs)
         if fills_up:  # policy and reference were computed in step with the other processes, for nothing else
-            self.add_to_log({name: torch.zeros(()) for name in pair_metrics(pairs, losses, self.args.beta)}, 0)
+            self.add_to_log({name: torch.zeros(()) for name in pair_metrics(pairs, losses, self.objective.beta)}, 0)
             return 0.0 * losses.sum()
         self.note_rows(inputs, losses)
         self._count(pairs, losses)
@@ -292,5 +293,5 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
 
     def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:
         """Adds a micro-batch to the next log line."""
-        rows = pair_metrics(pairs, losses, self.objective.parameters.beta)
+        rows = pair_metrics(pairs, losses, self.objective.beta)
         self.add_to_log({name: values.sum() for name, values in rows.items()}, len(losses))

@@ -123,9 +123,9 @@ class StepsWithinMemory(PairScoring):
         tokens, pairs = tokens_of(self._part)[0], count_pairs(self._part)
         if pairs == 1 and self._repeated_alone:
             raise self._end_of_run("and a single pair cannot be divided")
-        sorting = sorted({"aot", "aot_unpaired"} & set(self.args.loss_type))
-        if pairs > 1 and sorting:
-            raise self._end_of_run(f"which --loss_type {sorting[0]} sorts, so that dividing it would change the loss")
+        if pairs > 1 and self.objective.sorting:
+            name = self.objective.sorting[0]
+            raise self._end_of_run(f"which --loss_type {name} sorts, so that dividing it would change the loss")
         self.model.zero_grad(set_to_none=True)
         release_memory()
         self.write_tallies(self._tallies)

@@ -1,0 +1,161 @@
+"""The table of losses, and what follows from it: flags, their checks, the objective of a run, its evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.arguments import parse_arguments
+from utils.errors import UserError
+from utils.evaluation.sides import settings_of_evaluation
+from utils.models.sources import ModelSource
+from utils.models.trained import TrainedModel
+from utils.objectives.losses import BY_NAME, LOSSES
+from utils.objectives.pairs import Divergence
+from utils.settings.training import STAGES, Settings
+from utils.training.config import make_objective
+
+# Written here once more, so that a slip in the table is seen.
+ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+WITH_F_DIVERGENCE = ("sigmoid", "robust", "ipo", "hinge", "exo_pair", "discopop", "sigmoid_norm")
+SORTING = ("aot", "aot_unpaired")
+OWN = {"discopop": {"discopop_tau": 0.05}}
+NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o")
+
+
+def parse(*flags: str, verb: str = "train") -> Settings:
+    return parse_arguments([verb, *NEEDED, *flags])
+
+
+def refusal(*flags: str) -> str:
+    """What is said against these flags; nothing where they are taken."""
+    try:
+        parse(*flags)
+    except UserError as error:
+        return "\n".join(error.faults)
+    return ""
+
+
+def with_needs(loss: str) -> list[str]:
+    """The loss, with the label smoothing that it cannot do without."""
+    return ["--loss_type", loss, *(["--label_smoothing", "0.1"] if loss == "exo_pair" else [])]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_label_smoothing_is_taken_for_the_losses_that_have_it_alone(loss):
+    said = refusal("--loss_type", loss, "--label_smoothing", "0.1")
+    expected = f"--label_smoothing: has no effect on {loss}; it is for {', '.join(SMOOTHED)}"
+    assert said == ("" if loss in SMOOTHED else expected)
+    assert refusal("--loss_type", loss, "ipo" if loss != "ipo" else "robust", "--label_smoothing", "0.1") == (
+        ""
+        if loss in (*SMOOTHED, "ipo")
+        else f"--label_smoothing: has no effect on {loss} ipo; it is for {', '.join(SMOOTHED)}"
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_f_divergences_are_taken_for_the_losses_that_they_are_defined_for_alone(loss):
+    said = refusal(*with_needs(loss), "--f_divergence_type", "forward_kl")
+    expected = f"--f_divergence_type forward_kl: is not defined for the loss {loss}"
+    # Without a reference there is nothing to diverge from.
+    assert said == ("" if loss in (*WITH_F_DIVERGENCE, "sft") else expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_that_sort_the_pairs_of_a_micro_batch_keep_it_whole(loss):
+    assert refusal(*with_needs(loss), "--max_tokens_per_batch", "100") == (
+        f"--max_tokens_per_batch: would change the groups in which {loss} sorts pairs" if loss in SORTING else ""
+    )
+    assert refusal(*with_needs(loss), "--use_weighting") == (
+        f"--use_weighting: cannot weigh the pairs of {loss}, which sorts them" if loss in SORTING else ""
+    )
+    assert make_objective(parse(*with_needs(loss)).loss).sorting == ((loss,) if loss in SORTING else ())
+
+
+@pytest.mark.parametrize("name", [*ALIASES, *LOSSES])
+def test_a_name_stands_for_one_loss(name):
+    loss = ALIASES.get(name, name)
+    smoothing = ["--label_smoothing", "0.1"] if loss in SMOOTHED else []
+    assert make_objective(parse("--loss_type", name, *smoothing).loss).names == (loss,)
+    for other, own in ALIASES.items():
+        if other != name:
+            said = refusal("--loss_type", name, other, "--label_smoothing", "0.1")
+            assert (f"--loss_type: {name} and {other} are the same loss; name it once" in said) == (own == loss)
+    assert BY_NAME.keys() == {*ALIASES, *LOSSES}
+
+
+def test_cdpo_and_exo_pair_alone_need_label_smoothing():
+    needing = {name: said for name in BY_NAME if (said := refusal("--loss_type", name))}
+    assert needing == {
+        "cdpo": "--loss_type cdpo: needs --label_smoothing above 0 (0.1 is usual)",
+        "exo_pair": "--loss_type exo_pair: needs --label_smoothing above 0 (1e-3 is usual)",
+    }
+
+
+def test_a_parameter_of_its_own_is_a_flag_of_that_loss_alone(capsys):
+    assert {loss.name: {name: own.default for name, own in loss.parameters.items()} for loss in LOSSES.values()} == {
+        name: OWN.get(name, {}) for name in LOSSES
+    }
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = capsys.readouterr().out
+    for loss in LOSSES.values():
+        assert loss.parameters.keys() <= set(loss.reads)
+        for name, own in loss.parameters.items():
+            assert f"--{name} X" in shown
+            assert f"{loss.name}: {own.help[:20]}" in shown
+            assert make_objective(parse(*with_needs(loss.name)).loss).parameters[name] == own.default
+            for other in LOSSES.keys() - {loss.name}:
+                said = refusal(*with_needs(other), f"--{name}", str(own.default))
+                assert said == f"--{name}: has no effect without --loss_type {loss.name}"
+    assert refusal("--loss_type", "discopop", "--discopop_tau", "0") == "--discopop_tau is 0.0: must be above 0"
+
+
+def test_every_loss_finds_what_it_reads_in_the_settings():
+    objective = make_objective(
+        parse("--f_divergence_type", "alpha_divergence", "--f_alpha_divergence_coef", "0.3").loss
+    )
+    assert objective.parameters["divergence"] == Divergence("alpha_divergence", 0.3)
+    for loss in LOSSES.values():
+        assert set(loss.reads) <= objective.parameters.keys()
+
+
+def test_the_objective_is_what_the_flags_say():
+    objective = make_objective(
+        parse("--loss_type", "rdpo", "discopop", "sft", "--loss_weights", "1", "0.5", "2", "--label_smoothing", "0.2",
+              "--beta", "0.3", "--discopop_tau", "0.1").loss
+    )  # fmt: skip
+    assert (objective.names, objective.weights) == (("robust", "discopop", "sft"), (1.0, 0.5, 2.0))
+    assert objective.beta == 0.3
+    assert objective.parameters["label_smoothing"] == 0.2
+    assert objective.parameters["discopop_tau"] == 0.1
+    assert make_objective(parse("--loss_type", "ipo", "sft").loss).weights == (1.0, 1.0)
+
+
+OTHER_VALUES = {
+    "loss_type": ("discopop", "robust"),
+    "loss_weights": (1.0, 0.5),
+    "f_divergence_type": "alpha_divergence",
+    "ld_alpha": 0.5,
+    "use_weighting": True,
+}
+
+
+def test_an_evaluation_scores_with_every_loss_setting_of_the_run(tmp_path):
+    """Each has another value than by default: one that is left out would be scored with the default."""
+    loss: dict[str, Any] = {
+        field.name: OTHER_VALUES[field.name] if field.name in OTHER_VALUES else field.default / 2 or 0.125
+        for field in dataclasses.fields(STAGES["loss"])
+    }
+    assert all(loss[field.name] != field.default for field in dataclasses.fields(STAGES["loss"]))
+    source = ModelSource("m", "m", None, "m", None)
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in loss.items()}
+    trained = TrainedModel(source, Path(tmp_path), {"verb": "train", "settings": settings})
+    scoring = settings_of_evaluation(parse_arguments(["evaluate", "--model_name_or_path", "m"]), trained)
+    assert dataclasses.asdict(scoring.loss) == loss
+    scoring = settings_of_evaluation(parse_arguments(["evaluate", "--model_name_or_path", "m", "--beta", "7"]), trained)
+    assert dataclasses.asdict(scoring.loss) == loss | {"beta": 7.0}
