@@ -32,9 +32,7 @@ def import_everything() -> None:
     import torch
 
     import utils.responses.making
-    import utils.training.finishing
-    import utils.training.preparation
-    import utils.training.running  # noqa: F401
+    import utils.training.stages  # noqa: F401
 
     torch.set_num_threads(1)
     gc.collect()

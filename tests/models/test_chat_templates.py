@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from utils.data.rendering import hold_moment, render_chat
 from utils.models.templates import set_chat_template
 from utils.run.state import read_kept
-from utils.training.continuation import find_changes
+from utils.training.differences import find_changes
 
 LOOP = "{%- for m in messages -%}"
 TURN = "{{ m['role'] + ': ' + (WORDS) + '\n' }}{%- endfor -%}"
@@ -182,7 +182,7 @@ def set_clock(monkeypatch, moment: datetime) -> None:
         def now(cls, tz=None):
             return moment
 
-    for module in ("utils.training.preparation", "utils.models.templates", "utils.comparing.sides"):
+    for module in ("utils.training.folder", "utils.models.templates", "utils.comparing.sides"):
         monkeypatch.setattr(f"{module}.datetime", Clock)
 
 

@@ -6,7 +6,7 @@ import importlib
 from utils.runtime import quiet_libraries
 
 quiet_libraries()
-for module in ("torch.distributed.fsdp", "utils.training.stages", "utils.training.finishing"):
+for module in ("torch.distributed.fsdp", "utils.training.stages"):
     importlib.import_module(module)
 gc.collect()
 gc.freeze()  # else the collector of each process would copy all of these pages

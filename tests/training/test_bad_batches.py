@@ -268,7 +268,7 @@ def float16_scaler(monkeypatch):
         monkeypatch.setattr(PreferenceTrainer, "compute_loss", spoil)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", make)
-    monkeypatch.setattr("utils.training.preparation._check_precision", lambda settings: None)  # refuses it on a CPU
+    monkeypatch.setattr("utils.training.checks._check_precision", lambda settings: None)  # refuses it on a CPU
     return made, overflow
 
 

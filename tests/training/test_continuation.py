@@ -17,7 +17,7 @@ from utils.models.identity import BLOCK, BLOCKS, identify_model
 from utils.models.sources import find_model
 from utils.run.state import load_state, read_kept
 from utils.settings.changes import FREE_TO_CHANGE, GROUPS
-from utils.training.continuation import describe_free_changes, differing_versions, find_changes
+from utils.training.differences import describe_free_changes, differing_versions, find_changes
 
 NOW = {
     "settings": {"seed": 1, "learning_rate": 5e-6, "output_dir": "a", "max_length": 100, "dataset_name": "d",

@@ -40,7 +40,7 @@ from ..settings.training import Settings
 from ..training.description import describe_layout
 from ..training.launch import check_one_device
 from ..training.metrics import summarise
-from ..training.preparation import Rows, prepare_rows
+from ..training.rows import Rows, prepare_rows
 from ..training.trainer import PreferenceTrainer
 from .folder import find_results_folder
 from .measures import PairTable, measure

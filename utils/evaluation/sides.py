@@ -15,8 +15,9 @@ from ..models.sources import ModelSource, looks_local
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..runtime import Precision
 from ..settings.training import STAGES, Settings
+from ..training.making import make_preference_trainer
 from ..training.pair_scoring import REFERENCE_ADAPTER
-from ..training.preparation import Rows, make_preference_trainer
+from ..training.rows import Rows
 from ..training.trainer import PreferenceTrainer
 
 MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"

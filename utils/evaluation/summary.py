@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from ..models.trained import TrainedModel
-from ..training.preparation import Rows
+from ..training.rows import Rows
 from .measures import EQUAL, LONGER, SHORTER
 from .pairs import EvaluatedPairs
 from .resampling import Figure

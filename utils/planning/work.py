@@ -21,8 +21,8 @@ from ..models.untrusted import check_folder
 from ..run.paths import read_path
 from ..settings.training import Settings
 from ..training.config import rows_of_run
-from ..training.preparation import prepare_rows
 from ..training.reference import scores_ahead
+from ..training.rows import prepare_rows
 from .padded import RowLengths, mean_padded_length, padded_tokens
 
 

@@ -15,7 +15,7 @@ from ..run.names import TRAINER_STATE
 from ..run.records import Unreadable, read_trainer_state
 from ..runtime import Precision, device_name, say
 from ..settings.training import Settings
-from .preparation import Rows
+from .rows import Rows
 from .run_folder import RunFolderTrainer
 from .trainer import PreferenceTrainer
 

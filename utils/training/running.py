@@ -32,9 +32,9 @@ from .callbacks import RunWatcher, StopInGoodOrder
 from .early_stopping import EarlyStopping
 from .failures import explain_failure
 from .launch import check_resumable, explain_lost_process, speaks
-from .preparation import Rows
 from .progress import count_tokens, seconds_left
 from .refusals import refusals_explained
+from .rows import Rows
 from .run_folder import RunFolderTrainer
 from .samples import SampleWriter, choose_prompts
 from .start import StartCheck

@@ -25,7 +25,7 @@ from ..run.writing import write_json_lines
 from ..runtime import say
 from ..settings.training import Settings
 from ..settings.verbs import SamplingSettings
-from .preparation import Rows
+from .rows import Rows
 from .run_folder import RunFolderTrainer
 from .trackers import log_samples
 

@@ -17,22 +17,16 @@ from ..run.processes import count_processes
 from ..runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
 from ..settings.training import Settings
 from .carrying_on import attach_continuation
+from .checks import check_settings, find_sharding
 from .config import rows_of_run
 from .continuation import check_continuation, choose_checkpoint
 from .description import describe_data, describe_start
 from .finishing import finish_run
+from .folder import choose_moment, find_folder
 from .launch import join_processes, lost_processes_explained, one_first
-from .preparation import (
-    check_settings,
-    check_steps,
-    choose_moment,
-    find_folder,
-    find_sharding,
-    make_imitation_trainer,
-    make_preference_trainer,
-    prepare_rows,
-)
+from .making import make_imitation_trainer, make_preference_trainer
 from .reference import scores_ahead
+from .rows import check_steps, prepare_rows
 from .running import Run, start_run
 from .tracking import prepare_trackers
 
