@@ -149,6 +149,15 @@ def test_answers_with_labels_that_share_no_prompt_are_refused(tmp_path):
     assert data.dropped == {"the answer is labelled as not wanted": 3}
 
 
+def test_each_answer_of_the_fewer_meets_another_before_one_meets_two(tmp_path):
+    answers = [("good 1", True), ("good 2", True), ("bad 1", False), ("bad 2", False), ("bad 3", False)]
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": c, "label": y} for c, y in answers])
+    expected = {2: ["1 1", "2 2"], 4: ["1 1", "1 2", "2 2", "2 3"], 6: ["1 1", "1 2", "1 3", "2 1", "2 2", "2 3"]}
+    for most, pairs in expected.items():
+        rows = load(str(path), pairs_per_prompt=most).train
+        assert [f"{row['chosen'][-1]} {row['rejected'][-1]}" for row in rows] == pairs
+
+
 def test_labels_that_are_not_yes_or_no_make_no_unpaired_rows(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "x", "label": i} for i in range(3)]
     assert "its columns fit no known shape" in refusal(rows, tmp_path)[0]

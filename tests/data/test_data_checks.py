@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from utils.data.checks import find_fault
 from utils.data.loading import load_pairs
 from utils.errors import UserError
 from utils.settings.training import DataSettings
@@ -121,6 +122,22 @@ def test_max_samples_still_reports_the_bad_rows_before_the_last_one(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [GOOD, bad, GOOD, bad])
     assert "in 1 row (pairs.jsonl line 2)" in faults(path, max_samples=2)[0]
     assert len(load(path, max_samples=1).train) == 1
+
+
+def test_max_samples_reads_on_until_there_are_as_many_good_rows(tmp_path):
+    """Twice as many rows are read at first: of these, one good one too few."""
+    rows = [GOOD | {"prompt": f"q{i}"} if i in (1, 4, 6, 9) else GOOD | {"chosen": ""} for i in range(12)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    data = load(path, max_samples=3, on_bad_rows="skip")
+    assert data.train["row"][:] == [1, 4, 6]
+    assert data.dropped == {"'chosen' is empty": 4}
+
+
+def test_a_row_may_have_so_many_characters_and_no_more():
+    labels = {name: name for name in ("prompt", "chosen", "rejected")}
+    row = {"prompt": "q", "chosen": "x" * (16_777_216 - 3), "rejected": "no"}
+    assert find_fault(row, labels) is None
+    assert find_fault(row | {"prompt": "qq"}, labels) == "the row has more than 16,777,216 characters"
 
 
 def test_sft_needs_no_rejected_side_and_whole_texts_no_prompt(tmp_path):

@@ -174,6 +174,15 @@ def test_a_split_of_its_own_stays_beside_the_drawn_ones(tmp_path):
     assert data.shared_prompts == len(set(data.train["prompt"]) & set(data.held_out["prompt"]))
 
 
+def test_a_share_of_a_source_leaves_its_own_held_out_split_whole(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_lines(tmp_path / "folder" / "train.jsonl", texts("a", 40))
+    write_lines(tmp_path / "folder" / "test.jsonl", texts("t", 6))
+    for amount in ("0.25", "10"):
+        data = load(f"{tmp_path / 'folder'}:{amount}", validation_split=None)
+        assert (len(data.train), len(data.held_out)) == (10, 6)
+
+
 def test_rows_that_two_sources_share_are_counted_and_kept(tmp_path):
     first = write_lines(tmp_path / "first.jsonl", texts("a", 20))
     second = write_lines(tmp_path / "second.jsonl", texts("a", 12) + texts("b", 3))

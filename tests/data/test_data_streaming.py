@@ -87,6 +87,25 @@ def test_a_run_of_few_steps_has_held_out_rows_too(tmp_path):
     assert load(path, wanted=4, validation_split="none").held_out is None
 
 
+def test_reading_goes_on_until_a_row_is_held_out_and_keeps_no_more_to_train_on(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", make_pairs(9000))
+    beyond = 0
+    for seed in range(6):
+        data = load(path, wanted=4, seed=seed, validation_split="0.0005")
+        assert len(data.train) == 4
+        assert len(data.held_out) > 0
+        beyond += data.held_out["row"][0] >= 1000
+    assert beyond, "some seed holds out none of the first batch"
+
+
+def test_labels_of_the_held_out_split_say_too_how_they_are_counted(tmp_path):
+    rows = [{"prompt": f"q{i}", "response_1": "x", "response_2": "y", "label": 1} for i in range(30)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "test.jsonl", [{**rows[0], "prompt": "t", "label": 2}])
+    data = load(tmp_path, wanted=5)
+    assert (data.train["chosen"][0], data.held_out["chosen"][0]) == ("x", "y")
+
+
 def test_whole_files_come_in_an_order_that_the_seed_draws(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

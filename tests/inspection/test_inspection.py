@@ -18,6 +18,7 @@ from shared.pairs import write_lines
 from utils.data.places import list_places
 from utils.inspection.languages import LANGUAGES, number_language
 from utils.inspection.similarity import find_alike, group_alike, sign_texts
+from utils.inspection.statistics import check_rules
 from utils.inspection.texts import has_control, has_html, has_mojibake, nearly_equal, refuses, says_nothing
 from utils.report.charts import draw_bars, draw_histogram, draw_lines
 
@@ -111,6 +112,30 @@ def test_each_check_finds_what_was_planted_and_nothing_else(run_script, tmp_path
     }  # fmt: skip
     assert "the same pair labelled both ways" in out
     assert f"pairs.jsonl line {lines['both_ways'][0]}, {lines['both_ways'][1]}" in out
+
+
+@pytest.mark.parametrize(("words", "found"), [(9, 0), (10, 1)])
+def test_an_answer_of_ten_words_may_be_on_the_wrong_side(words, found, run_script, tmp_path):
+    pair = {"prompt": "Why is it so?", "chosen": "N/A", "rejected": " ".join(["word"] * words)}
+    record = inspect(run_script, tmp_path, [*make_texts(20), pair])[1]
+    assert counts_of(record).get("swapped_looking", 0) == found
+
+
+@pytest.mark.parametrize(
+    ("unlike", "right", "pairs", "share"),
+    [
+        (100, 65, 400, "65%"),  # just enough pairs, just often enough
+        (99, 90, 400, None),
+        (100, 64, 400, None),
+        (110, 100, 2400, None),  # fewer than a twentieth of all
+        (120, 30, 2400, "75%"),  # of the rejected sides
+    ],
+)
+def test_a_shallow_sign_is_told_from_where_it_decides_much(unlike, right, pairs, share):
+    rule = {"name": "list", "rule": "the one that has a list", "unlike": unlike, "right": right, "accuracy": 0.5}
+    titles = [finding.title for finding in check_rules([rule], pairs)]
+    assert len(titles) == (share is not None)
+    assert all(f"is {'chosen' if right > 60 else 'rejected'} in {share} of the pairs" in title for title in titles)
 
 
 def test_several_processes_find_the_same(run_script, tmp_path, tiny_model, monkeypatch):
@@ -406,6 +431,15 @@ def test_signatures_estimate_the_share_of_common_runs():
         errors.append((left == right).mean() - jaccard(one, other))
     assert abs(np.mean(errors)) < 0.02
     assert np.std(errors) < 0.06
+
+
+def test_texts_with_seven_tenths_of_their_runs_in_common_are_not_nearly_the_same():
+    words = [f"word{i}" for i in range(400)]
+    texts = [" ".join(words), " ".join([*words[:330], *(f"other{i}" for i in range(70))])]
+    signatures = sign_texts(texts)
+    assert 0.62 < (signatures[0] == signatures[1]).mean() < 0.78
+    assert group_alike(signatures).tolist() == [0, 1]
+    assert find_alike(signatures[:1], signatures[1:])[0].tolist() == [-1]
 
 
 def test_case_and_punctuation_make_no_other_text_and_no_words_make_none():

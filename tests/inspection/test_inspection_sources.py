@@ -106,6 +106,41 @@ def test_what_is_set_aside_is_said_by_both_verbs(run_script, tmp_path, tiny_mode
         assert "--validation_split 0.02 trains on nearly all of them; --validation_split 0.1 evaluates all" in text
 
 
+def test_how_the_pairs_are_parted_is_said(tmp_path):
+    pairs = make_texts(60)
+    own = [write_folder(tmp_path / name, pairs[:20], pairs[20:30]) for name in ("own", "other")]
+    file = write_lines(tmp_path / "pairs.jsonl", pairs[30:])
+
+    def split(*names: Path, flags: tuple[str, ...] = ()) -> str:
+        return load_subject(parse_arguments(["data", "--dataset_name", ",".join(map(str, names)), *flags])).split
+
+    made = "the split that train makes with --seed 7"
+    assert split(file, flags=("--seed", "7")) == made
+    assert split(own[0]) == "the source's own held-out split"
+    assert split(*own) == "the sources' own held-out splits"
+    seeded = split(own[0], file, flags=("--seed", "7"))
+    assert seeded == f"the sources' own held-out splits where they have one, else {made}"
+    assert split(file, flags=("--validation_split", "none")) == "nothing is to be held out"
+
+
+def test_held_out_pairs_stay_where_trained_ones_of_their_prompts_are_left_out(run_script, tmp_path):
+    """With --group_by a prompt can be on both sides: cleaning takes out its trained pairs, so the evaluation stays."""
+    texts = make_texts(80)
+    rows = [pair | {"prompt": texts[i % 40]["prompt"], "writer": f"w{i // 40}{i % 8}"} for i, pair in enumerate(texts)]
+    path, clean = write_lines(tmp_path / "pairs.jsonl", rows), tmp_path / "clean.jsonl"
+    flags = ("--group_by", "writer", "--validation_split", "0.4")
+    trained, held_out = sides_of_data(str(path), *flags)
+    code, _, err = run_script(
+        "data", "--dataset_name", path, *flags, "--output_file", clean, "--remove", "held_out_prompts"
+    )
+    assert code == 3, err
+    written = {pair_id(json.loads(line)) for line in clean.read_text(encoding="utf-8").splitlines()}
+    prompts = {rows[int(place.rpartition(" ")[2]) - 1]["prompt"] for place, _ in held_out}
+    both = {name for place, name in trained if rows[int(place.rpartition(" ")[2]) - 1]["prompt"] in prompts}
+    assert both
+    assert written == {name for _, name in trained + held_out} - both
+
+
 @pytest.mark.parametrize(("rows", "fraction"), [(9_800, "0.05"), (60_000, "0.01"), (1_500_000, "0.0005")])
 def test_the_fraction_to_pass_holds_out_no_more_than_is_evaluated(rows, fraction):
     assert advise_on_spare(rows).startswith(f"--validation_split {fraction} ")

@@ -67,7 +67,7 @@ def plan_pairs(answers: datasets.Dataset, most: int) -> dict[str, list]:
 
 
 def _meet(wanted: int, unwanted: int, most: int) -> list[tuple[int, int]]:
-    """At most `most` pairs of positions; each is used once before one is used again."""
+    """At most `most` pairs of positions; each on the side with fewer is used once before one is used again."""
     pairs = product(range(min(wanted, most)), range(min(unwanted, most)))
     return sorted(pairs, key=lambda pair: ((pair[1] - pair[0]) % max(wanted, unwanted), pair))[:most]
 
