@@ -185,7 +185,6 @@ def test_a_judge_that_fails_or_is_silent_ends_the_comparison_in_one_line(
     run_script, runs, tmp_path, endpoint, monkeypatch
 ):
     monkeypatch.setattr("utils.responses.judging.ATTEMPTS", 1)
-    monkeypatch.setattr("utils.responses.judging.TIMEOUT_SECONDS", 0.2)
     names = ("compare", "--model_name_or_path", runs["lora"], "--output_dir", tmp_path / "out", *SHORT)
     endpoint.failures = [(503, {})] * 4
     code, _, err = run_script(*names, "--judge", endpoint.url, "--judge_model", "failing")
@@ -197,6 +196,7 @@ def test_a_judge_that_fails_or_is_silent_ends_the_comparison_in_one_line(
     code, _, err = run_script(*names, "--judge", endpoint.url, "--judge_model", "refusing")
     assert (code, err.count("\n")) == (2, 1)
     assert "refused (401 Unauthorized); set OPENAI_API_KEY" in err
+    monkeypatch.setattr("utils.responses.judging.TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         code, _, err = run_script(*names, "--judge", url, "--judge_model", "silent")

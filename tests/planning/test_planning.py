@@ -17,15 +17,24 @@ from shared.forked import Forked
 from shared.models import save_tiny_model
 from shared.runs import ROOT, start_script
 from shared.ways import CONFIG, FULL, LORA, PAIRS, make_real
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from utils.arguments import parse_arguments
 from utils.engine.shared_prefix import PairLayout
 from utils.errors import UserError
-from utils.planning.estimate import SHARDED, estimate, pad_pairs, walk_all_layers, with_layers
+from utils.planning.estimate import (
+    SHARDED,
+    _share_of_device,
+    estimate,
+    layers_alike,
+    pad_pairs,
+    walk_all_layers,
+    with_layers,
+)
 from utils.planning.hardware import GIB, SHEETS, Device, find_device_by_name
 from utils.planning.launching import words_before_script
 from utils.planning.measuring import as_measured
+from utils.planning.paper_model import make_policy
 from utils.planning.planning import _asked_way, _Planner
 from utils.planning.walk import (
     ACTIVATIONS,
@@ -115,6 +124,24 @@ def test_few_layers_tell_of_all(way):
     )
 
 
+def test_layers_that_attend_in_two_ways_are_all_walked_through():
+    shape = {
+        name: getattr(CONFIG, name)
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+        )
+    }
+    mixed = replace(LORA, config=Gemma2Config(head_dim=16, sliding_window=7, **shape))
+    assert len(set(mixed.config.layer_types)) == 2
+    assert not layers_alike(mixed)
+    assert layers_alike(LORA)
+
+
 def test_several_devices_hold_a_share_each():
     alone = estimate(FULL, PAIRS, 1, base=0)
     zero2 = estimate(FULL, PAIRS, 1, base=0, sharding="zero2", devices=4)
@@ -141,6 +168,20 @@ def test_several_devices_hold_what_their_engines_hold():
     fsdp2 = estimate(half, PAIRS, 1, base=0, sharding="fsdp2", devices=4).parts
     assert fsdp2[WEIGHTS] == pytest.approx(4 * n / 4, rel=0.01)
     assert fsdp2[OPTIMIZER] == pytest.approx(8 * n / 4, rel=0.01)
+    layer = sum(parameter.numel() for parameter in make_policy(half).model.layers[0].parameters())
+    assert fsdp2["gathered layers"] == 2 * 2 * layer, "the one at work and the next, whole, in 16 bits"
+    walk = walk_all_layers(half, PAIRS, 1)
+    moment = walk.moments["first"]  # of the backward pass, when all gradients are there
+    shared, _ = _share_of_device(moment, half, walk, "zero1", 4, None)
+    assert shared[GRADIENTS] == moment[GRADIENTS] // 2 > n, "16 bits each"
+
+
+def test_with_fewer_tokens_what_does_not_hang_on_them_stays():
+    needs = estimate(LORA, PAIRS, 1, base=1000)
+    held = sum(needs.parts[part] for part in (WEIGHTS, ADAPTER, OPTIMIZER)) + 1000
+    assert needs.at_tokens(needs.tokens) == needs.peak
+    assert needs.at_tokens(0) == held
+    assert needs.at_tokens(needs.tokens // 2) == pytest.approx((needs.peak + held) / 2, rel=0.01)
 
 
 def test_a_reference_of_another_size_holds_its_own_weights():

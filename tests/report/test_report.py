@@ -231,6 +231,8 @@ START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0, "chosen
         ({"accuracy": 0.55, "loss": 0.68}, "It learnt a little, less than 100 held-out pairs can prove", "note"),
         ({"accuracy": 0.5, "loss": 0.693}, "It did not learn", "problem"),
         ({"accuracy": 0.4, "loss": 0.9}, "It got worse", "problem"),
+        ({"accuracy": 0.38, "loss": 0.693}, "It got worse", "problem"),  # by more than 100 pairs leave to chance
+        ({"accuracy": 0.42, "loss": 0.693}, "It did not learn", "problem"),
         (
             {"accuracy": 0.99, "loss": 0.1, "chosen_logps": -90.0, "chosen_end_prob": 0.2},
             "It came apart: it lost 1.5 nats on each token of the chosen responses and it ends where responses end "
