@@ -271,6 +271,14 @@ def test_divergence_matters_only_to_the_losses_that_are_listed_for_it(name):
     assert same == (name not in DIVERGENCE_LOSSES)
 
 
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_reference_matters_only_to_the_losses_that_read_it(name):
+    other = replace(PAIRS, ref_chosen=PAIRS.ref_chosen + 0.7, ref_rejected=PAIRS.ref_rejected - 0.4)
+    same = torch.equal(LOSSES[name](PAIRS, SMOOTHED), LOSSES[name](other, SMOOTHED))
+    assert same == (name == "sft")
+    assert LOSSES[name].reads_reference == (name != "sft")
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"aot", "aot_unpaired"}))
 def test_a_pair_has_the_same_loss_whatever_its_batch_mates(name):
     whole = LOSSES[name](PAIRS, SMOOTHED)
@@ -297,6 +305,29 @@ DIVERGENCES_BY_HAND = {
 def test_divergence_is_the_formula(divergence):
     score = divergence.score(numbers(0.5, -1.25))
     torch.testing.assert_close(score, numbers(*DIVERGENCES_BY_HAND[divergence]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("nats", [9.0, 20.0, 50.0, 79.0])
+def test_divergences_of_tens_of_nats_are_the_formulas_and_their_slopes(nats):
+    """Float32 holds e^88: nothing is cut off where it need not be."""
+    far, forward = torch.tensor([-nats], requires_grad=True), Divergence("forward_kl")
+    score = forward.score(far)  # 1 - 1/t
+    score.backward()
+    assert score.item() == pytest.approx(1 - exp(nats), rel=1e-5)
+    assert far.grad.item() == pytest.approx(exp(nats), rel=1e-5)
+    near, alpha = torch.tensor([nats / 2], requires_grad=True), Divergence("alpha_divergence", 3.0)
+    score = alpha.score(near)  # (t^2 - 1) / 2
+    score.backward()
+    assert score.item() == pytest.approx((exp(nats) - 1) / 2, rel=1e-5)
+    assert near.grad.item() == pytest.approx(exp(nats), rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.9, 0.95, 0.999, 1.001, 1.05, 1.1])
+def test_an_alpha_divergence_near_1_is_not_the_reverse_kl(alpha):
+    ratios = [0.5, -1.25, 4.0]
+    expected = [(exp(ratio) ** (alpha - 1) - 1) / (alpha - 1) for ratio in ratios]
+    assert Divergence("alpha_divergence", alpha).score(numbers(*ratios)).tolist() == pytest.approx(expected, rel=1e-9)
+    assert expected != pytest.approx(ratios, rel=1e-4)
 
 
 def test_every_divergence_is_typed_out():

@@ -133,6 +133,17 @@ def test_a_micro_batch_that_does_not_fit_is_computed_in_parts(train, monkeypatch
         assert a["tokens_computed"] == b["tokens_computed"], "what was thrown away is not counted"
 
 
+@pytest.mark.parametrize("losses", [["aot"], ["sigmoid", "aot_unpaired"]], ids=" and ".join)
+def test_a_micro_batch_whose_pairs_are_sorted_is_not_divided(
+    run_script, tiny_model, pairs_file, tmp_path, monkeypatch, losses
+):
+    fail_once(monkeypatch, "forward", 2)
+    flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *QUICK, "--loss_type", *losses)
+    code, _, err = run_script(*flags, "--output_dir", tmp_path / "run")
+    assert code == 2
+    assert f"which --loss_type {losses[-1]} sorts, so that dividing it would change the loss" in err
+
+
 def test_rows_that_are_filled_up_are_divided_to_the_last_pair(
     run_script, tiny_model, pairs_file, tmp_path, monkeypatch
 ):
