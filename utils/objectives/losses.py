@@ -1,7 +1,7 @@
 """Preference losses: log-probs of pairs in, one loss per pair out; and the table that says what each of them is.
 
 Notation of the papers: beta (b) is the strength of the pull towards the reference; the log-ratio of a completion is
-log pi(y|x) - log pi_ref(y|x); D is the chosen log-ratio minus the rejected one, so b * D is the reward margin. s is
+log pi(y|x) - log pi_ref(y|x), c of the chosen and r of the rejected one; D = c - r, so bD is the reward margin. s is
 the logistic function, e the label smoothing.
 
 Every loss is a pure function of 1-D float32 tensors, shape (pairs,), and of the settings that its arguments name: one
@@ -67,18 +67,21 @@ def exo_pair_loss(pairs: PairLogProbs, beta: float, divergence: Divergence, labe
 
 
 def nca_pair_loss(pairs: PairLogProbs, beta: float) -> Tensor:
-    """NCA for pairs (arXiv 2402.05369)."""
+    """NCA for pairs (arXiv 2402.05369): -log s(bc) - log s(-bc) / 2 - log s(-br) / 2."""
     chosen, rejected = beta * pairs.chosen_logratio, beta * pairs.rejected_logratio
     return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
 
 
 def bco_pair_loss(pairs: PairLogProbs, beta: float) -> Tensor:
-    """BCO on pairs without its running shift (arXiv 2404.04656 with delta = 0)."""
+    """BCO on pairs without its running shift (arXiv 2404.04656 with delta = 0): -log s(bc) - log s(-br)."""
     return -log_sigmoid(beta * pairs.chosen_logratio) - log_sigmoid(-beta * pairs.rejected_logratio)
 
 
 def sppo_hard_loss(pairs: PairLogProbs, beta: float) -> Tensor:
-    """SPPO with hard labels (arXiv 2405.00675, eq. 4.7 with winning probability 1 and 0)."""
+    """SPPO with hard labels (arXiv 2405.00675, eq. 4.7 with winning probability 1 and 0).
+
+    (c - 1/(2b))^2 + (r + 1/(2b))^2
+    """
     target = 0.5 / beta
     return (pairs.chosen_logratio - target) ** 2 + (pairs.rejected_logratio + target) ** 2
 
@@ -98,18 +101,21 @@ def aot_unpaired_loss(pairs: PairLogProbs, beta: float, label_smoothing: float) 
 
 
 def apo_zero_loss(pairs: PairLogProbs, beta: float) -> Tensor:
-    """APO-zero (arXiv 2408.06266, eq. 7): raises the chosen and lowers the rejected likelihood."""
+    """APO-zero (arXiv 2408.06266, eq. 7), 1 - s(bc) + s(br): raises the chosen and lowers the rejected likelihood."""
     return 1 - (beta * pairs.chosen_logratio).sigmoid() + (beta * pairs.rejected_logratio).sigmoid()
 
 
 def apo_down_loss(pairs: PairLogProbs, beta: float) -> Tensor:
-    """APO-down (arXiv 2408.06266, eq. 8): lowers both, the rejected one more."""
+    """APO-down (arXiv 2408.06266, eq. 8), 1 + s(bc) - s(bD): lowers both, the rejected one more."""
     difference = pairs.chosen_logratio - pairs.rejected_logratio
     return (beta * pairs.chosen_logratio).sigmoid() + 1 - (beta * difference).sigmoid()
 
 
 def discopop_loss(pairs: PairLogProbs, beta: float, divergence: Divergence, discopop_tau: float) -> Tensor:
-    """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414, eq. 5)."""
+    """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414, eq. 5).
+
+    -log s(bD) s(-bD/tau) + exp(-bD) s(bD/tau)
+    """
     margin = beta * divergence.difference(pairs)
     modulation = margin / discopop_tau
     # s(m/tau) exp(-m) as one power: apart, they are 0 and infinity where the margin is far below 0.
