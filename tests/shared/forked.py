@@ -186,7 +186,7 @@ def _be_one(
         sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
     os.chdir(ROOT)
     sys.argv = [script, *arguments]
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT / Path(script).parent), str(ROOT)]
     if before is not None:
         before()
     runpy.run_path(script, run_name="__main__")
