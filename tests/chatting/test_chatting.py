@@ -10,16 +10,13 @@ import os
 import re
 import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from shared.forked import Forked, take_terminal
+from shared.forked import Forked, read_from, take_terminal
 from shared.models import save_tiny_model
-from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.chatting.dialogue import Dialogue
@@ -216,10 +213,11 @@ def test_controls_are_shown_as_escapes():
 def test_a_message_through_a_pipe(tmp_path):
     answer = "Hi,\x1b[1m é".encode()
     model = save_scripted_model(tmp_path / "greeter", answer)
-    command = [sys.executable, "advanced_dpo_script.py", "chat", "--model_name_or_path", model]
-    process = subprocess.run(command, cwd=ROOT, input="What is\nyour näme?\n".encode(), capture_output=True)
-    assert (process.returncode, process.stdout) == (0, answer + b"\n")  # what the model wrote, byte by byte
-    assert f"model: {model}" in process.stderr.decode()
+    (tmp_path / "message").write_bytes("What is\nyour näme?\n".encode())
+    process = Forked("chat", "--model_name_or_path", model, before=functools.partial(read_from, tmp_path / "message"))
+    out, err = process.communicate()
+    assert (process.returncode, out.encode()) == (0, answer + b"\n")  # what the model wrote, byte by byte
+    assert f"model: {model}" in err
 
 
 @pytest.mark.parametrize(("piped", "said"), [(b"\n", "stdin is empty"), (b"\xff\xfe", "stdin: is not UTF-8 text")])

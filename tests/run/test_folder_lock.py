@@ -33,11 +33,12 @@ import sys, time
 from pathlib import Path
 from utils.errors import UserError
 from utils.run.lock import FolderLock
-folder, start = Path(sys.argv[1]), float(sys.argv[2])
+print("ready", flush=True)
+start = float(sys.stdin.readline())
 with FolderLock() as lock:
     time.sleep(max(0, start - time.time()))
     try:
-        lock.take(folder)
+        lock.take(Path(sys.argv[1]))
     except UserError as error:
         print("refused", error)
     else:
@@ -47,9 +48,19 @@ with FolderLock() as lock:
 
 
 def start_together(folder: Path, count: int) -> list[subprocess.Popen]:
-    command = [sys.executable, "-c", STARTER, str(folder), str(time.time() + 3)]
-    pipe = subprocess.PIPE
-    return [subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for _ in range(count)]
+    """Processes that take the folder at one moment, as soon as all have come so far."""
+    starters = [start_one([sys.executable, "-c", STARTER, str(folder)]) for _ in range(count)]
+    for starter in starters:
+        assert starter.stdout.readline() == "ready\n"
+    moment = time.time() + 0.1
+    for starter in starters:
+        starter.stdin.write(f"{moment}\n")
+        starter.stdin.flush()
+    return starters
+
+
+def start_one(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def owner(**changes) -> dict:
@@ -234,9 +245,10 @@ def test_a_run_in_another_container_is_seen_by_its_lock_and_taken_over_when_it_w
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no namespace may be made here")
-    command = [*inside, sys.executable, "-c", STARTER, str(tmp_path), "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "taken\n"
+    with start_one([*inside, sys.executable, "-c", STARTER, str(tmp_path)]) as process:
+        process.stdin.write("0\n")
+        process.stdin.flush()
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "taken\n"]
         lock = json.loads((tmp_path / LOCK).read_text())
         assert (lock["pid"], lock["locked"]) == (1, True)
         assert is_alive(lock) is None

@@ -94,6 +94,13 @@ def take_terminal(name: str) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
 
 
+def read_from(path: Path) -> None:
+    """Makes a file the standard input of this process."""
+    with open(path, "rb") as file:
+        os.dup2(file.fileno(), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
 @dataclass(frozen=True)
 class Ended:
     """How the processes ended: the first exit code that is not 0, and what all of them wrote, in order of rank."""
