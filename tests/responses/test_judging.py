@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from shared.endpoint import KEY
@@ -72,14 +73,15 @@ def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(endpoint, tmp_path,
     assert [path for path, *_ in endpoint.seen] == ["/v1/chat/completions"]
 
 
-def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path):
+def test_the_number_of_requests_and_their_rate_are_bounded(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.responses.judging.time", SimpleNamespace(monotonic=lambda: 5.0))  # a clock that stands
     waits: list[float] = []
     judge = make_judge(endpoint, tmp_path, waits, requests=3, requests_per_minute=60)
     judge.prefer("p", "aa", "d")
     with pytest.raises(UserError, match="--max_judge_requests 3 are used up"):
         judge.prefer("p", "bbb", "d")
     assert len(endpoint.seen) == 3
-    assert waits == [pytest.approx(1, abs=0.2), pytest.approx(2, abs=0.3)]
+    assert waits == [1.0, 2.0]
     again = make_judge(endpoint, tmp_path)
     again.prefer("p", "bbb", "d")
     assert again.asked == 1, "the answer before the limit was kept"
