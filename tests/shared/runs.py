@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def pretend_interrupted(folder, step: int) -> None:
             shutil.rmtree(checkpoint)
     record = read_record(folder)
     (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}), encoding="utf-8")
+
+
+def set_back(folder: Path, minutes: int) -> None:
+    """Makes a finished run one of minutes before: records hold whole seconds, in which small runs begin and end."""
+    record = read_record(folder)
+    for name in ("started", "updated"):
+        at = datetime.strptime(record[name], "%Y-%m-%dT%H:%M:%SZ") - timedelta(minutes=minutes)
+        record[name] = at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")

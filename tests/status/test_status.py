@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from shared.forked import Forked
-from shared.runs import ROOT, read_record
+from shared.runs import ROOT, read_record, set_back
 
 from utils.arguments import parse_arguments
 from utils.run.processes import command_to_go_on, identify_process, is_alive
@@ -41,6 +41,7 @@ def finished(tiny_model, pairs_file, tmp_path_factory) -> Path:
               "--logging_steps", 1, "--eval_steps", 2, "--learning_rate", 5e-3, "--use_lora"]  # fmt: skip
     for verb, name in (("train", "dpo"), ("sft", "stages/sft")):
         assert advanced_dpo_script.main([str(w) for w in (verb, *common, "--output_dir", root / name)]) == 0
+    set_back(root / "dpo", minutes=1)
     return root
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from shared.browser import open_browser
 from shared.pairs import make_pairs, write_lines
-from shared.runs import read_metrics, read_record
+from shared.runs import read_metrics, read_record, set_back
 
 from utils.status.page import make_page
 from utils.status.state import read_runs
@@ -38,6 +38,8 @@ def compared(tiny_model, tmp_path_factory) -> Path:
     }.items():
         verb = name.partition("/")[0]
         assert advanced_dpo_script.main([str(w) for w in (verb, *common, *more, "--output_dir", root / name)]) == 0
+    set_back(root / "train" / "low", minutes=2)
+    set_back(root / "train" / "<b>high & mighty", minutes=1)
     return root
 
 
