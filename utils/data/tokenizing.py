@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
 from .lengths import read_numbers
-from .places import SHOWN, Place, describe_bad_rows, list_places, row_places
+from .places import SHOWN, Place, describe_all_bad, list_places, row_places
 from .rendering import ADVICE, Rendered, Turns, render_chat, render_row
 from .row_cache import map_rows
 
@@ -315,26 +315,35 @@ def tokenize_rows(
         fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},
         remove_columns=rows.column_names,
     )
-    shortened, cut = (read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
-    too_long = np.flatnonzero(shortened | cut)
+    fitting = _leave_out_long(tokenized, max_length, truncation, place)
+    good, bad_rows = _leave_out_bad(fitting, place, on_bad_rows)
+    warnings = tuple(_describe_notes(good, place))
+    shortened, cut = _read_fit(good)
+    counts = (int((shortened & ~cut).sum()), int(cut.sum()), len(tokenized) - len(fitting))
+    return good.remove_columns([FAULT, NOTES]), Truncation(*counts, bad_rows, warnings)
+
+
+def _read_fit(tokenized: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row, whether its prompt was shortened, and whether a completion was cut."""
+    return tuple(read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
+
+
+def _leave_out_long(tokenized: Dataset, max_length: int, truncation: str, place: Place) -> Dataset:
+    """The rows that are trained on as far as their length goes: all of them, or with `drop` those that fit."""
+    is_long = np.logical_or(*_read_fit(tokenized))
+    too_long = np.flatnonzero(is_long)
     if len(too_long) and truncation == "error":
         places = [place(row) for row in tokenized[too_long[:SHOWN]]["row"]]
         raise UserError(
-            f"--max_length {max_length} is too short for {len(too_long)} of {len(rows)} rows "
+            f"--max_length {max_length} is too short for {len(too_long)} of {len(tokenized)} rows "
             f"({list_places(places, len(too_long))}). "
             "Raise it, or pass --truncation shorten_prompt or drop"
         )
-    dropped = 0
-    if truncation == "drop":
-        tokenized = tokenized.select(np.flatnonzero(~(shortened | cut)))
-        if len(tokenized) == 0 and len(rows) > 0:
-            raise UserError(f"--max_length {max_length} with --truncation drop leaves none of {len(rows)} rows")
-        dropped = len(too_long)
-    tokenized, bad_rows = _leave_out_bad(tokenized, place, on_bad_rows)
-    warnings = tuple(_describe_notes(tokenized, place))
-    shortened, cut = (read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
-    counts = (int((shortened & ~cut).sum()), int(cut.sum()), dropped)
-    return tokenized.remove_columns([FAULT, NOTES]), Truncation(*counts, bad_rows, warnings)
+    if truncation != "drop":
+        return tokenized
+    if len(too_long) == len(tokenized) > 0:
+        raise UserError(f"--max_length {max_length} with --truncation drop leaves none of {len(tokenized)} rows")
+    return tokenized.select(np.flatnonzero(~is_long))
 
 
 def _leave_out_bad(tokenized: Dataset, place: Place, on_bad_rows: str) -> tuple[Dataset, dict[str, int]]:
@@ -343,10 +352,7 @@ def _leave_out_bad(tokenized: Dataset, place: Place, on_bad_rows: str) -> tuple[
     if not found:
         return tokenized, {}
     if on_bad_rows == "error":
-        faults = [
-            describe_bad_rows(reason, [place(row) for row in tokenized[indices[:SHOWN]]["row"]], len(indices))
-            for reason, indices in found.items()
-        ]
+        faults = describe_all_bad(found, lambda index: place(tokenized[int(index)]["row"]))
         more = [f"{len(faults) - REASONS_SHOWN:,} more reasons of this kind"] if len(faults) > REASONS_SHOWN else []
         raise UserError(*faults[:REASONS_SHOWN], *more)
     bad = np.concatenate(list(found.values()))
