@@ -16,6 +16,7 @@ UTILS = ROOT / "utils"
 FLOOR = ["errors", "console", "interruptions", "runtime", "engine", "objectives"]
 ORDER = [
     *FLOOR,
+    "distributed",
     "settings",
     "run",
     "arguments",

@@ -38,7 +38,7 @@ from ..runtime import (
 )
 from ..settings.training import Settings
 from ..training.description import describe_layout
-from ..training.launch import check_one_device
+from ..training.launch import check_one_device, join_processes
 from ..training.metrics import summarise
 from ..training.rows import Rows, prepare_rows
 from ..training.trainer import PreferenceTrainer
@@ -77,6 +77,7 @@ def evaluate_model(settings: Settings, arguments: list[str]) -> None:
     )
     scoring = settings_of_evaluation(settings, trained)
     precision = choose_precision(scoring.model.dtype, find_device())
+    join_processes(scoring, precision)
     folder, source, pairs, _ = gather(
         lambda: find_results_folder(settings.run.output_dir, trained),
         lambda: find_reference(settings, trained),

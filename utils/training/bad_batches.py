@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..data.identity import pair_id
 from ..data.lengths import read_numbers
 from ..data.loading import PreferenceData
 from ..data.places import SHOWN, Place, list_places
+from ..distributed import gather
 from ..errors import UserError
 from ..run.checkpoints import find_checkpoints
 from ..run.metrics import append_metrics
@@ -31,14 +31,10 @@ KEY = "left_out"  # in what a checkpoint keeps: the steps
 SUGGESTED = 10  # steps, where the person is told of --skip_bad_batches
 
 
-def losses_by_row(parts: Sequence[tuple[list[int], Tensor]], world_size: int) -> dict[int, float]:
+def losses_by_row(parts: Sequence[tuple[list[int], Tensor]]) -> dict[int, float]:
     """`row` -> its loss, of all micro-batches of an optimizer step, in all processes."""
     found = {row: loss for rows, losses in parts for row, loss in zip(rows, losses.tolist(), strict=True)}
-    if world_size > 1:
-        gathered: list[dict[int, float]] = [{}] * world_size
-        torch.distributed.all_gather_object(gathered, found)
-        found = {row: loss for part in gathered for row, loss in part.items()}
-    return found
+    return {row: loss for part in gather(found) for row, loss in part.items()}
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..data.tokenizing import LENGTH
+from ..distributed import gather
 from ..engine.memory import LESS_MEMORY, Peak, free_bytes, ran_out_of_memory, release_memory
 from ..errors import UserError
 from ..run.state import read_random_state, set_random_state
@@ -184,7 +185,7 @@ class _Search:
         tokens = min(tokens, max(batch["input_ids"].numel(), self.least))
         release_memory()
         expected, room = expect_bytes(self.attempts, tokens), self._room()
-        self.least_room = min(self._gathered(room))
+        self.least_room = min(gather(room))
         # A GPU says so by itself when there is no more.
         if self.device.type == "cpu" and expected > self.least_room:
             return Attempt(tokens, expected, False, None)
@@ -196,7 +197,7 @@ class _Search:
             except Exception as error:
                 if not ran_out_of_memory(error):
                     raise
-        values = self._gathered((peak.bytes, room, speed))
+        values = gather((peak.bytes, room, speed))
         if any(speed is None for *_, speed in values):
             return Attempt(tokens, max(expected, *(taken for taken, *_ in values)), False, None)
         fits = all(taken <= room for taken, room, _ in values)
@@ -248,14 +249,6 @@ class _Search:
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         per_number = _state_bytes(trainer) + (4 if args.world_size > 1 else 0)  # DDP keeps gradients in buckets too
         return round(room - per_number * sum(parameter.numel() for parameter in trained))
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """The value of each process."""
-        if self.trainer.args.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.trainer.args.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
 
     def _nothing_fits(self) -> UserError:
         needed = max(attempt.bytes for attempt in self.attempts)

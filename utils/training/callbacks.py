@@ -8,13 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from ..distributed import any_of
 from ..errors import UserError
 from ..interruptions import heeded_signals, let_no_second_hangup_count
 from ..run.folder import clear_run, remove_leftovers
@@ -97,9 +97,6 @@ class RunWatcher(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.resumed_step = state.global_step
-        if args.world_size > 1:
-            patience = timedelta(seconds=args.ddp_timeout)
-            self._processes = torch.distributed.new_group(backend="gloo", timeout=patience)
         if self.folder is not None and state.is_world_process_zero:
             if self.fresh:
                 clear_run(self.folder, damaged=self.replaces)
@@ -147,7 +144,8 @@ class RunWatcher(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # a line before every checkpoint, so that the two tell of the same step
-        self.interrupted = self._any_asked_to_stop(args.world_size)
+        # A signal may have reached any process: all have to stop after the same step. Does not wait for a GPU.
+        self.interrupted = any_of(self.asked_to_stop)
         if self.interrupted:
             # No line for a checkpoint that the run would not have made: what the next line counts is saved in it.
             control.should_training_stop = True
@@ -166,14 +164,6 @@ class RunWatcher(TrainerCallback):
         elif self.interrupted and not float(state.epoch).is_integer():
             # The epoch goes on when the run is resumed.
             control.should_log = control.should_evaluate = control.should_save = False
-
-    def _any_asked_to_stop(self, world_size: int) -> bool:
-        """Whether a signal reached any process: all have to stop after the same step. Does not wait for a GPU."""
-        if world_size == 1:
-            return self.asked_to_stop
-        asked = torch.tensor(int(self.asked_to_stop))
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._processes)
-        return bool(asked)
 
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or not logs or not is_of_run(logs):
@@ -236,7 +226,7 @@ class RunWatcher(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         self.stopwatch.stop()
         if not self.interrupted and args.save_strategy != "no":  # asked after the last step, which is saved
-            self.interrupted = self._any_asked_to_stop(args.world_size)
+            self.interrupted = any_of(self.asked_to_stop)
 
 
 class StopInGoodOrder:

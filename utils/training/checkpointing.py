@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
+from ..distributed import LONG, agree, gather
 from ..errors import UserError
 from ..run.checkpoints import (
     begin_checkpoint,
@@ -25,7 +26,6 @@ from ..run.manifests import describe_files
 from ..run.names import TRAINER_STATE, UNFINISHED_MODEL
 from ..run.state import kept_in_checkpoint, load_state, restoring, save_state
 from ..run.writing import FolderLost, check_held, find_disk_fault, move_into_place
-from .launch import gather_from_all
 
 STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
 LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
@@ -74,7 +74,7 @@ class WholeCheckpoints(Trainer):
         # Piece by piece: memory may be used up by now, and the whole of a large weight would be needed once more.
         pieces = (piece for part in local for piece in part.flatten().split(2**24))
         count = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
-        return sum(gather_from_all(count)) if self.args.world_size > 1 else count
+        return sum(gather(count, LONG))
 
     def check_weights(self) -> None:
         """Raises:
@@ -135,12 +135,11 @@ class WholeCheckpoints(Trainer):
                 if not isinstance(fault, FolderLost):  # else what is there by now is not this run's to remove
                     shutil.rmtree(made, ignore_errors=True)
                 raise fault or error from None
-        if self.args.world_size > 1:
-            first = next((one for one in gather_from_all(fault) if one is not None), None)
-            if first is not None:
-                if self.args.should_save and not isinstance(first, FolderLost):
-                    shutil.rmtree(made, ignore_errors=True)
-                raise first
+        first = agree(fault, LONG)
+        if first is not None:
+            if self.args.should_save and not isinstance(first, FolderLost):
+                shutil.rmtree(made, ignore_errors=True)
+            raise first
 
     def _note_best(self, folder: Path) -> None:
         """Which checkpoint the best model is in, this one or one that was saved before."""

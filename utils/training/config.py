@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
+from ..distributed import PATIENCE
 from ..objectives.losses import BY_NAME
 from ..objectives.objective import Objective
 from ..objectives.pairs import Divergence
@@ -15,7 +16,7 @@ from ..run.processes import count_processes
 from ..runtime import Precision
 from ..settings.training import LossSettings, Settings
 from .early_stopping import SMALLER_IS_BETTER
-from .launch import PATIENCE, uses
+from .launch import uses
 from .refusals import refusals_explained
 
 # verb -> learning rate without and with an adapter, where --learning_rate is not given

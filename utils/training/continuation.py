@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.loading import PreferenceData
+from ..distributed import LONG, gather
 from ..errors import UserError
 from ..models.identity import identify_model
 from ..models.sources import ModelSource, find_model
@@ -29,7 +30,7 @@ from ..runtime import Precision, is_main_process, read_versions, say
 from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, FREE_TO_CHANGE, GROUPS
 from ..settings.training import Settings
 from .differences import describe_free_changes, differing_versions, find_changes
-from .launch import gather_from_all, with_deepspeed
+from .launch import with_deepspeed
 from .reference_cache import hash_rows
 from .rows import Rows
 
@@ -68,7 +69,7 @@ def choose_checkpoint(folder: Path | None, settings: Settings) -> Path | None:
             set_aside(outcome)
         except UserError as error:
             outcome = error
-    outcome = gather_from_all(outcome)[0]  # reading large checkpoints takes longer than others usually wait
+    outcome = gather(outcome, LONG)[0]  # reading large checkpoints takes longer than others usually wait
     if isinstance(outcome, UserError):
         raise outcome
     checkpoint = outcome.checkpoint

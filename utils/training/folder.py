@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.mixing import source_names
+from ..distributed import LONG, gather
 from ..errors import UserError
 from ..models.adapter_config import read_adapter_config
 from ..models.templates import recorded_moment
@@ -19,7 +20,6 @@ from ..run.names import ADAPTER_CONFIG
 from ..run.paths import read_path
 from ..run.record import read_record
 from ..settings.training import Settings
-from .launch import gather_from_all
 
 
 def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
@@ -79,7 +79,7 @@ def choose_moment(settings: Settings) -> datetime:
     Raises:
         UserError: the record of the run is none.
     """
-    now = gather_from_all(datetime.now())[0]
+    now = gather(datetime.now(), LONG)[0]
     folder = settings.run.output_dir
     before = read_former_record(settings, read_path(folder).resolve()) if folder is not None else {}
     return recorded_moment(before) or now

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 
 from ..arguments import command_line
+from ..distributed import PATIENCE, meet
 from ..errors import ProcessLost, UserError, gather
 from ..run.bounded import Unreadable, read_json
 from ..run.checkpoints import find_checkpoints
@@ -25,10 +25,6 @@ from ..run.records import KEPT_STATE, check
 from ..runtime import Precision, find_device, is_main_process
 from ..settings.training import Settings
 
-# Seconds that a process waits in a step for one that is silent (one that ends is noticed at once).
-PATIENCE = 600
-# One that waits while another reads data or writes a checkpoint waits longer than any step takes.
-LONG = timedelta(days=1)
 # What the libraries say when a process that they wait for is gone.
 SIGNS = (
     "connection closed by peer",
@@ -152,47 +148,10 @@ def join_processes(settings: Settings, precision: Precision) -> None:
     if count_processes() == 1:
         return
     seconds = settings.trainer_fields.get("ddp_timeout", PATIENCE)
-    options: dict[str, Any] = {"timeout": timedelta(seconds=seconds)}
-    backend = settings.trainer_fields.get("ddp_backend")
-    PartialState(cpu=precision.device.type == "cpu" and not uses("DEEPSPEED"), backend=backend, **options)
-    global _patient
-    _patient = dist.new_group(backend="gloo", timeout=LONG)
-
-
-_patient: Any = None  # all processes, in a group that waits long
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here, however long that takes."""
-    if _patient is None or not dist.is_initialized():
-        return
-    try:
-        dist.barrier(group=_patient)
-    except RuntimeError as error:
-        raise _lost_early() from error
-
-
-def gather_from_all(value: Any) -> list[Any]:
-    """What each process brings here, in order of rank, however long one takes to come; of a single process its own."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_patient)
-    return values
-
-
-@contextlib.contextmanager
-def one_first() -> Iterator[None]:
-    """Within the context one process of each machine goes first; the others then find what it left in the cache.
-
-    Where the first fails the others still wait, and its launcher ends them.
-    """
-    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not goes_first:
-        wait_for_all()
-    yield
-    if goes_first:
-        wait_for_all()
+    patience = timedelta(seconds=seconds)
+    options: dict[str, Any] = {"timeout": patience, "backend": settings.trainer_fields.get("ddp_backend")}
+    PartialState(cpu=precision.device.type == "cpu" and not uses("DEEPSPEED"), **options)
+    meet(patience)
 
 
 def lost_a_process(error: BaseException) -> bool:
@@ -209,13 +168,9 @@ def lost_processes_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not lost_a_process(error):
             raise
-        raise _lost_early() from error
-
-
-def _lost_early() -> ProcessLost:
-    lost = ProcessLost("another process of this run ended before training began: look at its own last lines")
-    lost.spoken = not is_main_process()
-    return lost
+        lost = ProcessLost("another process of this run ended before training began: look at its own last lines")
+        lost.spoken = not is_main_process()
+        raise lost from error
 
 
 def explain_lost_process(

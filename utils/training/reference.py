@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from ..data.row_cache import flatten_rows
+from ..distributed import gather, told_by_main
 from ..engine.head import MARK, KeptLogits
 from ..engine.memory import release_memory
 from ..engine.scoring import output_head
@@ -136,7 +137,7 @@ class ReferenceAhead(PairScoring):
         columns = None
         if key is not None and is_main_process():
             columns = load_columns(key, REFERENCE_COLUMNS, len(dataset))
-        columns = self._agree_on(columns)
+        columns = told_by_main(columns)
         found = columns is not None
         if columns is None:
             columns = self._score_with_reference(dataset)
@@ -146,14 +147,6 @@ class ReferenceAhead(PairScoring):
         for name in REFERENCE_COLUMNS:
             dataset = dataset.add_column(name, columns[name])
         return dataset, found
-
-    def _agree_on(self, value: Any) -> Any:
-        """The main process's value, in every process."""
-        if self.args.world_size == 1:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values)
-        return values[0]
 
     def _score_with_reference(self, dataset: Dataset) -> dict[str, np.ndarray]:
         """The reference's log-probs of every pair, in batches of their own: nothing is kept for a backward pass."""
@@ -173,9 +166,6 @@ class ReferenceAhead(PairScoring):
 
         with self._computing():
             self._score_in_batches(dataset, limit, most or len(dataset), score)
-        if self.args.world_size > 1:
-            gathered: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, (np.flatnonzero(own), scores[:, own]))
-            for indices, values in gathered:
-                scores[:, indices] = values
+        for indices, values in gather((np.flatnonzero(own), scores[:, own])):
+            scores[:, indices] = values
         return dict(zip(REFERENCE_COLUMNS, scores, strict=True))

@@ -18,6 +18,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..data.places import Place, row_places
+from ..distributed import agree, gather, sum_of
 from ..engine.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
 from ..engine.proving import Trial, gives_all_gradients, let_head_score_in_chunks
 from ..models.adapter_config import sort_modules
@@ -101,13 +102,9 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
 
     def agree(self, fault: str | None) -> str | None:
         """What the processes found, so that all go on in the same way."""
-        if self.args.world_size == 1:
-            return fault
-        faults: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(faults, fault)
         if self.is_fsdp_enabled:
-            faults = faults[:1]  # the others may hold no weights yet
-        return next((fault for fault in faults if fault is not None), None)
+            return gather(fault)[0]  # the others may hold no weights yet
+        return agree(fault)
 
     def tokens_of_rows(self) -> Sequence[int]:
         """What each row that is trained on puts through the model."""
@@ -142,7 +139,7 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
         """The items of this optimizer step, over all its micro-batches and processes; asked for as it begins."""
         self._before_step = self._tr_loss.clone(), dict(self._sums)
         count = _made_on(device, sum(map(self.count_items, batch_samples)))
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        return sum_of(count)
 
     def share_of_step(self, num_items_in_batch: Tensor) -> Tensor:
         """What one item weighs: processes average their gradients; times the world size, that is a sum again."""
@@ -175,7 +172,7 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
             cause = "a smaller scale of float16 does not mend it"
         if loss_is_bad or gradient_is_bad:
             self.check_weights()  # with broken ones no row is to blame
-            losses = losses_by_row(parts, self.args.world_size)
+            losses = losses_by_row(parts)
             self.bad_batches.leave_out(self.state.global_step + 1, losses, self.state, cause)
             self._leave_out(model)
             return None
@@ -187,10 +184,8 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
         # A process may have had no rows of its own.
         finite.append(torch.ones((), dtype=torch.bool, device=self.args.device))
         bad = (~torch.stack(finite)).any().float()
-        if self.args.world_size > 1:
-            bad = self.accelerator.reduce(bad, "sum")
         # The one wait for a GPU in an optimizer step, at its end.
-        return bool(bad), norm is not None and not math.isfinite(norm)
+        return bool(sum_of(bad)), norm is not None and not math.isfinite(norm)
 
     def _leave_out(self, model: torch.nn.Module) -> None:
         """Takes back what a step did so far: an optimizer passes over parameters without a gradient."""
@@ -205,10 +200,7 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
             names = sorted(self._sums)
             tokens, seconds = self.tokens_seen - self._last_line[0], self.stopwatch.seconds - self._last_line[1]
             sums = torch.stack([self._sums[name] for name in names]).double()
-            sums = torch.cat([sums, sums.new_tensor([tokens])])
-            if self.args.world_size > 1:
-                sums = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0)
-            *values, tokens = sums.tolist()
+            *values, tokens = sum_of(torch.cat([sums, sums.new_tensor([tokens])])).tolist()
             totals = dict(zip(names, values, strict=True))
             count = totals.pop(self.counted)
             logs |= {name: total / count for name, total in totals.items()} | {self.counted: count}
@@ -278,11 +270,8 @@ class RunFolderTrainer(SparingSteps, CompilesLayers, WholeCheckpoints):
 
     def merge_rows(self, rows: dict[int, dict[str, float]]) -> list[dict[str, float]]:
         """The rows of all processes, by index: each row once, whichever processes computed it."""
-        if self.args.world_size > 1:
-            gathered: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = {index: row for part in gathered for index, row in part.items()}
-        return [rows[index] for index in sorted(rows)]
+        merged = {index: row for part in gather(rows) for index, row in part.items()}
+        return [merged[index] for index in sorted(merged)]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

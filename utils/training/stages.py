@@ -8,6 +8,7 @@ from pathlib import Path
 from ..arguments import check_adapter_flags, command_line
 from ..data.loading import load_pairs
 from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
+from ..distributed import one_first
 from ..errors import gather
 from ..interruptions import stop_if_asked
 from ..models.loading import build_reference, load_policy, load_tokenizer
@@ -23,7 +24,7 @@ from .continuation import check_continuation, choose_checkpoint
 from .description import describe_data, describe_start
 from .finishing import finish_run
 from .folder import choose_moment, find_folder
-from .launch import join_processes, lost_processes_explained, one_first
+from .launch import join_processes, lost_processes_explained
 from .making import make_imitation_trainer, make_preference_trainer
 from .reference import scores_ahead
 from .rows import check_steps, prepare_rows

@@ -14,6 +14,7 @@ from trl import DPOTrainer
 
 from ..data.lengths import longest_first, read_numbers
 from ..data.tokenizing import LENGTH
+from ..distributed import most_of
 from ..engine.completions import CompletionScorer
 from ..engine.kernel_proof import attention_calls, find_fault_of_kernel
 from ..engine.last_layer import LeftOut, leave_out_prompts
@@ -288,7 +289,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         to count for nothing."""
         if not (self.max_tokens and (self.is_fsdp_enabled or self.is_deepspeed_enabled)):
             return parts
-        most = max(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).tolist())
+        most = most_of(len(parts))
         return [*parts, *[uncounted(parts[0])] * (most - len(parts))]
 
     def _count(self, pairs: PairLogProbs, losses: Tensor) -> None:

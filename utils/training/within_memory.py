@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..distributed import any_of, gather, sum_of
 from ..engine.memory import LESS_MEMORY, ran_out_of_memory, release_memory
 from ..engine.scoring import tokens_of
 from ..errors import LocalError, UserError
@@ -37,7 +37,6 @@ class StepsWithinMemory(PairScoring):
 
     most_tokens: int | None = None  # of a micro-batch in this process, since memory ran out
     _proven = 0  # tokens of the largest micro-batch that fitted
-    _agreement: Any = None  # the group in which processes agree, apart from the devices
 
     def __init__(self, **parts: Any):
         super().__init__(**parts)
@@ -177,13 +176,7 @@ class StepsWithinMemory(PairScoring):
 
     def _any_process_has_news(self, inputs: Mapping[str, Any]) -> bool:
         """Whether in any process the micro-batches of a step are larger than what is known to fit."""
-        if self._agreement is None:
-            patience = timedelta(seconds=self.args.ddp_timeout)  # else half an hour, for a machine that fell silent
-            self._agreement = torch.distributed.new_group(backend="gloo", timeout=patience)
-        largest = max(tokens_of(part)[0] for part in self.micro_batches(inputs))
-        news = torch.tensor(int(largest > self._proven))
-        torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX, group=self._agreement)
-        return bool(news)
+        return any_of(max(tokens_of(part)[0] for part in self.micro_batches(inputs)) > self._proven)
 
     def _agreed(self, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, when it has succeeded in every process.
@@ -196,9 +189,7 @@ class StepsWithinMemory(PairScoring):
             loss = compute()
         except LocalError as error:
             fault = str(error)
-        faults: list[str | None] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(faults, fault, group=self._agreement)
-        found = [text for text in faults if text is not None]
+        found = [text for text in gather(fault) if text is not None]
         if found:
             raise UserError(*found)
         return loss
@@ -207,14 +198,12 @@ class StepsWithinMemory(PairScoring):
         """Makes each gradient the mean over all processes, as the backward pass of DDP does."""
         world = self.args.world_size
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        has_one = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
-        torch.distributed.all_reduce(has_one, torch.distributed.ReduceOp.MAX, group=self._agreement)
-        for parameter, somewhere in zip(trained, has_one.tolist(), strict=True):
-            if somewhere:
+        has_one = gather([parameter.grad is not None for parameter in trained])
+        for parameter, *anywhere in zip(trained, *has_one, strict=True):
+            if any(anywhere):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.div_(world)
-                torch.distributed.all_reduce(parameter.grad)
+                sum_of(parameter.grad.div_(world))
 
     def create_optimizer(self, *arguments, **options):
         optimizer = super().create_optimizer(*arguments, **options)
