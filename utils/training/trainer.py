@@ -92,6 +92,10 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         model, args = parts["model"], parts["args"]
         self.starts_as_reference = reference.model is None and not _adapts(parts)
         args.precompute_ref_log_probs = self.starts_as_reference  # else TRL loads the model once more
+        divergence, args.f_divergence_type = (
+            args.f_divergence_type,
+            "reverse_kl",
+        )  # TRL refuses it beside losses of ours
         with _copied_without_a_start(model):
             super().__init__(
                 ref_model=reference.model,
@@ -105,7 +109,7 @@ class PreferenceTrainer(StepsWithinMemory, ReferenceAhead, RunFolderTrainer, DPO
         self.last_layer_in_part = False  # whether it leaves out prompts
         self._left_out: dict[torch.nn.Module, LeftOut] = {}  # what last layers leave out
         self.pair_by_pair: str | None = None  # on a GPU, why attention is not one call over the row
-        args.precompute_ref_log_probs = False
+        args.precompute_ref_log_probs, args.f_divergence_type = False, divergence
         self.objective = objective
 
     def _freeze_reference_adapter(self) -> None:
