@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]  # when it is run by itself, nothing of tests/ can be imported
 PAGE = ROOT / "docs" / "losses.md"
 HEAD = "| `--loss_type` | what it is | flags that it reads |\n| --- | --- | --- |\n"
 FLAGS = {"divergence": "f_divergence_type"}

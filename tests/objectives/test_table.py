@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.evaluation.sides import settings_of_evaluation
 from utils.models.sources import ModelSource
 from utils.models.trained import TrainedModel
-from utils.objectives.losses import BY_NAME, LOSSES
+from utils.objectives.losses import BY_NAME, LOSSES, reading
 from utils.objectives.pairs import Divergence
+from utils.runtime import Precision
 from utils.settings.training import STAGES, Settings
-from utils.training.config import make_objective
+from utils.training.config import build_config, make_objective
 
-# Written here once more, so that a slip in the table is seen.
-ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
-SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
-WITH_F_DIVERGENCE = ("sigmoid", "robust", "ipo", "hinge", "exo_pair", "discopop", "sigmoid_norm")
-SORTING = ("aot", "aot_unpaired")
-OWN = {"discopop": {"discopop_tau": 0.05}}
+SMOOTHED, DIVERGED = reading("label_smoothing"), reading("divergence")
 NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o")
 
 
@@ -42,7 +39,7 @@ def refusal(*flags: str) -> str:
 
 def with_needs(loss: str) -> list[str]:
     """The loss, with the label smoothing that it cannot do without."""
-    return ["--loss_type", loss, *(["--label_smoothing", "0.1"] if loss == "exo_pair" else [])]
+    return ["--loss_type", loss, *(["--label_smoothing", "0.1"] if loss in LOSSES[loss].needs_smoothing else [])]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -62,30 +59,31 @@ def test_f_divergences_are_taken_for_the_losses_that_they_are_defined_for_alone(
     said = refusal(*with_needs(loss), "--f_divergence_type", "forward_kl")
     expected = f"--f_divergence_type forward_kl: is not defined for the loss {loss}"
     # Without a reference there is nothing to diverge from.
-    assert said == ("" if loss in (*WITH_F_DIVERGENCE, "sft") else expected)
+    assert said == ("" if loss in DIVERGED or not LOSSES[loss].reads_reference else expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_that_sort_the_pairs_of_a_micro_batch_keep_it_whole(loss):
     assert refusal(*with_needs(loss), "--max_tokens_per_batch", "100") == (
-        f"--max_tokens_per_batch: would change the groups in which {loss} sorts pairs" if loss in SORTING else ""
+        f"--max_tokens_per_batch: would change the groups in which {loss} sorts pairs"
+        if LOSSES[loss].sorts_pairs
+        else ""
     )
     assert refusal(*with_needs(loss), "--use_weighting") == (
-        f"--use_weighting: cannot weigh the pairs of {loss}, which sorts them" if loss in SORTING else ""
+        f"--use_weighting: cannot weigh the pairs of {loss}, which sorts them" if LOSSES[loss].sorts_pairs else ""
     )
-    assert make_objective(parse(*with_needs(loss)).loss).sorting == ((loss,) if loss in SORTING else ())
+    assert make_objective(parse(*with_needs(loss)).loss).sorting == ((loss,) if LOSSES[loss].sorts_pairs else ())
 
 
-@pytest.mark.parametrize("name", [*ALIASES, *LOSSES])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_name_stands_for_one_loss(name):
-    loss = ALIASES.get(name, name)
+    loss = BY_NAME[name].name
     smoothing = ["--label_smoothing", "0.1"] if loss in SMOOTHED else []
     assert make_objective(parse("--loss_type", name, *smoothing).loss).names == (loss,)
-    for other, own in ALIASES.items():
+    for other, meant in BY_NAME.items():
         if other != name:
             said = refusal("--loss_type", name, other, "--label_smoothing", "0.1")
-            assert (f"--loss_type: {name} and {other} are the same loss; name it once" in said) == (own == loss)
-    assert BY_NAME.keys() == {*ALIASES, *LOSSES}
+            assert (f"--loss_type: {name} and {other} are the same loss; name it once" in said) == (meant.name == loss)
 
 
 def test_cdpo_and_exo_pair_alone_need_label_smoothing():
@@ -97,9 +95,6 @@ def test_cdpo_and_exo_pair_alone_need_label_smoothing():
 
 
 def test_a_parameter_of_its_own_is_a_flag_of_that_loss_alone(capsys):
-    assert {loss.name: {name: own.default for name, own in loss.parameters.items()} for loss in LOSSES.values()} == {
-        name: OWN.get(name, {}) for name in LOSSES
-    }
     with pytest.raises(SystemExit):
         parse("--help")
     shown = capsys.readouterr().out
@@ -134,6 +129,14 @@ def test_the_objective_is_what_the_flags_say():
     assert objective.parameters["label_smoothing"] == 0.2
     assert objective.parameters["discopop_tau"] == 0.1
     assert make_objective(parse("--loss_type", "ipo", "sft").loss).weights == (1.0, 1.0)
+
+
+def test_the_trainer_s_config_shows_the_losses_by_their_own_names(tmp_path):
+    settings = parse("--loss_type", "rdpo", "slic", "--f_divergence_type", "js_divergence", "--label_smoothing", "0.1")
+    precision = Precision(torch.float32, torch.device("cpu"), "")
+    config = build_config(settings, precision, tmp_path, adapts=False, evaluates=False)
+    assert (config.loss_type, config.loss_weights) == (["robust", "hinge"], None)
+    assert (config.f_divergence_type, config.label_smoothing) == ("js_divergence", 0.1)
 
 
 OTHER_VALUES = {
