@@ -33,8 +33,9 @@ def read_lengths(arguments: argparse.Namespace) -> dict[str, list[int]]:
         return {name: [sum(parts) for parts in rows] for name, rows in table.items() if name != "source"}
     from transformers import AutoTokenizer
 
+    from utils.data.encoding import PromptEncoder
     from utils.data.loading import load_pairs
-    from utils.data.tokenizing import PAIR_COLUMNS, PromptEncoder, tokenize_rows
+    from utils.data.tokenizing import PAIR_COLUMNS, tokenize_rows
     from utils.settings.training import DataSettings
 
     wishes = DataSettings(dataset_name=arguments.dataset_name, validation_split="none", on_bad_rows="skip")

@@ -157,7 +157,8 @@ def measure_tokenizing(work: Path, count: int, kind: str) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     sys.path.insert(0, str(ROOT))
-    from utils.data.tokenizing import PAIR_COLUMNS, PromptEncoder, tokenize_rows
+    from utils.data.encoding import PromptEncoder
+    from utils.data.tokenizing import PAIR_COLUMNS, tokenize_rows
     from utils.models.templates import set_chat_template
 
     datasets.disable_progress_bars()

@@ -20,7 +20,7 @@ from shared.models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.chatting.dialogue import Dialogue
-from utils.data.tokenizing import PromptEncoder
+from utils.data.encoding import PromptEncoder
 from utils.errors import UserError
 from utils.runtime import make_visible
 

@@ -11,8 +11,9 @@ from shared.runs import REAL_DATA, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import parse_arguments
+from utils.data.encoding import PromptEncoder
 from utils.data.loading import load_pairs
-from utils.data.tokenizing import PAIR_COLUMNS, PromptEncoder, tokenize_rows
+from utils.data.tokenizing import PAIR_COLUMNS, tokenize_rows
 from utils.responses.generation import sample_continuations
 from utils.settings.verbs import SamplingSettings
 

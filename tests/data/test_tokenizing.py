@@ -14,16 +14,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data import tokenizing
+from utils.data.encoding import PromptEncoder
 from utils.data.rendering import Rendered
-from utils.data.tokenizing import (
-    PAIR_COLUMNS,
-    PROMPT_SHARE_KEPT,
-    SFT_COLUMNS,
-    PromptEncoder,
-    Truncation,
-    fit_lengths,
-    tokenize_rows,
-)
+from utils.data.tokenizing import PAIR_COLUMNS, PROMPT_SHARE_KEPT, SFT_COLUMNS, Truncation, fit_lengths, tokenize_rows
 from utils.data.turns import split_transcript
 from utils.errors import UserError
 from utils.models.templates import read_chat_template, set_chat_template

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data.tokenizing import PromptEncoder, Turns
+from ..data.encoding import PromptEncoder
+from ..data.rendering import Turns
 from ..errors import UserError
 
 SHARE_FOR_ANSWERS = 4  # of the context, one part in so many is kept free for an answer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.tokenizing import PromptEncoder
+from ..data.encoding import PromptEncoder
 from ..errors import UserError, gather
 from ..models.loading import check_4bit, check_embeddings, context_length, load_tokenizer
 from ..models.side_by_side import Contender, Wanted, load_side_by_side

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.tokenizing import PromptEncoder
+from ..data.encoding import PromptEncoder
 from ..errors import UserError, gather
 from ..models.loading import check_4bit, context_length, load_tokenizer
 from ..models.side_by_side import Contender, Wanted

@@ -1,6 +1,6 @@
 """Conversations as a chat template renders them: where a reply begins, what is left out, which day is written.
 
-Nothing here knows token ids; `utils/data/tokenizing.py` makes them from the texts.
+Nothing here knows token ids; `utils/data/encoding.py` makes them from the texts.
 """
 
 from __future__ import annotations

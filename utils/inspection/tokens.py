@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer
 
+from ..data.encoding import PromptEncoder
 from ..data.files import quiet
 from ..data.rendering import Rendered
-from ..data.tokenizing import PromptEncoder, find_texts, fit_lengths
+from ..data.tokenizing import find_texts, fit_lengths
 from ..data.turns import flatten
 from ..errors import UserError, in_one_line
 from ..models.loading import choose_max_length, longest_context

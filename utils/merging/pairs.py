@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..data.encoding import PromptEncoder
 from ..data.loading import PreferenceData, load_pairs
-from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, PromptEncoder, tokenize_rows
+from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, tokenize_rows
 from ..errors import UserError
 from ..models.loading import choose_max_length, context_length
 from ..models.sources import read_end_ids

@@ -15,8 +15,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..data.encoding import read_tools
 from ..data.rendering import held_moment, hold_moment, reads_clock, render_chat
-from ..data.tokenizing import read_tools
 from ..errors import UserError
 from ..run.record import seconds_at
 from .bounds import TimeIsUp, bounded

@@ -25,7 +25,8 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..data.tokenizing import PromptEncoder, Turns
+from ..data.encoding import PromptEncoder
+from ..data.rendering import Turns
 from ..interruptions import stop_if_asked
 from ..settings.verbs import SamplingSettings
 from .drawing import DrawnToken, FiniteScores, PenaltyOnText, draw_numbers

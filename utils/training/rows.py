@@ -9,9 +9,10 @@ from datetime import datetime
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..data.encoding import PromptEncoder
 from ..data.loading import PreferenceData
 from ..data.places import Place
-from ..data.tokenizing import PromptEncoder, Truncation, tokenize_rows
+from ..data.tokenizing import Truncation, tokenize_rows
 from ..errors import UserError, gather
 from ..models.loading import (
     check_same_tokenizer,

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..data.loading import PreferenceData
-from ..data.tokenizing import Turns
+from ..data.rendering import Turns
 from ..errors import UserError
 from ..models.loading import longest_context
 from ..report.html import CONTROL

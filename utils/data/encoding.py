@@ -1,0 +1,178 @@
+"""Prompts and replies -> token ids with one tokenizer: one BOS, one EOS, the prompt as generation would be given it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import UserError
+from .rendering import ADVICE, Rendered, Turns, render_chat, render_row
+
+REPLIES = {"chosen": "'chosen'", "rejected": "'rejected'", "completion": "the reply"}
+
+
+class PromptEncoder:
+    """Turns rows into token ids with one tokenizer.
+
+    `end_ids` are the tokens that end a reply: the tokenizer's EOS and those of the model's generation config (a chat
+    model may end its turns with a token of its own).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-text token (eos_token): the model could not learn to stop. "
+                "Set one in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset(end_ids) | {tokenizer.eos_token_id}
+        probe = tokenizer("a")["input_ids"]  # this also switches off any truncation and padding of its own
+        plain = PreTrainedTokenizerFast
+        self._is_plain = isinstance(tokenizer, plain) and all(
+            getattr(type(tokenizer), name) is getattr(plain, name) for name in ("__call__", "_encode_plus")
+        )
+        self.bos_ids = [tokenizer.bos_token_id] if probe[:1] == [tokenizer.bos_token_id] else []
+
+    @property
+    def opening_ids(self) -> list[int]:
+        """The BOS that a prompt may begin with, from the tokenizer or the template; a shortened prompt keeps it."""
+        if self.bos_ids or "bos_token" not in str(self.tokenizer.chat_template):
+            return self.bos_ids
+        return [self.tokenizer.bos_token_id]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with no token added."""
+        if not texts:
+            return []
+        try:
+            if self._is_plain:  # the same ids in two thirds of the time: where they stand in the text is not worked out
+                encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+                return [encoding.ids for encoding in encoded]
+            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        except Exception as error:  # of the tokenizer's own library, which knows no other kind
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the tokenizer cannot turn these texts into tokens: {said}") from error
+
+    def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
+        """The ids that generation starts from, one list per prompt."""
+        return self.encode_rows(prompts, [], tools)[0]
+
+    def encode_continuations(
+        self,
+        prompts: Sequence[str | Turns],
+        completions: Sequence[str | Turns],
+        tools: Sequence[Any] | None = None,
+    ) -> list[list[int]]:
+        """The ids that follow each prompt's ids, ending in exactly one end-of-text token."""
+        return self.encode_rows(prompts, [completions], tools)[1]
+
+    def encode_rows(
+        self, prompts: Sequence[str | Turns], sides: Sequence[Sequence[str | Turns]], tools: Sequence[Any] | None = None
+    ) -> list[list[list[int]]]:
+        """What `encode_prompts` gives and, for each of `sides`, what `encode_continuations` gives, in one go.
+
+        Raises:
+            UserError: the chat template does not render a row, or renders it without its reply.
+        """
+        rendered = self.render_rows(prompts, dict(zip(REPLIES, sides, strict=False)), tools)
+        for row in rendered:
+            if row.fault is not None:
+                raise UserError(f"{row.fault}. Leave such rows out of the data")
+        return self.encode_rendered(prompts, rendered) if rendered else [[] for _ in (prompts, *sides)]
+
+    def render_rows(
+        self,
+        prompts: Sequence[str | Turns],
+        sides: Mapping[str, Sequence[str | Turns]],
+        tools: Sequence[Any] | None = None,
+    ) -> list[Rendered]:
+        """The rows as text, each with what is wrong with it; `sides` are columns of replies by their names."""
+        names = [REPLIES.get(name, f"'{name}'") for name in sides]
+        tools = tools or [None] * len(prompts)
+        replies = zip(*sides.values(), strict=True) if sides else ([] for _ in prompts)
+        return [
+            self._render_row(prompt, row, tool, names)
+            for prompt, row, tool in zip(prompts, replies, tools, strict=True)
+        ]
+
+    def encode_rendered(self, prompts: Sequence[str | Turns], rendered: Sequence[Rendered]) -> list[list[list[int]]]:
+        """The ids of the prompts, then for each side those that follow them."""
+        starts = [row.prompt for row in rendered]
+        start_ids = self.encode(starts)
+        encoded = [[self._begin(prompt, ids) for prompt, ids in zip(prompts, start_ids, strict=True)]]
+        for rests in zip(*(row.completions for row in rendered), strict=True):
+            whole = self.encode([start + rest for start, rest in zip(starts, rests, strict=True)])
+            encoded.append(
+                [
+                    self._end_once(ids[len(begin) :] if ids[: len(begin)] == begin else self._encode_apart(rest))
+                    for rest, ids, begin in zip(rests, whole, start_ids, strict=True)
+                ]
+            )
+        return encoded
+
+    def _begin(self, prompt: str | Turns, ids: list[int]) -> list[int]:
+        # A template writes its own BOS or wants none; plain text gets one where the tokenizer adds it by itself.
+        if isinstance(prompt, str) and self.bos_ids and ids[:1] != self.bos_ids:
+            return self.bos_ids + ids
+        return ids
+
+    def _render_row(
+        self, prompt: str | Turns, replies: Sequence[str | Turns], tools: Any, names: Sequence[str]
+    ) -> Rendered:
+        if isinstance(prompt, str):
+            return render_row(render_chat, prompt, replies, names)
+        read = read_tools(tools)
+        shown: Turns = []
+
+        def render(turns: Turns, add_generation_prompt: bool = False) -> str:
+            shown[:] = turns
+            return render_chat(self.tokenizer, turns, tools=read, add_generation_prompt=add_generation_prompt)
+
+        try:
+            return render_row(render, prompt, replies, names)
+        except Exception as error:  # a template can make Python raise anything
+            roles = ", ".join(turn["role"] for turn in shown)
+            said = " ".join(str(error).split())[:300].rstrip(".")
+            fault = f"the chat template refuses a conversation of {roles}: {said}{ADVICE}"
+            return Rendered("", [""] * len(replies), fault, refused=True)
+
+    def _encode_apart(self, completion: str) -> list[int]:
+        """Ids of a completion whose first characters would merge into the prompt's last token.
+
+        The text in front keeps tokenizers that put a space before a text's first word from doing it here; it has to
+        be one that the completion does not merge into either.
+        """
+        for front in ("\n", "a", "."):
+            anchor, ids = self.encode([front, front + completion])
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :]
+        return self.encode([completion])[0]
+
+    def _end_once(self, ids: list[int]) -> list[int]:
+        """`ids` up to the first of the end-of-text tokens at their end, with nothing but blanks between and behind
+        them (a template may write a line break there); without one, `ids` and the tokenizer's own."""
+        ends = [index for index, token in enumerate(ids) if token in self.end_ids]
+        end = len(ids)
+        while ends and not self.tokenizer.decode(ids[ends[-1] + 1 : end]).strip():
+            end = ends.pop()
+        return [*ids[:end], ids[end] if end < len(ids) else self.tokenizer.eos_token_id]
+
+
+def read_tools(tools: Any) -> Any:
+    """The tools of a conversation as a template takes them; rows hold them as JSON text.
+
+    Raises:
+        UserError: the text is not a list of JSON objects.
+    """
+    if not isinstance(tools, str):
+        return tools
+    try:
+        read = json.loads(tools)
+    except ValueError:
+        read = None
+    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
+        raise UserError(f"the column 'tools' holds {tools[:60]!r}: must be a list of JSON objects, one for each tool")
+    return read
