@@ -12,6 +12,7 @@ import select
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,32 @@ def test_what_cannot_be_is_refused_in_a_line(tiny_model, run_script, flags, said
     assert (code, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
+
+
+def test_a_dialogue_may_fill_the_context_to_its_last_token():
+    encoder = SimpleNamespace(encode_prompts=lambda prompts: [[0] * 10 * len(turns) for turns in prompts])
+    dialogue = Dialogue(False)
+    dialogue.ask("one")
+    with pytest.raises(UserError, match="the message is 10 tokens long, and this model reads at most 10"):
+        dialogue.fit(encoder, 10, 5)
+    assert dialogue.fit(encoder, 11, 5).room == 1
+    dialogue.answer("two")
+    dialogue.ask("three")
+    whole, cut = (dialogue.fit(encoder, context, 5) for context in (35, 34))  # 30 tokens, and 5 for the answer
+    assert (whole.left_out, whole.room, len(whole.prompt)) == (0, 5, 3)
+    assert (cut.left_out, cut.room, len(cut.prompt)) == (1, 5, 1)
+
+
+def test_what_was_said_to_be_left_out_goes_back_with_the_rounds():
+    dialogue = Dialogue(False)
+    for number in range(3):
+        dialogue.ask(f"question {number}")
+        dialogue.answer("answer")
+    dialogue.said_left_out = 2
+    assert dialogue.undo() == "question 2"
+    assert dialogue.said_left_out == 2
+    assert dialogue.undo() == "question 1"
+    assert dialogue.said_left_out == 1, "of the one round that is there"
 
 
 def test_the_oldest_rounds_are_left_out_when_the_context_is_full(chat_model):

@@ -20,6 +20,7 @@ from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils.comparing import rewards
 from utils.comparing.judges import Judge, by_scores, count_orders, join_orders
 from utils.comparing.measures import (
     count_outcomes,
@@ -444,6 +445,12 @@ def test_equal_responses_get_the_same_reward_whatever_stands_beside_them(tiny_mo
     rewards = implicit_rewards(policy, reference, [*equal, *other, *equal], 0.1, 0)
     assert rewards[:5] == rewards[10:]
     assert len(set(rewards)) == 10
+
+
+def test_responses_are_scored_in_batches_that_the_limit_of_tokens_allows(monkeypatch):
+    monkeypatch.setattr(rewards, "TOKENS_PER_BATCH", 12)
+    rows = [([1] * prompt, [2] * response) for prompt, response in ((2, 2), (1, 3), (2, 0), (3, 1), (4, 2), (20, 1))]
+    assert list(rewards._batches(rows)) == [[0, 1, 3], [4], [5]], "padded to the longest; one without a response has 0"
 
 
 def test_wins_and_their_interval():

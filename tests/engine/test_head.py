@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
 from shared.layouts import ARCHITECTURES, build, padded, random_pairs
 
 from utils.engine import head as head_module
-from utils.engine.head import MARK
+from utils.engine.head import MARK, KeptLogits
 from utils.engine.proving import Trial, let_head_score_in_chunks
 from utils.engine.scoring import output_head, score_tokens
 
@@ -52,6 +53,13 @@ def test_scores_and_gradients_are_those_of_all_logits(name, frozen):
     norm = torch.stack([value.norm() for value in expected_gradients.values()]).norm()
     difference = torch.stack([(gradients[name] - value).norm() for name, value in expected_gradients.items()]).norm()
     assert difference / norm < 1e-5
+
+
+def test_a_token_that_cannot_come_adds_nothing_to_a_divergence():
+    """Models rule tokens out by logits of minus infinity; 0 log 0 is 0."""
+    even, uneven = (torch.tensor([[0.0, math.log(odds), -math.inf]]) for odds in (1, 3))
+    found = KeptLogits(even).divergence_from(KeptLogits(uneven))
+    assert found.tolist() == pytest.approx([0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)])
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from shared.models import save_tiny_tokenizer
 from shared.runs import read_record
 
+from utils.models.counting import Counts
+
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
@@ -378,3 +380,11 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(run_script, tiny_model, pai
     code, _, err = run_script(*names(model, pairs_file, tmp_path / "run"), "--max_steps", "1")
     assert code == 2, err
     assert "its tokenizer cannot be loaded" in err
+
+
+def test_a_base_is_called_one_of_4_bits_where_nearly_all_of_it_is():
+    """An adapter's own numbers are none of the base's."""
+    assert Counts(1010, 10, 10, in_4bit=900, wide=()).describe_4bit() == " on a 4-bit base"
+    fewer = Counts(1010, 10, 10, in_4bit=899, wide=())
+    assert fewer.describe_4bit() == " on a 4-bit base (90% of its weights are in 4 bits)"
+    assert Counts(1010, 10, 10, in_4bit=0, wide=()).describe_4bit() == ""

@@ -24,7 +24,7 @@ from utils.run.checkpoints import (
     unfinished_checkpoint,
 )
 from utils.run.folder import check_output_folder
-from utils.run.manifests import MANIFEST, write_manifest
+from utils.run.manifests import MANIFEST, find_damage, write_manifest
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer_state.json", "shards/0.distcp", MANIFEST)
 
@@ -345,3 +345,16 @@ def test_a_checkpoint_of_odd_identity_is_one_message(run_script, tiny_model, pai
     write_manifest(checkpoint, 1)
     code, _, err = run_script(*flags, tmp_path / "run", *more)
     assert code == 0, err
+
+
+def test_of_many_damaged_files_three_are_named_and_the_others_counted(tmp_path):
+    for name in "abcdef":
+        (tmp_path / name).write_text("whole")
+    write_manifest(tmp_path, 1)
+    for name in "abcde":
+        (tmp_path / name).write_text("other")
+    other = "has other content than was saved (its SHA-256 differs)"
+    assert find_damage(tmp_path, 1) == ", ".join(f"{name} {other}" for name in "abc") + ", and 2 more files"
+    (tmp_path / "d").write_text("whole")
+    (tmp_path / "e").write_text("whole")
+    assert find_damage(tmp_path, 1) == ", ".join(f"{name} {other}" for name in "abc")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from shared.forked import Forked
+from shared.pairs import write_lines
 from shared.runs import ROOT, read_record, set_back
 
 from utils.arguments import parse_arguments
@@ -25,8 +26,8 @@ from utils.settings.flags import USES_MODEL
 from utils.status.finding import FoundRun
 from utils.status.page import make_page
 from utils.status.publishing import as_json
-from utils.status.state import Overview, read_runs, read_status
-from utils.status.table import summarize
+from utils.status.state import Overview, read_last_evaluation, read_runs, read_status
+from utils.status.table import describe_progress, summarize
 
 LONG = ("--max_steps", 100_000, "--save_steps", 3, "--save_total_limit", 1, "--logging_steps", 1, "--eval_steps", 4)
 
@@ -240,6 +241,8 @@ def test_on_another_machine_a_run_is_judged_by_its_own_silence(finished, silence
     assert status.state == state
     assert "far-away" in status.note
     assert (status.seconds_left is None) == (state == "died")
+    if state == "running":
+        assert status.seconds_left == pytest.approx(max(0, 100 - silence), abs=2), "less what went by since it was said"
 
 
 def test_the_time_of_a_run_that_goes_on_is_that_of_all_its_parts(finished):
@@ -248,6 +251,20 @@ def test_the_time_of_a_run_that_goes_on_is_that_of_all_its_parts(finished):
     record = read_record(finished / "dpo") | {"status": "running", "updated": updated, "resources": {"seconds": 5000.0}}
     record["process"] = identify_process()  # began a moment ago: the run was resumed
     assert read_status(FoundRun(finished / "dpo", record), "dpo", at).seconds == pytest.approx(5030, abs=2)
+
+
+def test_the_newest_evaluation_of_a_run_is_one_of_training(tmp_path):
+    """That before the first step is told apart from it."""
+    lines = [{"step": step, "held_out_loss": 0.7 - step / 100, "loss": 1.0} for step in (0, 4, 8)]
+    write_lines(tmp_path / "metrics.jsonl", lines[:1])
+    assert read_last_evaluation(tmp_path) == {}
+    write_lines(tmp_path / "metrics.jsonl", [*lines, {"step": 9, "loss": 0.5}])
+    assert read_last_evaluation(tmp_path) == {"loss": pytest.approx(0.62)}
+
+
+def test_more_steps_than_were_planned_are_all_of_them(finished):
+    record = read_record(finished / "dpo") | {"step": 6, "steps": 4}
+    assert describe_progress(read_status(FoundRun(finished / "dpo", record), "dpo", time.time())) == "6/4 100%"
 
 
 def test_a_process_is_known_again_and_another_of_its_id_is_not():
