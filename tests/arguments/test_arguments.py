@@ -18,10 +18,10 @@ from utils.arguments.foreign_names import ADVICE, OTHER_LOSSES, SAME
 from utils.arguments.parsing import known_flags
 from utils.arguments.trainer_fields import OWNED, trainer_fields
 from utils.errors import UserError
-from utils.settings.flags import ALL_VERBS
-from utils.settings.training import STAGES
+from utils.settings.registry import VERBS
+from utils.settings.training import LoraSettings, flags_of
 
-VERBS = ", ".join(ALL_VERBS)
+NAMES = ", ".join(VERBS)
 
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
@@ -89,7 +89,7 @@ def test_full_finetuning_invocation():
         )
     )
     assert settings.model.use_4bit is True
-    assert settings.lora == STAGES["lora"]()
+    assert settings.lora == LoraSettings()
 
 
 # Values
@@ -434,10 +434,10 @@ def test_all_faults_at_once(config):
 
 def test_unknown_verb_names_the_nearest_and_goes_on():
     assert faults_of(["stf", *NEEDED, "--seed", "x"]) == (
-        f"'stf': no such verb; did you mean sft? the verbs are {VERBS}",
+        f"'stf': no such verb; did you mean sft? the verbs are {NAMES}",
         "--seed is 'x': must be a whole number",
     )
-    assert faults_of(["gpt2"]) == (f"'gpt2': no such verb; the verbs are {VERBS}",)
+    assert faults_of(["gpt2"]) == (f"'gpt2': no such verb; the verbs are {NAMES}",)
 
 
 def test_verb_after_the_flags_is_explained():
@@ -608,7 +608,7 @@ def test_unreadable_config_does_not_hide_the_other_faults(tmp_path):
 def test_misspelled_verb_in_the_config(config):
     path = config("verb: tran")
     (fault,) = faults_of([*NEEDED, "--config", path])
-    assert fault == f"{path}: verb is 'tran': no such verb; did you mean train? the verbs are {VERBS}"
+    assert fault == f"{path}: verb is 'tran': no such verb; did you mean train? the verbs are {NAMES}"
 
 
 # The copyable command
@@ -664,9 +664,7 @@ def test_help_shows_the_flags_of_the_verb(verb, capsys, monkeypatch):
     assert ("--text_column" in text) == (verb == "sft")
     assert "(default: 42)" in text
     shown = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
-    for stage_class in STAGES.values():
-        for field in dataclasses.fields(stage_class):
-            assert (f"--{field.name}" in shown) == (verb in field.metadata["verbs"])
+    assert shown == {"--config", *(f"--{name}" for name in flags_of(verb))}
 
 
 @pytest.mark.parametrize("verb", ["train", "sft"])

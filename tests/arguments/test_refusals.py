@@ -15,15 +15,14 @@ from shared.runs import ROOT, read_record
 
 from utils.errors import ProcessLost, UserError
 from utils.runtime import readable_seconds
-from utils.settings.training import STAGES, Settings
+from utils.settings.training import Settings
 from utils.training.launch import lost_processes_explained
 from utils.training.refusals import refusals_explained
 from utils.training.running import Run
 
 
 def settings(**fields) -> Settings:
-    stages = {name: stage() for name, stage in STAGES.items()}
-    return Settings("train", **stages, trainer_fields=fields, given=frozenset(fields))
+    return Settings("train", trainer_fields=fields, given=frozenset(fields))
 
 
 @pytest.mark.parametrize(

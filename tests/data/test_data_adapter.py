@@ -16,7 +16,7 @@ from shared.runs import ROOT
 from utils.data.adapter import load_adapter
 from utils.data.loading import load_pairs
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 from utils.user_code import load_function
 
 ADAPTER = """\
@@ -181,7 +181,7 @@ def test_a_change_in_what_an_adapter_imports_is_seen(tmp_path):
     )
     code = (
         "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
-        "from utils.data.loading import load_pairs; from utils.settings.training import DataSettings\n"
+        "from utils.data.loading import load_pairs; from utils.settings.data import DataSettings\n"
         f"settings = DataSettings(dataset_name={str(path)!r}, dataset_adapter={str(tmp_path / 'own.py:pairs')!r})\n"
         "print(load_pairs(settings, 'train', 0).train[0]['prompt'])\n"
     )

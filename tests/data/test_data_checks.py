@@ -11,7 +11,7 @@ import pytest
 from utils.data.checks import find_fault
 from utils.data.loading import load_pairs
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 

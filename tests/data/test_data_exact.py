@@ -11,7 +11,7 @@ from shared.pairs import write_lines
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 TEXTS = ['"Yes"', "42", "true", "null", "NaN", "[1, 2]", '{"n": 3}', "1e5", " 7 ", '"', "2024-01-01", "0.10", "\\n"]
 OTHERS = {

@@ -18,7 +18,7 @@ import yaml
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 CASES = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (Path(__file__).parent / "cases").glob("*.yaml")]
 CASES.sort(key=lambda case: case["about"])

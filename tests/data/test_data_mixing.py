@@ -13,7 +13,7 @@ from utils.data.identity import pair_id
 from utils.data.loading import load_pairs
 from utils.data.mixing import Wish, read_wishes
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from utils.data.schemas import find_reading
 from utils.data.turns import BadRow, split_transcript
 from utils.errors import UserError
 from utils.models.templates import TRANSCRIPT_TEMPLATE
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 REAL = REAL_DATA / "preferences"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data is not here (DPO_REAL_DATA)")

@@ -21,7 +21,7 @@ from utils.data.places import describe_bad_rows
 from utils.data.sources import load_source
 from utils.data.split_names import held_out_wish
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 ROWS = [
     {"prompt": f"p{i}\nß", "chosen": f'good {i}, "yes"', "rejected": "None" if i == 1 else f"bad {i}"} for i in range(4)
@@ -358,7 +358,7 @@ def test_an_unknown_config_lists_the_others(monkeypatch):
 def test_the_real_library_offline_is_translated_and_paths_never_reach_the_hub(tmp_path):
     code = (
         "from utils.data.sources import load_source\n"
-        "from utils.settings.training import DataSettings\n"
+        "from utils.settings.data import DataSettings\n"
         "from utils.errors import UserError\n"
         "for name in ('some-org/no-such-pairs', './some-org', 'pairs.jsonl', 'a/b/c'):\n"
         "    try: load_source(DataSettings(dataset_name=name), 'train')\n"

@@ -12,7 +12,7 @@ from shared.runs import read_record
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from shared.pairs import make_pairs, write_lines
 
 from utils.data.loading import load_pairs
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 
 @pytest.fixture(autouse=True)

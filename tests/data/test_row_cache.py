@@ -24,7 +24,7 @@ from utils.data.code_hash import hash_code, modules_behind
 from utils.data.loading import load_pairs
 from utils.data.row_cache import cache_folder, keep_rows
 from utils.errors import UserError
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 COLUMNS = ("prompt", "chosen", "rejected")
 

@@ -17,7 +17,7 @@ from utils.models.trained import TrainedModel
 from utils.objectives.losses import BY_NAME, LOSSES, reading
 from utils.objectives.pairs import Divergence
 from utils.runtime import Precision
-from utils.settings.training import STAGES, Settings
+from utils.settings.training import GROUPS_OF_RUN, Settings
 from utils.training.config import build_config, make_objective
 
 SMOOTHED, DIVERGED = reading("label_smoothing"), reading("divergence")
@@ -152,9 +152,9 @@ def test_an_evaluation_scores_with_every_loss_setting_of_the_run(tmp_path):
     """Each has another value than by default: one that is left out would be scored with the default."""
     loss: dict[str, Any] = {
         field.name: OTHER_VALUES[field.name] if field.name in OTHER_VALUES else field.default / 2 or 0.125
-        for field in dataclasses.fields(STAGES["loss"])
+        for field in dataclasses.fields(GROUPS_OF_RUN["loss"])
     }
-    assert all(loss[field.name] != field.default for field in dataclasses.fields(STAGES["loss"]))
+    assert all(loss[field.name] != field.default for field in dataclasses.fields(GROUPS_OF_RUN["loss"]))
     source = ModelSource("m", "m", None, "m", None)
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in loss.items()}
     trained = TrainedModel(source, Path(tmp_path), {"verb": "train", "settings": settings})

@@ -49,6 +49,7 @@ from utils.planning.walk import (
     walk_step,
 )
 from utils.planning.work import Subject, Work, place_of_reference, read_subject
+from utils.settings.verbs import PlanSettings
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def read_launch(words: list[str]):
 
 
 def test_the_launcher_is_told_by_flags_it_has(planner):
-    plan = planner("--num_devices", 2).settings.plan
+    plan = planner("--num_devices", 2).settings.of(PlanSettings)
     for sharding in SHARDED:
         arguments = read_launch(words_before_script(plan, sharding, in_4bit=False))
         assert arguments.num_processes == 2
@@ -373,7 +374,7 @@ def test_what_waits_in_main_memory_leaves_the_device(planner):
         planned = planner("--num_devices", count, "--offload", offload)
         choice = planned.choose(replace(FULL, on_gpu=True), 4)
         assert choice.sharding == sharding
-        arguments = read_launch(words_before_script(planned.settings.plan, sharding, in_4bit=False))
+        arguments = read_launch(words_before_script(planned.settings.of(PlanSettings), sharding, in_4bit=False))
         assert arguments.num_processes == count
         if sharding == "fsdp2":
             assert str(arguments.fsdp_offload_params).lower() == "true"

@@ -18,7 +18,7 @@ from utils.data.prompts import read_prompts
 from utils.errors import UserError
 from utils.responses.making import Sampled, Samples, _hash_files, pick_pair
 from utils.responses.scorers import load_reward_model, load_scorer
-from utils.settings.training import DataSettings
+from utils.settings.data import DataSettings
 
 BY_LENGTH = "def longest(prompts, responses):\n    return [len(response) for response in responses]\n"
 

@@ -23,6 +23,8 @@ from utils.arguments import parse_arguments
 from utils.run.processes import command_to_go_on, identify_process, is_alive
 from utils.run.records import Unreadable, read_run
 from utils.settings.flags import USES_MODEL
+from utils.settings.registry import ROWS
+from utils.settings.verbs import StatusSettings
 from utils.status.finding import FoundRun
 from utils.status.page import make_page
 from utils.status.publishing import as_json
@@ -195,10 +197,11 @@ def test_folders_without_runs(tmp_path, run_script, monkeypatch):
 def test_every_fault_of_the_command_line_is_named(tmp_path, run_script):
     code, _, err = run_script("status", "--report", "page.txt", tmp_path, "more", "--json", "maybe", "--seed", 3)
     assert code == 2
+    others = [verb.name for verb in ROWS if USES_MODEL in verb.does]
     assert err.splitlines() == [
         "error: 'more': stands where no value is expected; write --name value",
         "error: --json is 'maybe': must be true or false",
-        f"error: --seed: is a flag of the verb {', '.join(USES_MODEL[:-1])} and {USES_MODEL[-1]}, not of status",
+        f"error: --seed: is a flag of the verb {', '.join(others[:-1])} and {others[-1]}, not of status",
         "error: --report is page.txt: must end in .html or .htm",
     ]
     code, _, err = run_script("status", tmp_path, "--folder", tmp_path)
@@ -211,7 +214,7 @@ def test_every_fault_of_the_command_line_is_named(tmp_path, run_script):
      (["--report", "p.html", "a"], "a"), (["--folder", "a"], "a"), (["--folder=a", "--json"], "a")],
 )  # fmt: skip
 def test_the_folder_may_stand_anywhere(words, folder):
-    assert parse_arguments(["status", *words]).status.folder == folder
+    assert parse_arguments(["status", *words]).of(StatusSettings).folder == folder
 
 
 def test_the_examples_of_the_help_parse(capsys):
@@ -219,7 +222,7 @@ def test_the_examples_of_the_help_parse(capsys):
         parse_arguments(["status", "--help"])
     examples = capsys.readouterr().out.split("example:\n")[1].splitlines()
     for line in examples:
-        assert parse_arguments(shlex.split(line)[2:]).status.folder == "runs"
+        assert parse_arguments(shlex.split(line)[2:]).of(StatusSettings).folder == "runs"
 
 
 def elsewhere(record: dict, **changes) -> dict:

@@ -54,4 +54,18 @@ class Candidate:
         return self.has_adapter or unknown
 
 
-Check = Callable[[Candidate], Iterator[str]]  # yields faults
+@dataclass(frozen=True)
+class Check:
+    """Yields a fault for each thing that is wrong with the settings as a whole. It is left out where one of the
+    settings that it rests on could not be read, so that one mistake is reported once."""
+
+    faults: Callable[[Candidate], Iterator[str]]
+    rests_on: tuple[str, ...]
+
+    def __call__(self, candidate: Candidate) -> Iterator[str]:
+        return self.faults(candidate)
+
+
+def check(*rests_on: str) -> Callable[[Callable[[Candidate], Iterator[str]]], Check]:
+    """Makes a check of a function that yields faults."""
+    return lambda faults: Check(faults, rests_on)

@@ -1,7 +1,6 @@
 """What single values cannot show: settings that contradict each other, do nothing, or are incomplete.
 
-A check is a generator of faults. CHECKS names the settings that each one rests on: it is skipped when one of
-them could not be read, so that one mistake is reported once.
+Here are the checks of a training run; those of one verb alone are in verb_checks.py, and each verb's row names its own.
 """
 
 from __future__ import annotations
@@ -12,16 +11,10 @@ from collections.abc import Iterator
 from ..errors import UserError
 from ..objectives.losses import BY_NAME, LOSSES, reading
 from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS
-from ..settings.flags import acts_as
+from ..settings.registry import VERBS, acts_as, load_named
 from ..settings.training import Settings
-from .candidate import Candidate, Check
-from .comparison_checks import COMPARISON_CHECKS
-from .data_checks import DATA_CHECKS
-from .evaluation_checks import EVALUATION_CHECKS
+from .candidate import Candidate, check
 from .flag_values import is_number
-from .plan_checks import PLAN_CHECKS
-from .status_checks import INIT_CHECKS, STATUS_CHECKS
-from .use_checks import CHAT_CHECKS, MERGE_CHECKS
 
 TRACKERS = (
     "wandb",
@@ -48,9 +41,8 @@ HELD_OUT_METRICS = {
 
 def cross_faults(candidate: Candidate) -> list[str]:
     """Every fault of the settings as a whole, one line each."""
-    checks = VERB_CHECKS[candidate.settings.verb]
-    sound = [check for check, names in checks.items() if candidate.broken.isdisjoint(names)]
-    return [fault for check in sound for fault in check(candidate)]
+    checks = load_named(VERBS[candidate.settings.verb].checks)
+    return [fault for one in checks if candidate.broken.isdisjoint(one.rests_on) for fault in one(candidate)]
 
 
 def check_adapter_flags(settings: Settings, adapter_found: bool) -> None:
@@ -65,6 +57,7 @@ def check_adapter_flags(settings: Settings, adapter_found: bool) -> None:
         raise UserError(*faults)
 
 
+@check()
 def required(candidate: Candidate) -> Iterator[str]:
     wanted = {
         "model_name_or_path": "name a hub model, a folder with a model, or a folder with an adapter",
@@ -77,6 +70,7 @@ def required(candidate: Candidate) -> Iterator[str]:
             yield f"--{name} is missing: {advice}"
 
 
+@check("use_lora", "adapter_name_or_path", "model_name_or_path")
 def lora_without_adapter(candidate: Candidate) -> Iterator[str]:
     if candidate["use_lora"] or candidate.may_have_adapter:
         return
@@ -86,6 +80,7 @@ def lora_without_adapter(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label(name)}: has no effect without --use_lora; add it or leave this out"
 
 
+@check("use_4bit", "use_lora", "adapter_name_or_path", "model_name_or_path")
 def four_bits(candidate: Candidate) -> Iterator[str]:
     if (
         candidate["use_4bit"]
@@ -97,6 +92,7 @@ def four_bits(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('bnb_4bit_quant_type')}: has no effect without --use_4bit; add it or leave this out"
 
 
+@check("report_to")
 def trackers(candidate: Candidate) -> Iterator[str]:
     names, label = candidate["report_to"], candidate.label("report_to")
     for name in names:
@@ -109,6 +105,7 @@ def trackers(candidate: Candidate) -> Iterator[str]:
             yield f"{label} is {' '.join(names)}: {word} must stand alone"
 
 
+@check("report_to", "use_wandb")
 def weights_and_biases(candidate: Candidate) -> Iterator[str]:
     names, use, label = candidate["report_to"], candidate["use_wandb"], candidate.label("use_wandb")
     if use and names in (("all",), ("none",)):
@@ -121,6 +118,7 @@ def weights_and_biases(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label(name)}: has no effect without --use_wandb; add it or leave this out"
 
 
+@check("resume_from_checkpoint", "overwrite_output_dir", "dry_run")
 def resuming(candidate: Candidate) -> Iterator[str]:
     if candidate["resume_from_checkpoint"] is None:
         return
@@ -131,6 +129,7 @@ def resuming(candidate: Candidate) -> Iterator[str]:
         yield f"{label}: --dry_run starts afresh and saves nothing; leave out one of the two"
 
 
+@check("allow_changes", "resume_from_checkpoint")
 def allowed_changes(candidate: Candidate) -> Iterator[str]:
     label, known = candidate.label("allow_changes"), {*GROUPS, ALL_SETTINGS, *candidate.values}
     for name in candidate["allow_changes"]:
@@ -144,6 +143,7 @@ def allowed_changes(candidate: Candidate) -> Iterator[str]:
         yield f"{label}: has no effect without --resume_from_checkpoint; add it or leave this out"
 
 
+@check("loss_type", "loss_weights")
 def losses(candidate: Candidate) -> Iterator[str]:
     names, weights = candidate["loss_type"], candidate["loss_weights"]
     first_name: dict[str, str] = {}
@@ -160,6 +160,7 @@ def losses(candidate: Candidate) -> Iterator[str]:
         )
 
 
+@check("loss_type", "label_smoothing")
 def smoothing(candidate: Candidate) -> Iterator[str]:
     names, label = candidate["loss_type"], candidate.label("label_smoothing")
     if candidate["label_smoothing"]:
@@ -172,6 +173,7 @@ def smoothing(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label('loss_type')} {name}: needs --label_smoothing above 0 ({usual} is usual)"
 
 
+@check("loss_type", "f_divergence_type")
 def loss_fields(candidate: Candidate) -> Iterator[str]:
     chosen = {BY_NAME[name].name: BY_NAME[name] for name in sorted(candidate["loss_type"])}
     divergence = candidate["f_divergence_type"]
@@ -193,6 +195,7 @@ def loss_fields(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {loss.name}, which sorts them"
 
 
+@check("auto_batch_size", "max_tokens_per_batch")
 def batch_size(candidate: Candidate) -> Iterator[str]:
     if not candidate["auto_batch_size"]:
         return
@@ -203,6 +206,7 @@ def batch_size(candidate: Candidate) -> Iterator[str]:
         yield f"{label}: tries batches, which a plan on paper does not; it finds the largest that fits in any case"
 
 
+@check("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model")
 def moving_reference(candidate: Candidate) -> Iterator[str]:
     if not candidate["sync_ref_model"]:
         for name in candidate.given("ref_model_mixup_alpha", "ref_model_sync_steps"):
@@ -217,6 +221,7 @@ def moving_reference(candidate: Candidate) -> Iterator[str]:
         yield f"{label}: moves the reference that --precompute_ref_log_probs scores once; leave out one of the two"
 
 
+@check("sample_during_eval", "validation_split")
 def samples(candidate: Candidate) -> Iterator[str]:
     label = candidate.label("sample_during_eval")
     if not candidate["sample_during_eval"]:
@@ -226,6 +231,7 @@ def samples(candidate: Candidate) -> Iterator[str]:
         yield f"{label}: there is nothing to evaluate with --validation_split none; leave out one"
 
 
+@check("validation_split", "dataset_split", "eval_strategy")
 def splits(candidate: Candidate) -> Iterator[str]:
     held_out, label = candidate["validation_split"], candidate.label("validation_split")
     if held_out is None:
@@ -241,6 +247,7 @@ def splits(candidate: Candidate) -> Iterator[str]:
             yield f"{candidate.label('eval_strategy')}: there is nothing to evaluate with --validation_split none"
 
 
+@check("streaming", "max_steps")
 def streaming(candidate: Candidate) -> Iterator[str]:
     if not candidate["streaming"]:
         return
@@ -251,6 +258,7 @@ def streaming(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label(name)}: has no effect with --streaming, whose size is --max_steps; leave it out"
 
 
+@check()
 def columns(candidate: Candidate) -> Iterator[str]:
     if candidate.given("text_column"):
         for name in candidate.given("prompt_column", "completion_column", "chosen_column"):
@@ -263,18 +271,21 @@ def columns(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('completion_column')}: --chosen_column names the response too; leave out one"
 
 
+@check()
 def best_model(candidate: Candidate) -> Iterator[str]:
     name, names = candidate["metric_for_best_model"], HELD_OUT_METRICS[acts_as(candidate.settings.verb)]
     if name is not None and name.removeprefix("eval_") not in names:
         yield f"{candidate.label('metric_for_best_model')} is {name!r}: must be one of {', '.join(names)}"
 
 
+@check("neftune_noise_alpha")
 def noise(candidate: Candidate) -> Iterator[str]:
     alpha = candidate["neftune_noise_alpha"]
     if alpha is not None and alpha < 0:
         yield f"{candidate.label('neftune_noise_alpha')} is {alpha}: must be at least 0; 5 is usual"
 
 
+@check("early_stopping_patience", "early_stopping_metric", "eval_steps", "validation_split")
 def early_stopping(candidate: Candidate) -> Iterator[str]:
     if candidate["early_stopping_patience"] is None:
         for name in candidate.given("early_stopping_metric"):
@@ -295,46 +306,27 @@ def early_stopping(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('early_stopping_metric')} is {metric}: sft has no pairs, so it must be loss"
 
 
+@check("max_kl", "validation_split")
 def divergence_bound(candidate: Candidate) -> Iterator[str]:
     if candidate["max_kl"] is not None and candidate["validation_split"] == "none":
         yield f"{candidate.label('max_kl')}: nothing is measured with --validation_split none; leave out one of the two"
 
 
-CHECKS: dict[Check, tuple[str, ...]] = {
-    required: (),  # a value that could not be read is no missing value; the check sees to that itself
-    lora_without_adapter: ("use_lora", "adapter_name_or_path", "model_name_or_path"),
-    four_bits: ("use_4bit", "use_lora", "adapter_name_or_path", "model_name_or_path"),
-    trackers: ("report_to",),
-    weights_and_biases: ("report_to", "use_wandb"),
-    resuming: ("resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
-    allowed_changes: ("allow_changes", "resume_from_checkpoint"),
-    samples: ("sample_during_eval", "validation_split"),
-    splits: ("validation_split", "dataset_split", "eval_strategy"),
-    columns: (),
-    streaming: ("streaming", "max_steps"),
-    best_model: (),
-    noise: ("neftune_noise_alpha",),
-    early_stopping: ("early_stopping_patience", "early_stopping_metric", "eval_steps", "validation_split"),
-}
-TRAIN_CHECKS: dict[Check, tuple[str, ...]] = {
-    losses: ("loss_type", "loss_weights"),
-    smoothing: ("loss_type", "label_smoothing"),
-    loss_fields: ("loss_type", "f_divergence_type"),
-    divergence_bound: ("max_kl", "validation_split"),
-    batch_size: ("auto_batch_size", "max_tokens_per_batch"),
-    moving_reference: ("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model"),
-}
-PLANNED_CHECKS = {check: names for check, names in CHECKS.items() if check is not required}
-VERB_CHECKS = {
-    "train": CHECKS | TRAIN_CHECKS,
-    "sft": CHECKS,
-    "data": DATA_CHECKS | {splits: CHECKS[splits]},
-    "compare": COMPARISON_CHECKS,
-    "plan": PLANNED_CHECKS | TRAIN_CHECKS | PLAN_CHECKS,
-    "plan sft": PLANNED_CHECKS | PLAN_CHECKS,
-    "merge": MERGE_CHECKS | {splits: CHECKS[splits], columns: CHECKS[columns]},
-    "chat": CHAT_CHECKS,
-    "evaluate": EVALUATION_CHECKS | {columns: CHECKS[columns]},
-    "status": STATUS_CHECKS,
-    "init": INIT_CHECKS,
-}
+OF_RUN = (
+    lora_without_adapter,
+    four_bits,
+    trackers,
+    weights_and_biases,
+    resuming,
+    allowed_changes,
+    samples,
+    splits,
+    columns,
+    streaming,
+    best_model,
+    noise,
+    early_stopping,
+)
+OF_PAIRS = (losses, smoothing, loss_fields, divergence_bound, batch_size, moving_reference)
+TRAIN = (required, *OF_RUN, *OF_PAIRS)
+SFT = (required, *OF_RUN)

@@ -17,17 +17,17 @@ from typing import Any
 
 from ..errors import UserError
 from ..runtime import HALF_CHARACTER, is_main_process, make_visible
-from ..settings.flags import ALL_VERBS, PLANNED, POSITIONAL, Bound, acts_as, takes
-from ..settings.training import STAGES, Settings
+from ..settings.flags import Bound
+from ..settings.registry import DEFAULT_VERB, VERBS, Verb, acts_as, find_verb
+from ..settings.training import Settings, flags_of
 from .candidate import Candidate
 from .config_file import Entry, read_config, read_entry
 from .cross_checks import cross_faults
 from .flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
 from .foreign_names import OTHER_LOSSES, foreign_hint
 from .help_text import help_text
-from .trainer_fields import CONFIG_CLASSES, owned_reason, trainer_fields
+from .trainer_fields import owned_reason, trainer_fields
 
-DEFAULT_VERB = "train"
 # Settings that make the script run what they name: a person's words alone, never those of a record.
 NAMES_CODE = frozenset({"trust_remote_code", "dataset_adapter", "judge", "scorer", "judge_model", "config"})
 
@@ -37,11 +37,11 @@ ADDRESS_WITH_PASSWORD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of the verb: a field of the stage named `stage`, or of the trainer's config when that is None."""
+    """A flag of the verb: one of our settings, or, where `ours` is false, a field of the trainer's config."""
 
     name: str
     kind: ValueType
-    stage: str | None
+    ours: bool
     choices: tuple[str, ...] | None = None
     bound: Bound | None = None
     usual: str | None = None
@@ -110,15 +110,17 @@ def read_words(words: list[str]) -> tuple[str, dict[str, Entry]]:
 def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str, Entry]]:
     """The verb's word, if there is one, and an entry per flag with the texts up to the next flag."""
     verb_word = argv[0] if argv and not argv[0].startswith("-") else None
-    if " ".join(argv[:2]) in PLANNED:  # in two words
+    if len(argv) > 1 and find_verb(" ".join(argv[:2])):  # in two words
         verb_word, argv = " ".join(argv[:2]), argv[1:]
     entries: dict[str, Entry] = {}
     current = None  # the flag that takes the next text; "" when its texts are not to be read
-    positional = POSITIONAL.get(verb_word)
+    verb = find_verb(verb_word or "")
+    objects = list(verb.objects) if verb else []
     for token in argv[1:] if verb_word else argv:
         if not _is_flag(token):
-            if positional not in (None, *entries) and not _takes(verb_word, entries.get(current), token):
-                entries[positional] = Entry(positional, positional.upper(), (token,))
+            unnamed = next((name for name in objects if name not in entries), None)
+            if unnamed and not _takes(verb, entries.get(current), token):
+                entries[unnamed] = Entry(unnamed, unnamed.upper(), (token,))
             elif current is None:
                 faults.append(_stray(token))
             elif current:
@@ -139,9 +141,9 @@ def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str
     return verb_word, entries
 
 
-def _takes(verb: str, entry: Entry | None, token: str) -> bool:
+def _takes(verb: Verb, entry: Entry | None, token: str) -> bool:
     """Whether the token is a value of the flag before it, at a verb that takes a value without a flag too."""
-    flag = known_flags(verb).get(entry.name) if entry else None
+    flag = known_flags(verb.name).get(entry.name) if entry else None
     if flag is None:
         return False
     return flag.kind.item is not None or (
@@ -151,7 +153,8 @@ def _takes(verb: str, entry: Entry | None, token: str) -> bool:
 
 def _verb_of(word: str | None, in_config: str | None) -> str | None:
     """The verb that is meant: what the command line says, and of a plan alone what the config says that it is of."""
-    return "plan sft" if word == "plan" and in_config == "sft" else word or in_config
+    both = f"{word} {in_config}"
+    return both if find_verb(both) else word or in_config
 
 
 def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
@@ -161,13 +164,11 @@ def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
     """
     if not word:
         return DEFAULT_VERB
-    if word in ALL_VERBS:
-        return word
-    if word in PLANNED:
-        return "plan"
-    near = difflib.get_close_matches(word, ALL_VERBS, 1)
+    if verb := find_verb(word):
+        return verb.name
+    near = difflib.get_close_matches(word, VERBS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    faults.append(f"{label}{word!r}: no such verb; {hint}the verbs are {', '.join(ALL_VERBS)}")
+    faults.append(f"{label}{word!r}: no such verb; {hint}the verbs are {', '.join(VERBS)}")
     if not near:
         raise UserError(*faults)
     return near[0]
@@ -197,7 +198,7 @@ def _pass_over_other_verbs(verb: str, entries: dict[str, Entry]) -> dict[str, En
         entry
         for name, entry in entries.items()
         if not entry.label.startswith("--") and name not in known_flags(verb) and not owned_reason(verb, name)
-        if any(name in known_flags(other) for other in ALL_VERBS)
+        if any(name in known_flags(other) for other in VERBS)
     ]
     if passed and is_main_process():
         file = passed[0].label.rpartition(": ")[0]
@@ -209,7 +210,7 @@ def _pass_over_other_verbs(verb: str, entries: dict[str, Entry]) -> dict[str, En
 
 def _verbs_with(name: str, verb: str) -> list[str]:
     """The other verbs that know a flag, those that plan left out."""
-    return [other for other in ALL_VERBS if acts_as(other) == other != verb and name in known_flags(other)]
+    return [other for other in VERBS if acts_as(other) == other != verb and name in known_flags(other)]
 
 
 def _read_entries(
@@ -237,21 +238,17 @@ def _read_entries(
 
 @functools.cache
 def known_flags(verb: str) -> dict[str, Flag]:
-    """Name -> flag, for everything that the verb takes: the fields of its stages and those of its trainer's config."""
+    """Name -> flag, for everything that the verb takes: our settings and the fields of its trainer's config."""
     fields = trainer_fields(verb)
     flags = {
-        field.name: Flag(field.name, field.kind, None, field.choices)
+        field.name: Flag(field.name, field.kind, False, field.choices)
         for field in fields.values()
         if not owned_reason(verb, field.name)
     }
-    for stage, stage_class in STAGES.items():
-        for field in dataclasses.fields(stage_class):
-            meta = field.metadata
-            if takes(verb, meta["verbs"]):
-                trainer_choices = fields[field.name].choices if field.name in fields else None
-                choices = meta["choices"] or trainer_choices
-                kind = annotated_type(field.type)
-                flags[field.name] = Flag(field.name, kind, stage, choices, meta["bound"], meta["usual"])
+    for name, field in flags_of(verb).items():
+        meta = field.metadata
+        choices = meta["choices"] or (fields[name].choices if name in fields else None)
+        flags[name] = Flag(name, annotated_type(field.type), True, choices, meta["bound"], meta["usual"])
     return flags
 
 
@@ -282,7 +279,7 @@ def _read_entry(flag: Flag, entry: Entry) -> Any:
         if "bool" in kind.scalars:
             return True
         raise ValueError(f"has no value: give it {kind.description}")
-    if flag.stage and kind.item is None and not texts[0].strip():
+    if flag.ours and kind.item is None and not texts[0].strip():
         raise ValueError(f"has an empty value: give it {kind.description}")
     if flag.name == "validation_split" and texts[0].strip().lower() == "none":
         return "none"  # a value of its own here: hold nothing out
@@ -310,7 +307,7 @@ def _read_texts(flag: Flag, entry: Entry) -> Any:
         items = read_list(kind, texts, split=entry.shape != "list")
     except ValueError as error:
         raise ValueError(f"is {written!r}: {error}") from None
-    if flag.stage is None or items is None:
+    if not flag.ours or items is None:
         return items
     if not items and flag.name != "report_to":
         raise ValueError(f"is empty: must be {kind.description}")
@@ -349,7 +346,7 @@ def _unknown(verb: str, name: str) -> str:
         return f"no such flag{hint}"
     if hint := _near_hint(name, flags):
         return f"no such flag; {hint}"
-    if verb in CONFIG_CLASSES and not trainer_fields(verb):
+    if VERBS[acts_as(verb)].config and not trainer_fields(verb):
         return "no such flag (TRL, whose settings are flags too, is not installed: pip install trl)"
     return "no such flag (--help lists them)"
 
@@ -372,7 +369,7 @@ def _near_hint(name: str, flags: dict[str, Flag]) -> str | None:
 
 
 def _stray(token: str) -> str:
-    if token in ALL_VERBS:
+    if token in VERBS:
         return f"{token!r}: stands where no value is expected; the verb comes first, before every flag"
     return f"{token!r}: stands where no value is expected; write --name value"
 
@@ -382,12 +379,9 @@ def _is_flag(token: str) -> bool:
 
 
 def _build_settings(verb: str, values: dict[str, tuple[Flag, Any]], given: frozenset[str]) -> Settings:
-    stages = {
-        stage: stage_class(**{flag.name: value for flag, value in values.values() if flag.stage == stage})
-        for stage, stage_class in STAGES.items()
-    }
-    trainer = {flag.name: value for flag, value in values.values() if flag.stage is None}
-    return Settings(verb, **stages, trainer_fields=trainer, given=given)
+    ours = {flag.name: value for flag, value in values.values() if flag.ours}
+    trainer = {flag.name: value for flag, value in values.values() if not flag.ours}
+    return Settings(verb, trainer_fields=trainer, given=given).with_values(ours)
 
 
 def _join_trackers(settings: Settings) -> Settings:

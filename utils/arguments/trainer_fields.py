@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..settings.flags import acts_as
+from ..settings.registry import VERBS, acts_as
 from .flag_values import ValueType, annotated_type
-
-CONFIG_CLASSES = {"train": "DPOConfig", "sft": "SFTConfig", "plan": "DPOConfig", "plan sft": "SFTConfig"}
 
 SOURCES = {
     "trl": ("trainer/base_config.py", "trainer/dpo_config.py", "trainer/sft_config.py"),
@@ -98,7 +96,7 @@ class TrainerField:
 def trainer_fields(verb: str) -> dict[str, TrainerField]:
     """Name -> field of the verb's config class, inherited ones included; empty for a verb without a trainer."""
     classes = _class_definitions()
-    name = CONFIG_CLASSES.get(verb)
+    name = VERBS[acts_as(verb)].config
     if name not in classes:
         return {}
     return {field.name: field for field in _fields(classes[name], classes)}

@@ -19,6 +19,7 @@ from ..run.paths import read_path
 from ..run.writing import write_json
 from ..runtime import make_visible
 from ..settings.training import Settings
+from ..settings.verbs import ChatSettings, SamplingSettings
 from .models import Speaker, load_speakers
 from .terminal import Answer, let_lines_be_edited, read_stdin
 
@@ -35,7 +36,7 @@ HELP = """\
 
 def chat(settings: Settings) -> int:
     """Answers one message (--prompt, or piped in), or those that are typed until the person ends it."""
-    if settings.chatting.prompt is None and sys.stdin.isatty():
+    if settings.of(ChatSettings).prompt is None and sys.stdin.isatty():
         with _termination_ends():
             Chat(load_speakers(settings), settings).run()
         return 0
@@ -47,7 +48,7 @@ def answer_once(settings: Settings) -> int:
     stdout = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            text = settings.chatting.prompt
+            text = settings.of(ChatSettings).prompt
             text = read_stdin() if text is None else text
             speakers = load_speakers(settings)
             talk = Chat(speakers, settings)
@@ -161,7 +162,7 @@ class Chat:
         Raises:
             UserError: the message does not fit, or the template refuses it.
         """
-        sampling = self.settings.sampling
+        sampling = self.settings.of(SamplingSettings)
         shown, answer = speaker.shown(sampling.max_new_tokens), Answer(stream)
         seed, finished, written = self.settings.training.seed + self.attempt, True, None
         try:
@@ -185,7 +186,7 @@ class Chat:
         return finished
 
     def _say_what_is_left_out(self, speaker: Speaker) -> None:
-        left_out = speaker.shown(self.settings.sampling.max_new_tokens).left_out
+        left_out = speaker.shown(self.settings.of(SamplingSettings).max_new_tokens).left_out
         if left_out > speaker.dialogue.said_left_out:
             rounds = "round is" if left_out == 1 else f"{left_out} rounds are"
             print(f"(the context of {speaker.context} tokens is full: the oldest {rounds} not shown to {speaker.name})")

@@ -19,7 +19,7 @@ from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..responses.generation import Continuation, stream_continuation
 from ..runtime import Precision, choose_precision, device_name, find_device, say
 from ..settings.training import Settings
-from ..settings.verbs import SamplingSettings
+from ..settings.verbs import ChatSettings, SamplingSettings
 from .dialogue import Dialogue, Shown
 
 FLAG, OTHER = "--model_name_or_path", "--compare_with"
@@ -80,13 +80,13 @@ def load_speakers(settings: Settings) -> list[Speaker]:
         lambda: _prepare(own, trained, settings),
         lambda: check_4bit() if in_4bit or (other is not None and other.in_4bit) else None,
     )
-    if first.template is None and settings.chatting.system_prompt is not None:
+    if first.template is None and settings.of(ChatSettings).system_prompt is not None:
         raise UserError(
             f"--system_prompt: {own.source.name} continues texts, which have no system prompt; leave it out"
         )
     found = {_short_name(own): first}
     if other is not None:
-        name = REFERENCE if settings.chatting.compare_with == REFERENCE else _short_name(other)
+        name = REFERENCE if settings.of(ChatSettings).compare_with == REFERENCE else _short_name(other)
         found[name if name not in found else "compared"] = _prepare_other(other, first, settings)
     precision = choose_precision(settings.model.dtype, find_device())
     contenders = load_side_by_side({name: item.wanted for name, item in found.items()}, settings.model, precision)
@@ -100,12 +100,12 @@ def _short_name(wanted: Wanted) -> str:
 
 def _introduce(name: str, found: Found, contender: Contender, settings: Settings) -> Speaker:
     check_embeddings(contender.model, found.tokenizer, found.wanted.source)
-    dialogue = Dialogue(found.template is None, settings.chatting.system_prompt)
+    dialogue = Dialogue(found.template is None, settings.of(ChatSettings).system_prompt)
     return Speaker(name, found.wanted.source.name, contender, found.tokenizer, found.end_ids, found.context, dialogue)
 
 
 def _find_other(settings: Settings, trained: TrainedModel, in_4bit: bool) -> Wanted | None:
-    name = settings.chatting.compare_with
+    name = settings.of(ChatSettings).compare_with
     if name is None:
         return None
     if name == REFERENCE:
@@ -151,7 +151,7 @@ def _describe(found: list[Found], settings: Settings, precision: Precision) -> N
             say("      it continues texts: each message is a text of its own, with nothing in front of it")
         else:
             say(f"      chat template: {item.template.partition(';')[0]}")
-    sampling = settings.sampling
+    sampling = settings.of(SamplingSettings)
     how = f"temperature {sampling.temperature:g}" if sampling.temperature else "the likeliest token each time"
     how += f", top_p {sampling.top_p:g}" if sampling.top_p < 1 else ""
     how += f", top_k {sampling.top_k}" if sampling.top_k else ""

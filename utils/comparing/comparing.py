@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import command_line
 from ..errors import UserError, gather
 from ..interruptions import stop_if_asked
 from ..models.side_by_side import Contender, load_side_by_side
@@ -24,6 +25,7 @@ from ..run.record import now
 from ..run.results import write_results
 from ..runtime import Precision, choose_precision, device_name, find_device, read_versions, say
 from ..settings.training import Settings
+from ..settings.verbs import SamplingSettings
 from .folder import PAGE, RECORD, ROWS, find_folder
 from .judges import Judge, Judgement, ask, by_scores, choose_judges, find_reference
 from .measures import count_outcomes, describe_responses
@@ -47,13 +49,13 @@ Readers = tuple[Reader, Reader]
 Written = tuple[list[Continuation], list[Continuation]]
 
 
-def compare_models(settings: Settings, arguments: list[str]) -> None:
+def compare_models(settings: Settings) -> None:
     """Has both models answer, has the answers judged, writes the files and says how it went.
 
     Raises:
         UserError: models, prompts, judges or folder cannot be used.
     """
-    started, clock = now(), time.monotonic()
+    started, clock, words = now(), time.monotonic(), command_line(settings)
     sides, _ = gather(lambda: find_sides(settings), _check_launcher)
     settings = as_in_run(settings, sides[0].trained, FROM_THE_RUN)
     judges, folder, questions = gather(
@@ -64,7 +66,7 @@ def compare_models(settings: Settings, arguments: list[str]) -> None:
     readers = read_readers(sides, settings, questions.are_messages)
     settings = bound_new_tokens(settings, readers)
     precision = choose_precision(settings.model.dtype, find_device())
-    prompts = choose_fitting(questions.prompts, readers, settings.sampling.max_new_tokens)
+    prompts = choose_fitting(questions.prompts, readers, settings.of(SamplingSettings).max_new_tokens)
     _describe(sides, readers, questions, len(prompts), judges, settings, precision)
 
     written, rewarded = _compute(sides, readers, prompts, judges, settings, precision)
@@ -79,7 +81,7 @@ def compare_models(settings: Settings, arguments: list[str]) -> None:
         "started": started,
         "seconds": round(time.monotonic() - clock, 1),
         "settings": settings.flat(),
-        "command": shlex.join(["python", "advanced_dpo_script.py", *arguments]),
+        "command": shlex.join(["python", "advanced_dpo_script.py", *words]),
         "versions": read_versions(),
         "model": sides[0].as_record(),
         "baseline": sides[1].as_record(),
@@ -88,7 +90,7 @@ def compare_models(settings: Settings, arguments: list[str]) -> None:
             "count": len(prompts),
             "without_room": len(questions.prompts) - len(prompts),
         },
-        "sampling": dataclasses.asdict(settings.sampling) | {"seed": settings.training.seed},
+        "sampling": dataclasses.asdict(settings.of(SamplingSettings)) | {"seed": settings.training.seed},
         "chat_templates": [reader.template for reader in readers],
         "precision": precision.name,
         "device": device_name(precision.device),
@@ -132,7 +134,7 @@ def _describe(
         say(f"      chat template: {'; for the baseline: '.join(templates)}")
     for judge in judges:
         say(f"judge: {judge.name}, {judge.how}")
-    sampling = settings.sampling
+    sampling = settings.of(SamplingSettings)
     how, drawn = "the likeliest tokens", ""
     if sampling.temperature > 0:
         how, drawn = f"temperature {sampling.temperature:g}", f", seed {settings.training.seed} for both"

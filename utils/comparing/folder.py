@@ -12,6 +12,7 @@ from ..run.names import COMPARISON_FILES
 from ..run.paths import read_path
 from ..run.results import is_result
 from ..settings.training import Settings
+from ..settings.verbs import ComparisonSettings
 from .judges import VOTE
 from .sides import Side
 
@@ -37,7 +38,7 @@ def find_folder(settings: Settings, model: Side) -> Path:
         )
     with named_as_given(settings.run.output_dir):
         _check_content(folder)
-    if VOTE in (settings.comparison.judge or ()):
+    if VOTE in (settings.of(ComparisonSettings).judge or ()):
         read_ballots(folder)
     return folder
 

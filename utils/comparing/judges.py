@@ -17,6 +17,7 @@ from ..responses.scorers import FUNCTION, Prompt, Scorer, are_equal, check_rewar
 from ..responses.voting import check_port, collect_votes
 from ..runtime import say
 from ..settings.training import Settings
+from ..settings.verbs import ComparisonSettings, JudgeSettings
 from .sides import Side
 from .summary import OWN_REWARD
 
@@ -53,7 +54,7 @@ def choose_judges(settings: Settings, model: Side) -> list[Judge]:
     """
     trained = model.trained
     has_reward = bool(trained.record.get("reference_model"))
-    names = settings.comparison.judge
+    names = settings.of(ComparisonSettings).judge
     if names is None:
         if not has_reward:
             raise UserError(
@@ -74,10 +75,10 @@ def _find_judge(name: str, settings: Settings, model: Side) -> Judge:
         beta = model.trained.setting("beta")
         return Judge(name, f"beta {beta:g} times the log-ratio to its reference: the model judged by its own lights")
     if name == VOTE:
-        check_port(settings.comparison.vote_port or 0)
+        check_port(settings.of(ComparisonSettings).vote_port or 0)
         return Judge(name, "the person, blind, on a local page")
     if is_endpoint(name):
-        return Judge(name, f"{settings.judging.judge_model} at {name}, asked in both orders")
+        return Judge(name, f"{settings.of(JudgeSettings).judge_model} at {name}, asked in both orders")
     if FUNCTION.fullmatch(name):
         return Judge(name, "scores by a function", load_scorer(name, FLAG))
     check_reward_model(name, settings.model.trust_remote_code, FLAG)
@@ -106,7 +107,7 @@ def ask(
     """The judgement of any judge but the implicit reward, on responses in the order of the prompts."""
     if judge.name == VOTE:
         matches = [Match(*match) for match in zip(prompts, model, baseline, strict=True)]
-        votes = collect_votes(matches, folder, settings.training.seed, settings.comparison.vote_port or 0)
+        votes = collect_votes(matches, folder, settings.training.seed, settings.of(ComparisonSettings).vote_port or 0)
         return Judgement(judge.name, judge.how, votes)
     if is_endpoint(judge.name):
         return _ask_endpoint(judge, list(zip(prompts, model, baseline, strict=True)), settings)
@@ -125,9 +126,10 @@ def by_scores(judge: Judge, model: Sequence[float], baseline: Sequence[float]) -
 
 
 def _ask_endpoint(judge: Judge, matches: list[tuple[Prompt, str, str]], settings: Settings) -> Judgement:
-    limits = JudgeLimits(settings.judging.max_judge_requests, settings.judging.judge_requests_per_minute)
+    wish = settings.of(JudgeSettings)
+    limits = JudgeLimits(wish.max_judge_requests, wish.judge_requests_per_minute)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "judge_answers"
-    endpoint = EndpointJudge(judge.name, settings.judging.judge_model, cache, limits, flag=FLAG)
+    endpoint = EndpointJudge(judge.name, wish.judge_model, cache, limits, flag=FLAG)
     different = sum(one != other for _, one, other in matches)
     say(f"      asking {judge.how}: up to {2 * different:,} requests, fewer where answers are kept from before")
     verdicts = endpoint.weigh_all(matches)

@@ -13,7 +13,9 @@ from ..models.trained import TrainedModel
 from ..responses.scorers import Prompt
 from ..run.paths import read_path
 from ..runtime import say
-from ..settings.training import DataSettings, Settings
+from ..settings.data import DataSettings
+from ..settings.training import Settings
+from ..settings.verbs import ComparisonSettings, SamplingSettings
 from ..training.run_data import read_as_run
 
 DEFAULT_COUNT = 100
@@ -38,8 +40,8 @@ def read_questions(settings: Settings, trained: TrainedModel) -> Questions:
     Raises:
         UserError: there are none, or they cannot be read.
     """
-    most = settings.sampling.num_prompts or DEFAULT_COUNT
-    name = settings.comparison.prompts
+    most = settings.of(SamplingSettings).num_prompts or DEFAULT_COUNT
+    name = settings.of(ComparisonSettings).prompts
     if name is None:
         source, prompts = _read_held_out(trained)
     elif name.lower().endswith(".txt"):

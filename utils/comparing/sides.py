@@ -22,6 +22,7 @@ from ..responses.generation import Continuation, find_fitting, sample_continuati
 from ..responses.scorers import Prompt
 from ..runtime import say
 from ..settings.training import Settings
+from ..settings.verbs import ComparisonSettings, SamplingSettings
 
 PROMPTS_AT_A_TIME = 64
 
@@ -79,7 +80,7 @@ def find_sides(settings: Settings) -> tuple[Side, Side]:
         UserError: one of them is not there or not finished, there is no baseline, or both are the same.
     """
     wish, flag = settings.model, "--model_name_or_path"
-    baseline = settings.comparison.baseline
+    baseline = settings.of(ComparisonSettings).baseline
     trained, other = gather(
         lambda: find_trained(flag, wish.model_name_or_path, wish.model_revision),
         lambda: find_trained("--baseline", baseline) if baseline is not None else None,
@@ -159,8 +160,8 @@ def bound_new_tokens(settings: Settings, readers: tuple[Reader, Reader]) -> Sett
     halves = [reader.context // 2 for reader in readers if reader.context is not None]
     if "max_new_tokens" in settings.given or not halves:
         return settings
-    most = min(settings.sampling.max_new_tokens, *halves)
-    return dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, max_new_tokens=most))
+    most = min(settings.of(SamplingSettings).max_new_tokens, *halves)
+    return settings.with_values({"max_new_tokens": most})
 
 
 def choose_fitting(prompts: Sequence[Prompt], readers: tuple[Reader, Reader], max_new_tokens: int) -> list[Prompt]:
@@ -185,11 +186,12 @@ def write_responses(
 ) -> list[Continuation]:
     """The model's response to each prompt, drawn with --seed; says how far it is."""
     written: list[Continuation] = []
+    sampling = settings.of(SamplingSettings)
     with contender.active() as model:
         for start in range(0, len(prompts), PROMPTS_AT_A_TIME):
             part = prompts[start : start + PROMPTS_AT_A_TIME]
             written += sample_continuations(
-                model, reader.tokenizer, part, settings.sampling, seed=settings.training.seed, end_ids=reader.end_ids
+                model, reader.tokenizer, part, sampling, seed=settings.training.seed, end_ids=reader.end_ids
             )
             say(f"      {name}: {len(written):,} of {len(prompts):,} responses")
     return written

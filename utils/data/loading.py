@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError, gather
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .files import quiet
 from .identity import read_pair_ids
 from .mixing import Wish, count_repeated, read_wishes

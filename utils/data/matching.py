@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import UserError
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .columns import KIND_NAMES, TEXT, Rows, kind_of_column, list_names, reach
 from .labels import read_yes_or_no
 from .layouts import FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from ..errors import UserError, gather
 from ..run.paths import read_path
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .conversion import convert_rows
 from .labels import check_labels
 from .mixing import MixedPlaces, Wish, align, draw_positions

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from ..errors import UserError
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .adapter import read_code, run_adapter
 from .columns import MESSAGES, kind_of_column, list_columns, list_names, reach
 from .conversion import MESSAGE_FEATURES, convert_rows

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 
 from ..errors import UserError
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .adapter import run_adapter
 from .columns import (
     KIND_NAMES,

@@ -16,7 +16,7 @@ from ..errors import UserError, gather, in_one_line
 from ..run.manifests import hash_file
 from ..run.paths import is_there, read_path
 from ..runtime import say
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .exact import check_texts, describe_changed_texts, find_changed_texts
 from .files import FileRows, Unreadable, file_kind, quiet, read_files, stream_files
 from .hub import describe_config_fault, load_hub, open_hub

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import UserError
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .files import FileRows
 
 TRAIN_NAMES = {"train": ("train", "train_prefs"), "sft": ("train", "train_sft", "train_prefs")}

@@ -24,7 +24,7 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
 from ..errors import UserError, in_one_line
-from ..settings.training import DataSettings
+from ..settings.data import DataSettings
 from .columns import list_heads
 from .conversion import convert_batch, features_of, padded_columns
 from .exact import describe_changed_texts, holds_json

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import command_line
 from ..data.splitting import group_key
 from ..data.tokenizing import PAIR_COLUMNS
 from ..data.turns import flatten
@@ -37,6 +38,7 @@ from ..runtime import (
     set_seed,
 )
 from ..settings.training import Settings
+from ..settings.verbs import EvaluationSettings
 from ..training.description import describe_layout
 from ..training.launch import check_one_device, join_processes
 from ..training.metrics import summarise
@@ -62,7 +64,7 @@ SAME = {"float32": 1e-3}  # by how much a figure may differ from the recorded on
 SAME_IN_SHORT = 3e-2  # ... in the shorter formats, whose rounding depends on the shape of a batch
 
 
-def evaluate_model(settings: Settings, arguments: list[str]) -> None:
+def evaluate_model(settings: Settings) -> None:
     """Measures --model_name_or_path against its reference; prints, and writes the results.
 
     Raises:
@@ -102,7 +104,7 @@ def evaluate_model(settings: Settings, arguments: list[str]) -> None:
         return
     table = _make_table(scores, pairs, rows)
     record = _make_record(table, scores, pairs, rows, trained, reference, scoring, settings, precision)
-    record |= _describe_making(settings, arguments, trainer, precision, time.perf_counter() - began)
+    record |= _describe_making(settings, trainer, precision, time.perf_counter() - began)
     page = make_page(record, table.rows, find_examples(table, pairs))
     with named_as_given(settings.run.output_dir):
         write_results(folder, EVALUATION_FILES, record, list(table.rows), page)
@@ -221,7 +223,7 @@ def _make_record(
         },
         "scoring": dataclasses.asdict(scoring.loss) | {"precision": precision.name},
         "metrics": metrics,
-        **measure(table, settings.evaluation.bootstrap_samples, settings.training.seed, whole),
+        **measure(table, settings.of(EvaluationSettings).bootstrap_samples, settings.training.seed, whole),
         "recorded": compare_with_record(metrics, pairs, trained, precision),
         "warnings": [*rows.warnings, *find_warnings(pairs, trained, len(np.unique(table.prompts)))],
     }
@@ -234,12 +236,12 @@ def _count_prompts(table: PairTable, pairs: EvaluatedPairs) -> int | None:
 
 
 def _describe_making(
-    settings: Settings, arguments: list[str], trainer: PreferenceTrainer, precision: Precision, seconds: float
+    settings: Settings, trainer: PreferenceTrainer, precision: Precision, seconds: float
 ) -> dict[str, Any]:
     return {
         "finished": now(),
         "settings": settings.flat(),
-        "command": shlex.join(["python", "advanced_dpo_script.py", *arguments]),
+        "command": shlex.join(["python", "advanced_dpo_script.py", *command_line(settings)]),
         "versions": read_versions(),
         "engine": {"shared_prefix": trainer.shared_prefix},
         "resources": {

@@ -14,7 +14,7 @@ from ..models.loading import Reference, load_frozen, put_adapter
 from ..models.sources import ModelSource, looks_local
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..runtime import Precision
-from ..settings.training import STAGES, Settings
+from ..settings.training import GROUPS_OF_RUN, Settings
 from ..training.making import make_preference_trainer
 from ..training.pair_scoring import REFERENCE_ADAPTER
 from ..training.rows import Rows
@@ -25,7 +25,7 @@ AS_IN_RUN = (
     *("dtype", "attn_implementation", "use_4bit", "bnb_4bit_quant_type"),
     *("max_length", "truncation", "per_device_eval_batch_size"),
 )
-AS_IN_PREFERENCE_RUN = (*(field.name for field in dataclasses.fields(STAGES["loss"])), "engine")
+AS_IN_PREFERENCE_RUN = (*(field.name for field in dataclasses.fields(GROUPS_OF_RUN["loss"])), "engine")
 
 
 def settings_of_evaluation(settings: Settings, trained: TrainedModel) -> Settings:

@@ -12,6 +12,7 @@ from ..run.paths import read_path
 from ..run.writing import write_text
 from ..runtime import say
 from ..settings.training import Settings
+from ..settings.verbs import InitSettings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -24,7 +25,7 @@ def write_config(settings: Settings) -> None:
     Raises:
         UserError: the file exists or cannot be written.
     """
-    situation, path = settings.init.situation, read_path(settings.init.output_file)
+    situation, path = settings.of(InitSettings).situation, read_path(settings.of(InitSettings).output_file)
     if path.exists() or path.is_symlink():
         raise UserError(f"--output_file {path}: exists, and nothing is written over it; name another file")
     names = {

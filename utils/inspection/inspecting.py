@@ -12,6 +12,7 @@ from ..data.mixing import read_wishes
 from ..data.writing import write_pairs
 from ..errors import UserError
 from ..run.paths import read_path
+from ..settings.data import InspectionSettings
 from ..settings.training import Settings
 from .classifier import measure_words
 from .cleaning import choose_clean
@@ -60,7 +61,7 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
         found, numbers = _look_at_pairs(subject, scan, settings)
         findings += found
         record |= numbers
-    if settings.inspection.output_file is not None:
+    if settings.of(InspectionSettings).output_file is not None:
         record["output"] = _write_clean(subject, findings, settings)
     order = sorted(findings, key=lambda finding: finding.severity != PROBLEM)
     code = PROBLEMS if count_problems(findings) else CLEAN
@@ -77,7 +78,7 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
 
 
 def _refuse_input_as_output(settings: Settings) -> None:
-    output = settings.inspection.output_file
+    output = settings.of(InspectionSettings).output_file
     for wish in read_wishes(settings.data.dataset_name):
         if output is not None and read_path(output).resolve() == read_path(wish.name).resolve():
             raise UserError(f"--output_file is {output}: is one of the sources; name another file")
@@ -94,7 +95,7 @@ def _look_at_pairs(subject: Subject, scan: Scan, settings: Settings) -> tuple[li
         *check_stains(subject, scan),
         *check_rules(rules, len(scan)),
     ]
-    if settings.inspection.compare is not None:
+    if settings.of(InspectionSettings).compare is not None:
         found, numbers["compare"] = check_overlap(subject, scan, settings)
         findings += found
     if settings.model.model_name_or_path is not None:
@@ -120,8 +121,8 @@ def _look_at_tokens(subject: Subject, settings: Settings) -> tuple[list[Finding]
 
 
 def _write_clean(subject: Subject, findings: list[Finding], settings: Settings) -> dict[str, Any]:
-    path = read_path(settings.inspection.output_file)
-    keep, removed = choose_clean(subject, findings, settings.inspection.remove or ())
+    path = read_path(settings.of(InspectionSettings).output_file)
+    keep, removed = choose_clean(subject, findings, settings.of(InspectionSettings).remove or ())
     if len(keep):
         write_pairs(path, subject.pairs.select(keep))
     return {"file": str(path), "pairs": len(keep), "removed": removed}

@@ -8,7 +8,8 @@ import numpy as np
 from ..data.prompts import name_split, read_prompts
 from ..data.splitting import prompt_key
 from ..data.turns import flatten
-from ..settings.training import DataSettings, Settings
+from ..settings.data import DataSettings, InspectionSettings
+from ..settings.training import Settings
 from .findings import NOTE, PROBLEM, Finding, find_pairs, with_example
 from .scanning import Scan, hash_texts
 from .similarity import ALIKE, find_alike, sign_texts
@@ -63,7 +64,7 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
     Raises:
         UserError: those data cannot be read, or have no prompts.
     """
-    read = read_prompts(name_split(DataSettings(), settings.inspection.compare), "--compare")
+    read = read_prompts(name_split(DataSettings(), settings.of(InspectionSettings).compare), "--compare")
     name, prompts = read.source, read.rows
     keys, signatures = _sign_prompts(prompts)
     exact = np.isin(scan.prompt_keys, keys)

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..run.paths import read_path
 from ..run.writing import write_json, write_text
 from ..runtime import say
-from ..settings.training import InspectionSettings
+from ..settings.data import InspectionSettings
 from .page import make_page
 from .summary import summarize
 

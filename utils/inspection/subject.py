@@ -30,7 +30,8 @@ from ..data.parts import (
 )
 from ..data.schemas import Reading, check_effects
 from ..errors import UserError
-from ..settings.training import DataSettings, Settings
+from ..settings.data import DataSettings
+from ..settings.training import Settings
 from .scanning import choose_processes
 
 SCORE_WORD = re.compile(r"score|rating|reward", re.IGNORECASE)

@@ -22,6 +22,7 @@ from ..run.record import now
 from ..run.writing import write_json
 from ..runtime import Precision, device_name, read_versions, say
 from ..settings.training import Settings
+from ..settings.verbs import MergeSettings
 from ..training.pushing import push_folder
 from .folder import MERGE_RECORD, find_merge_folder, folder_beside, read_merge_record
 from .pairs import CheckedTexts, load_texts
@@ -78,8 +79,8 @@ def merge(settings: Settings) -> None:
         record = write_merged(plan, folder, settings)
         write_json(folder / MERGE_RECORD, record)
     say(f"merged model, tokenizer and record ({MERGE_RECORD}): {plan.folder}")
-    if settings.merging.push_to_hub is not None:
-        name, folder = settings.merging.push_to_hub, plan.folder
+    name, folder = settings.of(MergeSettings).push_to_hub, plan.folder
+    if name is not None:
         kept = f"the merged model is in {folder}; upload it later with `hf upload {name} {folder}`"
         say(f"uploaded to {push_folder(f'--push_to_hub {name}', folder, name, 'Merged model', kept)}")
 
@@ -88,14 +89,14 @@ def make_plan(settings: Settings) -> Plan:
     """Everything that can be known and refused before weights are loaded."""
     trained = _find_adapter(settings)
     settings = as_in_run(settings, trained, ["bnb_4bit_quant_type"])
-    into_quantized = settings.merging.merge_into == "quantized"
+    into_quantized = settings.of(MergeSettings).merge_into == "quantized"
     folder, config, tokenizer, _ = gather(
         lambda: find_merge_folder(settings.run.output_dir, trained, settings.run.overwrite_output_dir),
         lambda: read_config(trained.source, settings.model),
         lambda: load_tokenizer(trained.source, settings.model),
         lambda: _check_quantized(trained, into_quantized),
     )
-    texts = None if settings.merging.skip_verification else load_texts(settings, trained, tokenizer)
+    texts = None if settings.of(MergeSettings).skip_verification else load_texts(settings, trained, tokenizer)
     stored = choose_saved_dtype("auto", config)
     saved = choose_saved_dtype(settings.model.dtype, config)
     computing = choose_computing(config, stored, settings.model)
@@ -169,8 +170,8 @@ def write_merged(plan: Plan, folder: Path, settings: Settings) -> dict[str, Any]
         adapted = score_texts(model, plan.texts)
     stop_if_asked()  # before anything is written
     modules = {plain_name(name) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
-    merged = merge_adapter(model, plan.trained.source, plan.saved, settings.merging.safe_merge)
-    code = save_merged(merged, plan.tokenizer, plan.trained.source, folder, settings.merging.max_shard_size)
+    merged = merge_adapter(model, plan.trained.source, plan.saved, settings.of(MergeSettings).safe_merge)
+    code = save_merged(merged, plan.tokenizer, plan.trained.source, folder, settings.of(MergeSettings).max_shard_size)
     if code:
         say(f"warning: the base's own Python code goes with it ({', '.join(code)}): whoever loads it runs that code")
     del model, merged
@@ -255,7 +256,7 @@ def _describe_merge(plan: Plan, folder: Path, settings: Settings) -> dict[str, A
         "base": source.base,
         "base_revision": source.revision,
         "run": str(plan.trained.folder) if plan.trained.folder else None,
-        "merged_into": settings.merging.merge_into,
+        "merged_into": settings.of(MergeSettings).merge_into,
         "dtype": _name(plan.saved),
         "settings": settings.flat(),
         "versions": read_versions(),

@@ -15,7 +15,7 @@ from ..run.checkpoints import find_checkpoints, find_fault, is_of_model
 from ..run.names import CHECKPOINT, RECORD
 from ..run.paths import read_path
 from ..run.records import Unreadable, read_run
-from ..settings.training import STAGES, Settings
+from ..settings.training import Settings
 from .sources import ModelSource, check_source, check_unchanged, find_model, read_identities
 
 
@@ -175,11 +175,7 @@ def as_in_run(settings: Settings, trained: TrainedModel, names: Iterable[str]) -
             faults.append(f"{trained.folder / RECORD if trained.folder else RECORD}: {name} {said}")
     if faults:
         raise UserError(*faults)
-    changes = {}
-    for stage, stage_class in STAGES.items():
-        own = {item.name: values[item.name] for item in dataclasses.fields(stage_class) if item.name in values}
-        changes[stage] = dataclasses.replace(getattr(settings, stage), **own)
-    return dataclasses.replace(settings, **changes)
+    return settings.with_values(values)
 
 
 def _recorded(trained: TrainedModel, name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..models.quantization import Stored
 from ..runtime import choose_precision, find_device
 from ..settings.training import Settings
+from ..settings.verbs import PlanSettings
 from ..training.batches import fill_batches
 from ..training.reference import KEPT_BYTES
 from .estimate import Estimate, estimate, pad_pairs
@@ -102,7 +103,7 @@ def make_plan(
         best=best,
         run=settings,
         settings=_settings_of(settings, best, asked) if best else None,
-        launcher=words_before_script(settings.plan, best.sharding, best.needs.way.in_4bit) if best else [],
+        launcher=words_before_script(settings.of(PlanSettings), best.sharding, best.needs.way.in_4bit) if best else [],
     )
 
 
@@ -112,7 +113,7 @@ def choose_device(settings: Settings) -> tuple[Device, torch.dtype]:
     Raises:
         UserError: it is not known, or does not compute in the format that was asked for.
     """
-    plan = settings.plan
+    plan = settings.of(PlanSettings)
     if plan.gpu is None and plan.gpu_memory is None:
         dtype = choose_precision(settings.model.dtype, find_device()).dtype
         device = describe_this_machine(dtype)
@@ -166,7 +167,7 @@ class _Planner:
         self.stored = stored
         self.settings, self.device, self.work, self.base = settings, device, work, base
         training = settings.training
-        self.efficiency = settings.plan.efficiency
+        self.efficiency = settings.of(PlanSettings).efficiency
         self.pairs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
         passes = -(-len(work.lengths) * training.num_train_epochs // pairs_per_step(settings))
         steps = training.max_steps if training.max_steps > 0 else int(passes)
@@ -193,9 +194,10 @@ class _Planner:
 
     def choose(self, way: Way, batch: int, asked: bool = False) -> Choice:
         """The way with micro-batches of so many pairs, divided among the devices as asked, or as little as fits."""
-        wish, devices = self.settings.plan.sharding, self.settings.plan.num_devices
+        plan = self.settings.of(PlanSettings)
+        wish, devices = plan.sharding, plan.num_devices
         pairs, micro_batches = self._micro_batch(batch)
-        offload = self.settings.plan.offload
+        offload = plan.offload
         if offload is not None:
             shardings = ["zero2"] if offload == "optimizer" else ["fsdp2" if devices > 1 else "zero3"]
         else:
@@ -268,7 +270,7 @@ class _Planner:
         """Of the whole run: steps, the reference ahead, and evaluations, at the stated share of the devices' rate."""
         if self.steps is None:
             return None
-        training, devices = self.settings.training, self.settings.plan.num_devices
+        training, devices = self.settings.training, self.settings.of(PlanSettings).num_devices
         pairs = self.steps * self.pairs_per_step * devices
         tokens = self.work.mean_computed(needs.batch) * pairs
         flops = needs.flops / needs.tokens * tokens
@@ -309,5 +311,5 @@ def _settings_of(settings: Settings, best: Choice, asked: Choice) -> Settings:
         new["lora"]["use_lora"] = True
     changed = {stage: dataclasses.replace(getattr(settings, stage), **values) for stage, values in new.items()}
     names = {name for values in new.values() for name in values}
-    beside = {field.name for field in dataclasses.fields(settings.plan)} | {"json_file"}
+    beside = {field.name for field in dataclasses.fields(PlanSettings)} | {"json_file"}
     return dataclasses.replace(settings, given=(settings.given | names) - beside, **changed)

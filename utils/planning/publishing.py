@@ -10,7 +10,9 @@ from ..run.paths import read_path
 from ..run.processes import SCRIPT, path_from_here
 from ..run.writing import write_json
 from ..runtime import say
+from ..settings.data import InspectionSettings
 from ..settings.training import Settings
+from ..settings.verbs import PlanSettings
 from .planning import Plan
 from .summary import as_record, summarize
 
@@ -26,7 +28,8 @@ def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    price, devices, file = settings.run.cost_per_hour, settings.plan.num_devices, settings.inspection.json_file
+    price, devices = settings.run.cost_per_hour, settings.of(PlanSettings).num_devices
+    file = settings.of(InspectionSettings).json_file
     command = None
     if words is not None:
         named = {"--dataset_name": "DATA", "--output_dir": "runs/planned"}

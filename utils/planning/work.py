@@ -20,6 +20,7 @@ from ..models.translating import translating
 from ..models.untrusted import check_folder
 from ..run.paths import read_path
 from ..settings.training import Settings
+from ..settings.verbs import PlanSettings
 from ..training.config import rows_of_run
 from ..training.reference import scores_ahead
 from ..training.rows import prepare_rows
@@ -107,15 +108,15 @@ def place_of_reference(settings: Settings, adapts: bool, work: Work) -> str:
     """How the reference is computed, as training decides it: "ahead", "model" or "policy"; "none" in sft."""
     if settings.verb == "sft":
         return "none"
-    if scores_ahead(settings, adapts, len(work.lengths), settings.plan.num_devices):
+    if scores_ahead(settings, adapts, len(work.lengths), settings.of(PlanSettings).num_devices):
         return "ahead"
     return "model" if not adapts or settings.model.ref_model_name_or_path is not None else "policy"
 
 
 def pairs_per_step(settings: Settings) -> int:
     """Pairs of an optimizer step on all devices."""
-    training = settings.training
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * settings.plan.num_devices
+    training, devices = settings.training, settings.of(PlanSettings).num_devices
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
 
 
 def find_config(settings: Settings) -> tuple[ModelSource, PretrainedConfig]:

@@ -37,7 +37,9 @@ from ..run.names import COMPARISON_FILES, EVALUATION_FILES, RECORD
 from ..run.paths import read_path
 from ..run.writing import open_file, write_text
 from ..runtime import choose_precision, find_device, say
+from ..settings.data import GenerationSettings, InspectionSettings
 from ..settings.training import Settings
+from ..settings.verbs import JudgeSettings, SamplingSettings
 from .generation import find_fitting, sample_continuations
 from .judging import EndpointJudge, JudgeLimits
 from .scorers import FUNCTION, Prompt, Scorer, are_equal, load_reward_model, load_scorer
@@ -64,7 +66,7 @@ def make_pairs(settings: Settings) -> None:
     Raises:
         UserError: prompts, model or scorer cannot be used, or not one pair came of them.
     """
-    output = read_path(settings.inspection.output_file)
+    output = read_path(settings.of(InspectionSettings).output_file)
     name, prompts = _read_distinct_prompts(settings)
     scorer, judge = _load_scorer(settings)
     source = find_policy(settings.model)
@@ -75,7 +77,8 @@ def make_pairs(settings: Settings) -> None:
         say(f"chat template: {set_chat_template(tokenizer, wish, transcript=False, moment=moment)}")
     precision = choose_precision("auto", find_device())
     model = load_policy(source, settings, precision).to(precision.device, precision.dtype).eval()
-    say(f"{len(prompts):,} prompts of {name}, {settings.generation.num_generations} responses each by {source.name}")
+    count = settings.of(GenerationSettings).num_generations
+    say(f"{len(prompts):,} prompts of {name}, {count} responses each by {source.name}")
 
     run = _describe_run(settings, source)
     if not isinstance(prompts[0], str):
@@ -106,7 +109,7 @@ def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
     for batch in prompts.rows.iter(1000):
         for prompt in batch["prompt"]:
             distinct.setdefault(prompt_key(prompt), prompt)
-            if len(distinct) == settings.sampling.num_prompts:
+            if len(distinct) == settings.of(SamplingSettings).num_prompts:
                 return prompts.source, list(distinct.values())
     if len(distinct) < len(prompts.rows):
         say(f"      {len(prompts.rows) - len(distinct):,} ask what an earlier one asks")
@@ -114,7 +117,7 @@ def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
 
 
 def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:
-    wish, judging = settings.generation.scorer, settings.judging
+    wish, judging = settings.of(GenerationSettings).scorer, settings.of(JudgeSettings)
     if wish.startswith(("http://", "https://")):
         limits = JudgeLimits(judging.max_judge_requests, judging.judge_requests_per_minute)
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "judge_answers"
@@ -129,9 +132,10 @@ def _describe_run(settings: Settings, source: ModelSource) -> dict[str, Any]:
     """What the samples depend on; a file of other samples is not gone on with."""
     names = ("model_name_or_path", "adapter_name_or_path", "model_revision", "chat_template")
     model = {name: getattr(settings.model, name) for name in names}
-    function = FUNCTION.fullmatch(settings.generation.scorer)
+    scorer = settings.of(GenerationSettings).scorer
+    function = FUNCTION.fullmatch(scorer)
     contents = {
-        "scorer_content": _hash_files("--scorer", function[1] if function else settings.generation.scorer),
+        "scorer_content": _hash_files("--scorer", function[1] if function else scorer),
         "model_content": _hash_files("--model_name_or_path", source.base),
         "adapter_content": _hash_files("--model_name_or_path", source.adapter),
         "chat_template_content": _hash_files("--chat_template", settings.model.chat_template),
@@ -183,10 +187,10 @@ def _sample(
     settings: Settings,
 ) -> list[Sampled]:
     """The scored responses to a batch of prompts; none to a prompt that leaves no room for them."""
-    count, seed = settings.generation.num_generations, settings.training.seed
-    fits = find_fitting(tokenizer, batch, settings.sampling.max_new_tokens, room)
+    count, seed = settings.of(GenerationSettings).num_generations, settings.training.seed
+    fits = find_fitting(tokenizer, batch, settings.of(SamplingSettings).max_new_tokens, room)
     asked = [prompt for prompt, fit in zip(batch, fits, strict=True) if fit for _ in range(count)]
-    written = sample_continuations(model, tokenizer, asked, settings.sampling, seed=seed, end_ids=end_ids)
+    written = sample_continuations(model, tokenizer, asked, settings.of(SamplingSettings), seed=seed, end_ids=end_ids)
     responses = [continuation.text for continuation in written]
     scores = scorer(asked, responses) if asked else []
     sampled, place = [], 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..settings.flags import TRAINING
+from ..settings.registry import ROWS, TRAINS
 from .bounded import Unreadable, parse_json, read_json
 
 LARGEST = 1e300  # of a number: sums of a few stay finite
@@ -123,7 +123,7 @@ DATA = _map(
 )
 RUN = _map(
     status=_one_of(*STATES),
-    verb=_one_of(*TRAINING),
+    verb=_one_of(*(verb.name for verb in ROWS if TRAINS in verb.does)),
     settings=ANY_MAPPING,  # each by its flag, where it is used
     started=TEXT,
     updated=TEXT,

@@ -5,21 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.layouts import PAIR_FORMATS, SFT_FORMATS
-from .flags import (
-    AT_LEAST_ONE,
-    AT_LEAST_TWO,
-    AT_LEAST_ZERO,
-    DATA,
-    INIT,
-    PAIRS,
-    PLAN,
-    READS_DATA,
-    READS_PROMPTS,
-    SCORES_ROWS,
-    SFT,
-    SPLITS_DATA,
-    flag,
-)
+from .flags import AT_LEAST_ONE, AT_LEAST_TWO, AT_LEAST_ZERO, READS_DATA, READS_PAIRS, SCORES_ROWS, SPLITS_DATA, flag
 
 
 @dataclass(frozen=True)
@@ -30,7 +16,7 @@ class DataSettings:
         None,
         "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
         "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
-        verbs=(*READS_DATA, *INIT),
+        verbs=(READS_DATA, "init"),
     )
     dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=READS_DATA)
     dataset_split: str | None = flag(
@@ -51,25 +37,27 @@ class DataSettings:
         "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None",
         verbs=READS_DATA,
     )
-    prompt_column: str | None = flag(None, "column with the prompt; dots reach into nested fields", verbs=READS_PROMPTS)
+    prompt_column: str | None = flag(
+        None, "column with the prompt; dots reach into nested fields", verbs=(READS_DATA, "compare")
+    )
     chosen_column: str | None = flag(None, "column with the preferred response", verbs=READS_DATA)
-    rejected_column: str | None = flag(None, "column with the other response", verbs=PAIRS)
-    completion_column: str | None = flag(None, "column with the response to imitate", verbs=SFT)
-    text_column: str | None = flag(None, "column with whole texts to imitate", verbs=SFT)
+    rejected_column: str | None = flag(None, "column with the other response", verbs=READS_PAIRS)
+    completion_column: str | None = flag(None, "column with the response to imitate", verbs="sft")
+    text_column: str | None = flag(None, "column with whole texts to imitate", verbs="sft")
     pairs_per_prompt: int | None = flag(
         None,
         "rows with several answers: most pairs of one prompt, the best against lower-scored ones (default: 1)",
         bound=AT_LEAST_ONE,
-        verbs=PAIRS,
+        verbs=READS_PAIRS,
     )
     min_score_gap: float | None = flag(
         None,
         "rows with scores: least difference between chosen and rejected",
         bound=AT_LEAST_ZERO,
-        verbs=PAIRS,
+        verbs=READS_PAIRS,
     )
     min_score_ratio: float | None = flag(
-        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=PAIRS
+        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=READS_PAIRS
     )
     strip_citations: bool = flag(
         False, "webgpt: take citations such as [1] or [2, 3] out of the answers", verbs=READS_DATA
@@ -125,26 +113,26 @@ REMOVABLE = (
 class InspectionSettings:
     """what to do with the findings"""
 
-    report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs=DATA)
+    report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs="data")
     json_file: str | None = flag(
-        None, "write every number as JSON; - prints it in place of the summary", verbs=(*DATA, *PLAN)
+        None, "write every number as JSON; - prints it in place of the summary", verbs=("data", "plan")
     )
     output_file: str | None = flag(
         None,
         "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs labelled both ways",
-        verbs=DATA,
+        verbs="data",
     )
     remove: tuple[str, ...] | None = flag(
         None,
         f"what else to leave out of --output_file: {', '.join(REMOVABLE)}",
         choices=REMOVABLE,
         many=True,
-        verbs=DATA,
+        verbs="data",
     )
     compare: str | None = flag(
         None,
         "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
-        verbs=DATA,
+        verbs="data",
     )
 
 
@@ -156,12 +144,10 @@ class GenerationSettings:
         False,
         "make pairs instead: answer the prompts of --dataset_name with --model_name_or_path, score the responses, and "
         "write the best and the worst of each prompt to --output_file; the same command goes on after an interruption",
-        verbs=DATA,
     )
     scorer: str | None = flag(
         None,
         "file.py:function(prompts, responses) that returns scores; the folder or hub name of a reward model; or the "
         "URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY",
-        verbs=DATA,
     )
-    num_generations: int = flag(4, "responses per prompt", bound=AT_LEAST_TWO, verbs=DATA)
+    num_generations: int = flag(4, "responses per prompt", bound=AT_LEAST_TWO)

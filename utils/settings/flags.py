@@ -1,4 +1,4 @@
-"""What a setting is made of: a dataclass field that is a flag too, its bounds, and the verbs that know it."""
+"""What a setting is made of: a dataclass field that is also a flag, its bounds, and the verbs that take it."""
 
 from __future__ import annotations
 
@@ -32,44 +32,17 @@ PORT = Bound("between 1 and 65535", lambda value: 1 <= value <= 65535)
 SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
 
-ALL_VERBS = ("train", "sft", "data", "plan", "plan sft", "evaluate", "compare", "merge", "chat", "status", "init")
-USES_MODEL = ("train", "sft", "data", "evaluate", "compare", "merge", "chat")
-TRAINING = ("train", "sft")
-TRAIN = ("train",)
-SFT = ("sft",)
-DATA = ("data",)
-COMPARE = ("compare",)
-MERGE = ("merge",)
-CHAT = ("chat",)
-EVALUATE = ("evaluate",)
-PAIRS = ("train", "data", "evaluate", "merge")
-READS_DATA = ("train", "sft", "data", "evaluate", "merge")
-SPLITS_DATA = ("train", "sft", "data", "merge")
-READS_PROMPTS = (*READS_DATA, "compare")
-SCORES_PAIRS = ("train", "evaluate")
-SCORES_ROWS = ("train", "sft", "evaluate")
-RENDERS = ("train", "sft", "data", "evaluate", "compare", "chat")  # verbs that render messages
-COMPUTES = ("train", "sft", "evaluate", "compare", "chat")  # verbs whose models compute in a precision of choice
-SAVES = ("train", "sft", "evaluate", "compare", "merge")  # verbs that leave a folder
-JUDGES = ("data", "compare")
-SAMPLING = ("data", "compare", "chat")  # verbs that let a model write
-STATUS = ("status",)
-INIT = ("init",)
-POSITIONAL = {"status": "folder"}  # verb -> the flag whose name may be left out
-PLAN = ("plan",)
-
-
-PLANNED = {"plan": "train", "plan train": "train", "plan sft": "sft"}  # what is planned by each way of saying it
-
-
-def acts_as(verb: str) -> str:
-    """The verb whose flags and checks a verb shares: a plan takes the flags of what it plans."""
-    return PLANNED.get(verb, verb)
-
-
-def takes(verb: str, verbs: tuple[str, ...]) -> bool:
-    """Whether a verb knows a flag of these verbs."""
-    return verb in verbs or acts_as(verb) in verbs or (verb in PLANNED and "plan" in verbs)
+# What a verb does, as its row in registry.py says: a flag names the verbs that know it by this, or by their names.
+USES_MODEL = "uses a model"
+READS_DATA = "reads a data set"
+SPLITS_DATA = "splits it into training and held-out rows"
+READS_PAIRS = "reads preference pairs"
+RENDERS = "renders messages with a chat template"
+COMPUTES = "computes in a precision of choice"
+SCORES_ROWS = "computes losses of rows"
+SCORES_PAIRS = "scores pairs with policy and reference"
+TRAINS = "trains"
+SAVES = "leaves a folder"
 
 
 def flag(
@@ -79,13 +52,16 @@ def flag(
     choices: tuple[str, ...] | None = None,
     bound: Bound | None = None,
     usual: str | None = None,
-    verbs: tuple[str, ...] = TRAINING,
+    verbs: str | tuple[str, ...] = (),
     many: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
-    `choices` and `bound` limit the value, `usual` is named when it breaks them ("0.1 is usual"), `verbs` are the
-    verbs that know the flag, `many` lets it take several values (separated by spaces or commas; stored as a tuple).
+    `choices` and `bound` limit the value, `usual` is named when it breaks them ("0.1 is usual"), `many` lets it take
+    several values (separated by spaces or commas; stored as a tuple). `verbs` names the verbs that take the flag, or
+    what they do; without it the flag is for every verb whose row lists its group, and in the groups of a training run
+    for the verbs that train.
     """
+    verbs = (verbs,) if isinstance(verbs, str) else verbs
     metadata = {"help": help, "choices": choices, "bound": bound, "usual": usual, "verbs": verbs, "many": many}
     return dataclasses.field(default=default, metadata=metadata)

@@ -1,56 +1,44 @@
-"""Every setting, once: its name is the flag, the field and the key in run.json; its default stands beside it.
+"""The settings of a training run, and `Settings`: those of one call of any verb.
 
-The dataclasses below are one stage each. `utils/arguments.py` builds the argparse groups from them, so that a
-setting is described in one place only. A default of None means "decided later, where more is known" and the help
-says how.
+A setting is described once: its name is the flag, the field and the key in run.json, its default stands beside it, and
+the rooms of argv and --help read both from here. A default of None means that the value is decided later, where more is
+known; the help says how.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..objectives.losses import BY_NAME, LOSSES, reading
 from ..objectives.pairs import DIVERGENCES
-from .data import DataSettings, GenerationSettings, InspectionSettings
+from .data import DataSettings
 from .flags import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
     AT_LEAST_ZERO,
     BELOW_HALF,
-    CHAT,
     CLOSED_UNIT,
     COMPUTES,
     HALF_OPEN_UNIT,
-    INIT,
     MAX_STEPS,
-    MERGE,
     RENDERS,
     SAVES,
     SCORES_PAIRS,
     SCORES_ROWS,
     SEED,
     STEPS_OR_SHARE,
-    TRAIN,
-    TRAINING,
+    TRAINS,
     USES_MODEL,
     Bound,
     flag,
-    takes,
 )
-from .verbs import (
-    ChatSettings,
-    ComparisonSettings,
-    EvaluationSettings,
-    InitSettings,
-    JudgeSettings,
-    MergeSettings,
-    PlanSettings,
-    SamplingSettings,
-    StatusSettings,
-)
+from .registry import VERBS
+
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class ModelSettings:
         None,
         "hub name or folder of the model to tune; a full model or an adapter (data: counts tokens with its tokenizer; "
         "evaluate, compare, merge, chat: the folder of a run, or any model)",
-        verbs=(*USES_MODEL, *INIT),
+        verbs=(USES_MODEL, "init"),
     )
     model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)", verbs=USES_MODEL)
     ref_model_name_or_path: str | None = flag(
@@ -73,7 +61,7 @@ class ModelSettings:
         "computing precision; auto: bfloat16 where the device computes it fast, else float32 (float16 on older GPUs); "
         "merge: that of the saved weights; auto: that of the base's files",
         choices=("auto", "float32", "bfloat16", "float16"),
-        verbs=(*COMPUTES, *MERGE),
+        verbs=(COMPUTES, "merge"),
     )
     attn_implementation: str | None = flag(
         None, "transformers attention: sdpa, eager, flash_attention_2, ...", verbs=COMPUTES
@@ -86,7 +74,7 @@ class ModelSettings:
         "hold what is frozen in 4 bits: the base under --use_lora, else a reference that stays (compare: both models)",
         verbs=COMPUTES,
     )
-    bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"), verbs=(*TRAINING, *CHAT))
+    bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"), verbs=(TRAINS, "chat"))
     chat_template: str | None = flag(
         None,
         "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)",
@@ -121,41 +109,49 @@ class LossSettings:
         f"{', '.join(loss.title for loss in LOSSES.values())}; several are summed",
         choices=tuple(BY_NAME),
         many=True,
-        verbs=TRAIN,
+        verbs="train",
     )
-    loss_weights: tuple[float, ...] | None = flag(None, "one weight per loss (default: 1 each)", many=True, verbs=TRAIN)
+    loss_weights: tuple[float, ...] | None = flag(
+        None, "one weight per loss (default: 1 each)", many=True, verbs="train"
+    )
     label_smoothing: float = flag(
         0.0,
         f"share of preference labels assumed to be flipped ({', '.join(reading('label_smoothing'))})",
         bound=BELOW_HALF,
         usual="0.1 is usual",
-        verbs=TRAIN,
+        verbs="train",
     )
     f_divergence_type: str = flag(
         "reverse_kl",
         f"divergence that holds the policy to the reference (f-DPO): {', '.join(DIVERGENCES)}",
         choices=DIVERGENCES,
-        verbs=TRAIN,
+        verbs="train",
     )
-    f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence; towards 1 it is the reverse KL", verbs=TRAIN)
+    f_alpha_divergence_coef: float = flag(
+        0.5, "alpha of alpha_divergence; towards 1 it is the reverse KL", verbs="train"
+    )
     ld_alpha: float | None = flag(
         None,
         "weight of a token beyond the length of the pair's shorter response (LD-DPO; default: 1)",
         bound=CLOSED_UNIT,
-        verbs=TRAIN,
+        verbs="train",
     )
-    use_weighting: bool = flag(False, "weigh pairs by how likely the policy makes their responses (WPO)", verbs=TRAIN)
+    use_weighting: bool = flag(False, "weigh pairs by how likely the policy makes their responses (WPO)", verbs="train")
 
 
-def _with_own_parameters(stage: type) -> type:
-    """The stage with the parameters that losses have of their own."""
+def _with_own_parameters(group: type[LossSettings]) -> type[LossSettings]:
+    """The group with the parameters that losses have of their own."""
     fields = [
-        (name, "float", flag(own.default, f"{loss.name}: {own.help}", bound=Bound(own.must_be, own.holds), verbs=TRAIN))
+        (
+            name,
+            "float",
+            flag(own.default, f"{loss.name}: {own.help}", bound=Bound(own.must_be, own.holds), verbs="train"),
+        )
         for loss in LOSSES.values()
         for name, own in loss.parameters.items()
     ]
     return dataclasses.make_dataclass(
-        stage.__name__, fields, bases=(stage,), frozen=True, namespace={"__doc__": stage.__doc__}
+        group.__name__, fields, bases=(group,), frozen=True, namespace={"__doc__": group.__doc__}
     )
 
 
@@ -178,13 +174,13 @@ class TrainingSettings:
         "most tokens per micro-batch (whole pairs, as many as fit); the rows per optimizer step stay "
         "per_device_train_batch_size x gradient_accumulation_steps",
         bound=AT_LEAST_ONE,
-        verbs=TRAIN,
+        verbs="train",
     )
     auto_batch_size: bool = flag(
         False,
         "find max_tokens_per_batch by trying the longest pairs before training: the smallest that is about as fast as "
         "the fastest that fits",
-        verbs=TRAIN,
+        verbs="train",
     )
     engine: str = flag(
         "auto",
@@ -197,7 +193,7 @@ class TrainingSettings:
         None,
         "score all pairs with the reference before training, once for all runs with the same reference and pairs "
         "(default: when every pair is used twice; or once, where the reference is a model that then leaves memory)",
-        verbs=TRAIN,
+        verbs="train",
     )
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass to save memory (default: on a GPU yes, on a CPU no)"
@@ -252,10 +248,10 @@ class RunSettings:
         None,
         "folder for the model, the checkpoints and the record of the run (evaluate, compare: for the results; "
         "default: a folder evaluation or comparison in that of the run; merge: for the merged model)",
-        verbs=(*SAVES, *INIT),
+        verbs=(SAVES, "init"),
     )
     overwrite_output_dir: bool = flag(
-        False, "replace the run that the output folder holds (merge: the merged model)", verbs=(*TRAINING, *MERGE)
+        False, "replace the run that the output folder holds (merge: the merged model)", verbs=(TRAINS, "merge")
     )
     resume_from_checkpoint: str | None = flag(
         None, "auto (the newest whole checkpoint in the output folder), or the path of one"
@@ -284,7 +280,7 @@ class RunSettings:
         None,
         "warn when the held-out KL (chosen_kl) is beyond so many nats (default: no bound)",
         bound=ABOVE_ZERO,
-        verbs=TRAIN,
+        verbs="train",
     )
     cost_per_hour: float | None = flag(
         None,
@@ -295,60 +291,58 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one run. `trainer_fields` are further fields of TRL's config, already type-checked."""
+    """All settings of one call. The groups of a training run are attributes, those beside them are found with `of`.
+    `trainer_fields` are further fields of TRL's config, already type-checked."""
 
     verb: str
-    model: ModelSettings
-    lora: LoraSettings
-    data: DataSettings
-    loss: LossSettings
-    training: TrainingSettings
-    run: RunSettings
-    inspection: InspectionSettings = dataclasses.field(default_factory=InspectionSettings)
-    generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
-    evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
-    comparison: ComparisonSettings = dataclasses.field(default_factory=ComparisonSettings)
-    sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
-    judging: JudgeSettings = dataclasses.field(default_factory=JudgeSettings)
-    merging: MergeSettings = dataclasses.field(default_factory=MergeSettings)
-    chatting: ChatSettings = dataclasses.field(default_factory=ChatSettings)
-    plan: PlanSettings = dataclasses.field(default_factory=PlanSettings)
-    status: StatusSettings = dataclasses.field(default_factory=StatusSettings)
-    init: InitSettings = dataclasses.field(default_factory=InitSettings)
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    loss: LossSettings = dataclasses.field(default_factory=_with_own_parameters(LossSettings))
+    training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
+    others: Mapping[type, Any] = dataclasses.field(default_factory=dict)  # class -> the group
     trainer_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()  # names that the person set, on the command line or in --config
 
+    def of(self, group: type[Group]) -> Group:
+        """The group of settings of this class; at its defaults where the verb has no such group."""
+        for name, of_run in GROUPS_OF_RUN.items():
+            if issubclass(of_run, group):
+                return getattr(self, name)
+        return self.others[group] if group in self.others else group()
+
     def flat(self) -> dict[str, Any]:
         """Flag name -> value, for run.json and for the copyable command. Flags of other verbs are left out."""
-        values = {
-            field.name: getattr(stage, field.name)
-            for stage in self.stages()
-            for field in dataclasses.fields(stage)
-            if takes(self.verb, field.metadata["verbs"])
-        }
+        held = {name: value for group in groups_of(self.verb) for name, value in vars(self.of(group)).items()}
+        values = {name: held[name] for name in flags_of(self.verb)}
         return values | dict(self.trainer_fields)
 
-    def stages(self) -> tuple[Any, ...]:
-        """The stage dataclasses, in the order in which --help shows them."""
-        return tuple(getattr(self, stage) for stage in STAGES)
+    def with_values(self, values: Mapping[str, Any]) -> Settings:
+        """The settings with other values, by the names of their flags."""
+        changed = {}
+        for group in groups_of(self.verb):
+            own = {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
+            changed[group] = dataclasses.replace(self.of(group), **own)
+        of_run = {name: changed.pop(group) for name, group in GROUPS_OF_RUN.items()}
+        return dataclasses.replace(self, **of_run, others={**self.others, **changed})
 
 
-STAGES: dict[str, type] = {
-    "model": ModelSettings,
-    "lora": LoraSettings,
-    "data": DataSettings,
-    "loss": _with_own_parameters(LossSettings),
-    "training": TrainingSettings,
-    "run": RunSettings,
-    "inspection": InspectionSettings,
-    "generation": GenerationSettings,
-    "evaluation": EvaluationSettings,
-    "comparison": ComparisonSettings,
-    "sampling": SamplingSettings,
-    "judging": JudgeSettings,
-    "merging": MergeSettings,
-    "chatting": ChatSettings,
-    "plan": PlanSettings,
-    "status": StatusSettings,
-    "init": InitSettings,
+GROUPS_OF_RUN: dict[str, Any] = {
+    field.name: field.default_factory
+    for field in dataclasses.fields(Settings)
+    if dataclasses.is_dataclass(field.default_factory)
 }
+
+
+def groups_of(verb: str) -> tuple[Any, ...]:
+    """The groups of settings that a verb may have flags of, in the order in which --help shows them."""
+    return (*GROUPS_OF_RUN.values(), *VERBS[verb].groups)
+
+
+@functools.cache
+def flags_of(verb: str) -> dict[str, dataclasses.Field[Any]]:
+    """Name -> field, of every setting that the verb takes, in the order of --help."""
+    row = VERBS[verb]
+    fields = ((group, field) for group in groups_of(verb) for field in dataclasses.fields(group))
+    return {field.name: field for group, field in fields if row.takes(group, field)}

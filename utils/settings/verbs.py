@@ -1,28 +1,10 @@
-"""The settings of the verbs beside training: those that use a model, and the plan of a run."""
+"""The groups of settings that are not of a training run: a verb has those that its row in registry.py lists."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .flags import (
-    ABOVE_ZERO,
-    AT_LEAST_ONE,
-    AT_LEAST_ZERO,
-    CHAT,
-    CLOSED_UNIT,
-    COMPARE,
-    EVALUATE,
-    INIT,
-    JUDGES,
-    MERGE,
-    PLAN,
-    PORT,
-    SAMPLING,
-    SHARE_ABOVE_ZERO,
-    STATUS,
-    Bound,
-    flag,
-)
+from .flags import ABOVE_ZERO, AT_LEAST_ONE, AT_LEAST_ZERO, CLOSED_UNIT, PORT, SHARE_ABOVE_ZERO, Bound, flag
 
 # How the pairs of --dataset_name are read. A run's own pairs are read as the run read them.
 READ_WITH = (
@@ -38,13 +20,13 @@ class ComparisonSettings:
     """comparing: two models answer the same prompts, judges say whose answers are better"""
 
     baseline: str | None = flag(
-        None, "hub name or folder of the model to compare with (default: the reference of the run)", verbs=COMPARE
+        None,
+        "hub name or folder of the model to compare with (default: the reference of the run)",
     )
     prompts: str | None = flag(
         None,
         "what both are asked: a hub name, a folder, a .txt file with a prompt on each line, or .jsonl, .json, .csv, "
         ".parquet; NAME[SPLIT] names a split (default: the prompts that the run held out)",
-        verbs=COMPARE,
     )
     judge: tuple[str, ...] | None = flag(
         None,
@@ -52,10 +34,11 @@ class ComparisonSettings:
         "name of a reward model; the URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY; or "
         "vote, to judge yourself; several are allowed (default: implicit_reward)",
         many=True,
-        verbs=COMPARE,
     )
     vote_port: int | None = flag(
-        None, "port of the page to vote on, on this machine (default: any free one)", bound=PORT, verbs=COMPARE
+        None,
+        "port of the page to vote on, on this machine (default: any free one)",
+        bound=PORT,
     )
 
 
@@ -64,30 +47,32 @@ class SamplingSettings:
     """how responses are sampled"""
 
     num_prompts: int | None = flag(
-        None, "use the first N different prompts (default: all; compare: 100)", bound=AT_LEAST_ONE, verbs=JUDGES
+        None,
+        "use the first N different prompts (default: all; compare: 100)",
+        bound=AT_LEAST_ONE,
+        verbs=("data", "compare"),
     )
     max_new_tokens: int = flag(
         256,
         "most tokens of a response (default: 256; compare: at most half of a model's context)",
         bound=AT_LEAST_ONE,
-        verbs=SAMPLING,
     )
     temperature: float = flag(
         1.0,
         "how freely responses are sampled; 0 takes the likeliest token each time",
         bound=AT_LEAST_ZERO,
-        verbs=SAMPLING,
     )
     top_p: float = flag(
-        1.0, "sample from the likeliest tokens that have this share of all", bound=SHARE_ABOVE_ZERO, verbs=SAMPLING
+        1.0,
+        "sample from the likeliest tokens that have this share of all",
+        bound=SHARE_ABOVE_ZERO,
     )
-    top_k: int = flag(0, "sample from the N likeliest tokens (default: 0, all)", bound=AT_LEAST_ZERO, verbs=SAMPLING)
+    top_k: int = flag(0, "sample from the N likeliest tokens (default: 0, all)", bound=AT_LEAST_ZERO)
     repetition_penalty: float = flag(
         1.0,
         "above 1, tokens that occurred before, in the prompt too, become less likely",
         bound=ABOVE_ZERO,
         usual="1.1 is usual",
-        verbs=SAMPLING,
     )
 
 
@@ -96,11 +81,13 @@ class StatusSettings:
     """runs"""
 
     folder: str = flag(
-        "runs", "the folder that the runs are in, up to four levels below it; may stand without --folder", verbs=STATUS
+        "runs",
+        "the folder that the runs are in, up to four levels below it; may stand without --folder",
     )
-    json: bool = flag(False, "print everything that is known of each run as JSON", verbs=STATUS)
+    json: bool = flag(False, "print everything that is known of each run as JSON")
     report: str | None = flag(
-        None, "write a page that compares the runs: curves, metrics, and the settings that differ (.html)", verbs=STATUS
+        None,
+        "write a page that compares the runs: curves, metrics, and the settings that differ (.html)",
     )
 
 
@@ -117,21 +104,27 @@ class InitSettings:
     """the config to write"""
 
     situation: str | None = flag(
-        None, "; ".join(f"{name}: {what}" for name, what in SITUATIONS.items()), choices=tuple(SITUATIONS), verbs=INIT
+        None,
+        "; ".join(f"{name}: {what}" for name, what in SITUATIONS.items()),
+        choices=tuple(SITUATIONS),
     )
-    output_file: str = flag("config.yaml", "the file to write; one that exists is left alone", verbs=INIT)
+    output_file: str = flag("config.yaml", "the file to write; one that exists is left alone")
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
     """a judge behind an endpoint"""
 
-    judge_model: str | None = flag(None, "name of the model at the endpoint", verbs=JUDGES)
+    judge_model: str | None = flag(None, "name of the model at the endpoint")
     max_judge_requests: int | None = flag(
-        None, "stop after N requests to the endpoint (default: no limit)", bound=AT_LEAST_ONE, verbs=JUDGES
+        None,
+        "stop after N requests to the endpoint (default: no limit)",
+        bound=AT_LEAST_ONE,
     )
     judge_requests_per_minute: float | None = flag(
-        None, "most requests to the endpoint in a minute (default: no limit)", bound=ABOVE_ZERO, verbs=JUDGES
+        None,
+        "most requests to the endpoint in a minute (default: no limit)",
+        bound=ABOVE_ZERO,
     )
 
 
@@ -140,33 +133,39 @@ class PlanSettings:
     """plan"""
 
     gpu: str | None = flag(
-        None, "type of GPU to plan for: RTX 4090, A100 80GB, H100 80GB, ... (default: this machine)", verbs=PLAN
+        None,
+        "type of GPU to plan for: RTX 4090, A100 80GB, H100 80GB, ... (default: this machine)",
     )
     gpu_memory: float | None = flag(
-        None, "memory of each device in GiB, for a type that is not known", bound=ABOVE_ZERO, verbs=PLAN
+        None,
+        "memory of each device in GiB, for a type that is not known",
+        bound=ABOVE_ZERO,
     )
     gpu_tflops: float | None = flag(
-        None, "its 16-bit matrix products in TFLOP/s, for a type that is not known", bound=ABOVE_ZERO, verbs=PLAN
+        None,
+        "its 16-bit matrix products in TFLOP/s, for a type that is not known",
+        bound=ABOVE_ZERO,
     )
-    num_devices: int = flag(1, "devices that train together", bound=AT_LEAST_ONE, verbs=PLAN)
+    num_devices: int = flag(1, "devices that train together", bound=AT_LEAST_ONE)
     sharding: str | None = flag(
         None,
         "what is divided among several devices: none (DDP), zero1, zero2, zero3, fsdp2 (default: the least that fits)",
         choices=SHARDINGS,
-        verbs=PLAN,
     )
     offload: str | None = flag(
         None,
         "what waits in main memory: optimizer (with the gradients; zero2, zero3), weights (of zero3 and fsdp2, and all "
         "that belongs to them)",
         choices=("optimizer", "weights"),
-        verbs=PLAN,
     )
     efficiency: float = flag(
-        0.4, "share of the devices' matrix-product rate that training reaches", bound=CLOSED_UNIT, verbs=PLAN
+        0.4,
+        "share of the devices' matrix-product rate that training reaches",
+        bound=CLOSED_UNIT,
     )
     measure: bool = flag(
-        False, "take two real steps on the longest pairs here, and correct the plan by them", verbs=PLAN
+        False,
+        "take two real steps on the longest pairs here, and correct the plan by them",
     )
 
 
@@ -179,15 +178,16 @@ class MergeSettings:
         "what the adapter is added to: base (the base's own weights), or, where it was trained on 4 bits, quantized "
         "(the 4-bit weights written out, exactly the model that was trained)",
         choices=("base", "quantized"),
-        verbs=MERGE,
     )
-    safe_merge: bool = flag(False, "let PEFT look for NaN in each matrix before it is replaced", verbs=MERGE)
-    max_shard_size: str = flag("50GB", "most of one file of weights: 5GB, 500MB, ...", verbs=MERGE)
+    safe_merge: bool = flag(False, "let PEFT look for NaN in each matrix before it is replaced")
+    max_shard_size: str = flag("50GB", "most of one file of weights: 5GB, 500MB, ...")
     skip_verification: bool = flag(
-        False, "do not compare the merged model with the adapter on its base; merge.json says so", verbs=MERGE
+        False,
+        "do not compare the merged model with the adapter on its base; merge.json says so",
     )
     push_to_hub: str | None = flag(
-        None, "also upload the merged model to this hub repository, made private if it is new", verbs=MERGE
+        None,
+        "also upload the merged model to this hub repository, made private if it is new",
     )
 
 
@@ -195,17 +195,15 @@ class MergeSettings:
 class ChatSettings:
     """the conversation"""
 
-    system_prompt: str | None = flag(None, "what the model is told before the conversation begins", verbs=CHAT)
+    system_prompt: str | None = flag(None, "what the model is told before the conversation begins")
     prompt: str | None = flag(
         None,
         "one message: the answer alone goes to stdout, then the chat ends (as with a message piped in)",
-        verbs=CHAT,
     )
     compare_with: str | None = flag(
         None,
         "a second model that answers each message too: a hub name or folder, or reference (what the run was measured "
         "against)",
-        verbs=CHAT,
     )
 
 
@@ -218,5 +216,4 @@ class EvaluationSettings:
         "how often the prompts are drawn anew for the 95% intervals and the tests",
         bound=ENOUGH_DRAWS,
         usual="1000 to 10000 is usual",
-        verbs=EVALUATE,
     )

@@ -13,10 +13,17 @@ from ..run.bounded import Unreadable, read_bytes
 from ..run.paths import read_path
 from ..run.writing import write_text
 from ..runtime import say
+from ..settings.training import Settings
 from ..settings.verbs import StatusSettings
 from .page import TITLE, make_page
-from .state import Overview
+from .state import Overview, read_runs
 from .table import summarize
+
+
+def show_status(settings: Settings) -> None:
+    """The verb `status`: the runs under a folder -> a table, JSON, or a page that compares them."""
+    wish = settings.of(StatusSettings)
+    publish(read_runs(read_path(wish.folder)), wish)
 
 
 def publish(overview: Overview, settings: StatusSettings) -> None:

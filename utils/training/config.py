@@ -15,6 +15,7 @@ from ..objectives.pairs import Divergence
 from ..run.processes import count_processes
 from ..runtime import Precision
 from ..settings.training import LossSettings, Settings
+from ..settings.verbs import PlanSettings
 from .early_stopping import SMALLER_IS_BETTER
 from .launch import uses
 from .refusals import refusals_explained
@@ -95,7 +96,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         values |= {"metric_for_best_model": name, "greater_is_better": not SMALLER_IS_BETTER[name]}
     if settings.run.dry_run:
         values |= {
-            "max_steps": 2 if settings.plan.measure else 1,
+            "max_steps": 2 if settings.of(PlanSettings).measure else 1,
             "save_strategy": "no",
             "eval_strategy": "no",
             "report_to": "none",

@@ -9,7 +9,7 @@ from typing import Any
 from ..models.templates import TEMPLATE_DATE
 from ..settings.changes import FREE_TO_CHANGE, WORLD
 from ..settings.data import DataSettings
-from ..settings.training import STAGES
+from ..settings.training import GROUPS_OF_RUN
 
 # Settings that say where something is: what it is counts, wherever it lies by now.
 PLACES = {"dataset_name", "model_name_or_path", "model_revision", "adapter_name_or_path", "ref_model_name_or_path"}
@@ -17,7 +17,7 @@ PLACES |= {"chat_template"}
 # Settings from which other token ids of the same rows follow, and those from which other rows do.
 OF_IDS = {"max_length", "truncation"}
 OF_ROWS = {field.name for field in dataclasses.fields(DataSettings)} - OF_IDS | {"seed"}
-DEFAULTS = {field.name: field.default for stage in STAGES.values() for field in dataclasses.fields(stage)}
+DEFAULTS = {field.name: field.default for group in GROUPS_OF_RUN.values() for field in dataclasses.fields(group)}
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 

@@ -7,15 +7,8 @@ import dataclasses
 from ..data.loading import PreferenceData, load_pairs
 from ..errors import UserError
 from ..models.trained import TrainedModel, as_in_run
-from ..settings.training import (
-    DataSettings,
-    LoraSettings,
-    LossSettings,
-    ModelSettings,
-    RunSettings,
-    Settings,
-    TrainingSettings,
-)
+from ..settings.data import DataSettings
+from ..settings.training import Settings
 from .config import rows_of_run
 
 SIZE = ("seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")  # what is held out
@@ -47,6 +40,5 @@ def read_as_run(trained: TrainedModel, adapter: str | None = None, dataset_name:
 
 def _settings_of_run(trained: TrainedModel) -> Settings:
     """The settings that decided what the run read."""
-    stages = (ModelSettings(), LoraSettings(), DataSettings(), LossSettings(), TrainingSettings(), RunSettings())
     names = [field.name for field in dataclasses.fields(DataSettings)]
-    return as_in_run(Settings(trained.record["verb"], *stages), trained, (*names, *SIZE))
+    return as_in_run(Settings(trained.record["verb"]), trained, (*names, *SIZE))

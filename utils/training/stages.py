@@ -15,7 +15,7 @@ from ..models.loading import build_reference, load_policy, load_tokenizer
 from ..models.sources import find_policy
 from ..run.lock import FolderLock
 from ..run.processes import count_processes
-from ..runtime import choose_precision, find_device, quiet_loaded_libraries, set_seed
+from ..runtime import choose_precision, find_device, set_seed
 from ..settings.training import Settings
 from .carrying_on import attach_continuation
 from .checks import check_settings, find_sharding
@@ -32,6 +32,11 @@ from .running import Run, start_run
 from .tracking import prepare_trackers
 
 
+def train(settings: Settings) -> None:
+    """The verbs `train` (policy and reference) and `sft` (imitation of completions) -> adapter or full model."""
+    run_training(settings)
+
+
 def run_training(settings: Settings) -> Run:
     """The stages of training, in a folder that no other run writes into; returns the run that was finished."""
     with lost_processes_explained(), FolderLock() as lock:
@@ -41,8 +46,6 @@ def run_training(settings: Settings) -> Run:
 def run_stages(settings: Settings, lock: FolderLock) -> Run:
     """The stages that both kinds of training share, in order."""
     learns_pairs = settings.verb == "train"
-    quiet_loaded_libraries()
-    stop_if_asked()
     set_seed(settings.training.seed)
     precision = choose_precision(settings.model.dtype, find_device())
     join_processes(settings, precision)
