@@ -18,6 +18,7 @@ import pytest
 from shared.pairs import make_pairs, write_lines
 from shared.runs import read_record, start_script
 
+from utils.settings.training import TRACKERS
 from utils.training.tracking import say_how_to_upload
 
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3, "--max_steps", 6,
@@ -78,6 +79,12 @@ def resumed(tiny_model, tmp_path_factory) -> Path:
                 shutil.rmtree(folder / "run" / name)
     (folder / "out.txt").write_text(said.getvalue())
     return folder / "run"
+
+
+def test_trackers_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) <= set(INTEGRATION_TO_CALLBACK)
 
 
 def test_a_resumed_run_continues_its_wandb_record(resumed):

@@ -12,27 +12,10 @@ from ..errors import UserError
 from ..objectives.losses import BY_NAME, LOSSES, reading
 from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, GROUPS
 from ..settings.registry import VERBS, acts_as, load_named
-from ..settings.training import Settings
+from ..settings.training import ALL_OR_NONE, TRACKERS, Settings
 from .candidate import Candidate, check
 from .flag_values import is_number
 
-TRACKERS = (
-    "wandb",
-    "tensorboard",
-    "mlflow",
-    "trackio",
-    "comet_ml",
-    "clearml",
-    "dvclive",
-    "swanlab",
-    "neptune",
-    "codecarbon",
-    "azure_ml",
-    "dagshub",
-    "flyte",
-    "all",
-    "none",
-)
 HELD_OUT_METRICS = {
     "train": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"),
     "sft": ("loss", "perplexity", "token_accuracy"),
@@ -95,12 +78,13 @@ def four_bits(candidate: Candidate) -> Iterator[str]:
 @check("report_to")
 def trackers(candidate: Candidate) -> Iterator[str]:
     names, label = candidate["report_to"], candidate.label("report_to")
+    known = (*TRACKERS, *ALL_OR_NONE)
     for name in names:
-        if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, 1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            yield f"{label} is {name!r}: {hint}must be of {', '.join(TRACKERS)}"
-    for word in ("all", "none"):
+            yield f"{label} is {name!r}: {hint}must be of {', '.join(known)}"
+    for word in ALL_OR_NONE:
         if word in names and len(set(names)) > 1:
             yield f"{label} is {' '.join(names)}: {word} must stand alone"
 

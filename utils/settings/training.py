@@ -240,6 +240,25 @@ class TrainingSettings:
     )
 
 
+# tracker -> the package that it needs; None where transformers itself says what is missing
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+    "neptune": "neptune",
+    "codecarbon": "codecarbon",
+    "azure_ml": None,
+    "dagshub": "dagshub",
+    "flyte": None,
+}
+ALL_OR_NONE = ("all", "none")  # in place of their names
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """run"""

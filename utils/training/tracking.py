@@ -11,22 +11,7 @@ from urllib.parse import urlparse
 from ..errors import UserError
 from ..run.paths import read_path
 from ..runtime import say
-from ..settings.training import Settings
-
-# tracker -> the package it needs
-PACKAGES = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-    "comet_ml": "comet_ml",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-    "neptune": "neptune",
-    "codecarbon": "codecarbon",
-    "dagshub": "dagshub",
-}
+from ..settings.training import TRACKERS, Settings
 
 
 def check_trackers(settings: Settings) -> None:
@@ -36,7 +21,7 @@ def check_trackers(settings: Settings) -> None:
     faults = [
         f"--report_to {tracker} needs the package {package}: pip install {package}"
         for tracker in settings.run.report_to
-        if (package := PACKAGES.get(tracker)) is not None and find_spec(package) is None
+        if (package := TRACKERS.get(tracker)) is not None and find_spec(package) is None
     ]
     if faults:
         raise UserError(*faults)
