@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import stat
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,9 +16,9 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared.forked import Forked
 from shared.models import save_tiny_reward_model
 from shared.pairs import make_pairs, write_lines
-from shared.runs import ROOT
 
 MARKUP = "<img src=x onerror=alert(1)><script>alert(1)</script>"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -778,13 +777,14 @@ def test_traps_in_a_json_config_are_refused(text, run_script, tmp_path):
 
 
 @pytest.mark.parametrize("cases", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_mangled_cases_end_well(cases):
+def test_mangled_cases_end_well(cases, monkeypatch):
     """The short forms of benchmarks/fuzz.py, which see."""
-    argv = [sys.executable, "benchmarks/fuzz.py", "--cases", str(cases), "--seed", "7"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_"))}
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1700, env=environment)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert "0 failed" in done.stdout
+    for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_"))]:
+        monkeypatch.delenv(name)
+    done = Forked("--cases", cases, "--seed", 7, script="benchmarks/fuzz.py")
+    out, err = done.communicate(1700)
+    assert done.returncode == 0, out[-6000:] + err[-3000:]
+    assert "0 failed" in out
 
 
 def test_copied_commands_are_quoted(run_script, tiny_model, pairs_file, tmp_path):

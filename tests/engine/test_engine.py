@@ -281,8 +281,15 @@ def test_a_single_wrong_token_is_found_out():
     assert "differ by up to 0.5" in trial.disagree(model, one, other, again)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("break_it", [break_positions, break_mask])
+@pytest.mark.parametrize(
+    ("break_it", "dtype"),
+    [
+        (break_positions, "float32"),
+        (break_mask, "bfloat16"),
+        pytest.param(break_positions, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(break_mask, "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_engine_never_trains(break_it, dtype, monkeypatch, run_script, tiny_model, pairs_file, tmp_path):
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 2, "--dtype", dtype)
     break_it(monkeypatch)

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from shared.forked import Forked
 from shared.pairs import make_pairs, write_lines
-from shared.runs import read_record, start_script
+from shared.runs import read_record
 
 from utils.settings.training import TRACKERS
 from utils.training.tracking import say_how_to_upload
@@ -192,8 +193,8 @@ def test_trackers_that_cannot_write_are_a_line_each_and_the_run_goes_on(tiny_mod
         (full / "fill").write_bytes(bytes(4096))
         where = {"TENSORBOARD_LOGGING_DIR": str(full / "tb"), "WANDB_DIR": str(full), "WANDB_MODE": "offline"}
         names = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "run")
-        process = start_script(*names, "--report_to", "tensorboard", "--use_wandb", *QUICK, **where)
-        out, err = process.communicate(timeout=240)
+        process = Forked(*names, "--report_to", "tensorboard", "--use_wandb", *QUICK, **where)
+        out, err = process.communicate()
     finally:
         subprocess.run(["umount", str(full)], check=True)
     assert process.returncode == 0, err
