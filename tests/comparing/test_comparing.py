@@ -449,7 +449,7 @@ def test_equal_responses_get_the_same_reward_whatever_stands_beside_them(tiny_mo
 
 def test_responses_are_scored_in_batches_that_the_limit_of_tokens_allows(monkeypatch):
     monkeypatch.setattr(rewards, "TOKENS_PER_BATCH", 12)
-    rows = [([1] * prompt, [2] * response) for prompt, response in ((2, 2), (1, 3), (2, 0), (3, 1), (4, 2), (20, 1))]
+    rows = [([1] * prompt, [2] * response) for prompt, response in ((2, 2), (1, 3), (2, 0), (3, 1), (2, 2), (20, 1))]
     assert list(rewards._batches(rows)) == [[0, 1, 3], [4], [5]], "padded to the longest; one without a response has 0"
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from shared.forked import Forked
 from shared.pairs import write_lines
@@ -280,7 +281,8 @@ def test_a_process_is_known_again_and_another_of_its_id_is_not():
     assert is_alive(own | {"machine": ["other", None, None]}) is None
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how: a zombie
-    assert is_alive(own | {"pid": child.pid, "started": time.time()}) is False
+    ended = {"pid": child.pid, "ticks": None, "started": psutil.Process(child.pid).create_time()}
+    assert is_alive(own | ended) is False
     child.wait()
     assert is_alive(own | {"pid": child.pid}) is False
 
