@@ -12,9 +12,16 @@ import pytest
 from shared.runs import ROOT
 
 from utils.arguments.candidate import Check
-from utils.arguments.parsing import known_flags
+from utils.arguments.cross_checks import HELD_OUT_METRICS
+from utils.arguments.parsing import NAMES_CODE, known_flags
+from utils.evaluation.sides import AS_IN_PREFERENCE_RUN, AS_IN_RUN
+from utils.run.names import RESULTS
+from utils.settings.changes import CANNOT_CHANGE, FREE_TO_CHANGE
+from utils.settings.data import DataSettings
+from utils.settings.flags import SAVES, TRAINS
 from utils.settings.registry import DEFAULT_VERB, ROWS, VERBS, find_verb, load_named
 from utils.settings.training import Settings, flags_of, groups_of
+from utils.settings.verbs import READ_WITH
 
 NAMES = [verb.name for verb in ROWS]
 
@@ -69,3 +76,30 @@ def test_the_registry_imports_no_room():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"settings", "objectives", "data"}  # of these the tables of losses and layouts
+
+
+def test_tables_of_flags_and_verbs_name_ones_that_there_are():
+    flags = {name for verb in NAMES for name in known_flags(verb)}
+    assert set(READ_WITH) <= set(flags_of("evaluate"))
+    assert flags >= NAMES_CODE - {"config"}
+    assert flags >= FREE_TO_CHANGE
+    assert flags >= CANNOT_CHANGE - {"architecture"}  # which is what a trained model is compared by
+    assert set(RESULTS) == {verb.name for verb in ROWS if SAVES in verb.does and not {TRAINS, "merge"} & verb.kinds}
+    assert set(HELD_OUT_METRICS) == {verb.name for verb in ROWS if TRAINS in verb.does}
+
+
+def test_what_evaluation_takes_from_a_run_leaves_no_flag_to_chance():
+    """Each flag that `train` and `evaluate` share is taken from the run, or is known to be no matter of its record."""
+    never = {
+        "model_name_or_path",
+        "model_revision",
+        "ref_model_name_or_path",
+        "trust_remote_code",
+        "output_dir",
+        "seed",
+    }
+    of_data = {field.name for field in fields(DataSettings)} - {"max_length", "truncation"}  # pairs of one's own
+    in_the_tokenizer = {"chat_template"}
+    shared = set(flags_of("train")) & set(flags_of("evaluate"))
+    assert shared - never - of_data - in_the_tokenizer <= {*AS_IN_RUN, *AS_IN_PREFERENCE_RUN}
+    assert {*AS_IN_RUN, *AS_IN_PREFERENCE_RUN} <= set(flags_of("train"))
