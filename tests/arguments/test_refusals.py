@@ -18,7 +18,7 @@ from utils.runtime import readable_seconds
 from utils.settings.training import Settings
 from utils.training.launch import lost_processes_explained
 from utils.training.refusals import refusals_explained
-from utils.training.running import Run
+from utils.training.running import LiveRun
 
 
 def settings(**fields) -> Settings:
@@ -157,13 +157,9 @@ def test_a_run_that_ends_before_its_last_step_says_so():
     def ends_at(step: int, **content):
         state = SimpleNamespace(global_step=step, max_steps=8)
         trainer = SimpleNamespace(state=state, warn=told.append)
-        run = SimpleNamespace(
-            trainer=trainer,
-            record=SimpleNamespace(content=content),
-            watcher=SimpleNamespace(interrupted=False),
-            rows=SimpleNamespace(train=range(3)),
-        )
-        Run._check_steps(run)
+        run = SimpleNamespace(record=SimpleNamespace(content=content), rows=SimpleNamespace(train=range(3)))
+        live = SimpleNamespace(run=run, trainer=trainer, watcher=SimpleNamespace(interrupted=False))
+        LiveRun._check_steps(live)
 
     ends_at(8)
     ends_at(5, early_stopping={"stopped": True})

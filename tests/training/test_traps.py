@@ -108,7 +108,7 @@ def tokenized(who, ours, stock, rows, model, monkeypatch, **options) -> list[tup
         prepared = stock(rows, model=model, tokenizer=AutoTokenizer.from_pretrained(model), **options).train_dataset
     else:
         found = {}
-        monkeypatch.setattr("utils.training.stages.describe_data", lambda data, rows: found.update(rows=rows.train))
+        monkeypatch.setattr("utils.training.stages.describe_data", lambda run: found.update(rows=run.rows.train))
         ours(rows, "--dry_run", model=model, validation_split="none", **still(), **options)
         prepared = found["rows"]
     return [(row["prompt_ids"], row["chosen_ids"]) for row in prepared]

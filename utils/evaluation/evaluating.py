@@ -39,6 +39,7 @@ from ..runtime import (
 )
 from ..settings.training import Settings
 from ..settings.verbs import EvaluationSettings
+from ..training.context import Run
 from ..training.description import describe_layout
 from ..training.launch import check_one_device, join_processes
 from ..training.metrics import summarise
@@ -94,8 +95,9 @@ def evaluate_model(settings: Settings) -> None:
         *describe_pairs(pairs, rows, trained),
     ):
         say(line)
+    run = Run(scoring, precision, trained.source, pairs.data, rows)
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = make_scorer(policy, reference, rows, trained.source, scoring, precision, Path(nowhere))
+        trainer = make_scorer(run, policy, reference, Path(nowhere))
         say(f"engine: {describe_layout(trainer)}")
         say(f"device: {device_name(precision.device)}; computing in {precision.name} ({precision.reason})")
         say(f"scoring {count_pairs(len(rows.train))}")

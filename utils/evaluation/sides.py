@@ -15,9 +15,9 @@ from ..models.sources import ModelSource, looks_local
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..runtime import Precision
 from ..settings.training import GROUPS_OF_RUN, Settings
+from ..training.context import Run
 from ..training.making import make_preference_trainer
 from ..training.pair_scoring import REFERENCE_ADAPTER
-from ..training.rows import Rows
 from ..training.trainer import PreferenceTrainer
 
 MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"
@@ -94,17 +94,9 @@ def load_sides(
     return policy, Reference(other, f"{reference.name}{' in 4 bits' if quantize else ''}", reference, quantize)
 
 
-def make_scorer(
-    policy: PreTrainedModel | PeftModel,
-    reference: Reference,
-    rows: Rows,
-    source: ModelSource,
-    settings: Settings,
-    precision: Precision,
-    folder: Path,
-) -> PreferenceTrainer:
+def make_scorer(run: Run, policy: PreTrainedModel | PeftModel, reference: Reference, folder: Path) -> PreferenceTrainer:
     """The trainer of `train`, ready to score the rows; it trains nothing."""
-    trainer = make_preference_trainer(policy, reference, rows, source, settings, precision, folder)
+    trainer = make_preference_trainer(run, policy, reference, folder)
     if reference.model is None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.delete_adapter(REFERENCE_ADAPTER)  # made as a copy of the policy's, which is where training would start

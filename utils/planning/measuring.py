@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..runtime import peak_memory_bytes
 from ..settings.training import Settings
-from ..training.running import Run
+from ..training.context import Run
 from .work import Subject, place_of_reference
 
 
@@ -34,4 +34,4 @@ def as_measured(settings: Settings, subject: Subject) -> Settings:
 
 def read_measurement(run: Run) -> Measured:
     """What the two steps of a dry run took."""
-    return Measured(peak_memory_bytes(run.precision.device), run.watcher.stopwatch.seconds / 2)
+    return Measured(peak_memory_bytes(run.precision.device), run.stopwatch.seconds / 2)

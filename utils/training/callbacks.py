@@ -6,9 +6,7 @@ import contextlib
 import math
 import signal
 import threading
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,14 +17,14 @@ from ..errors import UserError
 from ..interruptions import heeded_signals, let_no_second_hangup_count
 from ..run.folder import clear_run, remove_leftovers
 from ..run.metrics import append_metrics, keep_rows_until, restore_metrics
-from ..run.record import RunRecord
 from ..run.state import keep_in_checkpoints, kept_in_checkpoint
 from ..runtime import readable_seconds, say
 from .alarms import Limits, find_alarms
 from .bad_batches import BadBatches
 from .checkpointing import STOPS
-from .progress import Stopwatch
+from .context import Run
 from .reporting import ReportFile
+from .usage import Usage
 
 # name in the log -> how the console shows it
 SHOWN = {
@@ -61,42 +59,24 @@ def is_of_run(logs: Mapping[str, Any]) -> bool:
 class RunWatcher(TrainerCallback):
     """Prints and records each log line and evaluation, and stops the run in good order when it is asked to."""
 
-    def __init__(
-        self,
-        record: RunRecord,
-        folder: Path | None,
-        fresh: bool = True,
-        max_kl: float | None = None,
-        earlier: float = 0,
-    ):
-        self.record = record
-        self.folder = folder
-        self.fresh = fresh  # whether the run begins here, in place of one that the folder may hold
-        self.replaces = True  # that one, also what was set aside as damaged, which a start without a checkpoint leaves
-        self.stopwatch = Stopwatch()
-        self._made = time.perf_counter() - earlier  # seconds that the run took before it was resumed
+    def __init__(self, run: Run, bad_batches: BadBatches, usage: Usage) -> None:
+        self.record, self.folder, self.stopwatch = run.record, run.folder, run.stopwatch
+        self.bad_batches, self.usage = bad_batches, usage
+        self.fresh = run.checkpoint is None  # whether the run begins here, in place of one that the folder may hold
+        # That one, also what was set aside as damaged, which a start without a checkpoint leaves.
+        self.replaces = run.settings.run.resume_from_checkpoint is None
+        self.report = ReportFile(run.folder, run.record) if run.folder is not None else None
         self.asked_to_stop = False  # by a signal to this process
         self.interrupted = False  # whether the run stops, in all its processes
         self.begun = False  # whether everything that settings decide is made, so that what fails now is no setting
         self.shows_evaluations = True
+        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
+        self._max_kl = run.settings.run.max_kl
         self._saves_later = False
         self._has_named = False  # whether it was looked for what the first step does not train
-        self.resumed_step = 0
-        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
-        self._max_kl = max_kl
-        self.bad_batches: BadBatches | None = None  # of the run, which is made after its watcher
-        self.report = ReportFile(folder, record) if folder is not None else None
-        # Of the run, which is made after its watcher: what it used so far, and the seconds that are left.
-        self.resources: Callable[[], dict[str, Any]] = dict
-        self.seconds_left: Callable[[], float] = float
-
-    @property
-    def wall_seconds(self) -> float:
-        """Seconds since the run began, evaluations and all."""
-        return time.perf_counter() - self._made
 
     def on_train_begin(self, args, state, control, **_):
-        self.resumed_step = state.global_step
+        self.usage.begun_at = state.global_step
         if self.folder is not None and state.is_world_process_zero:
             if self.fresh:
                 clear_run(self.folder, damaged=self.replaces)
@@ -112,9 +92,8 @@ class RunWatcher(TrainerCallback):
                 self._keep_line(line)
             for line in restored[-len(lines) :] if lines else ():
                 self._sound_alarms(line, state.max_steps, aloud=False)
-        if self.bad_batches is not None:
-            self.bad_batches.restore(state)
-            self.bad_batches.note()
+        self.bad_batches.restore(state)
+        self.bad_batches.note()
         if self.folder is not None and state.is_world_process_zero:
             self.record.write_to(self.folder)
             self.report.write(now=True)
@@ -174,7 +153,7 @@ class RunWatcher(TrainerCallback):
         if self.folder is not None:
             append_metrics(self.folder, line)
         if not held_out:
-            left = self.seconds_left()
+            left = self.usage.seconds_left()
             say(self._progress(state, logs, left))
             if "loss" in bad:
                 raise UserError(
@@ -183,7 +162,7 @@ class RunWatcher(TrainerCallback):
                     "--max_grad_norm, or --dtype float32"
                 )
             self.record.update(
-                step=state.global_step, steps=state.max_steps, seconds_left=left, resources=self.resources()
+                step=state.global_step, steps=state.max_steps, seconds_left=left, resources=self.usage.resources()
             )
         self._sound_alarms(line, state.max_steps)
         if self.report is not None:

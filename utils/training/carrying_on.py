@@ -8,19 +8,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from ..run.state import IDENTITY, keep_in_checkpoints
+from .context import Run
 from .continuation import CHANGES, Continuation
 from .run_folder import RunFolderTrainer
 
 
-def attach_continuation(trainer: RunFolderTrainer, continuation: Continuation | None) -> list[str]:
-    """Lets the trainer's checkpoints and its record hold what the run is; returns what belongs into the record's
-    warnings."""
+def attach_continuation(run: Run, trainer: RunFolderTrainer, continuation: Continuation | None) -> None:
+    """Lets the trainer's checkpoints and the record hold what the run is, and what was allowed to change."""
     if continuation is None:
-        return []
-    models = {name: continuation.identity[name] for name in ("model", "base", "reference")}
-    trainer.record.content["identity"] = models  # whoever uses the run compares its models with these
+        return
+    # Whoever uses the run compares its models with these.
+    run.record.content["identity"] = {name: continuation.identity[name] for name in ("model", "base", "reference")}
+    for warning in continuation.warnings:
+        run.record.warn(warning)
     trainer.add_callback(_CarryOn(continuation))
-    return list(continuation.warnings)
 
 
 class _CarryOn(TrainerCallback):

@@ -15,24 +15,22 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.loading import PreferenceData
 from ..distributed import LONG, gather
 from ..errors import UserError
 from ..models.identity import identify_model
-from ..models.sources import ModelSource, find_model
+from ..models.sources import find_model
 from ..models.templates import TEMPLATE_DATE
 from ..models.untrusted import refuse_pickles
 from ..run.checkpoints import ResumePoint, find_resume_point, set_aside
 from ..run.processes import count_processes
-from ..run.record import read_record
 from ..run.state import IDENTITY, read_kept, restoring
-from ..runtime import Precision, is_main_process, read_versions, say
+from ..runtime import is_main_process, read_versions, say
 from ..settings.changes import ALL_SETTINGS, CANNOT_CHANGE, FREE_TO_CHANGE, GROUPS
 from ..settings.training import Settings
+from .context import Run
 from .differences import describe_free_changes, differing_versions, find_changes
 from .launch import with_deepspeed
 from .reference_cache import hash_rows
-from .rows import Rows
 
 CHANGES = "changes"  # in what a checkpoint keeps
 PROBE = "The quick brown fox: jumps over 13 lazy dogs!\n\n  \u00e9\u4e2d"
@@ -78,29 +76,21 @@ def choose_checkpoint(folder: Path | None, settings: Settings) -> Path | None:
     return checkpoint
 
 
-def check_continuation(
-    folder: Path | None,
-    checkpoint: Path | None,
-    data: PreferenceData,
-    rows: Rows,
-    source: ModelSource,
-    settings: Settings,
-    precision: Precision,
-) -> Continuation | None:
+def check_continuation(run: Run) -> Continuation | None:
     """What the run is; where it goes on from a checkpoint, compared with that. None in a dry run.
 
     Raises:
         UserError: each change that would alter what the run means, and is not allowed.
     """
-    if folder is None:
+    if run.folder is None:
         return None
-    now = identify_run(data, rows, source, settings, precision)
-    allowed = settings.run.allow_changes
+    now, checkpoint = identify_run(run), run.checkpoint
+    allowed = run.settings.run.allow_changes
     if checkpoint is None:
         _say_unused(allowed, frozenset())
         return Continuation(now)
     kept = read_kept(checkpoint)
-    before = kept.get(IDENTITY) or identify_by_record(read_record(folder) or {})
+    before = kept.get(IDENTITY) or identify_by_record(run.former)
     with restoring(checkpoint, "trainer_state.json"):
         found = find_changes(before, now)
     passed = {name: text for name, text in found.items() if _is_allowed(name, allowed)}
@@ -120,17 +110,16 @@ def check_continuation(
     return Continuation(now, changes, frozenset(passed), warnings)
 
 
-def identify_run(
-    data: PreferenceData, rows: Rows, source: ModelSource, settings: Settings, precision: Precision
-) -> dict[str, Any]:
+def identify_run(run: Run) -> dict[str, Any]:
     """What the run means, as JSON: small, and the same wherever its files lie."""
+    rows, source, settings, precision = run.rows, run.source, run.settings, run.precision
     sides = [side for side in (rows.train, rows.held_out) if side is not None]
     columns = [name for name in rows.train.column_names if name.endswith("_ids")]
     reference = settings.model.ref_model_name_or_path if settings.verb == "train" else None
     training = settings.training
     identity = {
         "settings": settings.flat(),
-        "data": data.fingerprint,
+        "data": run.data.fingerprint,
         "rows": [len(rows.train), len(rows.held_out) if rows.held_out is not None else 0],
         "ids": [hash_rows(side, columns) for side in sides],
         "tokenizer": hash_tokenizer(rows.tokenizer, rows.end_ids),

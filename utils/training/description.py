@@ -6,22 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.loading import PreferenceData
 from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
 from ..models.loading import Reference, text_part
-from ..models.sources import ModelSource
 from ..run.names import TRAINER_STATE
 from ..run.records import Unreadable, read_trainer_state
-from ..runtime import Precision, device_name, say
-from ..settings.training import Settings
-from .rows import Rows
+from ..runtime import device_name, say
+from .context import Run
 from .run_folder import RunFolderTrainer
 from .trainer import PreferenceTrainer
 
 
-def describe_data(data: PreferenceData, rows: Rows) -> None:
+def describe_data(run: Run) -> None:
     """Says what was read and how."""
+    data, rows = run.data, run.rows
     say(f"data: {data.source}: {data.reading.description}")
     for source in data.sources if len(data.sources) > 1 else ():
         drawn = "" if source.drawn == source.good else f"; {source.drawn:,} of {source.good:,} good rows drawn"
@@ -62,15 +60,9 @@ def describe_data(data: PreferenceData, rows: Rows) -> None:
         say(f"warning: {warning}")
 
 
-def describe_start(
-    trainer: RunFolderTrainer,
-    reference: Reference | None,
-    source: ModelSource,
-    settings: Settings,
-    precision: Precision,
-) -> list[str]:
-    """Says what will be trained, against what, how, and where. Returns the warnings among it."""
-    warnings = list(_warnings(trainer, reference, source, settings))
+def describe_start(run: Run, trainer: RunFolderTrainer, reference: Reference | None) -> None:
+    """Says what will be trained, against what, how, and where; warnings among it go into the record."""
+    source, precision = run.source, run.precision
     counts, stored = count_parameters(trainer.model), source.stored()
     bits = counts.describe_4bit() or (f" on a base in {stored}" if stored is not None else "")
     args = trainer.args
@@ -80,7 +72,7 @@ def describe_start(
         say(f"      only {part} is trained: texts never reach the rest, which stays as it is")
     if reference is not None:
         say(f"reference: {reference.how}")
-    if settings.model.use_4bit and not settings.lora.use_lora and source.adapter is None:
+    if run.settings.model.use_4bit and not run.adapts:
         say(f"      --use_4bit without --use_lora: 4-bit weights cannot be trained; {_what_is_in_4bit(reference)}")
     if isinstance(trainer, PreferenceTrainer):
         say(f"engine: {describe_layout(trainer)}")
@@ -89,9 +81,8 @@ def describe_start(
         f"device: {device_name(precision.device)}{_describe_processes(trainer)}; computing in {precision.name} "
         f"({precision.reason}); {pairs} rows per step, learning rate {args.learning_rate:g}"
     )
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return warnings
+    for warning in _warnings(run, trainer, reference):
+        run.record.warn(warning, aloud=True)
 
 
 def _what_is_in_4bit(reference: Reference | None) -> str:
@@ -108,9 +99,8 @@ def _describe_processes(trainer: RunFolderTrainer) -> str:
     return f" in each of {count} processes ({f'sharded by {sharded}' if sharded else 'DDP: all weights in each'})"
 
 
-def _warnings(
-    trainer: RunFolderTrainer, reference: Reference | None, source: ModelSource, settings: Settings
-) -> Iterator[str]:
+def _warnings(run: Run, trainer: RunFolderTrainer, reference: Reference | None) -> Iterator[str]:
+    source, settings = run.source, run.settings
     if settings.model.trust_remote_code:
         yield f"--trust_remote_code runs Python code that comes with {source.base}"
     counts = count_parameters(trainer.model)

@@ -9,16 +9,18 @@ from ..run.names import ADAPTER_CONFIG, EXAMPLES, MODEL_FILES, PAIRS, REPORT
 from ..run.writing import write_json_lines
 from ..runtime import readable_seconds, say
 from .callbacks import readable_metrics
+from .context import Run
 from .early_stopping import describe_best, find_kept
 from .examples import choose_examples
 from .pushing import push_folder
-from .running import Run
+from .recording import describe_engine
+from .running import LiveRun
 from .tracking import say_how_to_upload
 
 METRIC_NAMES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
 
 
-def finish_run(run: Run) -> None:
+def finish_run(live: LiveRun) -> None:
     """Evaluates, saves the model or adapter at the folder's root, completes the record and says how it went.
 
     With --push_to_hub the model is uploaded then: its weights, configs and tokenizer, no record and no checkpoint.
@@ -27,19 +29,21 @@ def finish_run(run: Run) -> None:
         Interrupted, UserError, ProcessLost: as in training; the run is finished when its record says so, which is last.
         UserError: also where it cannot be uploaded; the run stays finished.
     """
-    with run.failing_in_good_order():
-        _finish(run)
-    if run.folder is not None:
-        _say_result(run)
-    if run.folder is not None and run.trainer.args.should_save and run.settings.trainer_fields.get("push_to_hub"):
+    with live.failing_in_good_order():
+        _finish(live)
+    run = live.run
+    if run.folder is None:
+        return
+    _say_result(live)
+    if live.trainer.args.should_save and run.settings.trainer_fields.get("push_to_hub"):
         _push(run)
 
 
-def _finish(run: Run) -> None:
-    trainer = run.trainer
+def _finish(live: LiveRun) -> None:
+    run, trainer = live.run, live.trainer
     metrics = {"train": training_metrics(trainer.state.log_history)}
     if trainer.eval_dataset is not None:
-        metrics["held_out"] = evaluate_last(run)
+        metrics["held_out"] = evaluate_last(live)
     stop_if_asked()
     if run.folder is None:
         say("dry run: every stage works; nothing was saved")
@@ -55,7 +59,7 @@ def _finish(run: Run) -> None:
         write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
     kept = find_kept(trainer.state, trainer.args)
     best = {"best_model": kept} if kept is not None else {}
-    run.end("finished", metrics=metrics, engine=run.engine(), files=trainer.saved_files, **best)
+    live.end("finished", metrics=metrics, engine=describe_engine(live.trainer), files=trainer.saved_files, **best)
 
 
 def _push(run: Run) -> None:
@@ -67,10 +71,10 @@ def _push(run: Run) -> None:
     say(f"uploaded to {place}")
 
 
-def evaluate_last(run: Run) -> dict[str, float]:
+def evaluate_last(live: LiveRun) -> dict[str, float]:
     """Held-out metrics of the model as it is saved; an evaluation that was just made is not made twice."""
-    trainer, step = run.trainer, run.trainer.state.global_step
-    best = run.record.content.get("early_stopping")
+    trainer, step = live.trainer, live.trainer.state.global_step
+    best = live.run.record.content.get("early_stopping")
     if best is not None and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         return trainer.measure()  # not logged: its step has been
     done = [line for line in trainer.state.log_history if "eval_loss" in line and line["step"] == step]
@@ -78,7 +82,7 @@ def evaluate_last(run: Run) -> dict[str, float]:
         return {name.removeprefix("eval_"): value for name, value in done[-1].items() if name.startswith("eval_")}
     if done:
         return trainer.measure()  # by a part of the run before this one, or of another model
-    run.watcher.shows_evaluations = False  # the result is shown beside the one before training
+    live.watcher.shows_evaluations = False  # the result is shown beside the one before training
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
@@ -91,21 +95,21 @@ def training_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}
 
 
-def _say_result(run: Run) -> None:
-    content = run.record.content
+def _say_result(live: LiveRun) -> None:
+    run, content = live.run, live.run.record.content
     before, after = content["metrics"].get("held_out_before"), content["metrics"].get("held_out")
     if before and after:
         say(f"held out: before {readable_metrics(before)}")
         say(f"          after  {readable_metrics(after)}")
     if content.get("best_model") is not None:
         say(describe_best(content["best_model"]))
-    resources, kind = content["resources"], "pairs" if run.settings.verb == "train" else "rows"
+    resources, kind = content["resources"], "pairs" if run.learns_pairs else "rows"
     cost = f", cost {resources['cost']:,.2f}" if resources["cost"] is not None else ""
     say(
         f"done in {readable_seconds(resources['seconds'])}{cost} ({resources['pairs_per_second']:.1f} {kind}/s in "
         f"training, peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
-    what = "adapter" if ADAPTER_CONFIG in run.trainer.saved_files else "model"
+    what = "adapter" if ADAPTER_CONFIG in live.trainer.saved_files else "model"
     say(f"{what}, tokenizer and record (run.json): {run.folder}")
     if (run.folder / REPORT).is_file():
         say(f"report: {run.folder / REPORT}")

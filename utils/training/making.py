@@ -18,26 +18,26 @@ from ..models.loading import (
     new_adapter_config,
     turn_off_dropout,
 )
-from ..models.sources import ModelSource
-from ..runtime import Precision, say
+from ..runtime import say
 from ..settings.training import Settings
+from .bad_batches import BadBatches
 from .batch_size import limit_tokens_by_trying
 from .config import build_config, make_objective
-from .folder import read_former_record
+from .context import Run
 from .reference import scores_ahead
 from .refusals import refusals_explained
-from .rows import Rows
+from .run_folder import RunFolderTrainer
 from .sft import ImitationTrainer
 from .trainer import PreferenceTrainer
 from .within_memory import MICRO_BATCHES
 
 
-def _check_reference_reads(rows: Rows, reference: Reference, source: ModelSource, settings: Settings) -> None:
+def _check_reference_reads(run: Run, reference: Reference) -> None:
     """A reference that has fewer positions than the pairs have tokens would fail at the first long one."""
-    if reference.source.base == source.base:
+    if reference.source.base == run.source.base:
         return
-    limit = context_length(reference.source, settings.model)
-    parts = [part for part in (rows.train, rows.held_out) if part is not None and len(part)]
+    limit = context_length(reference.source, run.settings.model)
+    parts = [part for part in (run.rows.train, run.rows.held_out) if part is not None and len(part)]
     columns = ("chosen_ids", "rejected_ids")
     longest = max(
         (int(count_row_tokens(part, ["prompt_ids", name]).max()) for part in parts for name in columns), default=0
@@ -50,31 +50,26 @@ def _check_reference_reads(rows: Rows, reference: Reference, source: ModelSource
 
 
 def make_preference_trainer(
-    policy: PreTrainedModel | PeftModel,
-    reference: Reference,
-    rows: Rows,
-    source: ModelSource,
-    settings: Settings,
-    precision: Precision,
-    folder: Path,
+    run: Run, policy: PreTrainedModel | PeftModel, reference: Reference, folder: Path
 ) -> PreferenceTrainer:
     """The DPO trainer, with a fresh adapter on the policy where --use_lora asks for one."""
-    _check_reference_reads(rows, reference, source, settings)
+    settings, precision = run.settings, run.precision
+    _check_reference_reads(run, reference)
     if settings.trainer_fields.get("disable_dropout", True):
         for model in (policy, reference.model):
             if model is not None:
                 turn_off_dropout(model)
-    parts = _trainer_parts(policy, rows, source, settings, precision, folder)
+    parts = _trainer_parts(run, policy, folder)
     with refusals_explained(settings):
         objective = make_objective(settings.loss)
-        trainer = PreferenceTrainer(objective=objective, reference=reference, end_ids=rows.end_ids, **parts)
+        trainer = PreferenceTrainer(objective=objective, reference=reference, end_ids=run.rows.end_ids, **parts)
+    _give_to(trainer, run)
     trainer.choose_layout(settings.training.engine)
-    adapts = settings.lora.use_lora or source.adapter is not None
-    ahead = scores_ahead(settings, adapts, len(rows.train), trainer.args.world_size)
+    ahead = scores_ahead(settings, run.adapts, len(run.rows.train), trainer.args.world_size)
     if settings.training.max_tokens_per_batch is not None:
         trainer.limit_tokens(settings.training.max_tokens_per_batch)
     elif settings.training.auto_batch_size:
-        limit_tokens_by_trying(trainer, ahead, read_former_record(settings, folder).get(MICRO_BATCHES))
+        limit_tokens_by_trying(trainer, ahead, run.former.get(MICRO_BATCHES) if run.checkpoint is not None else None)
     if ahead:
         say("scoring all pairs with the reference")
         how = {
@@ -88,39 +83,36 @@ def make_preference_trainer(
     return trainer
 
 
-def make_imitation_trainer(
-    policy: PreTrainedModel | PeftModel,
-    reference: None,
-    rows: Rows,
-    source: ModelSource,
-    settings: Settings,
-    precision: Precision,
-    folder: Path,
-) -> ImitationTrainer:
+def make_imitation_trainer(run: Run, policy: PreTrainedModel | PeftModel, folder: Path) -> ImitationTrainer:
     """The SFT trainer, with a fresh adapter where --use_lora asks for one."""
-    parts = _trainer_parts(policy, rows, source, settings, precision, folder)
-    with refusals_explained(settings):
+    parts = _trainer_parts(run, policy, folder)
+    with refusals_explained(run.settings):
         trainer = ImitationTrainer(**parts)
+    _give_to(trainer, run)
     trainer.try_head()
     return trainer
 
 
-def _trainer_parts(
-    policy: Any, rows: Rows, source: ModelSource, settings: Settings, precision: Precision, folder: Path
-) -> dict[str, Any]:
-    adds_adapter = settings.lora.use_lora and source.adapter is None
+def _trainer_parts(run: Run, policy: Any, folder: Path) -> dict[str, Any]:
+    settings, rows = run.settings, run.rows
     train, held_out = (_longest(part, settings) for part in (rows.train, rows.held_out))
-    adapts = adds_adapter or source.adapter is not None
-    check_embeddings(policy, rows.tokenizer, source)
+    adds_adapter = settings.lora.use_lora and run.source.adapter is None
+    check_embeddings(policy, rows.tokenizer, run.source)
     return {
         "model": policy,
-        "args": build_config(settings, precision, folder, adapts, evaluates=held_out is not None),
+        "args": build_config(settings, run.precision, folder, run.adapts, evaluates=held_out is not None),
         "lora_dropout": settings.lora.lora_dropout,
         "train_dataset": train,
         "eval_dataset": held_out,
         "processing_class": rows.tokenizer,
-        "peft_config": new_adapter_config(settings.lora, source, policy) if adds_adapter else None,
+        "peft_config": new_adapter_config(settings.lora, run.source, policy) if adds_adapter else None,
     }
+
+
+def _give_to(trainer: RunFolderTrainer, run: Run) -> None:
+    """Lets a trainer record, time and place what it does as the run's own."""
+    trainer.record, trainer.stopwatch, trainer.place = run.record, run.stopwatch, run.data.place
+    trainer.bad_batches = BadBatches(run.settings.training.skip_bad_batches, run.data, run.record, run.folder)
 
 
 def _longest(rows: Dataset | None, settings: Settings) -> Dataset | None:

@@ -6,14 +6,12 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..data.loading import PreferenceData
 from ..data.rendering import Turns
 from ..errors import UserError
 from ..models.loading import longest_context
@@ -23,8 +21,8 @@ from ..run.metrics import read_json_lines
 from ..run.names import SAMPLES
 from ..run.writing import write_json_lines
 from ..runtime import say
-from ..settings.training import Settings
 from ..settings.verbs import SamplingSettings
+from .context import Run
 from .rows import Rows
 from .run_folder import RunFolderTrainer
 from .trackers import log_samples
@@ -43,15 +41,16 @@ class SamplePrompts:
     rows: Rows  # what they were tokenized with
 
 
-def choose_prompts(data: PreferenceData, rows: Rows, trainer: RunFolderTrainer, settings: Settings) -> SamplePrompts:
+def choose_prompts(run: Run, trainer: RunFolderTrainer) -> SamplePrompts:
     """The first different held-out prompts that leave room for an answer.
 
     Raises:
         UserError: there is none.
     """
+    data, rows, settings = run.data, run.rows, run.settings.run
     if data.held_out is None or trainer.eval_dataset is None:
         raise UserError("--sample_during_eval: no rows are held out; raise --validation_split, or leave this out")
-    wanted, most = settings.run.num_eval_samples, settings.run.sample_max_new_tokens
+    wanted, most = settings.num_eval_samples, settings.sample_max_new_tokens
     head = data.held_out.select(range(min(TRIED * wanted, len(data.held_out))))
     tools = head["tools"] if "tools" in head.column_names else [None] * len(head)
     different = {json.dumps(pair): pair for pair in zip(head["prompt"], tools, strict=True) if pair[0]}
@@ -75,12 +74,10 @@ class SampleWriter(TrainerCallback):
     not touched. With several processes the main one writes alone.
     """
 
-    def __init__(
-        self, trainer: RunFolderTrainer, chosen: SamplePrompts, settings: Settings, folder: Path | None
-    ) -> None:
-        self.trainer, self.chosen, self.folder = trainer, chosen, folder
-        self.seed = settings.training.seed
-        self.sampling = SamplingSettings(max_new_tokens=settings.run.sample_max_new_tokens)
+    def __init__(self, run: Run, trainer: RunFolderTrainer) -> None:
+        self.trainer, self.chosen, self.folder = trainer, choose_prompts(run, trainer), run.folder
+        self.seed = run.settings.training.seed
+        self.sampling = SamplingSettings(max_new_tokens=run.settings.run.sample_max_new_tokens)
 
     def on_evaluate(self, args, state, control, **_):
         if not state.is_world_process_zero:
