@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -71,7 +72,6 @@ def quiet_loaded_libraries() -> None:
     What they made while they were loaded stays, half a million objects, and Python's collector need not look through it
     each time (a third of a second).
     """
-    import gc
     import warnings
 
     import datasets
@@ -103,8 +103,15 @@ def quiet_loaded_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    if not gc.get_freeze_count():
-        gc.freeze()
+    _keep_out_of_collections()
+
+
+@functools.cache
+def _keep_out_of_collections() -> None:
+    """Once in a process: the libraries, which stay; to count them each time would take longer than to freeze them."""
+    import gc
+
+    gc.freeze()
 
 
 def tell_in_one_line() -> None:
