@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT, read_metrics, read_record
 
+from utils.training import alarms
 from utils.training.alarms import ALARMS, Limits, find_alarms
 from utils.training.early_stopping import Best, describe_best, find_best
 
@@ -241,3 +242,20 @@ def test_equal_steps_are_named():
     alone = {**content, "equal_steps": [4]}
     assert describe_best(alone).endswith("accuracy, 1 (step 4: the same; the first is kept)")
     assert describe_best({**content, "equal_steps": []}).endswith("accuracy, 1")
+
+
+def test_pairs_ranked_right_are_counted_from_the_last_one_that_was_not():
+    def lines(*accuracies):
+        return [{"step": step, "learning_rate": 1e-5, "accuracy": value, "pairs": alarms.EARLY_PAIRS / 2}
+                for step, value in enumerate(accuracies, 1)]  # fmt: skip
+
+    limits = alarms.Limits(steps=1000)
+    assert alarms.all_right_early(lines(0.9, 1.0, 1.0), limits) is not None
+    assert alarms.all_right_early(lines(1.0, 1.0, 0.9, 1.0), limits) is None
+
+
+def test_a_mean_is_over_enough_lines_as_well_as_enough_pairs():
+    lines = [{"margin": float(number), "pairs": 10 * alarms.WINDOW_PAIRS} for number in range(alarms.WINDOW_LINES)]
+    mean, count = alarms._window(lines, ("margin",))
+    assert (mean["margin"], count) == ((alarms.WINDOW_LINES - 1) / 2, alarms.WINDOW_LINES)
+    assert alarms._window(lines[1:], ("margin",))[0] is None
