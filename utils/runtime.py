@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "wandb")
 
 
-# Control characters but for tabs and line ends, marks that reverse the writing or hide in it, and halves of characters
-# that no terminal's encoding has.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # as Python shows a byte that it cannot read as text
+# What no text is written with: control characters but for tabs and line ends, and marks that reverse the writing.
+CONTROL = (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+HALVES = range(0xD800, 0xE000)  # of characters that take two
+# What would steer a terminal, hide in its writing, or be in no terminal's encoding.
+STEERING = re.compile(f"[{re.escape(''.join(map(chr, (*CONTROL, 13, 0x200E, 0x200F, *HALVES))))}]")
+HALF_CHARACTER = re.compile(f"[{chr(HALVES[0])}-{chr(HALVES[-1])}]")  # so Python shows a byte that is no text
 
 
 def make_visible(text: str) -> str:
     """The text with control characters as escapes: a terminal would obey them."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def is_main_process() -> bool:

@@ -136,13 +136,14 @@ def test_a_response_ends_at_any_of_its_end_tokens(model, tokenizer, prompts):
     assert kl_estimate(model, model, tokenizer, prompts, bound) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_batch_that_a_gpu_cannot_hold_is_parted(model, tokenizer, prompts, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("too many"), MemoryError(), RuntimeError("std::bad_alloc")])
+def test_a_batch_that_memory_cannot_hold_is_parted(model, tokenizer, prompts, monkeypatch, error):
     whole, asked = generation._generate, []
 
     def small(model, encoder, rows, *others, **more):
         asked.append(len(rows))
         if len(rows) > 4:
-            raise torch.OutOfMemoryError("too many")
+            raise error
         return whole(model, encoder, rows, *others, **more)
 
     sampling = SamplingSettings(max_new_tokens=4)

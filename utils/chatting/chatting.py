@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from ..console import lost_output
+from ..engine.memory import ran_out_of_memory
 from ..errors import Interrupted, UserError
 from ..interruptions import heeded_signals
 from ..run.paths import read_path
@@ -174,10 +173,10 @@ class Chat:
                 answer.grow(written.text, written.ended)
         except KeyboardInterrupt:
             finished = False
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "the memory of the GPU is too small for this answer; /reset, or a smaller --max_new_tokens"
-            ) from None
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise UserError("memory is too small for this answer; /reset, or a smaller --max_new_tokens") from None
         speaker.dialogue.answer(answer.text)
         if finished and not written.ended:
             full = shown.room < sampling.max_new_tokens

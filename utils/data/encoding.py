@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from .rendering import ADVICE, Rendered, Turns, render_chat, render_row
 
 REPLIES = {"chosen": "'chosen'", "rejected": "'rejected'", "completion": "the reply"}
@@ -53,7 +53,7 @@ class PromptEncoder:
                 return [encoding.ids for encoding in encoded]
             return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         except Exception as error:  # of the tokenizer's own library, which knows no other kind
-            said = " ".join(str(error).split())[:200] or type(error).__name__
+            said = in_one_line(error, 200)
             raise UserError(f"the tokenizer cannot turn these texts into tokens: {said}") from error
 
     def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
@@ -135,7 +135,7 @@ class PromptEncoder:
             return render_row(render, prompt, replies, names)
         except Exception as error:  # a template can make Python raise anything
             roles = ", ".join(turn["role"] for turn in shown)
-            said = " ".join(str(error).split())[:300].rstrip(".")
+            said = in_one_line(error).rstrip(".")
             fault = f"the chat template refuses a conversation of {roles}: {said}{ADVICE}"
             return Rendered("", [""] * len(replies), fault, refused=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shlex
 import tempfile
 import time
@@ -24,6 +23,7 @@ from ..models.templates import TEMPLATE_DATE, recorded_moment
 from ..models.trained import TrainedModel, find_trained
 from ..run.folder import named_as_given
 from ..run.names import EVALUATION_FILES
+from ..run.processes import launched_with
 from ..run.record import now
 from ..run.results import write_results
 from ..runtime import (
@@ -119,7 +119,7 @@ def evaluate_model(settings: Settings) -> None:
 
 def _check_launcher() -> None:
     for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+        if launched_with(name):
             raise UserError(
                 f"evaluate holds whole models in each process, and {name} is configured; start it without "
                 "(`accelerate launch` with examples/accelerate/ddp.yaml, torchrun, or plain python for one device)"

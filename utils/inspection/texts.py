@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from ..data.turns import Value
+from ..runtime import CONTROL
 
 REFUSED = (
     r"(?:help|assist|provide|do|answer|comply|fulfil|create|write|generate|give|support|engage|discuss|share|offer|take"
@@ -65,7 +66,8 @@ FORMS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "finished": ("ends a sentence", lambda text: text.rstrip().endswith(SENTENCE_ENDS)),
 }
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufff9-\ufffb]")
+# With the marks of notes between the lines, which nobody types.
+UNWRITTEN = re.compile(f"[{re.escape(''.join(map(chr, (*CONTROL, 0xFFF9, 0xFFFA, 0xFFFB))))}]")
 # UTF-8 read as Latin-1 or Windows-1252 gives these; the second characters are those of continuation bytes.
 MOJIBAKE = re.compile(
     "\ufffd|[\u00c3\u00c2][\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u00bf\u2122\u0153\u201c\u201d\u02dc\u00a6]"
@@ -82,7 +84,7 @@ HTML = re.compile(
 
 def has_control(text: str) -> bool:
     """Whether a text has control characters other than tab and line ends, or marks that reverse the writing."""
-    return CONTROL.search(text) is not None
+    return UNWRITTEN.search(text) is not None
 
 
 def has_mojibake(text: str) -> bool:

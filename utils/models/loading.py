@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import (
 
 from ..engine.adapters import keep_dora_norms
 from ..errors import UserError
+from ..run.processes import launched_with
 from ..runtime import Precision
 from ..settings.training import LoraSettings, ModelSettings, Settings
 from .adapter_starts import changes_base, check_start, rewrites_weights
@@ -468,7 +468,7 @@ def _quantization(settings: ModelSettings, precision: Precision) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=precision.dtype,
         # FSDP shards numbers with a point only: there the bits of the weights are held as such.
-        bnb_4bit_quant_storage=precision.dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None,
+        bnb_4bit_quant_storage=precision.dtype if launched_with("FSDP") else None,
     )
 
 

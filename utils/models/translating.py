@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
+from ..engine.memory import ran_out_of_memory
 from ..errors import UserError
 from .untrusted import explain_library
 
@@ -20,7 +19,9 @@ def translating(fault: str, load: Callable[[], Loaded]) -> Loaded:
     """
     try:
         return load()
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         raise UserError(f"{fault}: {explain_library(error)}") from error

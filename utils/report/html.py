@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-CONTROL = {code: f"\u2426{code:02X}" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))}
-# These turn the direction of the text around them, break a line, are in no font, or are halves of a character.
-ODD = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000))
-CONTROL |= {code: f"\u2426{code:04X}" for code in ODD}
+from ..runtime import CONTROL, HALVES
+
+# Characters that a page or a table shows by number: besides control characters those that turn the direction of the
+# text around them, break a line, are in no font, or are halves of a character.
+ODD = {*CONTROL, 0x061C, 0x200E, 0x200F, 0x2028, 0x2029, 0xFEFF, *HALVES}
+BY_NUMBER = {code: f"\u2426{code:02X}" if code < 256 else f"\u2426{code:04X}" for code in ODD}
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser then runs and fetches nothing, whatever comes in
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w+")
@@ -88,7 +90,7 @@ body{max-width:none;padding:0}.charts{grid-template-columns:1fr 1fr}
 
 def show(text: object) -> str:
     """A text as HTML shows it: nothing in it is markup, and control characters become visible."""
-    return escape(str(text).translate(CONTROL))
+    return escape(str(text).translate(BY_NUMBER))
 
 
 def make_document(title: str, content: str) -> str:

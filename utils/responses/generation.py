@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..data.encoding import PromptEncoder
 from ..data.rendering import Turns
+from ..engine.memory import ran_out_of_memory
 from ..interruptions import stop_if_asked
 from ..settings.verbs import SamplingSettings
 from .drawing import DrawnToken, FiniteScores, PenaltyOnText, draw_numbers
@@ -70,7 +71,7 @@ def sample_continuations(
     Args:
         end_ids: tokens that end a response, beside the tokenizer's end-of-text token: see `read_end_ids`.
         tools: for each prompt, as JSON, the tools that its template is shown.
-        batch_size: prompts answered at a time; halved where the memory of a GPU is too small for so many.
+        batch_size: prompts answered at a time; halved where memory is too small for so many.
     """
     encoder = PromptEncoder(tokenizer, end_ids)
     prompt_ids = encoder.encode_prompts(prompts, tools)
@@ -84,8 +85,8 @@ def sample_continuations(
         draws = [draw_numbers(seed, *keys[place], sampling.max_new_tokens) for place in places]
         try:
             written = _generate(model, encoder, rows, np.stack(draws), sampling)
-        except torch.OutOfMemoryError:
-            if len(places) == 1:
+        except Exception as error:
+            if not ran_out_of_memory(error) or len(places) == 1:
                 raise
             batch_size = len(places) // 2
             continue

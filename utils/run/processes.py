@@ -211,6 +211,11 @@ def check_launch_variables(several: bool) -> None:
         raise LocalError(f"RANK is {numbers['RANK']}: must be below WORLD_SIZE, which is {count_processes()}")
 
 
+def launched_with(engine: str) -> bool:
+    """Whether `accelerate launch` was told to use FSDP, DEEPSPEED or PARALLELISM_CONFIG."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+
+
 def count_processes() -> int:
     """The processes of this run, as launchers say it."""
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from .names import TRAINER_STATE
 from .records import Unreadable, read_trainer_state
 from .writing import replacing, write_json
@@ -51,7 +51,7 @@ def restoring(folder: Path, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # files that were changed may hold anything
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        said = f"{type(error).__name__}: {in_one_line(error, 200)}"
         raise UserError(
             f"{folder}: its {name} cannot be read back ({said}); resume from an earlier checkpoint, or start anew"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..report.html import CONTROL
+from ..report.html import BY_NUMBER
 from ..runtime import readable_seconds
 from .state import Overview, RunStatus
 
@@ -104,4 +104,4 @@ def _explain(run: RunStatus) -> Iterator[str]:
 
 def clean(text: str) -> str:
     """The text in one line: nothing in it moves the cursor or changes colours."""
-    return " ".join(text.split("\n")).replace("\r", " ").translate(CONTROL)
+    return " ".join(text.split("\n")).replace("\r", " ").translate(BY_NUMBER)

@@ -13,9 +13,10 @@ from ..models.loading import (
 )
 from ..models.sources import find_model
 from ..run.bounded import read_json
+from ..run.processes import launched_with
 from ..runtime import find_device
 from ..settings.training import Settings
-from .launch import check_launch, uses, with_deepspeed
+from .launch import check_launch, with_deepspeed
 from .pushing import check_login
 from .tracking import check_trackers
 
@@ -64,7 +65,7 @@ def _check_offloading(settings: Settings) -> None:
 
 def find_sharding(settings: Settings) -> list[str]:
     """What lays the weights in parts in several processes, by name; empty where nothing does."""
-    sharded = [engine for engine in ("FSDP", "DEEPSPEED") if uses(engine)]
+    sharded = [engine for engine in ("FSDP", "DEEPSPEED") if launched_with(engine)]
     return sharded + [f"--{name}" for name in ("fsdp", "deepspeed") if settings.trainer_fields.get(name)]
 
 

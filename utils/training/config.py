@@ -12,12 +12,11 @@ from ..distributed import PATIENCE
 from ..objectives.losses import BY_NAME
 from ..objectives.objective import Objective
 from ..objectives.pairs import Divergence
-from ..run.processes import count_processes
+from ..run.processes import count_processes, launched_with
 from ..runtime import Precision
 from ..settings.training import LossSettings, Settings
 from ..settings.verbs import PlanSettings
 from .early_stopping import SMALLER_IS_BETTER
-from .launch import uses
 from .refusals import refusals_explained
 
 # verb -> learning rate without and with an adapter, where --learning_rate is not given
@@ -72,7 +71,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "seed": training.seed,
         "bf16": precision.name == "bfloat16",
         "fp16": precision.name == "float16",
-        "use_cpu": precision.device.type == "cpu" and not uses("DEEPSPEED"),  # which chooses its device itself
+        "use_cpu": precision.device.type == "cpu" and not launched_with("DEEPSPEED"),  # which chooses its device itself
         "report_to": list(settings.run.report_to) or "none",
         "run_name": settings.run.wandb_run_name or Path(settings.run.output_dir or "dry-run").name,
         "max_length": None,  # rows are cut to length when they are tokenized

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
 from ..models.loading import Reference, text_part
 from ..run.names import TRAINER_STATE
+from ..run.processes import launched_with
 from ..run.records import Unreadable, read_trainer_state
 from ..runtime import device_name, say
 from .context import Run
@@ -110,7 +110,7 @@ def _warnings(run: Run, trainer: RunFolderTrainer, reference: Reference | None) 
             f"experts ({counts.wide[0]} and {len(counts.wide) - 1} more) in 16 or 32 bits, so they take as much "
             "memory as without --use_4bit"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
+    if launched_with("FSDP") and not trainer.is_fsdp_enabled:
         yield "FSDP is configured, but nothing is sharded: accelerate shards over several GPUs only"
     left_out = getattr(trainer.model, "left_out", None)
     if left_out:

@@ -19,7 +19,7 @@ from ..distributed import PATIENCE, meet
 from ..errors import ProcessLost, UserError, gather
 from ..run.bounded import Unreadable, read_json
 from ..run.checkpoints import find_checkpoints
-from ..run.processes import SCRIPT, command_to_go_on, count_processes, is_alive, path_from_here
+from ..run.processes import SCRIPT, command_to_go_on, count_processes, is_alive, launched_with, path_from_here
 from ..run.record import read_record
 from ..run.records import KEPT_STATE, check
 from ..runtime import Precision, find_device, is_main_process
@@ -64,18 +64,13 @@ def check_launch(settings: Settings) -> None:
     gather(lambda: check_one_device(settings), _check_parallelism, _check_fsdp, lambda: _check_deepspeed(settings))
 
 
-def uses(engine: str) -> bool:
-    """Whether `accelerate launch` was told to use FSDP or DEEPSPEED."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
-
-
 def with_deepspeed(settings: Settings) -> bool:
     """Whether the run is DeepSpeed's, by the launcher's config or by --deepspeed."""
-    return uses("DEEPSPEED") or bool(settings.trainer_fields.get("deepspeed"))
+    return launched_with("DEEPSPEED") or bool(settings.trainer_fields.get("deepspeed"))
 
 
 def _check_parallelism() -> None:
-    if not uses("PARALLELISM_CONFIG"):
+    if not launched_with("PARALLELISM_CONFIG"):
         return
     split = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "sequence parallelism"}
     sizes = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1") for name in split}
@@ -90,7 +85,7 @@ def _check_parallelism() -> None:
 
 
 def _check_fsdp() -> None:
-    if uses("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    if launched_with("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
             f"fsdp_version is {os.environ.get('FSDP_VERSION', '1')}: only version 2 is supported; set `fsdp_version: 2`"
             f" under fsdp_config, as in {FSDP_CONFIG}"
@@ -150,7 +145,7 @@ def join_processes(settings: Settings, precision: Precision) -> None:
     seconds = settings.trainer_fields.get("ddp_timeout", PATIENCE)
     patience = timedelta(seconds=seconds)
     options: dict[str, Any] = {"timeout": patience, "backend": settings.trainer_fields.get("ddp_backend")}
-    PartialState(cpu=precision.device.type == "cpu" and not uses("DEEPSPEED"), **options)
+    PartialState(cpu=precision.device.type == "cpu" and not launched_with("DEEPSPEED"), **options)
     meet(patience)
 
 

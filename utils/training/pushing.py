@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 
 
 def check_login(flag: str) -> None:
@@ -59,9 +59,9 @@ def push_folder(
     except LocalTokenNotFoundError:
         raise UserError(f"{flag}: there is no login here (`hf auth login`); {kept}") from None
     except HfHubHTTPError as error:
-        reason = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
+        reason = getattr(error, "server_message", None) or in_one_line(error)
         raise UserError(f"{flag}: the hub refuses it ({reason}); {kept}") from None
     except (OfflineModeIsEnabled, OSError, HfHubHTTPError.__bases__[0]) as error:  # the last: of the hub's own client
-        reason = str(error).strip().splitlines()[0]
+        reason = in_one_line(error)
         raise UserError(f"{flag}: the hub cannot be reached ({reason}); {kept}") from None
     return str(repository)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from ..engine.memory import ran_out_of_memory
-from ..errors import Interrupted, ProcessLost, UserError
+from ..errors import Interrupted, ProcessLost, UserError, in_one_line
 from ..settings.training import Settings
 from .launch import lost_a_process
 
@@ -35,7 +35,7 @@ def refusals_explained(settings: Settings, begun: Callable[[], bool] = lambda: F
         library = _raised_by(error.__traceback__)
         if begun() or library in OURS or ran_out_of_memory(error) or lost_a_process(error):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = in_one_line(error, 2000)
         raise UserError(f"{_flags_behind(message, settings)}: refused by {library}: {message}") from error
 
 

@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..data.rendering import Turns
 from ..errors import UserError
 from ..models.loading import longest_context
-from ..report.html import CONTROL
+from ..report.html import BY_NUMBER
 from ..responses.generation import find_fitting, sample_continuations
 from ..run.metrics import read_json_lines
 from ..run.names import SAMPLES
@@ -140,7 +140,7 @@ def show_samples(rows: Sequence[Mapping[str, Any]], most: int) -> None:
 
 def readable(text: str) -> str:
     """The text in one line; what would move the cursor or change colours is made visible."""
-    return text.replace("\r\n", "\n").replace("\n", "\u23ce ").replace("\r", "\u23ce ").translate(CONTROL)
+    return text.replace("\r\n", "\n").replace("\n", "\u23ce ").replace("\r", "\u23ce ").translate(BY_NUMBER)
 
 
 def as_text(prompt: str | Turns) -> str:
