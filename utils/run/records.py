@@ -8,67 +8,34 @@ for nothing else.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..settings.registry import ROWS, TRAINS
 from .bounded import Unreadable, parse_json, read_json
+from .kinds import (
+    ANY_MAPPING,
+    COUNT,
+    LARGEST,
+    NUMBER,
+    STEP,
+    TEXT,
+    YES_NO,
+    Kind,
+    check,
+    list_of,
+    mapping,
+    one_of,
+    strict,
+)
 
-LARGEST = 1e300  # of a number: sums of a few stay finite
-SMALLEST = 1e-300  # below it a number is 0: shares of it can be computed with
-LARGEST_COUNT = 2**63
 MOST_LINE_BYTES = 2**24  # of a line of a file of JSON lines
 STATES = ("running", "finished", "interrupted", "failed")  # as a record may say; see utils/status/state.py for `died`
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a value must be. Mappings: `keys` by name, and `rest` for every other key, without which that is left out;
-    lists: `rest` for each item."""
-
-    said: str  # the end of "must be ..."
-    accepts: tuple[type, ...] = ()
-    choices: tuple[Any, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    keys: Mapping[str, Kind] | None = None
-    rest: Kind | None = None
-    needed: tuple[str, ...] = ()  # keys without which the mapping is none
-    drops: tuple[type, ...] = ()  # of a mapping: keys of these kinds are left out where they are null
-    length: int | None = None  # of a list
-    gaps: bool = False  # whether an item of a list may be null
-    strict: bool = False  # of a mapping: whether any other key that is not of the kind of the rest is refused
-
-
-TEXT = Kind("text", (str,))
-YES_NO = Kind("true or false", (bool,))
-NUMBER = Kind("a number", (int, float))
-COUNT = Kind("a whole number from 0", (int,), low=0, high=LARGEST_COUNT)
-STEP = Kind("a whole number", (int,), low=-1, high=LARGEST_COUNT)
-ANY_MAPPING = Kind("a mapping", (dict,))
-
-
-def _list(item: Kind, length: int | None = None, gaps: bool = False) -> Kind:
-    many = f"of {length} items" if length else "of any length"
-    return Kind(f"a list {many}, each {item.said}", (list,), rest=item, length=length, gaps=gaps)
-
-
-def _map(item: Kind | None = None, needed: tuple[str, ...] = (), drops: tuple[type, ...] = (), **keys: Kind) -> Kind:
-    return Kind("a mapping", (dict,), keys=keys, rest=item, needed=needed, drops=drops)
-
-
-def _strict(item: Kind, **keys: Any) -> Kind:
-    return replace(_map(item, **keys), strict=True)
-
-
-def _one_of(*choices: str) -> Kind:
-    return Kind(f"one of {', '.join(choices)}", (str,), choices=choices)
-
-
-SOURCE = _map(
+SOURCE = mapping(
     base=TEXT,
     adapter=TEXT,
     revision=TEXT,
@@ -78,7 +45,7 @@ SOURCE = _map(
     needed=("base",),
 )
 # Of rows that were held out or trained on: means, and counts.
-METRICS = _map(
+METRICS = mapping(
     NUMBER,
     loss=NUMBER,
     accuracy=NUMBER,
@@ -90,25 +57,25 @@ METRICS = _map(
     step=COUNT,
     drops=(int, float),
 )
-COUNTS = _map(COUNT, drops=(int,))
-PROCESS = _map(
+COUNTS = mapping(COUNT, drops=(int,))
+PROCESS = mapping(
     pid=COUNT,
     host=TEXT,
-    machine=_list(TEXT, gaps=True),
+    machine=list_of(TEXT, gaps=True),
     started=NUMBER,
     working_folder=TEXT,
     script=TEXT,
     processes=COUNT,
-    launcher=_list(TEXT),
+    launcher=list_of(TEXT),
     since=TEXT,
     command=TEXT,
 )
-DATA = _map(
+DATA = mapping(
     source=TEXT,
     reading=TEXT,
     dropped=COUNTS,
-    sources=_list(
-        _map(name=TEXT, reading=TEXT, good=COUNT, drawn=COUNT, train=COUNT, held_out=COUNT, needed=("name",))
+    sources=list_of(
+        mapping(name=TEXT, reading=TEXT, good=COUNT, drawn=COUNT, train=COUNT, held_out=COUNT, needed=("name",))
     ),
     train_pairs=COUNT,
     train_rows=COUNT,
@@ -121,9 +88,9 @@ DATA = _map(
     fingerprint=TEXT,
     drops=(int, dict, list),
 )
-RUN = _map(
-    status=_one_of(*STATES),
-    verb=_one_of(*(verb.name for verb in ROWS if TRAINS in verb.does)),
+RUN = mapping(
+    status=one_of(*STATES),
+    verb=one_of(*(verb.name for verb in ROWS if TRAINS in verb.does)),
     settings=ANY_MAPPING,  # each by its flag, where it is used
     started=TEXT,
     updated=TEXT,
@@ -133,46 +100,48 @@ RUN = _map(
     seconds_left=NUMBER,
     longest_silence=NUMBER,
     process=PROCESS,
-    arguments=_list(TEXT),
+    arguments=list_of(TEXT),
     command=TEXT,
-    versions=_map(TEXT),
-    model=_map(parameters=COUNT, trainable_parameters=COUNT, architecture=TEXT),
+    versions=mapping(TEXT),
+    model=mapping(parameters=COUNT, trainable_parameters=COUNT, architecture=TEXT),
     data=DATA,
     reference=TEXT,
     reference_model=SOURCE,
     start=SOURCE,
-    metrics=_map(METRICS, train=METRICS, held_out_before=METRICS, held_out=METRICS, drops=(dict,)),
-    resources=_map(NUMBER),
-    warnings=_list(TEXT),
+    metrics=mapping(METRICS, train=METRICS, held_out_before=METRICS, held_out=METRICS, drops=(dict,)),
+    resources=mapping(NUMBER),
+    warnings=list_of(TEXT),
     alarms=Kind("a list", (list,)),
-    early_stopping=_map(metric=TEXT, step=COUNT, stopped=YES_NO, needed=("metric", "step")),
+    early_stopping=mapping(metric=TEXT, step=COUNT, stopped=YES_NO, needed=("metric", "step")),
     precision=TEXT,
     device=TEXT,
     wandb_run_id=TEXT,
     engine=ANY_MAPPING,
     files=ANY_MAPPING,
-    identity=_map(_map(TEXT)),
+    identity=mapping(mapping(TEXT)),
     needed=("status", "verb", "settings"),
     drops=(dict, list),
 )
 # The trainer's own state in a checkpoint, with what is kept in it of ours (see kept.py). The trainer reads the file
 # itself, so nothing that is wrong in it may be left out here.
-IDENTITY = _map(
+IDENTITY = mapping(
     settings=ANY_MAPPING,
     data=TEXT,
-    rows=_list(COUNT, length=2),
-    ids=_list(TEXT),
+    rows=list_of(COUNT, length=2),
+    ids=list_of(TEXT),
     tokenizer=TEXT,
-    model=_map(TEXT, needed=("config", "weights")),
-    base=_map(TEXT, needed=("config", "weights")),
-    reference=_map(TEXT, needed=("config", "weights")),
+    model=mapping(TEXT, needed=("config", "weights")),
+    base=mapping(TEXT, needed=("config", "weights")),
+    reference=mapping(TEXT, needed=("config", "weights")),
     precision=TEXT,
     device=TEXT,
-    batch=_list(COUNT, length=3),
-    versions=_map(TEXT),
+    batch=list_of(COUNT, length=3),
+    versions=mapping(TEXT),
 )
-OWN_STATE = _map(attributes=_map(stops=_list(COUNT), left_out=_list(COUNT), identity=IDENTITY, changes=_list(TEXT)))
-TRAINER_STATE = _map(
+OWN_STATE = mapping(
+    attributes=mapping(stops=list_of(COUNT), left_out=list_of(COUNT), identity=IDENTITY, changes=list_of(TEXT))
+)
+TRAINER_STATE = mapping(
     global_step=COUNT,
     max_steps=STEP,
     is_local_process_zero=YES_NO,
@@ -191,14 +160,14 @@ TRAINER_STATE = _map(
     save_steps=NUMBER,
     train_batch_size=COUNT,
     num_input_tokens_seen=NUMBER,
-    log_history=_list(_strict(NUMBER, step=COUNT, needed=("step",))),
-    stateful_callbacks=_strict(Kind("a mapping or a list", (dict, list)), dpo_run=OWN_STATE),
+    log_history=list_of(strict(NUMBER, step=COUNT, needed=("step",))),
+    stateful_callbacks=strict(Kind("a mapping or a list", (dict, list)), dpo_run=OWN_STATE),
 )
-KEPT_STATE = _map(deepspeed=YES_NO, processes=COUNT)  # beside an optimizer
+KEPT_STATE = mapping(deepspeed=YES_NO, processes=COUNT)  # beside an optimizer
 # A line of metrics.jsonl, of the files of rows, and of the samples.
-LINE = _map(NUMBER, step=STEP, needed=("step",), drops=(int, float))
+LINE = mapping(NUMBER, step=STEP, needed=("step",), drops=(int, float))
 VALUE = Kind("text, number, list or mapping", (str, int, float, bool, list, dict))
-ROW = _map(
+ROW = mapping(
     VALUE,
     step=STEP,
     margin=NUMBER,
@@ -251,64 +220,3 @@ def read_lines(path: Path, kind: Kind | None = None) -> Iterator[dict[str, Any]]
                 yield check(value, kind or ANY_MAPPING)
             except Unreadable:
                 continue
-
-
-def check(value: Any, kind: Kind) -> Any:
-    """The value, with null in place of numbers that are not finite.
-
-    Raises:
-        Unreadable: it is not of this kind; the text names the first place where it is not.
-    """
-    return _check(value, kind, "")
-
-
-def _check(value: Any, kind: Kind, place: str) -> Any:
-    name = place or "it"
-    if isinstance(value, float) and not math.isfinite(value) and float in kind.accepts:
-        return None
-    if not isinstance(value, kind.accepts) or (isinstance(value, bool) and bool not in kind.accepts):
-        raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}")
-    if kind.choices and value not in kind.choices:
-        raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}")
-    if isinstance(value, int | float):
-        low, high = (kind.low, kind.high) if kind.low is not None else (-LARGEST, LARGEST)
-        if not low <= value <= high:
-            raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}, and none so large or small")
-        return 0.0 if 0 < abs(value) < SMALLEST else value
-    if isinstance(value, dict):
-        return _check_mapping(value, kind, place)
-    if isinstance(value, list) and kind.rest is not None:
-        if kind.length not in (None, len(value)):
-            raise Unreadable(f"{name} has {len(value):,} items: must be {kind.said}")
-        items = enumerate(value)
-        return [
-            None if item is None and kind.gaps else _check(item, kind.rest, f"{place}[{number}]")
-            for number, item in items
-        ]
-    return value
-
-
-def _check_mapping(value: dict[str, Any], kind: Kind, place: str) -> dict[str, Any]:
-    missing = [key for key in kind.needed if value.get(key) is None]
-    if missing:
-        raise Unreadable(f"{place or 'it'} has no {missing[0]}")
-    checked = {}
-    for key, inner in value.items():
-        named = key in (kind.keys or ())
-        expected = kind.keys[key] if named else kind.rest
-        if expected is not None and inner is not None:
-            try:
-                inner = _check(inner, expected, f"{place}.{key[:80]}".lstrip("."))
-            except Unreadable:
-                if named or kind.strict:
-                    raise
-                continue
-        kinds = expected.accepts if expected is not None and not expected.needed else ()
-        if inner is not None or not set(kinds) & set(kind.drops):
-            checked[key] = inner
-    return checked
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else f"{str(value)[:12]}..."
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -21,6 +21,16 @@ from .refusals import refusals_explained
 
 # verb -> learning rate without and with an adapter, where --learning_rate is not given
 LEARNING_RATES = {"train": (1e-6, 5e-5), "sft": (2e-5, 2e-4)}
+# Fields that are no matter of settings.
+OURS: dict[str, Any] = {
+    "max_length": None,  # rows are cut to length when they are tokenized
+    "disable_tqdm": True,  # the console callback shows progress
+    "log_level_replica": "error",  # of the libraries, as in the main process
+    # A loss that is not finite must be seen, not replaced; and looking for it would wait for the GPU every step.
+    "logging_nan_inf_filter": False,
+    "remove_unused_columns": True,
+    "ddp_timeout": PATIENCE,
+}
 
 
 def learning_rate(settings: Settings, adapts: bool) -> float:
@@ -46,16 +56,10 @@ def rows_of_run(settings: Settings) -> int | None:
     return steps * step * count_processes()
 
 
-def build_config(settings: Settings, precision: Precision, folder: Path, adapts: bool, evaluates: bool) -> Any:
-    """The trainer's configuration. `folder` is where checkpoints go, `evaluates` whether there are held-out rows.
-
-    Raises:
-        UserError: a field's value is refused by TRL or transformers.
-    """
+def _values_of_flags(settings: Settings, precision: Precision) -> dict[str, Any]:
+    """Fields of the configuration that flags and the precision decide."""
     training = settings.training
-    values: dict[str, Any] = {
-        "output_dir": str(folder),
-        "learning_rate": learning_rate(settings, adapts),
+    return {
         "num_train_epochs": training.num_train_epochs,
         "max_steps": training.max_steps,
         "per_device_train_batch_size": training.per_device_train_batch_size,
@@ -74,22 +78,25 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
         "use_cpu": precision.device.type == "cpu" and not launched_with("DEEPSPEED"),  # which chooses its device itself
         "report_to": list(settings.run.report_to) or "none",
         "run_name": settings.run.wandb_run_name or Path(settings.run.output_dir or "dry-run").name,
-        "max_length": None,  # rows are cut to length when they are tokenized
         "trust_remote_code": settings.model.trust_remote_code,
-        "disable_tqdm": True,  # the console callback shows progress
-        "log_level_replica": "error",  # of the libraries, as in the main process
-        # A loss that is not finite must be seen, not replaced; and looking for it would wait for the GPU every step.
-        "logging_nan_inf_filter": False,
         "dataloader_pin_memory": precision.device.type == "cuda",
         "accelerator_config": {"non_blocking": precision.device.type == "cuda"},  # batches are not waited for
-        "remove_unused_columns": True,
-        "ddp_timeout": PATIENCE,
     }
+
+
+def build_config(settings: Settings, precision: Precision, folder: Path, adapts: bool, evaluates: bool) -> Any:
+    """The trainer's configuration. `folder` is where checkpoints go, `evaluates` whether there are held-out rows.
+
+    Raises:
+        UserError: a field's value is refused by TRL or transformers.
+    """
+    training, patience = settings.training, settings.training.early_stopping_patience
+    values = _values_of_flags(settings, precision) | OURS
+    values |= {"output_dir": str(folder), "learning_rate": learning_rate(settings, adapts)}
     if evaluates:
         values["eval_on_start"] = True
         if training.eval_steps is not None:
             values |= {"eval_strategy": "steps", "eval_steps": training.eval_steps}
-    patience = training.early_stopping_patience
     if patience is not None:
         name = training.early_stopping_metric
         values |= {"metric_for_best_model": name, "greater_is_better": not SMALLER_IS_BETTER[name]}

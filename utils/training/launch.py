@@ -19,9 +19,10 @@ from ..distributed import PATIENCE, meet
 from ..errors import ProcessLost, UserError, gather
 from ..run.bounded import Unreadable, read_json
 from ..run.checkpoints import find_checkpoints
+from ..run.kinds import check
 from ..run.processes import SCRIPT, command_to_go_on, count_processes, is_alive, launched_with, path_from_here
 from ..run.record import read_record
-from ..run.records import KEPT_STATE, check
+from ..run.records import KEPT_STATE
 from ..runtime import Precision, find_device, is_main_process
 from ..settings.training import Settings
 
