@@ -56,9 +56,9 @@ def main() -> None:
 
         name = "_precompute_ref_logps"
     else:
-        from utils.training.reference import ReferenceAhead as trainer
+        from utils.training.trainer import PreferenceTrainer as trainer
 
-        name = "precompute_reference"
+        name = "score_reference_ahead"
     setattr(trainer, name, timed(getattr(trainer, name), ahead))
     # Every Trainer gets these, TRL's as well as ours: neither side is changed.
     transformers_trainer.DEFAULT_CALLBACKS.append(OneStepATurn)

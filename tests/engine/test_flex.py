@@ -22,7 +22,7 @@ from utils.engine.proving import Trial
 from utils.engine.scoring import score_tokens
 from utils.engine.shared_prefix import shared_prefix_active
 from utils.engine.tables import send
-from utils.training.trainer import PreferenceTrainer
+from utils.training.layout import LayoutChoice
 
 CPU = torch.device("cpu")
 TRIALS = {
@@ -214,7 +214,7 @@ def test_models_that_come_to_the_device_later_attend_by_flex_there(
 
     attend_over_row = flex.attend_over_row
     monkeypatch.setattr("utils.engine.shared_prefix.attend_over_row", attend)
-    monkeypatch.setattr(PreferenceTrainer, "device_to_come", lambda _: CPU)
+    monkeypatch.setattr(LayoutChoice, "device_to_come", lambda _: CPU)
     code, out, err = run_script(*flags, "--output_dir", tmp_path / "other")
     assert code == 0, err
     engine = read_record(tmp_path / "other")["engine"]

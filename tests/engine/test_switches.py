@@ -145,5 +145,5 @@ def test_a_step_does_not_walk_through_the_modules_again_and_again(
     assert len(modes) == 3
     assert all(modes)
     if "--eval_steps" not in flags:  # after an evaluation all modules are set
-        assert others[1] == others[2], "nor set their mode, or count their weights (utils/training/stepping.py)"
+        assert others[1] == others[2], "nor set their mode, or count their weights (utils/training/machine.py)"
     assert counts["in_step"] <= 1, "look for modules once, not in every step (utils/engine/switches.py)"

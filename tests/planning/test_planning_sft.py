@@ -18,7 +18,7 @@ from utils.arguments import parse_arguments
 from utils.planning.padded import mean_padded_length
 from utils.planning.paper_model import Way
 from utils.planning.walk import ACTIVATIONS, Meter, walk_step
-from utils.training.sft import ImitationTrainer
+from utils.training.trainer import ImitationTrainer
 
 ROWS = ((40, 20), (25, 33), (60, 5))
 SFT_LORA = replace(LORA, reference="none")

@@ -72,15 +72,15 @@ def test_the_longest_pair_may_fill_the_limit_of_tokens(engine, run_script, tiny_
 
 def test_a_dry_run_tries_an_evaluation_batch_of_all_its_pairs(run_script, tiny_model, tmp_path, monkeypatch):
     """Of the longest ones: what fits them fits all."""
-    from utils.training.pair_scoring import PairScoring
+    from utils.training.pair_scoring import PairTask
 
-    scored, score = [], PairScoring._score_batch
+    scored, score = [], PairTask._score_batch
 
     def noted(self, model, dataset, indices):
         scored.append(len(indices))
         return score(self, model, dataset, indices)
 
-    monkeypatch.setattr(PairScoring, "_score_batch", noted)
+    monkeypatch.setattr(PairTask, "_score_batch", noted)
     data = write_lines(tmp_path / "pairs.jsonl", make_pairs(60))
     code, _, err = run_script("--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir",
                               tmp_path / "run", "--dry_run", "--per_device_train_batch_size", 2,

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +22,9 @@ from utils.run.checkpoints import remove_checkpoint
 from utils.run.state import save_state
 from utils.run.writing import write_json
 from utils.training.callbacks import RunWatcher
-from utils.training.checkpointing import WholeCheckpoints
 from utils.training.failures import explain_failure
 from utils.training.launch import explain_lost_process
+from utils.training.tally import load_log_state
 
 FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate", 5e-3, "--save_steps", 4,
          "--eval_steps", 5, "--logging_steps", 3, "--dtype", "float32"]  # fmt: skip
@@ -139,7 +138,7 @@ def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
         ("peft", "data:"),
         slow("utils.models.loading.load_tokenizer", "data:"),
         slow("utils.models.loading.build_reference", "scoring"),
-        slow("utils.training.reference.ReferenceAhead.score_reference", "model:"),
+        slow("utils.training.reference.ReferenceScores.score", "model:"),
         ("utils.training.running.attach_trackers", "held out before"),
     ],
 )
@@ -212,15 +211,12 @@ def test_what_was_counted_since_the_last_line_goes_to_the_processes_that_go_on(t
         save_state(tmp_path, name, state)
 
     def load(rank: int, world_size: int) -> tuple[int, float, dict[str, float]]:
-        args = SimpleNamespace(device="cpu", world_size=world_size, process_index=rank)
-        trainer = SimpleNamespace(args=args, _globalstep_last_logged=8, _tr_loss=torch.tensor(0.0), _sums={})
-        WholeCheckpoints.load_log_state(trainer, tmp_path)
-        sums = {name: float(value) for name, value in trainer._sums.items()}
-        return trainer._globalstep_last_logged, float(trainer._tr_loss), sums
+        state = load_log_state(tmp_path, rank, world_size, torch.device("cpu"))
+        return state.steps, float(state.loss), {name: float(value) for name, value in state.sums.items()}
 
     exact = [{"margin": float(torch.tensor(value))} for value in (0.1, 0.1 * 3)]
-    assert [load(rank, 2) for rank in range(2)] == [(6, 1.0, exact[0]), (6, 2.0, exact[1])], "each its own, bit for bit"
-    assert load(0, 1) == (6, 1.5, {"margin": pytest.approx(0.4)})
+    assert [load(rank, 2) for rank in range(2)] == [(2, 1.0, exact[0]), (2, 2.0, exact[1])], "each its own, bit for bit"
+    assert load(0, 1) == (2, 1.5, {"margin": pytest.approx(0.4)})
     loads = [load(rank, 3) for rank in range(3)]
     assert [loss for _, loss, _ in loads] == [1.5] * 3, "of which a line has the mean"
     assert [sums for _, _, sums in loads] == [{"margin": pytest.approx(0.4)}, {}, {}], "of which a line has the sum"
@@ -395,7 +391,7 @@ def full_from(call: int):
     [
         slow("utils.training.callbacks.append_metrics", 3),
         slow("utils.run.record.write_json", 4),  # run.json
-        slow("utils.training.run_folder.save_state", 3),  # the second checkpoint
+        slow("utils.training.checkpointing.save_state", 3),  # the second checkpoint
         ("utils.run.checkpoints.write_manifest", 2),
         slow("utils.training.checkpointing.move_into_place", 1),  # the model at the end
         slow("utils.training.finishing.write_json_lines", 1),

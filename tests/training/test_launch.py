@@ -210,14 +210,15 @@ import advanced_dpo_script
 from utils.runtime import quiet_libraries
 quiet_libraries()
 from utils.training.batches import ROWS
-from utils.training.reference import ReferenceAhead
-score = ReferenceAhead.score_reference
+from utils.training.batches import REFERENCE_COLUMNS
+from utils.training.reference import ReferenceScores
+score = ReferenceScores.score
 def count(self, batch):
-    if not self.scored_ahead:
+    if REFERENCE_COLUMNS[0] not in batch:
         with open(sys.argv[1] + os.environ["RANK"], "a") as file:
             file.write("".join(f"{row} " for row in batch[ROWS]))
     return score(self, batch)
-ReferenceAhead.score_reference = count
+ReferenceScores.score = count
 sys.exit(advanced_dpo_script.main(sys.argv[2:]))
 """
 

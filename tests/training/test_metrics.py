@@ -14,7 +14,7 @@ from shared.pairs import make_pairs, write_lines
 from shared.runs import read_metrics, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.training.pair_scoring import PairScoring
+from utils.training.pair_scoring import PairTask
 from utils.training.sft import summarise
 
 QUICK = {"--per_device_train_batch_size": 4, "--logging_steps": 1, "--learning_rate": 5e-3, "--max_steps": 6,
@@ -153,7 +153,7 @@ def test_an_evaluation_holds_one_batch_at_a_time(train, tmp_path, monkeypatch, e
     """Stock TRL's grows with the data set: it keeps what each batch gave until the end."""
     held: list[int] = []
     batches: list[int] = []
-    plain = PairScoring._score_batch
+    plain = PairTask._score_batch
 
     def counted(self, *arguments):
         if len(batches) % 10 == 0:
@@ -162,7 +162,7 @@ def test_an_evaluation_holds_one_batch_at_a_time(train, tmp_path, monkeypatch, e
         batches.append(len(arguments[-1]))
         return plain(self, *arguments)
 
-    monkeypatch.setattr(PairScoring, "_score_batch", counted)
+    monkeypatch.setattr(PairTask, "_score_batch", counted)
     data = write_lines(tmp_path / "many.jsonl", make_pairs(150))
     folder = train("--use_lora", "--engine", engine, "--validation_split", 0.8, "--per_device_eval_batch_size", 4,
                    "--max_steps", 1, data=data)  # fmt: skip

@@ -148,7 +148,7 @@ def test_rows_that_are_filled_up_are_divided_to_the_last_pair(
     run_script, tiny_model, pairs_file, tmp_path, monkeypatch
 ):
     """What fills a row up stays as its pairs get fewer: to halve it with them would divide nothing, for ever."""
-    monkeypatch.setattr("utils.training.trainer.ROW_MULTIPLE", 512)
+    monkeypatch.setattr("utils.training.layout.ROW_MULTIPLE", 512)
     monkeypatch.setattr(PreferenceTrainer, "compute_loss", lambda *_, **__: no_memory())
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--max_steps", 1, "--dtype", "bfloat16")
     code, _, err = run_script(*flags, "--output_dir", tmp_path / "run")

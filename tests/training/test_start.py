@@ -256,16 +256,16 @@ LOSSES = {  # what each is where policy and reference agree
 @pytest.fixture
 def wrong_reference(monkeypatch):
     """References whose log-probs of chosen responses are a little off, as many a fault would make them."""
-    from utils.training.trainer import PreferenceTrainer
+    from utils.training.reference import ReferenceScores
 
-    compute = PreferenceTrainer.compute_reference
+    compute = ReferenceScores.compute
 
     def compute_wrongly(self, inputs, keep=False):
         scores, logits = compute(self, inputs, keep)
         scores[: len(scores) // 2] += 0.2
         return scores, logits
 
-    monkeypatch.setattr(PreferenceTrainer, "compute_reference", compute_wrongly)
+    monkeypatch.setattr(ReferenceScores, "compute", compute_wrongly)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -314,7 +314,7 @@ def test_rounding_of_norms_is_what_the_first_loss_shows(run_script, pairs_file, 
     """DoRA as PEFT computes it in 16 bits, on a model that is as sure of its tokens as trained ones are."""
     model = save_tiny_model(tmp_path / "model", seed=1, initializer_range=0.2)
     for name in ("keep_dora_norms", "start_dora_magnitudes"):
-        monkeypatch.setattr(f"utils.training.run_folder.{name}", lambda model: None)
+        monkeypatch.setattr(f"utils.training.trainer.{name}", lambda model: None)
     flags = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
     (warning,) = train(run_script, model, pairs_file, tmp_path / "run", *flags)["warnings"]
     assert "does not start as its reference" in warning

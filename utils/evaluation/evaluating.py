@@ -245,7 +245,7 @@ def _describe_making(
         "settings": settings.flat(),
         "command": shlex.join(["python", "advanced_dpo_script.py", *command_line(settings)]),
         "versions": read_versions(),
-        "engine": {"shared_prefix": trainer.shared_prefix},
+        "engine": {"shared_prefix": trainer.layout.shared_prefix},
         "resources": {
             "device": device_name(precision.device),
             "seconds": seconds,

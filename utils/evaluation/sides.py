@@ -17,7 +17,7 @@ from ..runtime import Precision
 from ..settings.training import GROUPS_OF_RUN, Settings
 from ..training.context import Run
 from ..training.making import make_preference_trainer
-from ..training.pair_scoring import REFERENCE_ADAPTER
+from ..training.reference import REFERENCE_ADAPTER
 from ..training.trainer import PreferenceTrainer
 
 MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"

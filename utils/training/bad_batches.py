@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..data.identity import pair_id
 from ..data.lengths import read_numbers
 from ..data.loading import PreferenceData
 from ..data.places import SHOWN, Place, list_places
-from ..distributed import gather
+from ..distributed import gather, sum_of
 from ..errors import UserError
 from ..run.checkpoints import find_checkpoints
 from ..run.metrics import append_metrics
@@ -158,3 +159,16 @@ def describe_step(step: int, losses: Mapping[int, float], place: Place) -> str:
         return f"step {step}: the losses of its {len(losses)} rows are finite, their gradient is not ({where})"
     which = f"{len(bad)} of its {len(losses)} rows" if len(bad) < len(losses) else f"all its {len(bad)} rows"
     return f"step {step}: the loss of {which} is not finite ({where})"
+
+
+def find_faults(losses: Sequence[Tensor], gradient_norm: Any, device: torch.device) -> tuple[bool, bool]:
+    """Whether any row's loss, and whether the gradient, is not finite; the same in all processes.
+
+    Args:
+        losses: of each micro-batch of the optimizer step, shape (rows,); a process may have had no rows of its own.
+    """
+    finite = [torch.isfinite(part).all() for part in losses]
+    finite.append(torch.ones((), dtype=torch.bool, device=device))
+    bad = (~torch.stack(finite)).any().float()
+    # The one wait for a GPU in an optimizer step, at its end.
+    return bool(sum_of(bad)), gradient_norm is not None and not math.isfinite(gradient_norm)

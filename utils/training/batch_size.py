@@ -90,7 +90,7 @@ def limit_tokens_by_trying(trainer: PreferenceTrainer, scored_ahead: bool, recor
         say(f"micro-batches: at most {chosen.tokens:,} tokens, as with --max_tokens_per_batch {chosen.tokens}; {why}")
         say(f"      {speed}")
     trainer.data_collator.max_tokens = found["max_tokens_per_batch"]
-    trainer.record.content[MICRO_BATCHES] = found
+    trainer.machine.record.content[MICRO_BATCHES] = found
 
 
 class _Search:
@@ -99,7 +99,7 @@ class _Search:
     def __init__(self, trainer: PreferenceTrainer, scored_ahead: bool):
         self.trainer, self.scored_ahead = trainer, scored_ahead
         self.device = trainer.args.device
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or self.device.type not in USED:
+        if trainer.machine.is_sharded or self.device.type not in USED:
             where = f"on {self.device.type}" if self.device.type not in USED else "where FSDP or DeepSpeed divide them"
             raise UserError(
                 f"--auto_batch_size: batches cannot be tried before training {where}; give --max_tokens_per_batch, "
@@ -120,7 +120,7 @@ class _Search:
     def find(self) -> tuple[Attempt, str]:
         """The size that is chosen, and why no other."""
         with _left_as_it_was(self.trainer):
-            if self.trainer.compiles:
+            if self.trainer.compiler.is_asked_for:
                 self._compile()
             for tokens in self._doubled():
                 self.attempts.append(self._try(tokens))
@@ -217,7 +217,7 @@ class _Search:
         """Forward and backward pass."""
         trainer = self.trainer
         count = torch.tensor(count_pairs(batch) * trainer.args.world_size, device=self.device)
-        with trainer._attending():
+        with trainer.task.reference.in_batches.attending():
             trainer.compute_part(trainer.model, dict(batch), count)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -262,14 +262,14 @@ class _Search:
         )
 
     def _place(self, index: int) -> str:
-        return self.trainer.place(self.trainer.train_dataset[index]["row"])
+        return self.trainer.machine.place(self.trainer.train_dataset[index]["row"])
 
 
 @contextlib.contextmanager
 def _left_as_it_was(trainer: PreferenceTrainer) -> Iterator[None]:
     """Within the context the model computes as the trainer will make it compute; afterwards nothing has changed."""
     model, args = trainer.model, trainer.args
-    random_state, tallies, was_training = read_random_state(), trainer.read_tallies(), model.training
+    random_state, tallies, was_training = read_random_state(), trainer.tally.read(), model.training
     forward, own = model.forward, model.__dict__.get("forward")
 
     def computed(*arguments: Any, **options: Any) -> Any:
@@ -289,7 +289,7 @@ def _left_as_it_was(trainer: PreferenceTrainer) -> Iterator[None]:
             model.gradient_checkpointing_disable()
         model.train(was_training)
         model.zero_grad(set_to_none=True)
-        trainer.write_tallies(tallies)
+        trainer.tally.write(tallies)
         set_random_state(random_state)
         release_memory()
         if args.device.type == "cuda":

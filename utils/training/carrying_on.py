@@ -10,10 +10,10 @@ from transformers import TrainerCallback
 from ..run.state import IDENTITY, keep_in_checkpoints
 from .context import Run
 from .continuation import CHANGES, Continuation
-from .run_folder import RunFolderTrainer
+from .trainer import RunTrainer
 
 
-def attach_continuation(run: Run, trainer: RunFolderTrainer, continuation: Continuation | None) -> None:
+def attach_continuation(run: Run, trainer: RunTrainer, continuation: Continuation | None) -> None:
     """Lets the trainer's checkpoints and the record hold what the run is, and what was allowed to change."""
     if continuation is None:
         return

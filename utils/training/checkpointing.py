@@ -1,19 +1,21 @@
-"""How a trainer saves: each checkpoint, and the model at the end, whole or not at all."""
+"""How a run saves: each checkpoint, and the model at the end, whole or not at all, and without pickles."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 
 from ..distributed import LONG, agree, gather
 from ..errors import UserError
+from ..models.adapter_config import sort_modules
+from ..models.loading import TRAINED_ADAPTER
 from ..run.checkpoints import (
     begin_checkpoint,
     find_fault,
@@ -24,99 +26,96 @@ from ..run.checkpoints import (
 )
 from ..run.manifests import describe_files
 from ..run.names import TRAINER_STATE, UNFINISHED_MODEL
-from ..run.state import kept_in_checkpoint, load_state, restoring, save_state
-from ..run.writing import FolderLost, check_held, find_disk_fault, move_into_place
+from ..run.state import (
+    kept_in_checkpoint,
+    load_state,
+    read_random_state,
+    restoring,
+    save_state,
+    set_random_state,
+)
+from ..run.writing import FolderLost, check_held, find_disk_fault, let_umask_decide, move_into_place, write_json
+from .launch import KEPT_BY_DEEPSPEED
+from .machine import Machine
+from .shards import load_weights, shard_optimizer_state, whole_state, whole_weights
 
 STOPS = "stops"  # in what a checkpoint keeps: steps that were saved because the run was asked to stop there
-LOG_STATE = "log_state"  # files of what was counted since the last log line, one a process
 
 
-class WholeCheckpoints(Trainer):
-    """Saves in `folder`s that get their name when everything is in them, on the disk and read back.
+class CheckpointWriter:
+    """Saves in folders that get their name when everything is in them, on the disk and read back.
 
-    Beside the trainer's own state a checkpoint holds what the next log line is to count, so that a stop between two
-    lines leaves no trace in the log.
+    `most`: how many checkpoints are kept; None for all. `saved_files`: bytes and SHA-256 of the finished model's files,
+    by name.
     """
 
-    def __init__(self, **parts: Any):
-        super().__init__(**parts)
-        # Pruned here; the trainer's own way looks at names alone, also at those of folders that are no checkpoints.
-        self.most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
-        self._sums: dict[str, torch.Tensor] = {}
+    def __init__(self, machine: Machine, most: int | None):
+        self.machine, self.most = machine, most
         self.broken_before = 0  # trained weights that were not finite when training began
-        self.saved_files: dict[str, tuple[int, str]] = {}  # bytes and SHA-256 of the finished model's files, by name
+        self.saved_files: dict[str, tuple[int, str]] = {}
 
-    def _save_checkpoint(self, model, trial) -> None:
-        step, folder = self.state.global_step, Path(self.args.output_dir)
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Saves a checkpoint of this step, whose files `write` puts into a folder; older ones go."""
+        machine, step = self.machine, self.machine.state.global_step
+        folder, saves = Path(machine.args.output_dir), machine.args.should_save
         partial = unfinished_checkpoint(folder, step)
-        with self.stopwatch.paused("saving"):
-            self.store_flos()
+        with machine.stopwatch.paused("saving"):
             self.check_weights()
-            if self.state.best_global_step:
-                self._note_best(folder)
+            if machine.state.best_global_step:
+                self.note_best(folder)
             with self._together(partial):
-                if self.args.should_save:
+                if saves:
                     begin_checkpoint(folder, step)
             with self._together(partial):
-                self._write_checkpoint(partial)
+                write(partial)
             with self._together(partial):
-                if self.args.should_save:
+                if saves:
                     self._prune(finish_checkpoint(folder, step))
 
-    def _prune(self, newest: Path) -> None:
-        best, stops = self.state.best_model_checkpoint, kept_in_checkpoint(self.state, STOPS) or ()
-        prune_checkpoints(newest, self.most_checkpoints, Path(best) if best else None, stops)
-
-    def count_broken(self) -> int:
-        """How many of the trained weights are not finite, in all processes."""
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        local = [getattr(weight, "_local_tensor", weight).detach() for weight in trained]  # of a sharded one its part
-        # Piece by piece: memory may be used up by now, and the whole of a large weight would be needed once more.
-        pieces = (piece for part in local for piece in part.flatten().split(2**24))
-        count = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
-        return sum(gather(count, LONG))
-
-    def check_weights(self) -> None:
-        """Raises:
-        UserError: more of the trained weights are not finite than when training began; nothing is saved of them.
-        """
-        broken = self.count_broken() - self.broken_before
-        if broken > 0:
-            raise UserError(
-                f"{broken:,} of the trained weights are no longer finite after step {self.state.global_step}; nothing "
-                f"is saved from there on; {self.bad_batches.what_is_safe()}. Try a smaller --learning_rate (it is "
-                f"{self.args.learning_rate:g}), a smaller --max_grad_norm, or --dtype float32"
-            )
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            self._save_log_state(folder)
-        if self.args.should_save:
-            self._save_trainer_state(folder)
-
-    def save_at_root(self, folder: Path) -> None:
-        """Saves the model or adapter with its tokenizer at the root of `folder`, each file in one step, and records
-        their sizes and hashes in `saved_files`."""
-        made = folder / UNFINISHED_MODEL
+    def save_at_root(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """Saves at the root of `folder` what `write` puts into another, each file in one step, and records sizes and
+        hashes in `saved_files`."""
+        made, saves = folder / UNFINISHED_MODEL, self.machine.args.should_save
         self.check_weights()
         with self._together(made):
-            if self.args.should_save:
-                newest = folder / f"checkpoint-{self.state.global_step}"
+            if saves:
+                newest = folder / f"checkpoint-{self.machine.state.global_step}"
                 if newest.is_dir():  # a run that was killed after saving it may not have come to this
                     self._prune(newest)
                 check_held(folder)
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
         with self._together(made):
-            self.save_model(str(made), _internal_call=True)
+            write(made)
         with self._together(made):
-            if self.args.should_save:
+            if saves:
                 self.saved_files = describe_files(made)
                 move_into_place(made, folder)
+
+    def _prune(self, newest: Path) -> None:
+        state = self.machine.state
+        best, stops = state.best_model_checkpoint, kept_in_checkpoint(state, STOPS) or ()
+        prune_checkpoints(newest, self.most, Path(best) if best else None, stops)
+
+    def count_broken(self) -> int:
+        """How many of the trained weights are not finite, in all processes."""
+        trained = [weight for weight in self.machine.policy.parameters() if weight.requires_grad]
+        local = [getattr(weight, "_local_tensor", weight).detach() for weight in trained]  # of a sharded one its part
+        # Piece by piece: memory may be used up by now, and the whole of a large weight would be needed once more.
+        pieces = (piece for part in local for piece in part.flatten().split(2**24))
+        return sum(gather(sum(int((~torch.isfinite(piece)).sum()) for piece in pieces), LONG))
+
+    def check_weights(self) -> None:
+        """Raises:
+        UserError: more of the trained weights are not finite than when training began; nothing is saved of them.
+        """
+        machine, broken = self.machine, self.count_broken() - self.broken_before
+        if broken > 0:
+            raise UserError(
+                f"{broken:,} of the trained weights are no longer finite after step {machine.state.global_step}; "
+                f"nothing is saved from there on; {machine.bad_batches.what_is_safe()}. Try a smaller --learning_rate "
+                f"(it is {machine.args.learning_rate:g}), a smaller --max_grad_norm, or --dtype float32"
+            )
 
     @contextlib.contextmanager
     def _together(self, made: Path) -> Iterator[None]:
@@ -126,49 +125,33 @@ class WholeCheckpoints(Trainer):
         Sharded models exchange their weights while they are saved: there the process that fails ends, and the others
         with it.
         """
-        fault = None
+        fault, args = None, self.machine.args
         try:
             yield
         except Exception as error:
             fault = find_disk_fault(error)
-            if fault is None or self.args.world_size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if fault is None or args.world_size == 1 or self.machine.is_sharded:
                 if not isinstance(fault, FolderLost):  # else what is there by now is not this run's to remove
                     shutil.rmtree(made, ignore_errors=True)
                 raise fault or error from None
         first = agree(fault, LONG)
         if first is not None:
-            if self.args.should_save and not isinstance(first, FolderLost):
+            if args.should_save and not isinstance(first, FolderLost):
                 shutil.rmtree(made, ignore_errors=True)
             raise first
 
-    def _note_best(self, folder: Path) -> None:
-        """Which checkpoint the best model is in, this one or one that was saved before."""
-        best = folder / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step == self.state.global_step or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-
-    def _save_trainer_state(self, folder: Path) -> None:
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                former = self.state.stateful_callbacks.get(name)  # none in the state of a checkpoint that was changed
-                self.state.stateful_callbacks[name] = [*former, state] if isinstance(former, list) else state
-        self.state.save_to_json(str(folder / TRAINER_STATE))
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        with restoring(Path(checkpoint or ""), TRAINER_STATE):  # which may be of another version of transformers
-            state = super()._init_training_state(
-                max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
-            )
-        if checkpoint is not None and self.state.best_global_step:
-            self._note_best(Path(self.args.output_dir))  # where the folder is now
-        return state
+    def note_best(self, folder: Path) -> None:
+        """Which checkpoint in `folder` the best model is in, this one or one that was saved before."""
+        state = self.machine.state
+        best = folder / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step == state.global_step or best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def check_best_model(self) -> None:
         """Raises:
         UserError: the best model so far is not as it was saved.
         """
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(self.machine.state.best_model_checkpoint or "")
         fault = find_fault(best, reads=is_of_model)
         if fault is not None:
             raise UserError(
@@ -176,33 +159,86 @@ class WholeCheckpoints(Trainer):
                 "--resume_from_checkpoint auto goes on from an older checkpoint, and makes it again"
             )
 
-    def _load_best_model(self) -> None:
-        self.check_best_model()
-        super()._load_best_model()
+    def save_trainer_state(self, folder: Path, parts: Iterable[Any]) -> None:
+        """Adds the trainer's own state to a checkpoint, with that of its `parts` (callbacks and control)."""
+        state = self.machine.state
+        for part in parts:
+            if isinstance(part, ExportableState):
+                name, own = type(part).__name__, part.state()
+                former = state.stateful_callbacks.get(name)  # none in the state of a checkpoint that was changed
+                state.stateful_callbacks[name] = [*former, own] if isinstance(former, list) else own
+        state.save_to_json(str(folder / TRAINER_STATE))
 
-    def _save_log_state(self, folder: Path) -> None:
-        counted = self.state.global_step - self._globalstep_last_logged
-        if counted:
-            state = {"steps": counted, "loss": self._tr_loss, "sums": self._sums}
-            save_state(folder, f"{LOG_STATE}_{self.args.process_index}", state)
+    def save_weights(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
+        """Saves the model or the trained adapter with its tokenizer, as plain transformers and PEFT load them.
 
-    def load_log_state(self, checkpoint: str) -> None:
-        """Goes on counting for the next log line where the checkpoint's run stopped, in any number of processes.
-
-        In as many as before each has its own part back, so that sums are rounded as they would have been.
+        Args:
+            weights: those of a model whose own are divided among processes.
         """
-        names = sorted(path.stem for path in Path(checkpoint).glob(f"{LOG_STATE}_*.json"))
-        if not names:
+        if not self.machine.args.should_save:
             return
-        states = [load_state(Path(checkpoint), name) for name in names]
-        self._globalstep_last_logged -= states[0]["steps"]
-        if len(states) == self.args.world_size:
-            own = load_state(Path(checkpoint), f"{LOG_STATE}_{self.args.process_index}")
-            self._tr_loss += own["loss"].to(self.args.device)
-            self._sums = {name: value.to(self.args.device) for name, value in own["sums"].items()}
-            return
-        # A line's loss is the mean over processes, everything else in it comes from sums over them.
-        self._tr_loss += sum(state["loss"].to(self.args.device) for state in states) / len(states)
-        if self.args.process_index == 0:
-            sums = [state["sums"] for state in states]
-            self._sums = {name: sum(part[name].to(self.args.device) for part in sums) for name in sums[0]}
+        model = self.machine.accelerator.unwrap_model(self.machine.policy, keep_torch_compile=False)
+        options: dict[str, Any] = {"state_dict": weights} if weights is not None else {}
+        if isinstance(model, PeftModel):
+            options |= {"selected_adapters": [TRAINED_ADAPTER], "save_embedding_layers": False}
+        had_readme = (folder / "README.md").is_file()
+        model.save_pretrained(folder, **options)
+        if isinstance(model, PeftModel):
+            sort_modules(folder)
+        if not had_readme:
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; the record is run.json
+        self.machine.tokenizer.save_pretrained(folder)
+        let_umask_decide(*folder.glob("*.safetensors"))
+
+    def save_joined_weights(self, folder: Path) -> None:
+        """The same of a model whose weights FSDP divides; all processes must call it."""
+        self.save_weights(folder, whole_weights(self.machine.unwrapped()))
+
+    def load_divided_weights(self, checkpoint: Path, model: torch.nn.Module) -> None:
+        """Puts the weights of a checkpoint into a model whose weights FSDP divides."""
+        load_weights(self.machine.unwrapped(model), checkpoint)
+
+    def save_progress(self, folder: Path, optimizer_too: Callable[[str], None]) -> None:
+        """Adds optimizer, schedule, scale of float16 and random numbers to a checkpoint.
+
+        Args:
+            optimizer_too: what saves optimizer and schedule where DeepSpeed holds them.
+        """
+        args, scaler = self.machine.args, getattr(self.machine.accelerator, "scaler", None)
+        if self.machine.uses_deepspeed:
+            optimizer_too(str(folder))
+            if args.should_save:
+                write_json(folder / KEPT_BY_DEEPSPEED, {"deepspeed": True, "processes": args.world_size})
+        else:
+            optimizer = whole_state(self.machine.optimizer.state_dict())
+            if args.should_save:
+                state = {"optimizer": optimizer, "scheduler": self.machine.scheduler.state_dict()}
+                save_state(folder, "optimizer", state)
+        if scaler is not None and args.should_save:
+            save_state(folder, "scaler", scaler.state_dict())
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(folder, self._random_state_name(), read_random_state())
+
+    def load_optimizer(self, checkpoint: Path) -> None:
+        """Sets optimizer and schedule as a checkpoint has them."""
+        state = load_state(checkpoint, "optimizer")
+        with restoring(checkpoint, "optimizer"):
+            self.machine.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.machine.optimizer))
+            self.machine.scheduler.load_state_dict(state["scheduler"])
+
+    def load_scaler(self, checkpoint: str | None) -> None:
+        """Sets the scale of float16 as a checkpoint has it, where there is one."""
+        scaler = getattr(self.machine.accelerator, "scaler", None)
+        if checkpoint is not None and scaler is not None and (Path(checkpoint) / "scaler.json").is_file():
+            with restoring(Path(checkpoint), "scaler"):
+                scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+
+    def load_random_state(self, checkpoint: str | None) -> None:
+        """Sets this process's random numbers as a checkpoint has them, where it has."""
+        name = self._random_state_name()
+        if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
+            with restoring(Path(checkpoint), name):
+                set_random_state(load_state(Path(checkpoint), name))
+
+    def _random_state_name(self) -> str:
+        return f"random_state_{self.machine.args.process_index}"

@@ -13,8 +13,7 @@ from ..run.processes import launched_with
 from ..run.records import Unreadable, read_trainer_state
 from ..runtime import device_name, say
 from .context import Run
-from .run_folder import RunFolderTrainer
-from .trainer import PreferenceTrainer
+from .trainer import PreferenceTrainer, RunTrainer
 
 
 def describe_data(run: Run) -> None:
@@ -60,7 +59,7 @@ def describe_data(run: Run) -> None:
         say(f"warning: {warning}")
 
 
-def describe_start(run: Run, trainer: RunFolderTrainer, reference: Reference | None) -> None:
+def describe_start(run: Run, trainer: RunTrainer, reference: Reference | None) -> None:
     """Says what will be trained, against what, how, and where; warnings among it go into the record."""
     source, precision = run.source, run.precision
     counts, stored = count_parameters(trainer.model), source.stored()
@@ -91,7 +90,7 @@ def _what_is_in_4bit(reference: Reference | None) -> str:
     return "the reference was scored ahead, so that nothing is held in 4 bits, nor rounded"
 
 
-def _describe_processes(trainer: RunFolderTrainer) -> str:
+def _describe_processes(trainer: RunTrainer) -> str:
     count = trainer.args.world_size
     if count == 1:
         return ""
@@ -99,7 +98,7 @@ def _describe_processes(trainer: RunFolderTrainer) -> str:
     return f" in each of {count} processes ({f'sharded by {sharded}' if sharded else 'DDP: all weights in each'})"
 
 
-def _warnings(run: Run, trainer: RunFolderTrainer, reference: Reference | None) -> Iterator[str]:
+def _warnings(run: Run, trainer: RunTrainer, reference: Reference | None) -> Iterator[str]:
     source, settings = run.source, run.settings
     if settings.model.trust_remote_code:
         yield f"--trust_remote_code runs Python code that comes with {source.base}"
@@ -148,9 +147,13 @@ def preference_step(checkpoint: Path) -> int | None:
 
 def describe_layout(trainer: PreferenceTrainer) -> str:
     """How batches are laid out, as a phrase."""
-    compiled = f"layers compiled{' in pieces' if trainer.compiled_in_pieces else ''}" if trainer.compiled_layers else ""
-    if trainer.shared_prefix is True:
-        slower = f"; attention pair by pair: with FlexAttention {trainer.pair_by_pair}" if trainer.pair_by_pair else ""
+    compiled = f"layers compiled{' in pieces' if trainer.compiler.in_pieces else ''}" if trainer.compiler.layers else ""
+    if trainer.layout.shared_prefix is True:
+        slower = (
+            f"; attention pair by pair: with FlexAttention {trainer.layout.pair_by_pair}"
+            if trainer.layout.pair_by_pair
+            else ""
+        )
         more = f"; {compiled}" if compiled else ""
         return f"each prompt computed once, no padding (checked on real pairs against plain rows{slower}{more})"
-    return f"padded batches: {trainer.shared_prefix}{f' ({compiled})' if compiled else ''}"
+    return f"padded batches: {trainer.layout.shared_prefix}{f' ({compiled})' if compiled else ''}"

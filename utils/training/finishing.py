@@ -59,7 +59,9 @@ def _finish(live: LiveRun) -> None:
         write_json_lines(run.folder / EXAMPLES, choose_examples(pairs, run.rows.held_out, run.rows.tokenizer))
     kept = find_kept(trainer.state, trainer.args)
     best = {"best_model": kept} if kept is not None else {}
-    live.end("finished", metrics=metrics, engine=describe_engine(live.trainer), files=trainer.saved_files, **best)
+    live.end(
+        "finished", metrics=metrics, engine=describe_engine(live.trainer), files=trainer.writer.saved_files, **best
+    )
 
 
 def _push(run: Run) -> None:
@@ -109,7 +111,7 @@ def _say_result(live: LiveRun) -> None:
         f"done in {readable_seconds(resources['seconds'])}{cost} ({resources['pairs_per_second']:.1f} {kind}/s in "
         f"training, peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
-    what = "adapter" if ADAPTER_CONFIG in live.trainer.saved_files else "model"
+    what = "adapter" if ADAPTER_CONFIG in live.trainer.writer.saved_files else "model"
     say(f"{what}, tokenizer and record (run.json): {run.folder}")
     if (run.folder / REPORT).is_file():
         say(f"report: {run.folder / REPORT}")

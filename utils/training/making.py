@@ -26,9 +26,7 @@ from .config import build_config, make_objective
 from .context import Run
 from .reference import scores_ahead
 from .refusals import refusals_explained
-from .run_folder import RunFolderTrainer
-from .sft import ImitationTrainer
-from .trainer import PreferenceTrainer
+from .trainer import ImitationTrainer, PreferenceTrainer, RunTrainer
 from .within_memory import MICRO_BATCHES
 
 
@@ -64,10 +62,10 @@ def make_preference_trainer(
         objective = make_objective(settings.loss)
         trainer = PreferenceTrainer(objective=objective, reference=reference, end_ids=run.rows.end_ids, **parts)
     _give_to(trainer, run)
-    trainer.choose_layout(settings.training.engine)
+    trainer.layout.choose(settings.training.engine, trainer.train_dataset, trainer.aux_loss_enabled)
     ahead = scores_ahead(settings, run.adapts, len(run.rows.train), trainer.args.world_size)
     if settings.training.max_tokens_per_batch is not None:
-        trainer.limit_tokens(settings.training.max_tokens_per_batch)
+        trainer.layout.limit_tokens(settings.training.max_tokens_per_batch, trainer.train_dataset, trainer.eval_dataset)
     elif settings.training.auto_batch_size:
         limit_tokens_by_trying(trainer, ahead, run.former.get(MICRO_BATCHES) if run.checkpoint is not None else None)
     if ahead:
@@ -78,7 +76,7 @@ def make_preference_trainer(
             "attention": settings.model.attn_implementation,
             "quantization": settings.model.bnb_4bit_quant_type if settings.model.use_4bit else None,
         }
-        if trainer.precompute_reference(how, keep=not settings.run.dry_run):
+        if trainer.score_reference_ahead(how, keep=not settings.run.dry_run):
             say("      found on the disk, from a run with the same reference and pairs")
     return trainer
 
@@ -89,7 +87,7 @@ def make_imitation_trainer(run: Run, policy: PreTrainedModel | PeftModel, folder
     with refusals_explained(run.settings):
         trainer = ImitationTrainer(**parts)
     _give_to(trainer, run)
-    trainer.try_head()
+    trainer.task.choose_head(trainer.train_dataset, trainer.compiler)
     return trainer
 
 
@@ -109,10 +107,11 @@ def _trainer_parts(run: Run, policy: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _give_to(trainer: RunFolderTrainer, run: Run) -> None:
+def _give_to(trainer: RunTrainer, run: Run) -> None:
     """Lets a trainer record, time and place what it does as the run's own."""
-    trainer.record, trainer.stopwatch, trainer.place = run.record, run.stopwatch, run.data.place
-    trainer.bad_batches = BadBatches(run.settings.training.skip_bad_batches, run.data, run.record, run.folder)
+    machine = trainer.machine
+    machine.record, machine.stopwatch, machine.place = run.record, run.stopwatch, run.data.place
+    machine.bad_batches = BadBatches(run.settings.training.skip_bad_batches, run.data, run.record, run.folder)
 
 
 def _longest(rows: Dataset | None, settings: Settings) -> Dataset | None:

@@ -20,8 +20,7 @@ from ..runtime import Precision, device_name, read_versions
 from ..settings.training import Settings
 from .context import Run
 from .rows import Rows
-from .run_folder import RunFolderTrainer
-from .trainer import PreferenceTrainer
+from .trainer import PreferenceTrainer, RunTrainer
 
 
 def begin_record(
@@ -80,7 +79,7 @@ def _describe_data(verb: str, data: PreferenceData, rows: Rows) -> dict[str, Any
     }
 
 
-def record_models(run: Run, trainer: RunFolderTrainer, reference: Reference | None) -> None:
+def record_models(run: Run, trainer: RunTrainer, reference: Reference | None) -> None:
     """Adds what is known once the models are loaded; of a resumed run also what its former parts recorded."""
     content, model = run.record.content, trainer.model
     architecture = (model.config.architectures or [type(model).__name__])[0]
@@ -99,7 +98,7 @@ def record_models(run: Run, trainer: RunFolderTrainer, reference: Reference | No
     content["alarms"] = former.get("alarms") or []
 
 
-def used_values(run: Run, trainer: RunFolderTrainer) -> dict[str, Any]:
+def used_values(run: Run, trainer: RunTrainer) -> dict[str, Any]:
     """Flag name -> the value that the run uses, of those flags whose own value leaves it to the script (None, auto)."""
     decided = {
         "dtype": run.precision.name,
@@ -110,7 +109,7 @@ def used_values(run: Run, trainer: RunFolderTrainer) -> dict[str, Any]:
     }
     if isinstance(trainer, PreferenceTrainer):
         decided["precompute_ref_log_probs"] = trainer.scored_ahead
-        decided["engine"] = "shared_prefix" if trainer.shared_prefix is True else "padded"
+        decided["engine"] = "shared_prefix" if trainer.layout.shared_prefix is True else "padded"
     used = {}
     for name, value in run.settings.flat().items():
         if value is None or value == "auto":
@@ -120,17 +119,17 @@ def used_values(run: Run, trainer: RunFolderTrainer) -> dict[str, Any]:
     return used
 
 
-def describe_engine(trainer: RunFolderTrainer) -> dict[str, Any]:
+def describe_engine(trainer: RunTrainer) -> dict[str, Any]:
     """How batches are laid out, and the tokens that went through the policy in training."""
     world = trainer.args.world_size
-    layout = trainer.shared_prefix if isinstance(trainer, PreferenceTrainer) else "sft computes padded batches"
+    layout = trainer.layout.shared_prefix if isinstance(trainer, PreferenceTrainer) else "sft computes padded batches"
     return {
         "shared_prefix": layout,
         "head_in_chunks": hasattr(output_head(trainer.model), MARK),
-        "last_layer_in_part": isinstance(trainer, PreferenceTrainer) and trainer.last_layer_in_part,
-        "compiled_layers": trainer.compiled_layers,
-        "compiled_in_pieces": trainer.compiled_in_pieces,
-        "pair_by_pair": trainer.pair_by_pair if isinstance(trainer, PreferenceTrainer) else None,
-        "tokens_computed": trainer.tokens_computed * world,
-        "tokens_padded_equivalent": trainer.tokens_padded * world,
+        "last_layer_in_part": isinstance(trainer, PreferenceTrainer) and trainer.layout.last_layer_in_part,
+        "compiled_layers": trainer.compiler.layers,
+        "compiled_in_pieces": trainer.compiler.in_pieces,
+        "pair_by_pair": trainer.layout.pair_by_pair if isinstance(trainer, PreferenceTrainer) else None,
+        "tokens_computed": trainer.tally.tokens_computed * world,
+        "tokens_padded_equivalent": trainer.tally.tokens_padded * world,
     }

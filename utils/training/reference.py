@@ -1,8 +1,9 @@
-"""The reference's log-probs of all pairs, scored once before training or read from the disk."""
+"""What the reference says of pairs: computed with each batch, or of all of them once, before training."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from heapq import nlargest
 from typing import Any
@@ -10,19 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from ..data.row_cache import flatten_rows
 from ..distributed import gather, told_by_main
+from ..engine.completions import CompletionScorer
 from ..engine.head import MARK, KeptLogits
 from ..engine.memory import release_memory
-from ..engine.scoring import output_head
+from ..engine.scoring import Comparison, output_head
 from ..runtime import is_main_process
 from ..settings.training import Settings
-from .batches import PAIR_IDS, REFERENCE_COLUMNS
-from .pair_scoring import PairScoring
+from .batches import PAIR_IDS, REFERENCE_COLUMNS, PairCollator
+from .in_batches import PairsInBatches
+from .machine import Machine
 from .reference_cache import hash_model, hash_rows, load_columns, save_columns
 
 KEPT_BYTES = 2**27  # of each process, for the reference's hidden states
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 
 
 def scores_ahead(settings: Settings, adapts: bool, pairs: int, processes: int) -> bool:
@@ -50,88 +55,155 @@ def scores_ahead(settings: Settings, adapts: bool, pairs: int, processes: int) -
     return passes >= (1 if own_model else 2) and not settings.run.dry_run
 
 
-class ReferenceAhead(PairScoring):
-    """The part of the preference trainer that scores pairs with the reference before training."""
+class ReferenceScores:
+    """The reference's log-probs of pairs, and for evaluations its logits.
 
-    @property
-    def scored_ahead(self) -> bool:
-        """Whether the pairs carry the reference's log-probs."""
-        return REFERENCE_COLUMNS[0] in self.train_dataset.column_names
+    The reference is the policy itself as it starts (`is_start`), a model of its own, a frozen copy of the adapter that
+    training continues, or the base with the adapter switched off.
+    """
 
-    def precompute_reference(self, how: Mapping[str, Any], keep: bool = True) -> bool:
-        """Scores every pair with the reference once, and lets go of a reference that is a model of its own.
+    def __init__(self, machine: Machine, collator: PairCollator, scorer: CompletionScorer, is_start: bool):
+        self.machine, self.collator, self.scorer, self.is_start = machine, collator, scorer, is_start
+        self.in_batches = PairsInBatches(machine, collator, self._divide_kept)
+        # Of batches of held-out pairs, where they are scored ahead; and those pairs.
+        self._kept: dict[tuple[int, ...], KeptLogits] = {}
+        self._held_out: Dataset | None = None
+        self._columns: Tensor | None = None  # in an evaluation, the reference's head on the device
+
+    def score(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The reference's summed log-probs of a batch's completions, shape (2 x pairs,), without gradient."""
+        if REFERENCE_COLUMNS[0] in inputs:
+            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
+        return self.compute(inputs)[0]
+
+    def score_held_out(self, inputs: Mapping[str, Tensor], indices: list[int]) -> tuple[Tensor, KeptLogits | None]:
+        """The same of held-out pairs, and its logits where they are known."""
+        if REFERENCE_COLUMNS[0] not in inputs:
+            return self.compute(inputs, keep=True)
+        kept = self._kept.get(tuple(indices))
+        if kept is not None:  # the head's weight, of all batches the same, is moved once
+            kept = kept.at(self.machine.args.device, self._columns)
+            self._columns = kept.columns
+        return self.score(inputs), kept
+
+    def finish_evaluation(self) -> None:
+        """Lets go of what an evaluation put on the device."""
+        self._columns = None
+
+    def compute(self, inputs: Mapping[str, Tensor], keep: bool = False) -> tuple[Tensor, KeptLogits | None]:
+        """The log-probs, computed now; and on request the logits, unless they are over another vocabulary."""
+        passing = self.machine.is_sharded or self.is_start
+        comparison = Comparison(keep=True, copied=passing) if keep and self.same_vocabulary() else None
+        with (
+            torch.no_grad(),
+            self.machine.switches.nothing_recomputed(),
+            self._active() as model,
+        ):
+            return self.scorer.sums(model, inputs, comparison)
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[torch.nn.Module]:
+        """The model that computes as the reference within the context."""
+        own, policy = self.machine.reference, self.machine.policy
+        if own is not None or self.is_start:
+            yield own or policy
+            return
+        switches = self.machine.switches
+        with switches.adapter(REFERENCE_ADAPTER if REFERENCE_ADAPTER in switches.model.peft_config else None):
+            yield policy
+
+    def same_vocabulary(self) -> bool:
+        """Whether the next-token distributions of policy and reference are over the same tokens."""
+        models = map(self.machine.unwrapped, self.machine.models())
+        return len({model.config.get_text_config().vocab_size for model in models}) == 1
+
+    def score_ahead(
+        self, train: Dataset, held_out: Dataset | None, how: Mapping[str, Any], keep: bool = True
+    ) -> tuple[Dataset, Dataset | None, bool]:
+        """Scores every pair once, and lets go of a reference that is a model of its own.
 
         What was scored before, by the same reference on the same token ids, is read from the disk.
 
         Args:
-            how: what decides how the reference computes, beside its weights, its config and the layout of batches.
+            how: what decides how the reference computes, beside its weights, its config and its layout of batches.
             keep: whether the disk is read and written at all.
 
         Returns:
-            Whether everything was found on the disk.
+            The pairs with the reference's log-probs, and whether everything was found on the disk.
         """
-        key = None
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # there no process has all weights
-        if keep and is_main_process() and not sharded:
-            # A policy with an adapter also serves as reference with what of it is frozen.
-            weights = [
-                (name.removeprefix("base_model.model.").replace(".base_layer.", "."), value)
-                for name, value in (self.ref_model or self.model).state_dict(keep_vars=True).items()
-                if self.starts_as_reference or not getattr(value, "requires_grad", False)
-            ]
-            layout = {"shared_prefix": self.shared_prefix, "flex": self.data_collator.flex}
-            layout["head"] = hasattr(output_head(self.ref_model or self.model), MARK)
-            layout["last_layer"] = self.last_layer_in_part
-            if self.compiles:
-                layout["compiled"] = True
-            how = {**how, **layout, "ld_alpha": self.ld_alpha}
-            key = hash_model(weights, (self.ref_model or self.model).config, how)
-        self.train_dataset, found = self._with_reference(self.train_dataset, key)
-        if self.eval_dataset is not None:
-            self._keep_reference()
-            self.eval_dataset, also_found = self._with_reference(self.eval_dataset, key)
+        # Where weights are divided among processes none has all of them.
+        key = self._key(how) if keep and is_main_process() and not self.machine.is_sharded else None
+        train, found = self._with_scores(train, key)
+        if held_out is not None:
+            self._keep_logits(held_out)
+            held_out, also_found = self._with_scores(held_out, key)
             found = found and also_found
-        self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.ref_model]
-        self.ref_model, self.starts_as_reference = None, False
+        self._held_out, self.is_start = held_out, False
+        self.machine.let_go_of_reference()
         release_memory()
-        return found
+        return train, held_out, found
 
-    def _keep_reference(self) -> None:
+    def _key(self, how: Mapping[str, Any]) -> str:
+        model = self.machine.reference or self.machine.policy
+        # A policy with an adapter also serves as reference with what of it is frozen.
+        weights = [
+            (name.removeprefix("base_model.model.").replace(".base_layer.", "."), value)
+            for name, value in model.state_dict(keep_vars=True).items()
+            if self.is_start or not getattr(value, "requires_grad", False)
+        ]
+        head = {"head": hasattr(output_head(model), MARK), "ld_alpha": self.scorer.ld_alpha}
+        return hash_model(weights, model.config, {**how, **head})
+
+    def _keep_logits(self, held_out: Dataset) -> None:
         """Keeps what the policy's divergence from the reference will be measured with: the reference's logits of all
         batches of held-out pairs, or of as many, evenly drawn, as KEPT_BYTES hold. They wait on the host."""
         if not self.same_vocabulary():
             return
-        model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        tokens = [
-            sum(map(len, self.eval_dataset["chosen_ids"][:])),
-            sum(map(len, self.eval_dataset["rejected_ids"][:])),
-        ]
+        model, args = self.machine.unwrapped(self.machine.reference), self.machine.args
+        tokens = [sum(map(len, held_out["chosen_ids"][:])), sum(map(len, held_out["rejected_ids"][:]))]
         config = model.config.get_text_config()
         width = config.hidden_size if hasattr(output_head(model), MARK) else config.vocab_size
-        every = -(-4 * width * sum(tokens) // (KEPT_BYTES * self.args.world_size))
+        every = -(-4 * width * sum(tokens) // (KEPT_BYTES * args.world_size))
         kept: dict[tuple[int, ...], KeptLogits] = {}
 
-        def keep(indices: list[int]) -> dict[int, dict[str, float]]:
-            _, logits = self.compute_reference(self._batch(self.eval_dataset, indices), keep=True)
+        def keep(indices: list[int]) -> dict[int, Any]:
+            _, logits = self.compute(self.in_batches.batch(held_out, indices), keep=True)
             columns = next(iter(kept.values())).columns if kept else None  # held once
             kept[tuple(indices)] = logits.at("cpu", columns)
             return {}
 
-        with self._computing(), self._attending():
-            for indices in self.held_out_batches()[:: max(1, every)]:
-                self._score_within_memory(indices, keep)
-        self.kept_reference = kept
+        self._held_out, batches = held_out, self.in_batches
+        with self._computing(), batches.attending():
+            own = batches.own_batches(held_out, self.collator.max_tokens, args.per_device_eval_batch_size)
+            for indices in own[:: max(1, every)]:
+                batches.within_memory(indices, keep)
+        self._kept = kept
+
+    def _divide_kept(self, indices: list[int], parts: list[list[int]]) -> None:
+        """Divides what is kept of a batch that is scored in parts from here on."""
+        kept = self._kept.get(tuple(indices))
+        if kept is None or self._held_out is None:
+            return
+        pairs = self._held_out.select(indices)
+        lengths = [len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]]
+        places = torch.arange(sum(lengths)).split(lengths)  # of each completion's tokens among all of the batch
+        begun = 0
+        for part in parts:
+            chosen, rejected = (places[at + begun : at + begun + len(part)] for at in (0, len(indices)))
+            self._kept[tuple(part)] = dataclasses.replace(kept, states=kept.states[torch.cat([*chosen, *rejected])])
+            begun += len(part)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """Within the context models compute as in an evaluation."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        policy = self.machine.policy
+        was_training = policy.training
+        policy.eval()
+        with torch.no_grad(), self.machine.accelerator.autocast():
             yield
-        self.model.train(was_training)
+        policy.train(was_training)
 
-    def _with_reference(self, dataset: Dataset, model_key: str | None) -> tuple[Dataset, bool]:
+    def _with_scores(self, dataset: Dataset, model_key: str | None) -> tuple[Dataset, bool]:
         """The data set with the reference's log-probs, and whether they were on the disk."""
         key = f"{model_key}-{hash_rows(dataset, PAIR_IDS)}" if model_key is not None else None
         columns = None
@@ -140,7 +212,7 @@ class ReferenceAhead(PairScoring):
         columns = told_by_main(columns)
         found = columns is not None
         if columns is None:
-            columns = self._score_with_reference(dataset)
+            columns = self._score_all(dataset)
             if key is not None and is_main_process():
                 save_columns(key, columns)
         dataset = flatten_rows(dataset)
@@ -148,24 +220,25 @@ class ReferenceAhead(PairScoring):
             dataset = dataset.add_column(name, columns[name])
         return dataset, found
 
-    def _score_with_reference(self, dataset: Dataset) -> dict[str, np.ndarray]:
-        """The reference's log-probs of every pair, in batches of their own: nothing is kept for a backward pass."""
-        limit, most = self.max_tokens, self.args.precompute_ref_batch_size
+    def _score_all(self, dataset: Dataset) -> dict[str, np.ndarray]:
+        """The log-probs of every pair, in batches of their own: nothing is kept for a backward pass."""
+        args = self.machine.args
+        limit, most = self.collator.max_tokens, args.precompute_ref_batch_size
         if limit is None and most is None:
-            sizes = self.data_collator.token_counts(dataset)
-            longest = nlargest(self.args.per_device_train_batch_size, sizes)
-            share = -(-sum(sizes) // self.args.world_size)
+            sizes = self.collator.token_counts(dataset)
+            longest = nlargest(args.per_device_train_batch_size, sizes)
+            share = -(-sum(sizes) // args.world_size)
             limit = max(longest[0], min(4 * sum(longest), share))  # something for each process
         scores = np.zeros((len(REFERENCE_COLUMNS), len(dataset)))
         own = np.zeros(len(dataset), dtype=bool)  # what this process scored
 
-        def score(indices: list[int]) -> dict[int, dict[str, float]]:
-            scored = self.score_reference(self._batch(dataset, indices)).double().view(2, -1)
+        def score(indices: list[int]) -> dict[int, Any]:
+            scored = self.score(self.in_batches.batch(dataset, indices)).double().view(2, -1)
             scores[:, indices], own[indices] = scored.cpu().numpy(), True
             return {}  # kept in 16 bytes a pair, not in a dictionary each
 
         with self._computing():
-            self._score_in_batches(dataset, limit, most or len(dataset), score)
+            self.in_batches.score(dataset, limit, most or len(dataset), score)
         for indices, values in gather((np.flatnonzero(own), scores[:, own])):
             scores[:, indices] = values
         return dict(zip(REFERENCE_COLUMNS, scores, strict=True))

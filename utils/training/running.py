@@ -23,10 +23,10 @@ from .failures import explain_failure
 from .launch import check_resumable, explain_lost_process, speaks
 from .recording import record_models
 from .refusals import refusals_explained
-from .run_folder import RunFolderTrainer
 from .samples import SampleWriter
 from .start import StartCheck
 from .trackers import attach_trackers, close_trackers
+from .trainer import RunTrainer
 from .usage import Usage
 
 
@@ -35,7 +35,7 @@ class LiveRun:
     """A run with the trainer that it has and with what watches it."""
 
     run: Run
-    trainer: RunFolderTrainer
+    trainer: RunTrainer
     watcher: RunWatcher
 
     def train(self) -> None:
@@ -71,7 +71,7 @@ class LiveRun:
                 f"no step was taken, of {state.max_steps} that were planned: the {len(self.run.rows.train)} rows to "
                 "train on gave no batch; nothing is saved"
             )
-        self.trainer.warn(
+        self.trainer.machine.warn(
             f"training ended after step {state.global_step} of {state.max_steps}: its rows gave no more batches"
         )
 
@@ -150,7 +150,7 @@ class LiveRun:
         return f"interrupted at step {step}, {what}; to go on:\n  {self._command()}"
 
 
-def start_run(run: Run, trainer: RunFolderTrainer, reference: Reference | None) -> LiveRun:
+def start_run(run: Run, trainer: RunTrainer, reference: Reference | None) -> LiveRun:
     """Attaches to the trainer what watches and records the run; nothing is written before its first step can be
     taken."""
     settings = run.settings
@@ -161,7 +161,7 @@ def start_run(run: Run, trainer: RunFolderTrainer, reference: Reference | None) 
     elif settings.run.resume_from_checkpoint is not None:
         say("no checkpoint to resume from yet: starting from the beginning")
     record_models(run, trainer, reference)
-    watcher = RunWatcher(run, trainer.bad_batches, Usage(run, trainer))
+    watcher = RunWatcher(run, trainer.machine.bad_batches, Usage(run, trainer))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
     if reference is not None:

@@ -24,8 +24,8 @@ from ..runtime import say
 from ..settings.verbs import SamplingSettings
 from .context import Run
 from .rows import Rows
-from .run_folder import RunFolderTrainer
 from .trackers import log_samples
+from .trainer import RunTrainer
 
 TRIED = 256  # held-out rows looked at for each prompt that is wanted
 SHOWN_PROMPT, SHOWN_RESPONSE = 150, 400  # characters on the console
@@ -41,7 +41,7 @@ class SamplePrompts:
     rows: Rows  # what they were tokenized with
 
 
-def choose_prompts(run: Run, trainer: RunFolderTrainer) -> SamplePrompts:
+def choose_prompts(run: Run, trainer: RunTrainer) -> SamplePrompts:
     """The first different held-out prompts that leave room for an answer.
 
     Raises:
@@ -74,7 +74,7 @@ class SampleWriter(TrainerCallback):
     not touched. With several processes the main one writes alone.
     """
 
-    def __init__(self, run: Run, trainer: RunFolderTrainer) -> None:
+    def __init__(self, run: Run, trainer: RunTrainer) -> None:
         self.trainer, self.chosen, self.folder = trainer, choose_prompts(run, trainer), run.folder
         self.seed = run.settings.training.seed
         self.sampling = SamplingSettings(max_new_tokens=run.settings.run.sample_max_new_tokens)
@@ -97,7 +97,7 @@ class SampleWriter(TrainerCallback):
         model.eval()
         try:
             with (
-                trainer.stopwatch.paused("sampling"),
+                trainer.machine.stopwatch.paused("sampling"),
                 torch.no_grad(),
                 trainer.accelerator.autocast(),
                 disable_gradient_checkpointing(model, trainer.args.gradient_checkpointing_kwargs),

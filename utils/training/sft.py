@@ -1,4 +1,4 @@
-"""The SFT trainer: TRL's SFTTrainer on tokenized rows, with the same run folder and an exact evaluation."""
+"""Supervised fine-tuning as a task: the loss of a micro-batch of rows, and every held-out row scored once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 from trl.trainer.utils import pad
 
 from ..data.lengths import read_numbers
@@ -21,7 +19,10 @@ from ..engine.proving import most_of_trial
 from ..engine.scoring import score_tokens
 from ..interruptions import stop_if_asked
 from .batches import ROWS, TOKENS, UNCOUNTED, uncounted
-from .run_folder import RunFolderTrainer
+from .compiling import LayerCompiler
+from .in_batches import merge_rows, share_of_batches
+from .machine import Machine
+from .tally import StepTally
 
 
 class CompletionCollator:
@@ -47,98 +48,90 @@ class CompletionCollator:
         }
 
 
-class ImitationTrainer(RunFolderTrainer, SFTTrainer):
-    """Supervised fine-tuning on `prompt_ids` and `completion_ids`: cross-entropy of the completion's tokens.
+class CompletionTask:
+    """Cross-entropy of the completions' tokens, which alone are put to the output head, once. Every token weighs the
+    same in its optimizer step, whatever micro-batch or process it fell in.
 
-    Differs from its parent in what it computes: only completion tokens are put to the output head, once.
+    With `dft` each token is weighted by its own probability (arXiv 2508.05629, eq. 9).
     """
 
     counted = "tokens"
+    columns: Sequence[str] = ("prompt_ids", "completion_ids", LENGTH, "row")  # that batches are made of
 
-    def __init__(self, *, processing_class: PreTrainedTokenizerBase, **parts: Any):
-        super().__init__(
-            data_collator=CompletionCollator(processing_class.pad_token_id), processing_class=processing_class, **parts
-        )
+    def __init__(self, machine: Machine, tally: StepTally, collator: CompletionCollator, dft: bool):
+        self.machine, self.tally, self.collator, self.dft = machine, tally, collator, dft
 
     @freed_memory_returned()
-    def try_head(self) -> None:
-        """Chooses how the output head is applied, by a row of middle length."""
-        order = np.argsort(read_numbers(self.train_dataset, LENGTH), kind="stable")
-        row, most = self.train_dataset[int(order[len(order) // 2])], most_of_trial(self.model, rows=1, head=True)
-        batch = self.data_collator([row | {name: row[name][:most] for name in ("prompt_ids", *SFT_COLUMNS)}])
+    def choose_head(self, rows: Dataset, compiler: LayerCompiler) -> None:
+        """Chooses how the output head is applied, by a row of middle length, and has layers compiled."""
+        order = np.argsort(read_numbers(rows, LENGTH), kind="stable")
+        row, most = rows[int(order[len(order) // 2])], most_of_trial(self.machine.policy, rows=1, head=True)
+        batch = self.collator([row | {name: row[name][:most] for name in ("prompt_ids", *SFT_COLUMNS)}])
         batch = {**batch, "completion_mask": completion_mask(batch)}
-        self.choose_head(batch)
-        self.compile_layers(batch)
+        self.machine.choose_head(batch)
+        compiler.compile(batch)
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The completion tokens of a batch that something stands before. Stays on the device."""
         counted = completion_mask(batch)[:, 1:].sum()
         return torch.zeros_like(counted) if UNCOUNTED in batch else counted
 
-    def tokens_of_rows(self) -> Sequence[int]:
-        """What each row that is trained on puts through the model."""
-        return array("q", read_numbers(self.train_dataset, LENGTH).astype("int64").tobytes())
+    def tokens_of_rows(self, dataset: Dataset) -> Sequence[int]:
+        """What each row puts through the model."""
+        return array("q", read_numbers(dataset, LENGTH).astype("int64").tobytes())
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def loss(self, model: torch.nn.Module, inputs: dict[str, Any], share: Tensor, auxiliary: float | None) -> Tensor:
         """The micro-batch's share of the optimizer step's mean over completion tokens.
 
-        With --loss_type dft each token is weighted by its own probability (arXiv 2508.05629, eq. 9).
+        Args:
+            share: what one token weighs.
+            auxiliary: what the load-balancing loss of a mixture of experts weighs; None without.
         """
         fills_up = inputs.pop(UNCOUNTED, False)
-        self.tokens_computed += inputs["input_ids"].numel()
-        self.tokens_padded = self.tokens_computed
-        if self.args.gradient_checkpointing:
-            self.switches.keep_last_layer()
+        self.tally.note_tokens(inputs["input_ids"].numel(), inputs["input_ids"].numel())
         mask = completion_mask(inputs)
         scores = score_tokens(
-            model, {**inputs, "completion_mask": mask}, with_right=True, with_auxiliary=self.aux_loss_enabled
+            model, {**inputs, "completion_mask": mask}, with_right=True, with_auxiliary=auxiliary is not None
         )
         losses = -scores.log_probs
-        if self.args.loss_type == "dft":
+        if self.dft:
             losses = losses * scores.log_probs.detach().exp()
         if fills_up:
-            self.add_to_log({"token_accuracy": torch.zeros(())}, 0)
+            self.tally.add({"token_accuracy": torch.zeros(())}, 0)
             return 0.0 * losses.sum()
-        self.note_rows(inputs, losses.sum(dim=1))
+        self.tally.note_rows(inputs, losses.sum(dim=1))
         count = self.count_items(inputs)
-        self.add_to_log({"token_accuracy": scores.right.sum()}, count)
-        share = self.share_of_step(num_items_in_batch)
+        self.tally.add({"token_accuracy": scores.right.sum()}, count)
         loss = losses.sum() * share
-        if scores.auxiliary is not None:
-            loss = loss + self.router_aux_loss_coef * scores.auxiliary * count * share
+        if scores.auxiliary is not None and auxiliary is not None:
+            loss = loss + auxiliary * scores.auxiliary * count * share
         return loss
 
-    def _prepare_dataset(self, dataset, *arguments, **options):
-        return dataset  # tokenized already, by utils/data/tokenizing.py
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids", LENGTH, "row"]
-
-    def measure_held_out(self) -> dict[str, float]:
-        """Loss per completion token, perplexity and share of tokens guessed right, over all held-out tokens."""
-        self.held_out_rows = self.score_dataset(self.eval_dataset)
-        return summarise(self.held_out_rows)
-
-    def score_dataset(self, dataset: Dataset) -> list[dict[str, float]]:
+    def score(self, dataset: Dataset) -> list[dict[str, float]]:
         """One row of metrics per row of the data set, in its order; memory grows with the batch, not with the data."""
-        lengths = dataset[LENGTH][:]
+        lengths, args, model = dataset[LENGTH][:], self.machine.args, self.machine.called
         order = sorted(range(len(dataset)), key=lambda index: -lengths[index])
-        size = self.args.per_device_eval_batch_size
+        size = args.per_device_eval_batch_size
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         rows: dict[int, dict[str, float]] = {}
-        for indices in self.share_of_batches([order[i : i + size] for i in range(0, len(order), size)]):
+        for indices in share_of_batches(batches, args.process_index, args.world_size):
             stop_if_asked()
-            inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
-            rows |= dict(zip(indices, self._score_batch(inputs), strict=True))
-        return self.merge_rows(rows)
+            inputs = self.machine.on_device(self.collator([dataset[index] for index in indices]))
+            rows |= dict(zip(indices, _score_batch(model, inputs), strict=True))
+        return merge_rows(rows)
 
-    def _score_batch(self, inputs: Mapping[str, Tensor]) -> list[dict[str, float]]:
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        mask = completion_mask(inputs)
-        scores = score_tokens(model, {**inputs, "completion_mask": mask}, with_right=True)
-        columns = {"logps": scores.log_probs.sum(dim=1), "right": scores.right.sum(dim=1)}
-        columns["tokens"] = mask[:, 1:].sum(dim=1)
-        values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
-        return [dict(zip(columns, row, strict=True)) for row in values]
+    def summarise(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """Loss per completion token, perplexity and share of tokens guessed right, over all tokens of the rows."""
+        return summarise(rows)
+
+
+def _score_batch(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    mask = completion_mask(inputs)
+    scores = score_tokens(model, {**inputs, "completion_mask": mask}, with_right=True)
+    columns = {"logps": scores.log_probs.sum(dim=1), "right": scores.right.sum(dim=1)}
+    columns["tokens"] = mask[:, 1:].sum(dim=1)
+    values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def completion_mask(batch: Mapping[str, Tensor]) -> Tensor:

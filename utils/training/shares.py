@@ -10,7 +10,9 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Sampler
+from datasets import Dataset
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 
@@ -92,3 +94,28 @@ class StepShares(BatchRebalanceSampler):
             most = len(rows) if self.by_tokens else self.most
             for share in share_out([self.sizes[row] for row in rows], self.processes, slots, most):
                 yield [rows[position] for position in share[self.process]]
+
+
+def share_steps(
+    rows: Sampler, dataset: Dataset, sizes: Sequence[int], args: TrainingArguments, by_tokens: bool
+) -> StepShares | None:
+    """The micro-batches of this process; None with one process, or where `rows` come in an order of another kind.
+
+    Args:
+        rows: the rows in the order of training.
+        sizes: tokens of each.
+    """
+    if type(rows) not in (RandomSampler, SequentialSampler) or args.world_size == 1:
+        return None
+    if isinstance(rows, RandomSampler):  # as accelerate does in one process
+        rows = SeedableRandomSampler(dataset, data_seed=args.data_seed)
+    return StepShares(
+        rows,
+        sizes,
+        args.world_size,
+        args.process_index,
+        args.gradient_accumulation_steps,
+        args.per_device_train_batch_size,
+        by_tokens=by_tokens,
+        drop_last=args.dataloader_drop_last,
+    )

@@ -46,12 +46,12 @@ def measure_start(trainer: PreferenceTrainer) -> Start:
     on this device is measured: the policy scores the same pairs once more, one by one.
     """
     pairs = trainer.train_dataset.select(range(min(PAIRS, len(trainer.train_dataset))))
-    together = trainer.score_start(pairs, max(2, min(PAIRS, trainer.args.per_device_eval_batch_size)))
+    together = trainer.task.score_start(pairs, max(2, min(PAIRS, trainer.args.per_device_eval_batch_size)))
     log_probs, reference, tokens, losses, known = together.unbind(dim=1)
-    step = trainer.trial().step or 0.0
+    step = trainer.machine.trial().step or 0.0
     gap, allowed = _size(log_probs - reference), _size((step / 2 * tokens.sqrt()).maximum(ROUNDING * log_probs.abs()))
     if gap > allowed:
-        alone = trainer.score_start(pairs, 1)[:, 0]
+        alone = trainer.task.score_start(pairs, 1)[:, 0]
         allowed = max(allowed, TIMES_ROUNDING * _size(log_probs - alone))
     return Start(losses.mean().item(), known.mean().item(), gap, allowed)
 
@@ -71,7 +71,7 @@ class StartCheck(TrainerCallback):
             return
         start = measure_start(self.trainer)  # in all processes, with the same result
         if not start.is_known and state.is_world_process_zero:
-            self.trainer.warn(self._describe(start))
+            self.trainer.machine.warn(self._describe(start))
 
     def _describe(self, start: Start) -> str:
         loss = f"the first loss is {start.loss:.4f} in place of {start.known:.4f}"

@@ -9,13 +9,13 @@ from typing import Any
 from ..runtime import peak_memory_bytes
 from .context import Run
 from .progress import count_tokens, seconds_left
-from .run_folder import RunFolderTrainer
+from .trainer import RunTrainer
 
 
 class Usage:
     """Time, tokens and cost of a run, by its trainer's counts and its stopwatch."""
 
-    def __init__(self, run: Run, trainer: RunFolderTrainer) -> None:
+    def __init__(self, run: Run, trainer: RunTrainer) -> None:
         self.run, self.trainer = run, trainer
         earlier = (run.former.get("resources") or {}).get("seconds") or 0.0 if run.checkpoint is not None else 0.0
         self._made = time.perf_counter() - earlier  # seconds that the run took before it was resumed
@@ -44,7 +44,7 @@ class Usage:
 
     def tokens_seen(self) -> int:
         """Tokens of the data trained on in this part of the run, in all processes, each as much as the main one."""
-        return self.trainer.tokens_seen * self.trainer.args.world_size
+        return self.trainer.tally.tokens_seen * self.trainer.args.world_size
 
     def seconds_left(self) -> float:
         """How long the run will take yet, from its speed so far."""
