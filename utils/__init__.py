@@ -2,3 +2,5 @@
 
 Which verbs there are, and the file in which each one begins, is said in settings/registry.py.
 """
+
+__version__ = "0.9.0"

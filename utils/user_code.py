@@ -90,6 +90,8 @@ class _ImportOfTheirs:
 
 def _let_own_utils_be_found(folder: Path) -> None:
     """Lets files in the folder import a `utils` that lies there, though the script has one too."""
+    if __name__.partition(".")[0] != "utils":  # an installed copy has another name
+        return
     if folder == ROOT or not ((folder / "utils.py").is_file() or (folder / "utils").is_dir()):
         return
     if not isinstance(builtins.__import__, _ImportOfTheirs):

@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 from typing import Any
 
+from ..run.program import COMMAND, INSTALLED, SCRIPT
 from ..settings.registry import ROWS, VERBS, acts_as
 from ..settings.training import groups_of
 from .flag_values import ValueType, annotated_type, as_texts
@@ -35,7 +36,8 @@ def help_text(verb: str) -> str:
         for field in dataclasses.fields(settings):
             if row.takes(settings, field):
                 _add_flag(group, field)
-    return parser.format_help()
+    text = parser.format_help()
+    return text.replace(f"python {SCRIPT}", COMMAND) if INSTALLED else text
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..run.processes import ROOT, SCRIPT, command_to_go_on
+from ..run.processes import command_to_go_on
+from ..run.program import ROOT, name_of_program
 from .config_file import Entry
 from .parsing import NAMES_CODE, read_words
 
@@ -85,7 +86,7 @@ def build_command(record: Mapping[str, Any], folder: Path, resume: bool) -> tupl
     started = {
         "processes": min(process.get("processes") or 1, MOST_PROCESSES),
         "launcher": launcher,
-        "script": SCRIPT if os.path.realpath(where) == str(ROOT.resolve()) else str(ROOT / SCRIPT),
+        "script": name_of_program(where),
     }
     command = command_to_go_on(words, started, resume)
     if os.path.realpath(where) != os.path.realpath(os.getcwd()):
@@ -124,4 +125,4 @@ def _check_launcher(words: Sequence[str]) -> tuple[list[str] | None, list[str]]:
 
 def _is_of_script(path: str) -> bool:
     """Whether a launcher's config is one of those that come with the script."""
-    return (ROOT / "examples" / "accelerate").resolve() in Path(os.path.abspath(path)).resolve().parents
+    return ROOT / "examples" / "accelerate" in Path(os.path.abspath(path)).resolve().parents

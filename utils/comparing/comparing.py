@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from ..responses.scorers import Prompt
 from ..run.folder import named_as_given
 from ..run.names import COMPARISON_FILES
 from ..run.processes import count_processes
+from ..run.program import join_command
 from ..run.record import now
 from ..run.results import write_results
 from ..runtime import Precision, choose_precision, device_name, find_device, read_versions, say
@@ -81,7 +81,7 @@ def compare_models(settings: Settings) -> None:
         "started": started,
         "seconds": round(time.monotonic() - clock, 1),
         "settings": settings.flat(),
-        "command": shlex.join(["python", "advanced_dpo_script.py", *words]),
+        "command": join_command(words),
         "versions": read_versions(),
         "model": sides[0].as_record(),
         "baseline": sides[1].as_record(),

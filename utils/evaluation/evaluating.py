@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..models.trained import TrainedModel, find_trained
 from ..run.folder import named_as_given
 from ..run.names import EVALUATION_FILES
 from ..run.processes import launched_with
+from ..run.program import join_command
 from ..run.record import now
 from ..run.results import write_results
 from ..runtime import (
@@ -243,7 +243,7 @@ def _describe_making(
     return {
         "finished": now(),
         "settings": settings.flat(),
-        "command": shlex.join(["python", "advanced_dpo_script.py", *command_line(settings)]),
+        "command": join_command(command_line(settings)),
         "versions": read_versions(),
         "engine": {"shared_prefix": trainer.layout.shared_prefix},
         "resources": {

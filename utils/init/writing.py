@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..run.paths import read_path
+from ..run.program import ROOT, join_command, path_from_here
 from ..run.writing import write_text
 from ..runtime import say
 from ..settings.training import Settings
 from ..settings.verbs import InitSettings
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-LAUNCH = {"eight_gpus_full": "accelerate launch --config_file {root}examples/accelerate/fsdp2.yaml"}
+FSDP = "examples/accelerate/fsdp2.yaml"
 
 
 def write_config(settings: Settings) -> None:
@@ -39,11 +39,11 @@ def write_config(settings: Settings) -> None:
     except OSError as error:
         raise UserError(f"--output_file {path}: cannot be written ({error.strerror})") from None
     say(f"wrote {path}: {text.splitlines()[0].removeprefix('# ')}")
-    root = "" if Path.cwd() == ROOT else f"{ROOT}/"
-    start = LAUNCH.get(situation, "python").format(root=root)
+    sharded = situation == "eight_gpus_full"
+    launcher = ["accelerate", "launch", "--config_file", path_from_here(FSDP)] if sharded else ["python"]
     say("every line may be changed; --help says more of each. See that all stages work, then train:")
-    say(f"  {start} {root}advanced_dpo_script.py --config {path} --dry_run")
-    say(f"  {start} {root}advanced_dpo_script.py --config {path}")
+    say(f"  {join_command(['--config', str(path), '--dry_run'], launcher)}")
+    say(f"  {join_command(['--config', str(path)], launcher)}")
 
 
 def fill_in(text: str, names: Mapping[str, str | None]) -> str:
@@ -55,6 +55,6 @@ def fill_in(text: str, names: Mapping[str, str | None]) -> str:
         if value is not None:
             line = f"{name}: {json.dumps(value, ensure_ascii=False)}"
             text = re.sub(rf"^{name}: .*$", lambda _, line=line: line, text, flags=re.MULTILINE)
-    if Path.cwd() != ROOT:
-        text = re.sub(r": (examples/\S+)", lambda match: f": {json.dumps(str(ROOT / match[1]))}", text)
-    return text
+    if Path.cwd() == ROOT:
+        return text
+    return re.sub(r": (examples/\S+)", lambda match: f": {json.dumps(path_from_here(match[1]))}", text)

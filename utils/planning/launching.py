@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..run.processes import path_from_here
+from ..run.program import path_from_here
 from ..settings.verbs import PlanSettings
 
 # Files of examples/accelerate for each kind of sharding; ZeRO-1 has none, as ZeRO-2 takes less and is as fast.

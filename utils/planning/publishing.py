@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 
 from ..errors import UserError
 from ..run.paths import read_path
-from ..run.processes import SCRIPT, path_from_here
+from ..run.program import join_command
 from ..run.writing import write_json
 from ..runtime import say
 from ..settings.data import InspectionSettings
@@ -34,7 +33,7 @@ def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
     if words is not None:
         named = {"--dataset_name": "DATA", "--output_dir": "runs/planned"}
         rest = [word for name, value in named.items() if name not in words for word in (name, value)]
-        command = shlex.join([*plan.launcher, path_from_here(SCRIPT), *words, *rest])
+        command = join_command([*words, *rest], plan.launcher)
     record = as_record(plan, price, devices, command)
     if file == "-":
         say(json.dumps(record, indent=2))

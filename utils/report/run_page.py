@@ -10,7 +10,7 @@ from typing import Any
 
 from ..arguments.recorded_command import check_arguments
 from ..errors import UserError
-from ..run.processes import SCRIPT, path_from_here
+from ..run.program import join_command
 from ..runtime import readable_seconds
 from .charts import draw_histogram, round_step
 from .html import (
@@ -296,7 +296,7 @@ def _setting(value: Any) -> str:
 
 def break_command(arguments: list[str]) -> str:
     """The command of a run with one flag per line, as a shell takes it."""
-    lines = [f"python {shlex.quote(path_from_here(SCRIPT))}"]
+    lines = [join_command(())]
     for word in arguments:
         quoted = shlex.quote(word)
         if word.startswith("--"):

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LocalError
+from .program import join_command, name_of_program, words_of_launcher
 
 LAUNCHERS = ("accelerate", "torchrun")
 # Options of the first start that do not belong to its continuation, and how many words each takes.
@@ -22,8 +22,6 @@ DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
 PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
 PATIENCE_AT_FIRST = 3600.0  # the same before a run has shown how long it is silent
 TIMES_ITS_OWN = 5  # a run is given up after so many times its own longest silence
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = "advanced_dpo_script.py"
 RANKS = ("RANK", "LOCAL_RANK")
 
 
@@ -43,15 +41,10 @@ def identify_process() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "ticks": _read_ticks(os.getpid()),
         "working_folder": os.getcwd(),
-        "script": path_from_here(SCRIPT),
+        "script": name_of_program(),
         "processes": count_processes(),
         "launcher": _read_launcher(),
     }
-
-
-def path_from_here(name: str) -> str:
-    """A file that comes with the script, as it is reached from the working folder."""
-    return name if Path.cwd() == ROOT else str(ROOT / name)
 
 
 def _read_launcher() -> list[str]:
@@ -62,14 +55,13 @@ def _read_launcher() -> list[str]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     try:
-        words = psutil.Process().parent().cmdline()
+        words = words_of_launcher(psutil.Process().parent().cmdline())
     except (psutil.Error, AttributeError):
         return []
-    end = next((number for number, word in enumerate(words) if Path(word).name == SCRIPT), None)
-    if end is None:
+    if words is None:
         return []
-    begin = next((number for number, word in enumerate(words[:end]) if Path(word).name in LAUNCHERS), None)
-    return [Path(words[begin]).name, *words[begin + 1 : end]] if begin is not None else ["python", *words[1:end]]
+    begin = next((number for number, word in enumerate(words) if Path(word).name in LAUNCHERS), None)
+    return [Path(words[begin]).name, *words[begin + 1 :]] if begin is not None else ["python", *words[1:]]
 
 
 def tell_launcher(reason: str) -> None:
@@ -166,7 +158,7 @@ def command_to_go_on(
     if count == 1 or not seen:
         launcher = ["accelerate", "launch", "--num_processes", str(int(count))] if count != 1 else ["python"]
     script = process.get("script")
-    return shlex.join([*launcher, script if isinstance(script, str) else SCRIPT, *words])
+    return join_command(words, launcher, script if isinstance(script, str) else None)
 
 
 def forget_lone_rank() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,8 @@ from ..errors import ProcessLost, UserError, gather
 from ..run.bounded import Unreadable, read_json
 from ..run.checkpoints import find_checkpoints
 from ..run.kinds import check
-from ..run.processes import SCRIPT, command_to_go_on, count_processes, is_alive, launched_with, path_from_here
+from ..run.processes import command_to_go_on, count_processes, is_alive, launched_with
+from ..run.program import join_command, path_from_here
 from ..run.record import read_record
 from ..run.records import KEPT_STATE
 from ..runtime import Precision, find_device, is_main_process
@@ -45,12 +45,13 @@ def check_one_device(settings: Settings) -> None:
     """A plain `python` start uses one GPU; which one, or that all shall be used, is the person's to say."""
     count = torch.cuda.device_count()
     if count > 1 and "WORLD_SIZE" not in os.environ:
-        config, script = path_from_here("examples/accelerate/ddp.yaml"), path_from_here(SCRIPT)
-        start = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count), script]
+        config = path_from_here("examples/accelerate/ddp.yaml")
+        start = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count)]
+        torchrun = join_command(["..."], ["torchrun", "--nproc_per_node", str(count)])
         raise UserError(
             f"this machine has {count} GPUs, and a plain start uses one of them. To use them all, each with as many "
-            f"pairs per step as here:\n  {shlex.join([*start, *command_line(settings)])}\n"
-            f"`torchrun --nproc_per_node {count} {script} ...` is the same; where the model does not fit one GPU, name "
+            f"pairs per step as here:\n  {join_command(command_line(settings), start)}\n"
+            f"`{torchrun}` is the same; where the model does not fit one GPU, name "
             f"{path_from_here(FSDP_CONFIG)}. To use one GPU, set CUDA_VISIBLE_DEVICES=0"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..models.loading import Reference
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE
 from ..run.processes import identify_process
+from ..run.program import join_command
 from ..run.record import RunRecord, now
 from ..runtime import Precision, device_name, read_versions
 from ..settings.training import Settings
@@ -41,7 +41,7 @@ def begin_record(
         "settings": settings.flat(),
         "used": {},
         "arguments": list(arguments),
-        "command": shlex.join(["python", process["script"], *arguments]),
+        "command": join_command(arguments),
         "versions": read_versions(),
         "model": {},
         "data": _describe_data(settings.verb, data, rows),

@@ -13,7 +13,7 @@ from ..errors import Interrupted, ProcessLost, UserError, in_one_line
 from ..settings.training import Settings
 from .launch import lost_a_process
 
-OURS = ("utils", "advanced_dpo_script", "__main__")
+OURS = (__name__.partition(".")[0], "advanced_dpo_script", "__main__")
 PASSED_ON = ("lr_scheduler_type", "report_to", "attn_implementation", "lora_target_modules")
 
 

@@ -1,0 +1,129 @@
+"""The package that `pip install .` makes: all its files, under its own name, from any folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from shared.pairs import make_pairs, write_lines
+from shared.runs import ROOT, pretend_interrupted, read_record
+
+from utils import __version__
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+SOURCES = ("utils", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Made from a copy: setuptools leaves its working files beside the sources."""
+    pytest.importorskip("setuptools")
+    copy, made = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy)
+    words = ["wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(made), str(copy)]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True, capture_output=True, text=True)
+    (path,) = made.glob("*.whl")
+    return path
+
+
+def files_of(*patterns: str) -> set[str]:
+    files = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
+    return {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+
+
+def test_a_wheel_holds_every_file_of_the_rooms_and_what_they_look_up(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    expected = {re.sub("^utils/", "advanced_dpo/", name) for name in files_of("utils/**/*")}
+    assert packed == expected | {f"advanced_dpo/{name}" for name in files_of("examples/*/**/*")}
+    assert wheel.name.startswith(f"advanced_dpo-{__version__}-")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python reads TOML from 3.11 on")
+def test_what_is_pinned_lies_in_the_ranges_of_the_package():
+    packaging = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    ranges = {need.name.lower(): need.specifier for need in map(packaging.Requirement, lines)}
+    pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    for need in map(packaging.Requirement, pinned):
+        (pin,) = need.specifier
+        if need.name != "setuptools":  # which builds the package
+            assert pin.version in ranges.pop(need.name.lower(), ()) or need.marker, need
+    assert set(ranges) <= {"advanced-dpo", "coverage"} | {packaging.Requirement(line).name.lower() for line in pinned}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The commands of a new environment that holds the wheel, and sees the libraries of this one."""
+    place = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    scripts = place / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / "python"
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    own = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+    (own / "libraries.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    words = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *words], check=True)
+    return scripts
+
+
+@pytest.mark.slow
+def test_an_installed_copy_works_from_an_empty_folder(installed, tiny_model, pairs_file, tmp_path):
+    (tmp_path / "helping").mkdir()
+    (tmp_path / "helping" / "utils.py").write_text("def shorter(texts): return [-len(text) for text in texts]\n")
+    (tmp_path / "helping" / "scorer.py").write_text(
+        "from utils import shorter\ndef score(prompts, responses): return shorter(responses)\n"
+    )
+
+    def run(*words, code: int = 0) -> str:
+        environment = os.environ | {"PATH": f"{installed}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(
+            list(map(str, words)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    assert "usage: dpo-train [VERB]" in run("dpo-train", "--help")
+    assert "advanced_dpo_script.py" not in run("dpo-train", "--help")
+    model = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file]
+    run("dpo-train", "train", *model, "--output_dir", "run", "--max_steps", 4, "--save_steps", 2, "--use_lora")
+    record = read_record(tmp_path / "run")
+    assert record["command"].startswith("dpo-train train --model_name_or_path")
+    trained = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+
+    pretend_interrupted(tmp_path / "run", 2)
+    (to_go_on,) = re.findall(r"dpo-train train .* --resume_from_checkpoint auto", run("dpo-train", "status", "."))
+    run(*shlex.split(to_go_on))
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == trained
+    run("dpo-train", "evaluate", "--model_name_or_path", "run")
+
+    # A file of the person's own finds the person's own utils.
+    write_lines(tmp_path / "few.jsonl", make_pairs(4))
+    generate = ["data", "--generate", *model[:2], "--dataset_name", "few.jsonl", "--output_file", "made.jsonl"]
+    scored = ["--scorer", "helping/scorer.py:score", "--max_new_tokens", 4]
+    run("dpo-train", *generate, *scored)
+
+    # What comes with it is found, as a module and by a launcher too.
+    run(installed / "python", "-m", "advanced_dpo", "init", "--situation", "cpu_trial", "--output_file", "trial.yaml")
+    run("dpo-train", "--config", "trial.yaml", "--dry_run", "--max_samples", 100)
+    run("dpo-train", "init", "--situation", "eight_gpus_full", "--output_file", "sharded.yaml")
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "-m", "advanced_dpo"]
+    run(installed / "python", *several, *model, "--output_dir", "two", "--max_steps", 2)
+    launched = read_record(tmp_path / "two")["process"]
+    assert launched["launcher"][-2:] == ["--nproc_per_node", "2"]
+    assert launched["script"] == "dpo-train"

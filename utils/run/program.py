@@ -1,0 +1,46 @@
+"""The program as a person starts it: the script in its repository, or the command of an installed copy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+SCRIPT = "advanced_dpo_script.py"
+COMMAND, PACKAGE = "dpo-train", "advanced_dpo"  # what setup.py and pyproject.toml call it where it is installed
+HERE = Path(__file__).resolve().parents[1]
+INSTALLED = not (HERE.parent / SCRIPT).is_file()
+ROOT = HERE if INSTALLED else HERE.parent  # examples/ lies here
+
+
+def path_from_here(name: str, folder: str | Path = ".") -> str:
+    """A file that comes with the program, as it is reached from the working folder, or from another."""
+    return name if os.path.realpath(folder) == str(ROOT) else str(ROOT / name)
+
+
+def name_of_program(folder: str | Path = ".") -> str:
+    """The script as it is reached from the working folder, or from another; the command where it is installed."""
+    return COMMAND if INSTALLED else path_from_here(SCRIPT, folder)
+
+
+def join_command(arguments: Sequence[str], launcher: Sequence[str] = ("python",), program: str | None = None) -> str:
+    """The command line that starts the program with these arguments.
+
+    Args:
+        launcher: the words in front of the script: `python`, or those of `accelerate launch` or torchrun.
+        program: as `name_of_program` gives it; by default, from here.
+    """
+    program = program or name_of_program()
+    if program == COMMAND:
+        return shlex.join([*([COMMAND] if list(launcher) == ["python"] else [*launcher, "-m", PACKAGE]), *arguments])
+    return shlex.join([*launcher, program, *arguments])
+
+
+def words_of_launcher(words: Sequence[str]) -> list[str] | None:
+    """The words of a process's command line up to the program; None where it does not start the program."""
+    for number, word in enumerate(words):
+        as_module = word in ("-m", "--module") and words[number + 1 : number + 2] == [PACKAGE]
+        if as_module or Path(word).name in (SCRIPT, COMMAND):
+            return [before for before in words[:number] if before not in ("--no-python", "--no_python")]
+    return None
