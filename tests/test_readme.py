@@ -109,3 +109,19 @@ def test_the_documented_rows_are_read_as_documented(name, tmp_path, monkeypatch)
     assert data.reading.name == name
     assert len(data.train) == 1
     assert data.dropped == {}
+
+
+def test_the_index_orders_every_page():
+    linked = set(re.findall(r"\]\(([\w.]+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_the_map_of_the_code_names_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = text.partition("```text\n")[2].partition("```")[0]
+    names = {
+        path.name.removesuffix(".py")
+        for path in (ROOT / "utils").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert {name for name in names - {"__init__"} if name not in rooms} == set()
