@@ -416,11 +416,11 @@ def test_a_precomputed_reference_leaves_memory(run_script, tiny_model, pairs_fil
     import gc
     import weakref
 
-    from utils.models import loading
+    from utils.models import reference as own
     from utils.training.trainer import PreferenceTrainer
 
     references, alive = [], []
-    load, train = loading._load_frozen, PreferenceTrainer.train
+    load, train = own.read_frozen, PreferenceTrainer.train
 
     def load_and_remember(*arguments):
         model = load(*arguments)
@@ -432,7 +432,7 @@ def test_a_precomputed_reference_leaves_memory(run_script, tiny_model, pairs_fil
         alive.extend(reference() is not None for reference in references)
         return train(self, *arguments, **options)
 
-    monkeypatch.setattr(loading, "_load_frozen", load_and_remember)
+    monkeypatch.setattr(own, "read_frozen", load_and_remember)
     monkeypatch.setattr(PreferenceTrainer, "train", look_and_train)
     flags = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *QUICK, "--max_steps", 1)
     code, _, err = run_script(*flags, "--precompute_ref_log_probs", "--output_dir", tmp_path / "run")

@@ -137,7 +137,7 @@ def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
     [
         ("peft", "data:"),
         slow("utils.models.loading.load_tokenizer", "data:"),
-        slow("utils.models.loading.build_reference", "scoring"),
+        slow("utils.models.reference.load_reference", "scoring"),
         slow("utils.training.reference.ReferenceScores.score", "model:"),
         ("utils.training.running.attach_trackers", "held out before"),
     ],

@@ -53,16 +53,15 @@ def choose_judges(settings: Settings, model: Side) -> list[Judge]:
         UserError: one of them cannot be used, or none is named and the model is no preference run.
     """
     trained = model.trained
-    has_reward = bool(trained.record.get("reference_model"))
     names = settings.of(ComparisonSettings).judge
     if names is None:
-        if not has_reward:
+        if not trained.has_reference:
             raise UserError(
                 f"--judge is missing: {trained.source.name} is no preference run of this script, which would have a "
                 "reward of its own; name a file.py:function, a reward model, the URL of an endpoint, or vote"
             )
         names = (OWN_REWARD,)
-    if OWN_REWARD in names and not has_reward:
+    if OWN_REWARD in names and not trained.has_reference:
         raise UserError(
             f"{FLAG} {OWN_REWARD}: {trained.source.name} is no preference run of this script, so it has no "
             "reference to be measured against; name another judge"

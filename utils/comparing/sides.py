@@ -93,7 +93,7 @@ def find_sides(settings: Settings) -> tuple[Side, Side]:
     elif trained.reference is not None:
         reference = TrainedModel(trained.find_reference())
         in_4bit = trained.reference_in_4bit or wish.use_4bit
-        how = "the reference of the run" if trained.record.get("reference_model") else "what the run began from"
+        how = "the reference of the run" if trained.has_reference else "what the run began from"
         side = Side("baseline", "--baseline", reference, in_4bit, how)
     else:
         raise UserError(

@@ -16,7 +16,8 @@ from ..data.splitting import group_key
 from ..data.tokenizing import PAIR_COLUMNS
 from ..data.turns import flatten
 from ..errors import UserError, gather
-from ..models.loading import Reference, check_4bit, check_token_ids, load_tokenizer
+from ..models.loading import check_4bit, check_token_ids, load_tokenizer
+from ..models.reference import ReferencePlan
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE, recorded_moment
 from ..models.trained import TrainedModel, find_trained
@@ -91,7 +92,7 @@ def evaluate_model(settings: Settings) -> None:
     policy, reference = load_sides(trained, source, scoring, precision)
     for line in (
         describe_policy(trained, scoring.model.use_4bit),
-        f"reference: {reference.how}",
+        f"reference: {reference.plan.how}",
         *describe_pairs(pairs, rows, trained),
     ):
         say(line)
@@ -105,7 +106,7 @@ def evaluate_model(settings: Settings) -> None:
     if not is_main_process():
         return
     table = _make_table(scores, pairs, rows)
-    record = _make_record(table, scores, pairs, rows, trained, reference, scoring, settings, precision)
+    record = _make_record(table, scores, pairs, rows, trained, reference.plan, scoring, settings, precision)
     record |= _describe_making(settings, trainer, precision, time.perf_counter() - began)
     page = make_page(record, table.rows, find_examples(table, pairs))
     with named_as_given(settings.run.output_dir):
@@ -194,7 +195,7 @@ def _make_record(
     pairs: EvaluatedPairs,
     rows: Rows,
     trained: TrainedModel,
-    reference: Reference,
+    reference: ReferencePlan,
     scoring: Settings,
     settings: Settings,
     precision: Precision,

@@ -10,7 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..models.loading import Reference, load_frozen, put_adapter
+from ..models.loading import load_frozen, put_adapter
+from ..models.reference import FLAG as REFERENCE_FLAG
+from ..models.reference import Reference, choose_reference_of_run, load_reference
 from ..models.sources import ModelSource, looks_local
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..runtime import Precision
@@ -20,7 +22,7 @@ from ..training.making import make_preference_trainer
 from ..training.reference import REFERENCE_ADAPTER
 from ..training.trainer import PreferenceTrainer
 
-MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"
+MODEL_FLAG = "--model_name_or_path"
 AS_IN_RUN = (
     *("dtype", "attn_implementation", "use_4bit", "bnb_4bit_quant_type"),
     *("max_length", "truncation", "per_device_eval_batch_size"),
@@ -75,23 +77,12 @@ def load_sides(
     Full weights of a run are float32, as it trained them; whatever else is in the computing precision, or in 4 bits
     where the run held it so.
     """
-    source, quantize = trained.source, settings.model.use_4bit
-    adapts = source.adapter is not None
-    if not adapts and quantize and settings.given.isdisjoint(("use_4bit", "ref_model_name_or_path")) and trained.record:
-        quantize = trained.reference_in_4bit  # a run that trained all weights may have kept none in 4 bits
-    as_trained = trained.record and not adapts
-    held = torch.float32 if as_trained else precision.dtype
-    policy = load_frozen(MODEL_FLAG, source, settings.model, precision, quantize and adapts, dtype=held)
-    shares = adapts and not (source.changes_base or reference.changes_base)
-    if shares and (source.base, source.revision) == (reference.base, reference.revision):
-        on_bits = " in 4 bits" if quantize else ""
-        how = f"the base model {reference.base}{on_bits}, with the adapter switched off"
-        if reference.adapter is not None:
-            how = f"the adapter {reference.adapter} on the same base{on_bits}"
-        return policy, Reference(None, how, reference, quantize)
-    held = precision.dtype if quantize else held
-    other = load_frozen(REFERENCE_FLAG, reference, settings.model, precision, quantize, dtype=held)
-    return policy, Reference(other, f"{reference.name}{' in 4 bits' if quantize else ''}", reference, quantize)
+    source = trained.source
+    adapts, plan = source.adapter is not None, choose_reference_of_run(trained, reference, settings, precision.dtype)
+    held = precision.dtype if adapts or not trained.record else torch.float32
+    in_4bit = settings.model.use_4bit and adapts
+    policy = load_frozen(MODEL_FLAG, source, settings.model, precision, in_4bit, dtype=held)
+    return policy, load_reference(plan, settings.model, precision)
 
 
 def make_scorer(run: Run, policy: PreTrainedModel | PeftModel, reference: Reference, folder: Path) -> PreferenceTrainer:
@@ -100,6 +91,6 @@ def make_scorer(run: Run, policy: PreTrainedModel | PeftModel, reference: Refere
     if reference.model is None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.delete_adapter(REFERENCE_ADAPTER)  # made as a copy of the policy's, which is where training would start
-        if reference.source.adapter is not None:
-            put_adapter(model, reference.source, REFERENCE_ADAPTER)
+        if reference.plan.source.adapter is not None:
+            put_adapter(model, reference.plan.source, REFERENCE_ADAPTER)
     return trainer

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +32,6 @@ from .translating import translating
 
 DEFAULT_MAX_LENGTH = 1024
 TRAINED_ADAPTER = "default"  # PEFT's name for the one that is trained
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the policy is measured against.
-
-    `model` is a model of its own, or None when the policy itself gives the reference (its adapter switched off, a
-    frozen copy of the adapter it started from, or all its weights before they are trained). `how` says it in a phrase,
-    for the console and run.json; `source` is where its weights are, for whoever evaluates the run later. `is_start`:
-    they are those that the policy starts from, so that the two are the same before the first step, unless the
-    reference is `rounded` to 4 bits and the policy is not.
-    """
-
-    model: PreTrainedModel | PeftModel | None
-    how: str
-    source: ModelSource
-    in_4bit: bool
-    is_start: bool = False
-    rounded: bool = False
-
-    def in_words(self, scored_ahead: bool) -> Reference:
-        """The same without its model."""
-        how = f"{self.how}, scored once before training" if scored_ahead else self.how
-        return dataclasses.replace(self, model=None, how=how)
 
 
 def load_tokenizer(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -141,47 +115,6 @@ def load_policy(source: ModelSource, settings: Settings, precision: Precision) -
             freeze_beyond_text(model)
         return model
     return put_adapter(model, source, trainable=True)
-
-
-def build_reference(
-    source: ModelSource, settings: Settings, precision: Precision, scored_ahead: bool = False, sharded: bool = False
-) -> Reference:
-    """Decides what the reference is, and loads it where it is a model of its own.
-
-    In this order: --ref_model_name_or_path; a frozen copy of the adapter that training continues; the base with the
-    new adapter switched off; the starting weights. Under --use_4bit these score themselves where that happens before
-    training; what must stay in memory is a copy in 4 bits.
-
-    Args:
-        scored_ahead: whether all pairs are scored with it before training, and it is let go of then.
-        sharded: whether the policy's weights will lie in parts in several processes: it cannot score ahead then.
-    """
-    quantize = settings.model.use_4bit
-    # Held like the policy where nothing is quantized: both then give the same numbers for the same weights.
-    adapts = settings.lora.use_lora or source.adapter is not None
-    dtype = precision.dtype if adapts or quantize else torch.float32
-    if settings.model.ref_model_name_or_path is not None:
-        flag = "--ref_model_name_or_path"
-        other = find_model(flag, settings.model.ref_model_name_or_path)
-        return Reference(
-            _load_frozen(flag, other, settings.model, precision, dtype, quantize),
-            f"{other.name}{' in 4 bits' if quantize else ''}, frozen",
-            other,
-            quantize,
-        )
-    if source.adapter is not None:
-        how = f"a frozen copy of the adapter that training starts from ({source.adapter})"
-        return Reference(None, how, source, quantize, is_start=True)
-    if settings.lora.use_lora:
-        return Reference(None, "the base model, with the adapter switched off", source, quantize, is_start=True)
-    how = "a frozen copy of the starting weights"
-    if quantize and scored_ahead:
-        quantize, dtype, how = False, torch.float32, "the starting weights"
-        if not sharded:
-            return Reference(None, how, source, quantize, is_start=True)
-    model = _load_frozen("--model_name_or_path", source, settings.model, precision, dtype, quantize)
-    how = f"{how} in 4 bits" if quantize else how
-    return Reference(model, how, source, quantize, is_start=True, rounded=quantize)
 
 
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
@@ -345,7 +278,7 @@ def load_frozen(
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A model to use rather than to train, on the device: in `dtype` (the computing precision's) or in 4 bits."""
-    model = _load_frozen(flag, source, settings, precision, dtype or precision.dtype, in_4bit, adapter_name)
+    model = read_frozen(flag, source, settings, precision, dtype or precision.dtype, in_4bit, adapter_name)
     # Weights in few bits are where they were quantized.
     return model if in_4bit or source.stored() is not None else model.to(precision.device)
 
@@ -381,7 +314,7 @@ def check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
         raise UserError(*faults)
 
 
-def _load_frozen(
+def read_frozen(
     flag: str,
     source: ModelSource,
     settings: ModelSettings,
@@ -390,6 +323,7 @@ def _load_frozen(
     quantize: bool,
     adapter_name: str | None = None,
 ) -> PreTrainedModel | PeftModel:
+    """The same, where it was read to."""
     model = _load_base(flag, source, settings, precision, dtype, quantize)
     if source.adapter is not None:
         model = put_adapter(model, source, adapter_name or TRAINED_ADAPTER)

@@ -40,6 +40,11 @@ class TrainedModel:
         """What a preference run was measured against; for an sft run what it began from. As its record says."""
         return self._recorded("reference_model") or self.start
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether its run had one: a preference run."""
+        return bool(self.record.get("reference_model"))
+
     def find_reference(self) -> ModelSource | None:
         """The same, to be loaded: looked at like a model that a flag names.
 
@@ -48,7 +53,7 @@ class TrainedModel:
         """
         source = self.reference
         if source is not None:
-            key = "reference_model" if self.record.get("reference_model") else "start"
+            key = "reference_model" if self.has_reference else "start"
             check_source(f"{self.folder / RECORD}: its {key}", source)
             names = ("reference", "model") if key == "reference_model" else ("model",)
             check_unchanged(f"{self.folder / RECORD}: its {key}", source, read_identities(self.record), names)

@@ -18,6 +18,7 @@ from ..engine.last_layer import leave_out_prompts
 from ..engine.scoring import output_head
 from ..engine.switches import Switches
 from ..models.loading import answer_in_full, beyond_text, find_targets, freeze_beyond_text
+from ..models.reference import held_in
 from ..models.translating import translating
 from ..settings.training import LoraSettings
 
@@ -83,7 +84,7 @@ def make_policy(way: Way) -> torch.nn.Module:
 
 def make_reference(way: Way) -> torch.nn.Module:
     """A reference that is a model of its own, on the meta device."""
-    dtype = way.dtype if way.use_lora or way.in_4bit else torch.float32
+    dtype = held_in(way.dtype, way.use_lora, way.in_4bit)
     config = way.reference_config or way.config
     model = _make_base(config, dtype).requires_grad_(False)
     if way.in_4bit:

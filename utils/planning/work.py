@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from ..data.lengths import count_row_tokens
@@ -15,6 +17,7 @@ from ..engine.shared_prefix import Lengths
 from ..models.adapter_config import read_adapter_config
 from ..models.loading import choose_max_length, load_tokenizer, longest_context
 from ..models.quantization import check_trainable
+from ..models.reference import choose_reference
 from ..models.sources import ModelSource, find_policy
 from ..models.translating import translating
 from ..models.untrusted import check_folder
@@ -22,7 +25,6 @@ from ..run.paths import read_path
 from ..settings.training import Settings
 from ..settings.verbs import PlanSettings
 from ..training.config import rows_of_run
-from ..training.reference import scores_ahead
 from ..training.rows import prepare_rows
 from .padded import RowLengths, mean_padded_length, padded_tokens
 
@@ -105,12 +107,15 @@ def _read_reference_config(name: str, settings: Settings) -> PretrainedConfig:
 
 
 def place_of_reference(settings: Settings, adapts: bool, work: Work) -> str:
-    """How the reference is computed, as training decides it: "ahead", "model" or "policy"; "none" in sft."""
-    if settings.verb == "sft":
-        return "none"
-    if scores_ahead(settings, adapts, len(work.lengths), settings.of(PlanSettings).num_devices):
-        return "ahead"
-    return "model" if not adapts or settings.model.ref_model_name_or_path is not None else "policy"
+    """What computes the reference in each step, as training decides it (see `ReferencePlan.place`).
+
+    Args:
+        adapts: whether an adapter is trained, in the way of training that is looked at.
+    """
+    settings = dataclasses.replace(settings, lora=dataclasses.replace(settings.lora, use_lora=adapts))
+    anywhere = ModelSource("", None, None, "")  # the place depends on kinds, not on where weights are
+    pairs, processes = len(work.lengths), settings.of(PlanSettings).num_devices
+    return choose_reference(settings, anywhere, torch.float32, pairs, processes, find=lambda *_: anywhere).place
 
 
 def pairs_per_step(settings: Settings) -> int:

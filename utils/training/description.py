@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
-from ..models.loading import Reference, text_part
+from ..models.loading import text_part
+from ..models.reference import ReferencePlan
 from ..run.names import TRAINER_STATE
 from ..run.processes import launched_with
 from ..run.records import Unreadable, read_trainer_state
@@ -59,7 +60,7 @@ def describe_data(run: Run) -> None:
         say(f"warning: {warning}")
 
 
-def describe_start(run: Run, trainer: RunTrainer, reference: Reference | None) -> None:
+def describe_start(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> None:
     """Says what will be trained, against what, how, and where; warnings among it go into the record."""
     source, precision = run.source, run.precision
     counts, stored = count_parameters(trainer.model), source.stored()
@@ -69,7 +70,7 @@ def describe_start(run: Run, trainer: RunTrainer, reference: Reference | None) -
     part = text_part(trainer.accelerator.unwrap_model(trainer.model))
     if part is not None:
         say(f"      only {part} is trained: texts never reach the rest, which stays as it is")
-    if reference is not None:
+    if reference.how is not None:
         say(f"reference: {reference.how}")
     if run.settings.model.use_4bit and not run.adapts:
         say(f"      --use_4bit without --use_lora: 4-bit weights cannot be trained; {_what_is_in_4bit(reference)}")
@@ -84,8 +85,8 @@ def describe_start(run: Run, trainer: RunTrainer, reference: Reference | None) -
         run.record.warn(warning, aloud=True)
 
 
-def _what_is_in_4bit(reference: Reference | None) -> str:
-    if reference is not None and reference.in_4bit:
+def _what_is_in_4bit(reference: ReferencePlan) -> str:
+    if reference.in_4bit:
         return "the reference is held in 4 bits"
     return "the reference was scored ahead, so that nothing is held in 4 bits, nor rounded"
 
@@ -98,7 +99,7 @@ def _describe_processes(trainer: RunTrainer) -> str:
     return f" in each of {count} processes ({f'sharded by {sharded}' if sharded else 'DDP: all weights in each'})"
 
 
-def _warnings(run: Run, trainer: RunTrainer, reference: Reference | None) -> Iterator[str]:
+def _warnings(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> Iterator[str]:
     source, settings = run.source, run.settings
     if settings.model.trust_remote_code:
         yield f"--trust_remote_code runs Python code that comes with {source.base}"

@@ -12,25 +12,24 @@ from transformers import PreTrainedModel
 from ..data.lengths import count_row_tokens, longest_first
 from ..errors import UserError
 from ..models.loading import (
-    Reference,
     check_embeddings,
     context_length,
     new_adapter_config,
     turn_off_dropout,
 )
+from ..models.reference import Reference, ReferencePlan
 from ..runtime import say
 from ..settings.training import Settings
 from .bad_batches import BadBatches
 from .batch_size import limit_tokens_by_trying
 from .config import build_config, make_objective
 from .context import Run
-from .reference import scores_ahead
 from .refusals import refusals_explained
 from .trainer import ImitationTrainer, PreferenceTrainer, RunTrainer
 from .within_memory import MICRO_BATCHES
 
 
-def _check_reference_reads(run: Run, reference: Reference) -> None:
+def _check_reference_reads(run: Run, reference: ReferencePlan) -> None:
     """A reference that has fewer positions than the pairs have tokens would fail at the first long one."""
     if reference.source.base == run.source.base:
         return
@@ -52,7 +51,7 @@ def make_preference_trainer(
 ) -> PreferenceTrainer:
     """The DPO trainer, with a fresh adapter on the policy where --use_lora asks for one."""
     settings, precision = run.settings, run.precision
-    _check_reference_reads(run, reference)
+    _check_reference_reads(run, reference.plan)
     if settings.trainer_fields.get("disable_dropout", True):
         for model in (policy, reference.model):
             if model is not None:
@@ -63,7 +62,7 @@ def make_preference_trainer(
         trainer = PreferenceTrainer(objective=objective, reference=reference, end_ids=run.rows.end_ids, **parts)
     _give_to(trainer, run)
     trainer.layout.choose(settings.training.engine, trainer.train_dataset, trainer.aux_loss_enabled)
-    ahead = scores_ahead(settings, run.adapts, len(run.rows.train), trainer.args.world_size)
+    ahead = reference.plan.ahead
     if settings.training.max_tokens_per_batch is not None:
         trainer.layout.limit_tokens(settings.training.max_tokens_per_batch, trainer.train_dataset, trainer.eval_dataset)
     elif settings.training.auto_batch_size:

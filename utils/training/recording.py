@@ -10,7 +10,7 @@ from ..data.loading import PreferenceData
 from ..engine.head import MARK
 from ..engine.scoring import output_head
 from ..models.counting import count_parameters
-from ..models.loading import Reference
+from ..models.reference import ReferencePlan
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE
 from ..run.processes import identify_process
@@ -79,15 +79,13 @@ def _describe_data(verb: str, data: PreferenceData, rows: Rows) -> dict[str, Any
     }
 
 
-def record_models(run: Run, trainer: RunTrainer, reference: Reference | None) -> None:
+def record_models(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> None:
     """Adds what is known once the models are loaded; of a resumed run also what its former parts recorded."""
     content, model = run.record.content, trainer.model
     architecture = (model.config.architectures or [type(model).__name__])[0]
     content["model"] = {**count_parameters(model).record(), "architecture": architecture}
     content["used"] = used_values(run, trainer)
-    if reference is not None:
-        content["reference"] = reference.how
-        content["reference_model"] = dataclasses.asdict(reference.source) | {"in_4bit": reference.in_4bit}
+    content |= reference.as_record()
     if run.checkpoint is None:
         return
     former, warnings = run.former, content["warnings"]

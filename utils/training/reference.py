@@ -20,7 +20,6 @@ from ..engine.head import MARK, KeptLogits
 from ..engine.memory import release_memory
 from ..engine.scoring import Comparison, output_head
 from ..runtime import is_main_process
-from ..settings.training import Settings
 from .batches import PAIR_IDS, REFERENCE_COLUMNS, PairCollator
 from .in_batches import PairsInBatches
 from .machine import Machine
@@ -28,31 +27,6 @@ from .reference_cache import hash_model, hash_rows, load_columns, save_columns
 
 KEPT_BYTES = 2**27  # of each process, for the reference's hidden states
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
-
-
-def scores_ahead(settings: Settings, adapts: bool, pairs: int, processes: int) -> bool:
-    """Whether the reference scores all pairs before training.
-
-    As asked with --precompute_ref_log_probs. Else where that costs less than scoring in every step, or as much and lets
-    go of a second model; and where a reference that stays would have to be rounded to 4 bits.
-
-    Args:
-        adapts: whether the policy is an adapter on its base, which then is the reference too.
-        pairs: those that are trained on.
-        processes: those that train.
-    """
-    training = settings.training
-    if training.precompute_ref_log_probs is not None:
-        return training.precompute_ref_log_probs
-    if settings.trainer_fields.get("sync_ref_model"):
-        return False
-    named = settings.model.ref_model_name_or_path is not None
-    if settings.model.use_4bit and not adapts and not named:
-        return True
-    step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
-    passes = training.num_train_epochs if training.max_steps <= 0 else training.max_steps * step / pairs
-    own_model = named or not adapts
-    return passes >= (1 if own_model else 2) and not settings.run.dry_run
 
 
 class ReferenceScores:

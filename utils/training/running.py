@@ -11,7 +11,7 @@ from transformers import PrinterCallback
 
 from ..errors import Interrupted, ProcessLost, UserError
 from ..interruptions import stop_if_asked
-from ..models.loading import Reference
+from ..models.reference import ReferencePlan
 from ..run.checkpoints import checkpoint_step, find_checkpoints
 from ..run.processes import command_to_go_on
 from ..run.record import read_record
@@ -150,7 +150,7 @@ class LiveRun:
         return f"interrupted at step {step}, {what}; to go on:\n  {self._command()}"
 
 
-def start_run(run: Run, trainer: RunTrainer, reference: Reference | None) -> LiveRun:
+def start_run(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> LiveRun:
     """Attaches to the trainer what watches and records the run; nothing is written before its first step can be
     taken."""
     settings = run.settings
@@ -164,7 +164,7 @@ def start_run(run: Run, trainer: RunTrainer, reference: Reference | None) -> Liv
     watcher = RunWatcher(run, trainer.machine.bad_batches, Usage(run, trainer))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
-    if reference is not None:
+    if reference.is_start:
         trainer.add_callback(StartCheck(trainer, reference))
     patience = settings.training.early_stopping_patience
     if patience is not None and not settings.run.dry_run:

@@ -13,7 +13,8 @@ from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
 from ..distributed import one_first
 from ..errors import gather
 from ..interruptions import stop_if_asked
-from ..models.loading import build_reference, load_policy, load_tokenizer
+from ..models.loading import load_policy, load_tokenizer
+from ..models.reference import choose_reference, load_reference
 from ..models.sources import find_policy
 from ..run.lock import FolderLock
 from ..run.processes import count_processes
@@ -30,7 +31,6 @@ from .folder import choose_moment, find_folder
 from .launch import join_processes, lost_processes_explained
 from .making import make_imitation_trainer, make_preference_trainer
 from .recording import begin_record
-from .reference import scores_ahead
 from .rows import check_steps, prepare_rows
 from .running import start_run
 from .tracking import prepare_trackers
@@ -63,10 +63,9 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
     continuation = check_continuation(run)
 
     policy = load_policy(run.source, settings, precision)
-    reference = None
-    if run.learns_pairs:
-        ahead = scores_ahead(settings, run.adapts, len(run.rows.train), count_processes())
-        reference = build_reference(run.source, settings, precision, ahead, sharded=bool(find_sharding(settings)))
+    sharded = bool(find_sharding(settings))
+    plan = choose_reference(settings, run.source, precision.dtype, len(run.rows.train), count_processes(), sharded)
+    reference = load_reference(plan, settings.model, precision)
     stop_if_asked()
     if run.folder is not None:
         prepare_trackers(settings, run.folder)
@@ -74,13 +73,12 @@ def run_stages(settings: Settings, lock: FolderLock) -> Run:
         folder = run.folder or Path(nowhere)
         if run.learns_pairs:
             trainer = make_preference_trainer(run, policy, reference, folder)
-            # The trainer holds the reference's model now, and may have let go of it.
-            reference = reference.in_words(trainer.scored_ahead)
         else:
             trainer = make_imitation_trainer(run, policy, folder)
-        describe_start(run, trainer, reference)
+        del reference  # the trainer holds its model now, or has let go of it
+        describe_start(run, trainer, plan)
         attach_continuation(run, trainer, continuation)
-        live = start_run(run, trainer, reference)
+        live = start_run(run, trainer, plan)
         live.train()
         finish_run(live)
     return run

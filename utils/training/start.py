@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..models.loading import Reference
+from ..models.reference import ReferencePlan
 
 if TYPE_CHECKING:
     from .trainer import PreferenceTrainer
@@ -63,11 +63,11 @@ def _size(differences: Tensor) -> float:
 class StartCheck(TrainerCallback):
     """Looks before the first step whether the policy starts as its reference, and warns where it does not."""
 
-    def __init__(self, trainer: PreferenceTrainer, reference: Reference):
+    def __init__(self, trainer: PreferenceTrainer, reference: ReferencePlan):
         self.trainer, self.reference = trainer, reference
 
     def on_train_begin(self, args, state, control, **_):
-        if state.global_step > 0 or not self.reference.is_start:
+        if state.global_step > 0:
             return
         start = measure_start(self.trainer)  # in all processes, with the same result
         if not start.is_known and state.is_world_process_zero:
@@ -75,7 +75,7 @@ class StartCheck(TrainerCallback):
 
     def _describe(self, start: Start) -> str:
         loss = f"the first loss is {start.loss:.4f} in place of {start.known:.4f}"
-        if self.reference.rounded:
+        if self.reference.is_rounded:
             return (
                 f"the reference in 4 bits is not quite the policy: before the first step {loss}, and log-probs of a "
                 f"response differ by {start.gap:.2g} nats. Scored ahead (--precompute_ref_log_probs) it is not rounded"

@@ -21,7 +21,8 @@ from trl import DPOTrainer, SFTTrainer
 
 from ..engine.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
 from ..engine.completions import CompletionScorer
-from ..models.loading import TRAINED_ADAPTER, Reference
+from ..models.loading import TRAINED_ADAPTER
+from ..models.reference import Reference
 from ..objectives.objective import Objective
 from ..run.names import TRAINER_STATE
 from ..run.state import restoring
