@@ -156,7 +156,7 @@ def test_a_run_that_ends_before_its_last_step_says_so():
 
     def ends_at(step: int, **content):
         state = SimpleNamespace(global_step=step, max_steps=8)
-        trainer = SimpleNamespace(state=state, warn=told.append)
+        trainer = SimpleNamespace(state=state, machine=SimpleNamespace(warn=told.append))
         run = SimpleNamespace(record=SimpleNamespace(content=content), rows=SimpleNamespace(train=range(3)))
         live = SimpleNamespace(run=run, trainer=trainer, watcher=SimpleNamespace(interrupted=False))
         LiveRun._check_steps(live)
