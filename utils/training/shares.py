@@ -99,13 +99,13 @@ class StepShares(BatchRebalanceSampler):
 def share_steps(
     rows: Sampler, dataset: Dataset, sizes: Sequence[int], args: TrainingArguments, by_tokens: bool
 ) -> StepShares | None:
-    """The micro-batches of this process; None with one process, or where `rows` come in an order of another kind.
+    """The micro-batches of one of several processes; None where `rows` come in an order of another kind.
 
     Args:
         rows: the rows in the order of training.
         sizes: tokens of each.
     """
-    if type(rows) not in (RandomSampler, SequentialSampler) or args.world_size == 1:
+    if type(rows) not in (RandomSampler, SequentialSampler):
         return None
     if isinstance(rows, RandomSampler):  # as accelerate does in one process
         rows = SeedableRandomSampler(dataset, data_seed=args.data_seed)

@@ -149,7 +149,10 @@ class RunTrainer(Trainer):
         self._signature_columns = list(self.task.columns)
 
     def _get_train_sampler(self, train_dataset=None):
-        rows, sizes = super()._get_train_sampler(train_dataset), self.task.tokens_of_rows(self.train_dataset)
+        rows = super()._get_train_sampler(train_dataset)
+        if self.args.world_size == 1:
+            return rows
+        sizes = self.task.tokens_of_rows(self.train_dataset)
         self._shares = share_steps(rows, self.train_dataset, sizes, self.args, by_tokens=self.max_tokens is not None)
         if self._shares is not None:  # a process may have no rows left in a step
             self.data_collator.filler = [self.train_dataset[min(range(len(sizes)), key=sizes.__getitem__)]]
