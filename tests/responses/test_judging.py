@@ -258,6 +258,18 @@ def test_a_signal_ends_the_wait_for_an_endpoint_at_once(tmp_path):
             process.send_signal(number)
             assert process.communicate(timeout=50)[1].rstrip().endswith("KeyboardInterrupt")  # not when it is answered
             asked.clear()
+        # One whose interruption Python drops, as it comes while an object is let go of.
+        dropped = (
+            "import os, signal\n"
+            "class Last:\n"
+            "    def __del__(self):\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "        for _ in range(1000): pass\n"
+            "Last()\n"
+        )
+        code = code.replace("judge.weigh_all", f"{dropped}judge.weigh_all")
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+        assert process.communicate(timeout=50)[1].rstrip().endswith("KeyboardInterrupt")
         held.set()
 
 

@@ -17,9 +17,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..interruptions import stop_if_asked
 from ..run.writing import open_file
 from ..runtime import say
 from .scorers import Prompt
@@ -34,6 +35,7 @@ ATTEMPTS = 6
 LONGEST_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = 300.0  # of one request as a whole, however its answer trickles in
 WORKERS = 4
+LOOKS_EVERY_SECONDS = 0.2  # whether a signal has come
 PASSING = (408, 409, 429, 500, 502, 503, 504)
 LONGEST_ANSWER_BYTES = 8 * 2**20
 SHOWN_CHARACTERS = 300  # of what an endpoint says instead of an answer
@@ -86,6 +88,16 @@ class JudgeLimits:
 
     requests: int | None = None
     requests_per_minute: float | None = None
+
+
+async def _cancel_when_asked(task: asyncio.Task[Any]) -> None:
+    """Cancels a task once a signal has come whose own interruption was dropped."""
+    try:
+        while True:
+            stop_if_asked()
+            await asyncio.sleep(LOOKS_EVERY_SECONDS)
+    except KeyboardInterrupt:
+        task.cancel()
 
 
 class EndpointJudge:
@@ -159,7 +171,11 @@ class EndpointJudge:
             UserError: the endpoint refuses or does not answer, or the limit is reached. Requests under way are waited
                 for, and their answers kept.
         """
-        return asyncio.run(self._weigh_all(matches))
+        try:
+            return asyncio.run(self._weigh_all(matches))
+        except asyncio.CancelledError:
+            stop_if_asked()
+            raise
 
     async def _weigh_all(self, matches: Sequence[tuple[Prompt, str, str]]) -> list[Verdicts]:
         import httpx
@@ -180,7 +196,9 @@ class EndpointJudge:
 
         # The limits are those of wait_for, on a request as a whole, and of _post.
         async with httpx.AsyncClient(timeout=None, follow_redirects=False) as client:
+            looking = asyncio.create_task(_cancel_when_asked(asyncio.current_task()))
             ends = await asyncio.gather(*(work(client) for _ in range(WORKERS)), return_exceptions=True)
+            looking.cancel()
         for fault in ends:
             if fault is not None:
                 raise fault
