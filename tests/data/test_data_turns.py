@@ -1,4 +1,4 @@
-"""Turns with more than text are refused by name in every verb; what a source holds beside its pairs is named."""
+"""Turns with more than text, in every layout and verb; what a source holds beside its pairs is named."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import datasets
 import numpy as np
 import pytest
 from shared.pairs import make_pairs, write_lines
+from shared.runs import read_record
 
-from utils.data.loading import load_pairs
+from utils.data.calls import functions_of, plain_turns
+from utils.data.identity import read_pair_ids
+from utils.data.loading import fingerprint_rows, load_pairs
 from utils.errors import UserError
 from utils.settings.data import DataSettings
 
@@ -54,48 +57,83 @@ ROWS = {
 }
 
 
+NOT_MESSAGES = ("scored_objects", "message_tree")  # whose other fields speak of who wrote or judged an answer
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ROWS)
-def test_calls_are_refused_by_name_in_every_layout(name, streaming, tmp_path):
+def test_calls_are_kept_in_every_layout_or_refused_by_name(name, streaming, tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [ROWS[name]] * 3)
     settings = DataSettings(dataset_name=str(path), validation_split="none", streaming=streaming)
-    with pytest.raises(UserError, match="with 'tool_calls', which is not trained on") as error:
-        load_pairs(settings, "train", 0, wanted=3)
-    assert "in 3 rows" in str(error.value)
+    if name in NOT_MESSAGES:
+        with pytest.raises(UserError, match="with 'tool_calls', which is not trained on") as error:
+            load_pairs(settings, "train", 0, wanted=3)
+        assert "in 3 rows" in str(error.value)
+        return
+    row = load_pairs(settings, "train", 0, wanted=3).train[0]
+    prompt, chosen, rejected = (plain_turns(row[side]) for side in ("prompt", "chosen", "rejected"))
+    made = {"type": "function", "id": "c", "function": {"name": "f", "arguments": {}}}
+    whole = {**CALL, "tool_calls": [made]}
+    expected = [*PLAIN, whole, {"role": "tool", "content": "4"}], ANSWER, OTHER
+    assert (prompt, chosen, rejected) == ((PLAIN, [whole], OTHER) if name == "scored_turns" else expected)
 
 
 def test_a_table_that_pads_every_turn_with_the_fields_of_one_is_read(tmp_path):
     """Parquet has one type for all rows: the calls of one row are nulls in all others, and arguments null in calls."""
     plain = {"prompt": PLAIN, "chosen": ANSWER, "rejected": OTHER}
-    datasets.Dataset.from_list([ROWS["explicit_prompt"], plain]).to_parquet(tmp_path / "rows.parquet")
-    data = load(tmp_path / "rows.parquet", on_bad_rows="skip")
-    assert data.train["chosen"][:] == [ANSWER]
-    assert data.dropped == {"'prompt' has a turn with 'tool_calls', which is not trained on": 1}
+    other = {**CALL, "tool_calls": [{"id": "d", "function": {"name": "g", "arguments": {"x": 1}}}]}
+    first = {**CALL, "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {"y": [{"z": "2"}]}}}]}
+    rows = [{**plain, "chosen": [first]}, {**plain, "chosen": [other]}, plain]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    data = load(tmp_path / "rows.parquet")
+    calls = [[function["arguments"] for function in functions_of(turn)] for (turn,) in data.train["chosen"]]
+    assert calls == [[{"y": [{"z": "2"}]}], [{"x": 1}], []]
+    assert [plain_turns(turns) for turns in data.train["prompt"]] == [PLAIN] * 3
 
 
-def test_every_verb_refuses_calls_by_name(run_script, tiny_model, other_model, tmp_path):
-    pairs = write_lines(tmp_path / "pairs.jsonl", [ROWS["explicit_prompt"]] * 4)
-    demonstrations = write_lines(tmp_path / "sft.jsonl", [{"messages": ASKED + ANSWER}] * 4)
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": ASKED}] * 4)
-    (tmp_path / "score.py").write_text("def score(prompts, responses):\n    return [1.0 for _ in responses]\n")
-    model = ("--model_name_or_path", tiny_model)
-    out = ("--output_dir", tmp_path / "out")
-    commands = {
-        "train": (*model, "--dataset_name", pairs, *out),
-        "sft": ("sft", *model, "--dataset_name", demonstrations, *out),
-        "evaluate": ("evaluate", *model, "--ref_model_name_or_path", tiny_model, "--dataset_name", pairs, *out),
-        "compare": ("compare", *model, "--baseline", other_model, "--prompts", prompts, *out),
-        "generate": (
-            *("data", "--generate", *model, "--dataset_name", prompts, "--output_file", tmp_path / "made.jsonl"),
-            *("--scorer", f"{tmp_path / 'score.py'}:score"),
-        ),
-    }
-    for name, command in commands.items():
-        code, _, err = run_script(*command)
-        assert (code, "'tool_calls'" in err) == (2, True), (name, err)
-    code, out, _ = run_script("data", "--dataset_name", pairs)
-    assert code == 3
-    assert "'prompt' has a turn with 'tool_calls'" in out
+def test_turns_of_text_alone_have_no_column_more_and_keep_their_names(tmp_path):
+    """The name and the fingerprint of a row are those that it had before turns could say more than text."""
+    plain = {"prompt": PLAIN, "chosen": ANSWER, "rejected": OTHER}
+    alone = load(write_lines(tmp_path / "alone.jsonl", [plain]))
+    assert alone.train["chosen"][0] == ANSWER
+    mixed = load(write_lines(tmp_path / "mixed.jsonl", [plain, ROWS["explicit_prompt"]]))
+    assert mixed.train["chosen"][0] == [{**ANSWER[0], "extra": None}]
+    assert next(read_pair_ids(mixed.train)) == next(read_pair_ids(alone.train))
+    assert fingerprint_rows(mixed.train.select([0]), None) == fingerprint_rows(alone.train, None)
+    assert fingerprint_rows(mixed.train.select([1]), None) != fingerprint_rows(mixed.train.select([0]), None)
+
+
+TEMPLATE = (
+    "{%- for m in messages -%}{{ m.role[0] + ':' + m.content }}{%- for c in m.tool_calls or [] -%}"
+    "{{ c.function.name }}{{ c.function.arguments }}{%- endfor -%}{{ eos_token }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}a:{%- endif -%}"
+)
+
+
+def test_replies_of_several_turns_train_and_are_evaluated_and_written_out(run_script, tiny_model, tmp_path):
+    result = {"role": "tool", "content": "RESULT", "tool_call_id": "c"}
+    call = {**CALL, "tool_calls": [{"type": "function", "id": "c", "function": {"name": "f", "arguments": {"x": 1}}}]}
+    prompts = [[{"role": "user", "content": f"question {n}"}] for n in range(12)]
+    rows = [{"prompt": prompt, "chosen": [call, result, *ANSWER], "rejected": OTHER} for prompt in prompts]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    flags = ("--dataset_name", path, "--chat_template", TEMPLATE)
+    train = ("--model_name_or_path", tiny_model, *flags, "--max_steps", 2, "--validation_split", "0.3")
+    code, _, err = run_script(*train, "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    code, _, err = run_script(*train, "--output_dir", tmp_path / "padded", "--engine", "padded")
+    assert code == 0, err
+    shared, padded = (read_record(tmp_path / name)["metrics"]["held_out"] for name in ("run", "padded"))
+    assert shared["loss"] == pytest.approx(padded["loss"], abs=1e-5)
+    assert shared["chosen_logps"] == pytest.approx(padded["chosen_logps"], abs=1e-3)
+    code, _, err = run_script("evaluate", "--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "eval")
+    assert code == 0, err
+    evaluated = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["metrics"]
+    assert evaluated["loss"] == pytest.approx(shared["loss"], abs=1e-5)
+    code, _, err = run_script("data", "--dataset_name", path, "--output_file", tmp_path / "out.jsonl")
+    assert code in (0, 3), err
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["chosen"] for row in written] == [row["chosen"] for row in rows]
+    assert load(tmp_path / "out.jsonl").fingerprint == load(path).fingerprint
 
 
 def test_columns_that_are_not_used_are_named_and_content_among_them_is_a_problem(run_script, tiny_model, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.calls import plain_turns
 from ..data.prompts import name_split, read_prompts
 from ..data.splitting import prompt_key
 from ..errors import UserError
@@ -79,7 +80,9 @@ def _read_data(name: str, settings: DataSettings) -> tuple[str, Iterator[Prompt]
     for line in read.describe_left_out("rows left out"):
         say(line)
     batches = read.rows.iter(1000)
-    return f"{read.source}: {read.description}", (prompt for batch in batches for prompt in batch["prompt"])
+    return f"{read.source}: {read.description}", (
+        plain_turns(prompt) for batch in batches for prompt in batch["prompt"]
+    )
 
 
 def _read_held_out(trained: TrainedModel) -> tuple[str, list[Prompt]]:
@@ -100,7 +103,7 @@ def _read_held_out(trained: TrainedModel) -> tuple[str, list[Prompt]]:
         say(f"warning: {data.source} changed since the run; its prompts are split as in the run all the same")
     columns = [name for name in ("prompt", "tools") if name in data.held_out.column_names]
     rows = data.held_out.select_columns(columns).to_list()
-    prompts = [row["prompt"] for row in rows if row["prompt"] and not row.get("tools")]
+    prompts = [plain_turns(row["prompt"]) for row in rows if row["prompt"] and not row.get("tools")]
     if len(prompts) < len(rows):
         say(f"      {len(rows) - len(prompts):,} rows left out: without a prompt, or with tools")
     if not prompts:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 from typing import Any
 
+from ..data.calls import show_turns
+
 WIDTH = 100
 OWN_REWARD = "implicit_reward"
 SHOWN = 3
@@ -131,9 +133,7 @@ def _show_scores(found: dict[str, Any]) -> str:
 
 def prompt_text(prompt: Any) -> str:
     """A prompt as text, with the speakers of a dialogue."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else show_turns(prompt)
 
 
 def _show_text(label: str, text: str) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .calls import said_by, turn_key
+
 MOST_CHARACTERS = 16 << 20  # of a row: millions of tokens, more than any model reads, and memory for each of them
 
 
@@ -29,14 +31,14 @@ def find_fault(row: Mapping[str, Any], labels: Mapping[str, str], prompt_may_be_
 
 def _length(value: str | list[dict[str, str]] | None) -> int:
     """Characters of a text, or of all turns."""
-    return len(value or "") if not isinstance(value, list) else sum(len(turn["content"]) for turn in value)
+    return len(value or "") if not isinstance(value, list) else sum(len(said_by(turn)) for turn in value)
 
 
 def _is_blank(value: str | list[dict[str, str]]) -> bool:
     if isinstance(value, str):
         return not value.strip()
-    return not any(turn["content"].strip() for turn in value if turn["role"] != "system")
+    return not any(said_by(turn).strip() for turn in value if turn["role"] != "system")
 
 
-def _stripped(value: str | list[dict[str, str]]) -> str | list[str]:
-    return value.strip() if isinstance(value, str) else [turn["content"].strip() for turn in value]
+def _stripped(value: str | list[dict[str, str]]) -> str | list[tuple[str, ...]]:
+    return value.strip() if isinstance(value, str) else list(map(turn_key, value))

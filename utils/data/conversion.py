@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
 
 from ..errors import UserError
 from .adapter import read_code, run_adapter
+from .calls import EXTRA, RESULT_ROLES, keeps_extra, turn_key
 from .checks import find_fault
 from .columns import list_heads, reach, unpack_row
+from .exact import TOOLS
 from .files import quiet
 from .labels import check_labels, read_number, read_yes_or_no
 from .ranking import EXPANSIONS, NOT_WANTED, SMALL_GAP, add_context
@@ -25,7 +28,13 @@ from .schemas import Reading
 from .turns import BadRow
 from .unpaired import pair_up
 
-MESSAGE_FEATURES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+TEXT = datasets.Value("string")
+PLAIN_TURNS = datasets.List({"role": TEXT, "content": TEXT})
+WHOLE_TURNS = datasets.List({"role": TEXT, "content": TEXT, EXTRA: TEXT})
+
+
+class NeedsExtra(Exception):
+    """A turn says something beside its text, where tables were to have turns of role and text alone."""
 
 
 def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None = None) -> datasets.Dataset:
@@ -34,7 +43,11 @@ def convert_rows(rows: datasets.Dataset, reading: Reading, num_proc: int | None 
     A row of the source may become several, each with the same `row`. Raises UserError when a column of the reading is
     missing, or a number is no label of two answers, as it may be in a held-out split.
     """
-    converted = _convert(rows, reading, num_proc)
+    try:
+        converted = _convert(rows, reading, num_proc)
+    except NeedsExtra:
+        reading = replace(reading, keeps_extra=True)
+        converted = _convert(rows, reading, num_proc)
     return pair_up(converted, reading) if reading.layout.pairs_up and not reading.choice.best_only else converted
 
 
@@ -71,12 +84,13 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
 def _key_of(reading: Reading) -> tuple:
     """What of a reading decides the converted rows, in values that hash alike in every process."""
     how = (reading.layout.name, sorted(reading.columns.items()), reading.shape.name, reading.replies)
-    return (*how, repr(reading.choice), reading.group, reading.adapter, reading.scored, reading.packed)
+    told = (repr(reading.choice), reading.group, reading.adapter, reading.scored, reading.packed, reading.keeps_extra)
+    return (*how, *told)
 
 
 def features_of(reading: Reading) -> datasets.Features:
     """The columns of converted rows."""
-    value = datasets.Value("string") if reading.is_text else MESSAGE_FEATURES
+    value = TEXT if reading.is_text else WHOLE_TURNS if reading.keeps_extra else PLAIN_TURNS
     features = dict.fromkeys(("prompt", *reading.outputs), value)
     features |= {name: datasets.Value(kind) for name, kind in _extras(reading).items()}
     return datasets.Features({**features, "row": datasets.Value("int64"), "reason": datasets.Value("string")})
@@ -93,12 +107,16 @@ def _extras(reading: Reading) -> dict[str, str]:
 
 
 def padded_columns(features: datasets.Features | None) -> tuple[str, ...]:
-    """The columns in which a table adds nulls: all of its objects have the fields of each."""
-    return tuple(name for name, kind in (features or {}).items() if _has_fields(kind))
+    """The columns in which a table adds nulls that matter: of tools, and of objects within objects, each has the fields
+    of all."""
+    return tuple(name for name, kind in (features or {}).items() if _depth(kind) > (name not in TOOLS))
 
 
-def _has_fields(kind: Any) -> bool:
-    return isinstance(kind, dict) or (hasattr(kind, "feature") and _has_fields(kind.feature))
+def _depth(kind: Any) -> int:
+    """How many objects stand one within the other in values of a type."""
+    if isinstance(kind, dict):
+        return 1 + max(map(_depth, kind.values()), default=0)
+    return _depth(kind.feature) if hasattr(kind, "feature") else 0
 
 
 def convert_batch(
@@ -106,7 +124,8 @@ def convert_batch(
 ) -> dict[str, list]:
     """Columns of converted rows, from columns of the source; `indices` are the rows' own.
 
-    `padded`: columns whose objects have nulls that are the table's, not the user's.
+    `padded`: columns whose objects have nulls that are the table's, not the user's. Raises NeedsExtra where a turn says
+    more than the columns of the reading hold.
     """
     names = (*reading.labels, *_extras(reading))
     output: dict[str, list] = {name: [] for name in (*names, "row", "reason")}
@@ -130,9 +149,10 @@ def _convert_row(
     except BadRow as error:
         yield {}, str(error)
         return
+    objects = _list_objects([row.get(name) for name in padded])
     for parts in simple:
-        if isinstance(parts.get("tools"), list | Mapping):
-            parts["tools"] = _without_padding(parts["tools"], _list_objects([row.get(name) for name in padded]))
+        if objects:
+            parts = {part: _without_padding(value, objects) for part, value in parts.items()}
         try:
             converted = _read_parts(parts, reading)
             converted |= group
@@ -160,19 +180,41 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     shape, names = reading.shape, reading.names
     sides = [shape.split(parts, reply, names) for reply in reading.replies]
     for reply, (_, answer) in zip(reading.replies, sides, strict=True):
-        if isinstance(answer, list) and any(turn["role"] != "assistant" for turn in answer):
-            raise BadRow(f"'{names[reply]}' has a turn that is not the assistant's")
+        if isinstance(answer, list) and not _is_reply(answer):
+            raise BadRow(f"'{names[reply]}' has a turn that is neither the assistant's nor a result of its tools")
     # A reply that is missing or an empty list is for the checks to report: its side has no prompt to compare.
+    sides = _share_beginning(sides)
     prompts = [prompt for prompt, answer in sides if answer not in (None, [])]
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise BadRow(f"the two {'transcripts' if shape.is_transcript else 'sides'} differ before the last reply")
     prompt = prompts[0] if prompts else sides[0][0]
     prompt = _without_reply(prompt, [answer for _, answer in sides])
     values = dict(zip(reading.labels, (prompt, *(answer for _, answer in sides)), strict=True))
+    if not reading.keeps_extra and any(map(keeps_extra, values.values())):
+        raise NeedsExtra
     converted = {**values, **_read_extras(parts, reading)}
     if reading.adapter is not None:  # what is read from a table is Unicode already
         _check_unicode(converted)
     return converted
+
+
+def _is_reply(turns: Sequence[Mapping[str, str]]) -> bool:
+    """Whether turns are a reply: those of the assistant, with the results of its tools in between."""
+    roles = [turn["role"] for turn in turns]
+    return {*roles[:1], *roles[-1:]} <= {"assistant"} and {*roles} <= {"assistant", *RESULT_ROLES}
+
+
+def _share_beginning(sides: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The sides with the turns that two replies with tool results begin with as part of the prompt."""
+    answers = [answer for _, answer in sides]
+    if len(sides) < 2 or not all(isinstance(answer, list) for answer in answers):
+        return sides
+    if sides[0][0] != sides[1][0] or not any(turn["role"] != "assistant" for answer in answers for turn in answer):
+        return sides
+    shared = next((i for i, (one, other) in enumerate(zip(*answers, strict=False)) if one != other), 0)
+    while shared and any(answer[shared]["role"] != "assistant" for answer in answers):
+        shared -= 1
+    return [(prompt + answer[:shared], answer[shared:]) for prompt, answer in sides]
 
 
 def _without_reply(prompt: Any, answers: Sequence[Any]) -> Any:
@@ -181,19 +223,15 @@ def _without_reply(prompt: Any, answers: Sequence[Any]) -> Any:
         return prompt
     for answer in answers:
         end = prompt[-len(answer) :] if isinstance(answer, list) and answer else []
-        if end and [_said(turn) for turn in end] == [_said(turn) for turn in answer]:
+        if end and list(map(turn_key, end)) == list(map(turn_key, answer)):
             return prompt[: -len(end)]
     return prompt
-
-
-def _said(turn: Mapping[str, str]) -> tuple[str, str]:
-    return turn["role"], turn["content"].strip()
 
 
 def _check_unicode(converted: Mapping[str, Any]) -> None:
     """Raises BadRow where a text that an adapter made holds half a character, which no file can."""
     for name, value in converted.items():
-        texts = [turn["content"] for turn in value] if isinstance(value, list) else [value]
+        texts = [text for turn in value for text in turn.values()] if isinstance(value, list) else [value]
         try:
             "".join(text for text in texts if isinstance(text, str)).encode()
         except UnicodeEncodeError:

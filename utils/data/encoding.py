@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..engine.counted import uncount
 from ..errors import UserError, in_one_line
-from .rendering import ADVICE, Rendered, Turns, render_chat, render_row
+from .rendering import ADVICE, Rendered, Spans, Turns, render_chat, render_row
 
+FRONTS = ("\n", "a", ".")  # what a completion is encoded behind where its beginning would merge into its prompt
 REPLIES = {"chosen": "'chosen'", "rejected": "'rejected'", "completion": "the reply"}
 
 
@@ -103,7 +105,7 @@ class PromptEncoder:
         starts = [row.prompt for row in rendered]
         start_ids = self.encode(starts)
         encoded = [[self._begin(prompt, ids) for prompt, ids in zip(prompts, start_ids, strict=True)]]
-        for rests in zip(*(row.completions for row in rendered), strict=True):
+        for side, rests in enumerate(zip(*(row.completions for row in rendered), strict=True)):
             whole = self.encode([start + rest for start, rest in zip(starts, rests, strict=True)])
             encoded.append(
                 [
@@ -111,7 +113,42 @@ class PromptEncoder:
                     for rest, ids, begin in zip(rests, whole, start_ids, strict=True)
                 ]
             )
+            for place, row in enumerate(rendered):
+                if row.results and row.results[side]:
+                    encoded[-1][place] = self._uncount(
+                        encoded[-1][place], starts[place], rests[place], row.results[side]
+                    )
         return encoded
+
+    def _uncount(self, ids: list[int], start: str, completion: str, results: Spans) -> list[int]:
+        """The ids of a completion with those of tools' results as ids that do not count (utils/engine/counted.py).
+
+        A turn ends with its end-of-text token: what the template writes between that and a result does not count.
+
+        Raises:
+            UserError: the tokenizer does not say where its tokens stand in a text.
+        """
+        for front in (start, *FRONTS):
+            try:
+                encoded = self.tokenizer(front + completion, add_special_tokens=False, return_offsets_mapping=True)
+            except NotImplementedError:
+                raise UserError("results of tools within replies need a fast tokenizer (tokenizer.json)") from None
+            begin = next((at for at, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(front)), 0)
+            if encoded["input_ids"][begin:][: len(ids) - 1] == ids[:-1]:
+                break
+        else:
+            raise UserError("the tokenizer splits a reply with results of tools otherwise than its parts")
+        places = [place - len(front) for place, _ in encoded["offset_mapping"][begin:]]
+        marked = list(ids)
+        for first, last in results:
+            inside = [at for at, place in enumerate(places[: len(ids)]) if first <= place < last]
+            if not inside:
+                continue
+            turn = next((at for at in range(inside[0], 0, -1) if marked[at - 1] < 0), 0)
+            ended = turn + self._find_end(ids[turn : inside[0]])
+            for at in range(min(ended + 1, inside[0]), inside[-1] + 1):
+                marked[at] = uncount(ids[at])
+        return marked
 
     def _begin(self, prompt: str | Turns, ids: list[int]) -> list[int]:
         # A template writes its own BOS or wants none; plain text gets one where the tokenizer adds it by itself.
@@ -145,7 +182,7 @@ class PromptEncoder:
         The text in front keeps tokenizers that put a space before a text's first word from doing it here; it has to
         be one that the completion does not merge into either.
         """
-        for front in ("\n", "a", "."):
+        for front in FRONTS:
             anchor, ids = self.encode([front, front + completion])
             if ids[: len(anchor)] == anchor:
                 return ids[len(anchor) :]
@@ -154,11 +191,16 @@ class PromptEncoder:
     def _end_once(self, ids: list[int]) -> list[int]:
         """`ids` up to the first of the end-of-text tokens at their end, with nothing but blanks between and behind
         them (a template may write a line break there); without one, `ids` and the tokenizer's own."""
+        end = self._find_end(ids)
+        return [*ids[:end], ids[end] if end < len(ids) else self.tokenizer.eos_token_id]
+
+    def _find_end(self, ids: Sequence[int]) -> int:
+        """Where the first of the end-of-text tokens at the end of `ids` stands; their number where there is none."""
         ends = [index for index, token in enumerate(ids) if token in self.end_ids]
         end = len(ids)
         while ends and not self.tokenizer.decode(ids[ends[-1] + 1 : end]).strip():
             end = ends.pop()
-        return [*ids[:end], ids[end] if end < len(ids) else self.tokenizer.eos_token_id]
+        return end
 
 
 def read_tools(tools: Any) -> Any:

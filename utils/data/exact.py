@@ -18,7 +18,8 @@ from .scanning import whole_rows
 
 LIBRARY_BLOCK = 10 << 20  # of a JSON file; the types of the first are those of all
 CHECKED_BLOCK = 32 << 20
-TOOLS = ("tools", "functions")  # JSON schemas, in which a null or 1 for 1.0 is another schema
+# JSON schemas and arguments of calls, in which a null or 1 for 1.0 says something else.
+TOOLS = ("tools", "functions", "tool_calls", "function_call", "arguments")
 
 
 def find_changed_texts(rows: datasets.Dataset) -> str | None:
@@ -65,8 +66,8 @@ def _stored_json(array: pa.Array, kind: Any) -> Iterator[pa.Array]:
 def is_exact(features: Any, name: str = "") -> bool:
     """Whether values of these types are what their file says.
 
-    False where the library holds values of several types in one column, and where nested tools become columns of a
-    table: that adds nulls for what other rows have, and turns 1 into 1.0.
+    False where the library holds values of several types in one column, and where nested tools and calls become
+    columns of a table: that adds nulls for what other rows have, and turns 1 into 1.0.
     """
     if isinstance(features, dict):
         return name not in TOOLS and all(is_exact(kind, name) for name, kind in features.items())

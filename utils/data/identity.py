@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from .calls import EXTRA
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -14,8 +16,17 @@ SAID = ("prompt", "chosen", "rejected", "completion")
 
 
 def hash_value(value: Any, size: int = 16) -> bytes:
-    """A hash of a text or a list of messages, in `size` bytes."""
+    """A hash of a text or a list of messages, in `size` bytes: of turns with text alone, of that text and the role."""
+    value = _without_nothing(value)
     return blake2b(json.dumps(value, ensure_ascii=True).encode(), digest_size=size).digest()
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nothing(item) for item in value]
+    if isinstance(value, dict) and value.get(EXTRA, "") is None:
+        return {key: item for key, item in value.items() if key != EXTRA}
+    return value
 
 
 def pair_id(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError, gather
 from ..settings.data import DataSettings
+from .calls import EXTRA
 from .files import quiet
 from .identity import read_pair_ids
 from .mixing import Wish, count_repeated, read_wishes
@@ -221,8 +222,9 @@ def _hash_values(digest: hashlib._Hash, values: pa.Array) -> None:
         digest.update(pc.list_value_length(values).fill_null(0).to_numpy().tobytes())
         _hash_values(digest, values.flatten())
     elif pa.types.is_struct(values.type):
-        for column in values.flatten():
-            _hash_values(digest, column)
+        for name, column in zip(values.type.names, values.flatten(), strict=True):
+            if name != EXTRA or column.null_count < len(column):  # of turns with text alone nothing more is said
+                _hash_values(digest, column)
     else:
         texts = values.cast(pa.large_binary()).fill_null(b"")
         digest.update(pc.binary_length(texts).to_numpy().tobytes())

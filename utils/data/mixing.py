@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..run.paths import is_there
-from .conversion import MESSAGE_FEATURES
+from .conversion import PLAIN_TURNS, WHOLE_TURNS
 from .files import quiet
 from .identity import read_pair_ids
 from .places import Place
@@ -104,8 +104,10 @@ def align(
 ) -> list[datasets.Dataset]:
     """The tables with the same columns and a `source`; each `row` counts from its table's start."""
     kinds = {name: kind for table in tables for name, kind in table.features.items()}
-    if to_messages:
-        kinds |= dict.fromkeys((name for name in FIRST_COLUMNS if name in kinds), MESSAGE_FEATURES)
+    keeps_extra = any(table.features[name] == WHOLE_TURNS for table in tables for name in table.features)
+    if to_messages or keeps_extra:
+        turns = WHOLE_TURNS if keeps_extra else PLAIN_TURNS
+        kinds |= dict.fromkeys((name for name in FIRST_COLUMNS if name in kinds), turns)
     features = datasets.Features(kinds | {"source": datasets.Value("string")})
     aligned = []
     for table, name, start in zip(tables, names, starts, strict=True):
@@ -117,7 +119,7 @@ def align(
                 map_rows(
                     table,
                     _align_batch,
-                    decides=(name, start, sorted(features), to_messages),
+                    decides=(name, start, sorted(features), to_messages, keeps_extra),
                     batched=True,
                     fn_kwargs={"source": name, "start": start, "columns": list(features), "to_messages": to_messages},
                     features=features,

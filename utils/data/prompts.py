@@ -14,8 +14,9 @@ import numpy as np
 from ..errors import UserError
 from ..settings.data import DataSettings
 from .adapter import read_code, run_adapter
+from .calls import keeps_extra, said_by
 from .columns import MESSAGES, kind_of_column, list_columns, list_names, reach
-from .conversion import MESSAGE_FEATURES, convert_rows
+from .conversion import PLAIN_TURNS, WHOLE_TURNS, NeedsExtra, convert_rows
 from .files import quiet
 from .layouts import ANY_PROMPT, CONVERSATION
 from .ranking import Choice, add_context, expand_history
@@ -54,6 +55,7 @@ class PromptColumns:
     to_messages: bool
     adapter: str | None
     packed: bool = False  # the prompts are message lists written as text
+    keeps_extra: bool = False  # turns have a column for what they say beside their text
 
     @property
     def description(self) -> str:
@@ -117,7 +119,11 @@ def _read_bare_prompts(source: Source, settings: DataSettings, flag: str, fault:
         has = list_names(columns)
         raise UserError(f"{flag} {name}: no column is known as the prompt; it has: {has}. Name it {advice}")
     how = _find_prompt_columns(sample, columns, column, settings.dataset_adapter)
-    prompts = _keep_prompts(_convert_prompts(source.rows, how), source, how.description)
+    try:
+        converted = _convert_prompts(source.rows, how)
+    except NeedsExtra:
+        converted = _convert_prompts(source.rows, dataclasses.replace(how, keeps_extra=True))
+    prompts = _keep_prompts(converted, source, how.description)
     if len(prompts.rows) == 0:
         raise UserError(f"{flag} {name}: has no prompts ({'; '.join(prompts.left_out)})")
     return prompts
@@ -141,7 +147,8 @@ def _find_prompt_columns(
 def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dataset:
     """`prompt`, `row` and `reason` as in converted rows."""
     own_code = read_code(how.adapter) if how.adapter else b""
-    features = {"prompt": MESSAGE_FEATURES if how.to_messages else datasets.Value("string")}
+    turns = WHOLE_TURNS if how.keeps_extra else PLAIN_TURNS
+    features = {"prompt": turns if how.to_messages else datasets.Value("string")}
     with quiet(rows.data.nbytes):
         return map_rows(
             rows,
@@ -189,6 +196,8 @@ def _read_prompt(row: Mapping[str, Any], how: PromptColumns) -> Value:
         raise BadRow(f"'{name}' is empty")
     if how.to_messages:
         prompt = prepend_system(system, read_turns(prompt, name, "user"))
+        if keeps_extra(prompt) and not how.keeps_extra:
+            raise NeedsExtra
     elif not isinstance(prompt, str):
         raise BadRow(f"'{name}' is not text")
     try:
@@ -223,7 +232,7 @@ def _keep_prompts(converted: datasets.Dataset, source: Source, description: str)
 def _is_prompt(value: Value | None) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    return bool(value) and any(turn["content"].strip() for turn in value)
+    return bool(value) and any(said_by(turn).strip() for turn in value)
 
 
 def _rename(fault: str, flag: str, name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from .html_text import html_to_text
 from .labels import find_better, read_number
 from .layouts import SIGNED_LABELS
-from .turns import BadRow, as_messages, check_fields, is_message, role_of
+from .turns import SAID_BESIDE, BadRow, as_messages, check_fields, is_message, role_of
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
 SCORE_KEYS = ("overall_score", "fine-grained_score", "pm_score", "score", "rating", "reward")
@@ -137,7 +137,7 @@ def _answer_text(value: Any, names: Mapping[str, str]) -> Any:
     if value is None or isinstance(value, str | list) or is_message(value):
         return value
     if isinstance(value, Mapping):
-        check_fields(value, names["answers"])
+        check_fields(value, names["answers"], SAID_BESIDE)
         return next((value[key] for key in TEXT_KEYS if value.get(key) is not None), None)
     raise BadRow(f"'{names['answers']}' is not a list of answers")
 
@@ -234,7 +234,7 @@ def _walk(parts: Mapping[str, Any], is_sample: bool) -> Iterator[tuple[list[dict
         if role not in ("user", "assistant"):
             raise BadRow("the tree has a message of unknown role")
         if not is_sample:
-            check_fields(node, "the tree")
+            check_fields(node, "the tree", SAID_BESIDE)
         path = [*path, {"role": role, "content": node["text"]}]
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):

@@ -12,14 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import product
 from typing import Any
 
 from markupsafe import escape
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from .calls import REASONING, RESULT_ROLES, extra_of, functions_of, reasoning_of, whole_message
+
 Turns = list[dict[str, Any]]
 Render = Callable[..., str]  # (turns, add_generation_prompt=False) -> text
+Spans = tuple[tuple[int, int], ...]  # begin and end of parts of a text, in characters
 
 # Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
 ANY_REPLY = "\ue000"
@@ -35,6 +39,7 @@ class Tags:
         self.closing = re.compile(self.close)
         self.opened = re.compile(rf"{self.open}(\s*)\Z")  # a prompt that ends inside a think block
         self.empty_block = re.compile(rf"{self.open}\s*{self.close}\s*\Z")  # or with one without thoughts
+        self.empty = re.compile(rf"{self.open}\s*{self.close}\s*")
         self.own_block = re.compile(rf"\s*{self.open}(?!\s*{self.close})")  # a text that begins with thoughts
 
 
@@ -58,8 +63,12 @@ LEFT_OUT = {
     "user": "the chat template leaves out a turn of the user, or a part of it",
     "assistant": "the chat template leaves out an earlier turn of the assistant, or a part of it",
 }
+CALLS_LEFT_OUT = "the chat template leaves out the tool calls of an earlier turn"
+CALLS_DROPPED = "the chat template drops the tool calls of {}"
+REASONING_LEFT_OUT = "the chat template does not render the reasoning of {}: it is trained without it"
 LEFT_OUT_OTHER = "the chat template leaves out a turn of {}, or a part of it"
 ALTERED = "the chat template changes the text of a turn of the {}"
+UNDECIDED = "the chat template does not let the results of tools be told from what the model writes in a reply"
 IN_OPEN_BLOCK = (
     "the chat template opens a think block that the reply does not close: it is trained as the beginning of reasoning"
 )
@@ -77,7 +86,8 @@ OWN_REASONING = (
 class Rendered:
     """A row as text. `fault`: why it cannot be trained on; `notes`: what the person should know of it.
 
-    `refused`: the template does not render the row at all, and the texts are empty.
+    `refused`: the template does not render the row at all, and the texts are empty. `results`: for each completion,
+    where in it the results of tools stand, with all that the template writes around them for the next turn.
     """
 
     prompt: str
@@ -85,6 +95,7 @@ class Rendered:
     fault: str | None = None
     notes: tuple[str, ...] = ()
     refused: bool = False
+    results: tuple[Spans, ...] = ()
 
 
 def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turns], names: Sequence[str]) -> Rendered:
@@ -116,9 +127,47 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
             fault = fault or _find_lost(render, whole, begin, prompt, reply, name)
         if _adds_block(start, reply, rest):
             fault = fault or SECOND_BLOCK.format(name) + ADVICE
+        if any(function["name"] not in rest for turn in reply for function in functions_of(turn)):
+            fault = fault or CALLS_DROPPED.format(name) + ADVICE
+        if any(_find(rest, reasoning_of(turn).strip(), 0) < 0 for turn in reply):
+            notes[REASONING_LEFT_OUT.format(name)] = None
         if note is not None:
             notes[note] = None
-    return Rendered(start, completions, fault, tuple(notes))
+    results = [
+        () if whole is None else _find_results(render, prompt, reply, whole, len(whole) - len(rest))
+        for reply, whole, rest in zip(replies, wholes, completions, strict=True)
+    ]
+    if None in results:
+        fault = fault or UNDECIDED + ADVICE
+    return Rendered(start, completions, fault, tuple(notes), results=tuple(spans or () for spans in results))
+
+
+def _find_results(render: Render, prompt: Turns, reply: Turns, whole: str, begin: int) -> Spans | None:
+    """Where in a reply, which begins at `begin` of `whole`, stands what the model does not write: from the end of each
+    of its turns that is followed by a result, to where generation would go on. None where that cannot be told."""
+    are_results = [turn["role"] in RESULT_ROLES for turn in reply]
+    borders = [number for number in range(1, len(reply)) if are_results[number] != are_results[number - 1]]
+    spans = []
+    for first, last in zip(borders[::2], borders[1::2], strict=True):
+        ended = _end_within(render([*prompt, *reply[:first]]), whole)
+        goes_on = _end_within(render([*prompt, *reply[:last]], add_generation_prompt=True), whole)
+        if ended is None or goes_on is None or not begin < ended <= goes_on < len(whole):
+            return None
+        spans.append((ended - begin, goes_on - begin))
+    return tuple(spans)
+
+
+def _end_within(text: str, whole: str) -> int | None:
+    """Where a text ends that `whole` begins with: as it is, or without a think block that a template writes in the last
+    turn alone, or for a turn to come. None where it does not begin with it."""
+    if whole.startswith(text):
+        return len(text)
+    for tags in KINDS:
+        for block in filter(None, (tags.opened.search(text), *tags.empty.finditer(text))):
+            shorter = text[: block.start()] + text[block.end() :]
+            if whole.startswith(shorter):
+                return len(shorter)
+    return None
 
 
 def _words(reply: Turns) -> str:
@@ -188,6 +237,8 @@ def _find_left_out(text: str, prompt: Turns) -> Iterator[str]:
     met: Counter[str] = Counter()
     for turn in prompt:
         content, role = turn.get("content"), str(turn.get("role"))
+        if any(function["name"] not in text for function in functions_of(turn)):
+            yield CALLS_LEFT_OUT
         if not isinstance(content, str):
             continue
         # Most templates take the reasoning out of earlier replies, and mean it.
@@ -248,6 +299,7 @@ def _find(text: str, said: str, begin: int) -> int:
 
 # The clock.
 
+FORM = "chat_template_call_form"  # attribute of a tokenizer: its template, and how that wants a call
 HELD = "chat_template_moment"  # attribute of a tokenizer: the moment that its template is told, whenever it asks
 
 
@@ -271,8 +323,66 @@ def hold_moment(tokenizer: PreTrainedTokenizerBase, moment: datetime | None) -> 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, **options: Any) -> str:
     """What the tokenizer's chat template makes of turns, at the moment that is held for it."""
+    messages = list(map(whole_message, turns))
     with _clock_at(held_moment(tokenizer)):
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        if any(map(extra_of, turns)):
+            messages = _fit_messages(tokenizer, messages)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+# How templates want a call: its arguments as an object or as JSON text, and a turn without text as null or empty.
+FORMS = tuple(product((False, True), (None, "")))
+
+
+def _fit_messages(tokenizer: PreTrainedTokenizerBase, messages: Turns) -> Turns:
+    """Messages as the template of a tokenizer reads them: the same said in the form and the field that it knows."""
+    template = str(tokenizer.chat_template)
+    as_text, empty = _call_form(tokenizer, template)
+    return [_fit_message(message, template, as_text, empty) for message in messages]
+
+
+def _fit_message(message: dict[str, Any], template: str, as_text: bool, empty: str | None) -> dict[str, Any]:
+    fitted = dict(message)
+    field = next((field for field in REASONING if field in fitted), None)
+    known = next((name for name in REASONING if name in template), None)
+    if field is not None and known is not None and field not in template:
+        fitted[known] = fitted.pop(field)
+    if "tool_calls" in fitted:
+        fitted["content"] = fitted["content"] or empty
+    if "tool_calls" in fitted and as_text:
+        fitted["tool_calls"] = [
+            call | {"function": call["function"] | {"arguments": _as_json(call["function"]["arguments"])}}
+            for call in fitted["tool_calls"]
+        ]
+    return fitted
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _call_form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, str | None]:
+    """The first of FORMS in which the template renders a call whole; kept with the tokenizer until that has another."""
+    known = getattr(tokenizer, FORM, None)
+    if known is None or known[0] != template:
+        known = (template, next((form for form in FORMS if _renders_call(tokenizer, template, *form)), FORMS[1]))
+        setattr(tokenizer, FORM, known)
+    return known[1]
+
+
+def _renders_call(tokenizer: PreTrainedTokenizerBase, template: str, as_text: bool, empty: str | None) -> bool:
+    call = {"type": "function", "id": "call00001", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "a plant"},
+    ]
+    messages = [_fit_message(turn, template, as_text, empty) for turn in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template can make Python raise anything
+        return False
+    return "look_up" in text and "tree" in text and "None" not in text and '\\"word' not in text
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ class Reading:
     group: str | None = None  # the column of --group_by
     adapter: str | None = None  # --dataset_adapter
     scored: bool = False
+    keeps_extra: bool = False  # turns have a column for what they say beside their text
     packed: tuple[str, ...] = ()  # columns whose texts are message lists
     remarks: tuple[Remark, ...] = ()  # what of the source is not used as its columns suggest
 

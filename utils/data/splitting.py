@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 
 from ..errors import UserError
+from .calls import said_by
 from .split_names import held_out_wish
 
 DEFAULT_FRACTION = 0.1
@@ -178,7 +179,7 @@ def prompt_key(prompt: Prompt) -> str:
     """The whole prompt; case and spacing do not count."""
     if isinstance(prompt, str):
         return _normalise(prompt)
-    return "\0".join(f"{turn['role']} {_normalise(turn['content'])}" for turn in prompt)
+    return "\0".join(f"{turn['role']} {_normalise(said_by(turn))}" for turn in prompt)
 
 
 def _normalise(text: str) -> str:

@@ -26,7 +26,7 @@ from datasets.arrow_writer import ArrowWriter
 from ..errors import UserError, in_one_line
 from ..settings.data import DataSettings
 from .columns import list_heads
-from .conversion import convert_batch, features_of, padded_columns
+from .conversion import NeedsExtra, convert_batch, features_of, padded_columns
 from .exact import describe_changed_texts, holds_json
 from .files import json_or_text, quiet
 from .labels import label_column, read_numbers
@@ -126,9 +126,13 @@ def read_stream(
     if reading.layout.pairs_up:
         raise UserError("--streaming: answers in rows of their own are paired across the whole data; leave it out")
 
-    def read_into(folder: Path) -> StreamedPairs:
-        intakes = [_Intake(each, reading, settings.on_bad_rows) for each in (stream, held_out) if each is not None]
-        return _read_into(folder, intakes, settings.validation_split, seed, wanted)
+    def read_into(folder: Path, keeps_extra: bool = False) -> StreamedPairs:
+        how = replace(reading, keeps_extra=keeps_extra)
+        intakes = [_Intake(each, how, settings.on_bad_rows) for each in (stream, held_out) if each is not None]
+        try:
+            return _read_into(folder, intakes, settings.validation_split, seed, wanted)
+        except NeedsExtra:
+            return read_into(folder, keeps_extra=True)
 
     try:
         return read_into(_temporary_folder())

@@ -3,6 +3,7 @@
 A row becomes `prompt_ids`, `chosen_ids` and `rejected_ids` (for `sft`: `prompt_ids` and `completion_ids`). The prompt
 ids are exactly those that generation would be given; the completion ids are what follows and end in an end-of-text
 token, unless the completion had to be cut, in which case `cut` says so and nothing teaches the model to stop there.
+Results of tools within a reply stand among its ids as tokens that do not count (utils/engine/counted.py).
 """
 
 from __future__ import annotations
@@ -73,9 +74,17 @@ def _fit_row(row: dict[str, Any], names: Sequence[str], max_length: int, opening
         prompt = begin + prompt[len(prompt) - kept_prompt + len(begin) :]
     fitted = {"prompt_ids": prompt, "shortened": shortened, "cut": False}
     for name, ids, length in zip(names, completions, kept, strict=True):
-        fitted[name] = ids[:length]
+        fitted[name] = _until_counted(ids[:length])
         fitted["cut"] = fitted["cut"] or length < len(ids)
     return row | fitted
+
+
+def _until_counted(ids: list[int]) -> list[int]:
+    """The ids up to the last one that counts: a tool's result at the end of a cut completion teaches nothing."""
+    end = len(ids)
+    while end and ids[end - 1] < 0:
+        end -= 1
+    return ids[:end]
 
 
 def _tokenize_batch(

@@ -8,6 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .calls import (
+    CALLING_ROLES,
+    KEPT,
+    RESULT_ROLES,
+    BadRow,
+    is_nothing,
+    make_turn,
+    read_calls,
+    read_extra,
+    result_text,
+    said_by,
+)
 from .scanning import name_of
 
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -24,21 +36,20 @@ ROLES = {
     "model": "assistant",
     "system": "system",
     "developer": "developer",
-    "tool": "tool",
-    "observation": "tool",
+    **dict.fromkeys(CALLING_ROLES, "assistant"),
+    **dict.fromkeys(("tool", "observation", "tool_response", "function_response"), "tool"),
     "function": "function",
 }
-# Roles whose text is a tool call or its result in a form of its own, which no template is given yet.
-CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_response", "function_response")
 MEDIA = ("images", "image", "image_url", "videos", "video", "audios", "audio", "documents")
-# What a turn may say beside its text. Rows that have it are refused: the text alone would be another turn.
+# What a turn may say that no template is given. Rows that have it are refused: without it they would say other things.
 CARRIED = (
-    *("tool_calls", "tool_call", "function_call", "function_calls", "tool_call_id", "tool_responses", "tool_plan"),
-    *("tools", "functions"),
-    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "thought", "thoughts"),
+    *("tool_call", "function_calls", "tool_responses", "tool_plan", "tools", "functions"),
+    *("reasoning_details", "thinking_blocks", "thought", "thoughts"),
     *("refusal", "attachments", "files"),
     *MEDIA,
 )
+# The same in answers and trees that are no messages, whose other fields speak of who wrote or judged them.
+SAID_BESIDE = (*CARRIED, *(field for field in KEPT if field != "name"))
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_KEYS = ("text", "value", "content")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
@@ -52,16 +63,12 @@ Turns = list[dict[str, str]]
 Value = str | Turns
 
 
-class BadRow(Exception):
-    """A row that cannot be read as a pair; its text is the reason, the same for all rows with the same fault."""
-
-
 def is_message(value: Any) -> bool:
     """Whether a value is one message: {role, content} or ShareGPT's {from, value}; a tool call may lack the text."""
     if not isinstance(value, Mapping):
         return False
     keys = set(value)
-    return any(role in keys and bool(keys & {text, *CARRIED}) for role, text in MESSAGE_KEYS)
+    return any(role in keys and bool(keys & {text, *KEPT, *CARRIED}) for role, text in MESSAGE_KEYS)
 
 
 def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
@@ -126,7 +133,7 @@ def _parse(text: str) -> Any:
 
 def flatten(value: Value) -> str:
     """What is said, without who says it."""
-    return value if isinstance(value, str) else "\n".join(turn["content"] for turn in value)
+    return value if isinstance(value, str) else "\n".join(map(said_by, value))
 
 
 def is_transcript(text: Any) -> bool:
@@ -148,14 +155,19 @@ def read_turns(value: Any, name: str, text_role: str) -> Turns:
 
 
 def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
-    check_fields(message, name, (*CARRIED, "name"))
-    said, role = message.get("role") or message.get("from"), role_of(message)
-    if str(said).lower() in CALL_ROLES:
-        raise BadRow(f"'{name}' has a turn of role {str(said)!r}: tool calls are not trained on")
+    check_fields(message, name)
+    said, role = str(message.get("role") or message.get("from")), role_of(message)
     if role is None:
-        raise BadRow(f"'{name}' has a turn of unknown role {str(said)[:40]!r}")
+        raise BadRow(f"'{name}' has a turn of unknown role {said[:40]!r}")
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    return {"role": role, "content": _read_content(content, name)}
+    if said.lower() in CALLING_ROLES:
+        return make_turn(role, None, {"tool_calls": read_calls(content, name)})
+    extra = read_extra(message, role, name)
+    if role in RESULT_ROLES:
+        content = result_text(content)
+    if content is None and "tool_calls" in extra:
+        return make_turn(role, None, extra)
+    return make_turn(role, _read_content(content, name), extra)
 
 
 def role_of(message: Mapping[str, Any]) -> str | None:
@@ -168,12 +180,6 @@ def check_fields(message: Mapping[str, Any], name: str, fields: Sequence[str] = 
     for field in fields:
         if not is_nothing(message.get(field)):
             raise BadRow(f"'{name}' has a turn with '{field}', which is not trained on")
-
-
-def is_nothing(value: Any) -> bool:
-    """Whether a value has no content: null, empty, or made of such (a table adds nulls for what other rows have)."""
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
-    return value is None or value == "" or (inner is not None and all(map(is_nothing, inner)))
 
 
 def _read_content(content: Any, name: str) -> str:
@@ -227,11 +233,17 @@ def split_transcript(text: str) -> Turns:
 
 
 def split_reply(turns: Turns) -> tuple[Turns, Turns]:
-    """The turns before the last reply, and the last reply: the assistant turns at the end (none: an empty list)."""
+    """The turns before the last reply, and the last reply (none: an empty list).
+
+    A reply is all that follows the last turn of somebody else: turns of the assistant, with the results of the tools
+    that it called in between.
+    """
     start = len(turns)
-    while start > 0 and turns[start - 1]["role"] == "assistant":
+    while start > 0 and turns[start - 1]["role"] in ("assistant", *RESULT_ROLES):
         start -= 1
-    return turns[:start], turns[start:]
+    while start < len(turns) and turns[start]["role"] != "assistant":
+        start += 1
+    return (turns[:start], turns[start:]) if turns and turns[-1]["role"] == "assistant" else (turns, [])
 
 
 def take_reply(turns: Turns, name: str) -> tuple[Turns, Turns]:

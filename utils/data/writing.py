@@ -10,6 +10,7 @@ import datasets
 
 from ..errors import UserError
 from ..run.writing import replacing
+from .calls import plain_turns
 
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected", "source")
 
@@ -36,4 +37,4 @@ def write_pairs(path: Path, pairs: datasets.Dataset) -> None:
 
 
 def _without_null(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if value is not None}
+    return {name: plain_turns(value) for name, value in row.items() if value is not None}

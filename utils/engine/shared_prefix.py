@@ -11,6 +11,7 @@ holds, and hands the layout through as a keyword argument.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from . import cpu_attention
+from .counted import plain_ids
 from .cpu_attention import Kept
 from .flex import BlockMask, attend_over_row, make_block_mask
 from .tables import RowTables, send
@@ -41,12 +43,14 @@ class PairLayout:
 
     `flex` chooses one FlexAttention call over the row in place of calls for each pair. `filling` tokens that nobody
     reads end the row. `masks` remembers what layers share; `kept`, what each attended to until the backward pass
-    computes it again (None: it does not).
+    computes it again (None: it does not). `uncounted` are the row indices of completion tokens that do not count
+    (utils/engine/counted.py): they are attended to, and of what is read in the end they are left out.
     """
 
     lengths: tuple[Lengths, ...]
     flex: bool = False
     filling: int = 0
+    uncounted: tuple[int, ...] = ()
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False)  # by window
     table: Tensor = field(init=False, compare=False)  # the lengths, and behind them (filling, 0, 0): for operators
@@ -99,7 +103,7 @@ class PairLayout:
             last = start + prompt - 1
             chosen_parts.append(torch.arange(last, last + chosen))
             rejected_parts += [torch.tensor([last]), torch.arange(last + chosen + 1, last + chosen + rejected)]
-        return torch.cat(chosen_parts + rejected_parts)
+        return torch.cat(chosen_parts + rejected_parts)[self._counted()]
 
     def targets(self) -> Tensor:
         """Row index of each completion token, in the order of `predictors`."""
@@ -108,7 +112,15 @@ class PairLayout:
             begin = start + prompt
             chosen_parts.append(torch.arange(begin, begin + chosen))
             rejected_parts.append(torch.arange(begin + chosen, begin + chosen + rejected))
-        return torch.cat(chosen_parts + rejected_parts)
+        return torch.cat(chosen_parts + rejected_parts)[self._counted()]
+
+    def _counted(self) -> Tensor | slice:
+        """Which of all completion tokens count, chosen completions of all pairs first."""
+        if not self.uncounted:
+            return slice(None)
+        row = torch.ones(self.tokens, dtype=torch.bool)
+        row[list(self.uncounted)] = False
+        return row[dataclasses.replace(self, uncounted=()).targets()]
 
     def read_rows(self, device: torch.device | str = "cpu") -> Tensor:
         """Row indices of the tokens whose hidden states are read in the end (`predictors`), each once and in order,
@@ -123,21 +135,25 @@ class PairLayout:
         return self.masks["read", device]
 
     def completion_lengths(self) -> Tensor:
-        """Tokens of each completion, shape (2 x pairs,), chosen first."""
-        return torch.tensor([pair[1] for pair in self.lengths] + [pair[2] for pair in self.lengths])
+        """Tokens of each completion that count, shape (2 x pairs,), chosen first."""
+        lengths = [pair[side] for side in (1, 2) for pair in self.lengths]
+        counted = self._counted()
+        if isinstance(counted, slice):
+            return torch.tensor(lengths)
+        return torch.stack([part.sum() for part in counted.split(lengths)])
 
     @property
     def longest_completion(self) -> int:
-        """Tokens of the longest completion."""
+        """Tokens that count of the completion with most of them."""
+        if self.uncounted:
+            return int(self.completion_lengths().max())
         return max(max(chosen, rejected) for _, chosen, rejected in self.lengths)
 
     def tables(self, device: torch.device) -> RowTables:
         """Where the tokens stand, on a device; made once for each."""
         if ("tables", device) not in self.masks:
-            longest = self.longest_completion
-            completions = [pair[side] for side in (1, 2) for pair in self.lengths]
-            places = [torch.arange(row * longest, row * longest + size) for row, size in enumerate(completions)]
-            lengths = self.completion_lengths()
+            longest, lengths = self.longest_completion, self.completion_lengths()
+            places = [torch.arange(row * longest, row * longest + size) for row, size in enumerate(lengths.tolist())]
             own = [self.predictors(), self.targets(), torch.cat(places), lengths.cumsum(0) - 1, lengths]
             self.masks["tables", device] = RowTables(*send([self.position_ids(), *own], device))
         return self.masks["tables", device]
@@ -149,15 +165,18 @@ def pack_pairs(
     """The packed row of token ids, shape (1, tokens), and its layout.
 
     Args:
-        pairs: ids of prompt, chosen and rejected of each pair; none may be empty.
+        pairs: ids of prompt, chosen and rejected of each pair, with those that do not count as -1 - id; none may be
+            empty.
         flex: whether to attend with FlexAttention.
         filling: tokens that nobody reads, at the end of the row.
         keeps: whether what is attended to is kept for layers that are computed again.
     """
     ids = [token for pair in pairs for part in pair for token in part]
+    uncounted = tuple(place for place, token in enumerate(ids) if token < 0)
+    ids = plain_ids(ids)
     row = torch.tensor([ids + ids[:1] * filling])
     lengths = tuple(tuple(map(len, pair)) for pair in pairs)
-    return row, PairLayout(lengths, flex, filling, kept={} if keeps else None)
+    return row, PairLayout(lengths, flex, filling, uncounted, kept={} if keeps else None)
 
 
 def shared_prefix_attention(

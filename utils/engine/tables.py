@@ -13,7 +13,7 @@ ALIGNED = 16  # numbers: compiled kernels read from addresses that are multiples
 
 @dataclass(frozen=True)
 class RowTables:
-    """Of a packed row of pairs; completions stand in order, chosen ones of all pairs first."""
+    """Of a packed row of pairs; the tokens that count of completions, in order, chosen ones of all pairs first."""
 
     positions: Tensor  # of each token in its own text, (1, tokens)
     predictors: Tensor  # row index of the token that predicts each completion token, (completion tokens,)

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from ..data.calls import said_by
 from ..data.files import quiet
 from ..data.splitting import prompt_key
 from ..data.turns import Value, flatten
@@ -117,7 +118,7 @@ def _scan_batch(batch: dict[str, list]) -> pa.Table:
 
 
 def _with_roles(prompt: Value) -> str:
-    turns = [("", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
+    turns = [("", prompt)] if isinstance(prompt, str) else [(turn["role"], said_by(turn)) for turn in prompt]
     return "\0".join(f"{role} {' '.join(content.split())}" for role, content in turns)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoding import PromptEncoder
 from ..data.loading import PreferenceData, load_pairs
 from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, tokenize_rows
+from ..engine.counted import count_tokens
 from ..errors import UserError
 from ..models.loading import choose_max_length, context_length
 from ..models.sources import read_end_ids
@@ -45,7 +46,7 @@ class CheckedTexts:
     @property
     def tokens(self) -> int:
         """The tokens that are scored."""
-        return sum(map(len, self.completions))
+        return sum(map(count_tokens, self.completions))
 
 
 def load_texts(settings: Settings, trained: TrainedModel, tokenizer: PreTrainedTokenizerBase) -> CheckedTexts:

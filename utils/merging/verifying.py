@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.counted import count_tokens, plain_ids
 from ..engine.scoring import score_tokens
 from ..errors import UserError
 from ..interruptions import stop_if_asked
@@ -89,7 +90,8 @@ def judge(adapted: Tensor, without: Tensor, merged: Tensor, moved: Tensor) -> Ve
 
 @torch.no_grad()
 def score_texts(model: torch.nn.Module, texts: CheckedTexts) -> Tensor:
-    """The log-prob of every token of every completion, shape (tokens,), float32 on the CPU, in the order of `texts`."""
+    """The log-prob of each token that counts, of every completion, shape (tokens,), float32 on the CPU, in the order of
+    `texts`."""
     device = next(model.parameters()).device
     rows = list(zip(texts.prompts, texts.completions, strict=True))
     found: dict[int, Tensor] = {}
@@ -110,9 +112,9 @@ def _pad(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Tenso
     batch["completion_mask"] = torch.zeros(len(rows), width, dtype=torch.long)
     for place, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)
-        batch["input_ids"][place, :end] = torch.tensor([*prompt, *completion])
+        batch["input_ids"][place, :end] = torch.tensor([*prompt, *plain_ids(completion)])
         batch["attention_mask"][place, :end] = 1
-        batch["completion_mask"][place, len(prompt) : end] = 1
+        batch["completion_mask"][place, len(prompt) : end] = torch.tensor([int(token >= 0) for token in completion])
     return batch
 
 
@@ -131,7 +133,7 @@ def move_weights(model: torch.nn.Module, step: float, modules: Collection[str] |
 
 def sum_rows(log_probs: Tensor, texts: CheckedTexts) -> list[float]:
     """The log-prob of each completion, from those of its tokens."""
-    parts = log_probs.double().split([len(ids) for ids in texts.completions])
+    parts = log_probs.double().split([count_tokens(ids) for ids in texts.completions])
     return [part.sum().item() for part in parts]
 
 

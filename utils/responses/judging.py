@@ -19,6 +19,7 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.calls import show_turns
 from ..errors import UserError
 from ..interruptions import stop_if_asked
 from ..run.writing import open_file
@@ -71,9 +72,7 @@ Answer with one word: A, B or TIE."""
 
 def read_text(prompt: Prompt) -> str:
     """A prompt as text, with the speakers of a dialogue."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else show_turns(prompt)
 
 
 def read_verdict(answer: str) -> float | None:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import datasets
 
+from ..data.calls import plain_turns
 from ..data.files import quiet
 from ..data.mixing import read_wishes
 from ..data.prompts import read_prompts
@@ -107,7 +108,7 @@ def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
         say(line)
     distinct: dict[str, Prompt] = {}
     for batch in prompts.rows.iter(1000):
-        for prompt in batch["prompt"]:
+        for prompt in map(plain_turns, batch["prompt"]):
             distinct.setdefault(prompt_key(prompt), prompt)
             if len(distinct) == settings.of(SamplingSettings).num_prompts:
                 return prompts.source, list(distinct.values())

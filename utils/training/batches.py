@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..data.lengths import count_row_tokens, read_numbers
 from ..data.tokenizing import LENGTH
+from ..engine.counted import has_uncounted, plain_ids, uncount
 from ..engine.flex import fewest_filling, filling_of
 from ..engine.shared_prefix import pack_pairs
 
@@ -47,7 +48,7 @@ class PairCollator(DataCollatorForPreference):
     def whole(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """All examples as one batch."""
         pairs = [{name: example[name] for name in PAIR_IDS} for example in examples]
-        batch = self.packed(pairs) if self.packs else super().torch_call(pairs)
+        batch = self.packed(pairs) if self.packs else self.padded(pairs)
         batch[ROWS] = [example["row"] for example in examples if "row" in example]
         batch[TOKENS] = sum(len(ids) for pair in pairs for ids in pair.values())
         for name in REFERENCE_COLUMNS:
@@ -64,6 +65,16 @@ class PairCollator(DataCollatorForPreference):
             filling = fewest_filling(tokens) if self.flex else 0
         row, layout = pack_pairs(ids, self.flex, filling, self.keeps)
         return {"input_ids": row, "layout": layout}
+
+    def padded(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A row for each completion."""
+        plain = [{name: plain_ids(ids) for name, ids in pair.items()} for pair in pairs]
+        batch = super().torch_call(plain)
+        sides = [(pair["prompt_ids"], pair[name]) for name in PAIR_IDS[1:] for pair in pairs]
+        for mask, (prompt, ids) in zip(batch["completion_mask"], sides, strict=True):
+            if has_uncounted(ids):
+                mask[len(prompt) : len(prompt) + len(ids)] = torch.tensor([int(token >= 0) for token in ids])
+        return batch
 
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:
         """What one pair puts through the model in a batch of its own."""
@@ -152,11 +163,20 @@ def _ids_of(batch: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int], li
     """Prompt, chosen and rejected of each pair."""
     if "layout" in batch:
         row = batch["input_ids"][0].tolist()
+        for place in batch["layout"].uncounted:
+            row[place] = uncount(row[place])
         for start, (prompt, chosen, rejected) in batch["layout"].spans():
             middle = start + prompt + chosen
             yield row[start : start + prompt], row[start + prompt : middle], row[middle : middle + rejected]
         return
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True)
-    texts = [(ids[seen & ~completion].tolist(), ids[completion].tolist()) for ids, seen, completion in rows]
+    texts = [_split_text(ids[seen].tolist(), counted[seen].tolist()) for ids, seen, counted in rows]
     for (prompt, chosen), (_, rejected) in zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True):
         yield prompt, chosen, rejected
+
+
+def _split_text(ids: list[int], counted: list[bool]) -> tuple[list[int], list[int]]:
+    """Prompt and completion, which begins with the first token that counts."""
+    begin = counted.index(True)
+    pairs = zip(ids[begin:], counted[begin:], strict=True)
+    return ids[:begin], [token if counts else uncount(token) for token, counts in pairs]

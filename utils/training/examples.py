@@ -8,6 +8,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..engine.counted import plain_ids
+
 WORST, BEST = 5, 3
 LONGEST_TEXT = 4000  # characters
 
@@ -39,7 +41,11 @@ def choose_examples(
 
 
 def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    texts = {name.removesuffix("_ids"): tokenizer.decode(ids) for name, ids in row.items() if name.endswith("_ids")}
+    texts = {
+        name.removesuffix("_ids"): tokenizer.decode(plain_ids(ids))
+        for name, ids in row.items()
+        if name.endswith("_ids")
+    }
     return {
         name: text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ... ({len(text):,} characters)"
         for name, text in texts.items()

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.row_cache import flatten_rows
 from ..distributed import gather, told_by_main
 from ..engine.completions import CompletionScorer
+from ..engine.counted import count_tokens
 from ..engine.head import MARK, KeptLogits
 from ..engine.memory import release_memory
 from ..engine.scoring import Comparison, output_head
@@ -134,7 +135,7 @@ class ReferenceScores:
         if not self.same_vocabulary():
             return
         model, args = self.machine.unwrapped(self.machine.reference), self.machine.args
-        tokens = [sum(map(len, held_out["chosen_ids"][:])), sum(map(len, held_out["rejected_ids"][:]))]
+        tokens = [sum(map(count_tokens, held_out[name][:])) for name in ("chosen_ids", "rejected_ids")]
         config = model.config.get_text_config()
         width = config.hidden_size if hasattr(output_head(model), MARK) else config.vocab_size
         every = -(-4 * width * sum(tokens) // (KEPT_BYTES * args.world_size))
@@ -159,7 +160,7 @@ class ReferenceScores:
         if kept is None or self._held_out is None:
             return
         pairs = self._held_out.select(indices)
-        lengths = [len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]]
+        lengths = [count_tokens(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]]
         places = torch.arange(sum(lengths)).split(lengths)  # of each completion's tokens among all of the batch
         begun = 0
         for part in parts:

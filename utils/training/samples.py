@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
 
+from ..data.calls import plain_turns, said_by
 from ..data.rendering import Turns
 from ..errors import UserError
 from ..models.loading import longest_context
@@ -53,7 +54,9 @@ def choose_prompts(run: Run, trainer: RunTrainer) -> SamplePrompts:
     wanted, most = settings.num_eval_samples, settings.sample_max_new_tokens
     head = data.held_out.select(range(min(TRIED * wanted, len(data.held_out))))
     tools = head["tools"] if "tools" in head.column_names else [None] * len(head)
-    different = {json.dumps(pair): pair for pair in zip(head["prompt"], tools, strict=True) if pair[0]}
+    different = {
+        json.dumps(pair): pair for pair in zip(map(plain_turns, head["prompt"]), tools, strict=True) if pair[0]
+    }
     prompts = [prompt for prompt, _ in different.values()]
     tools = [tool for _, tool in different.values()]
     context = longest_context(trainer.model.config.get_text_config())
@@ -147,4 +150,4 @@ def as_text(prompt: str | Turns) -> str:
     """A prompt for reading: messages each under the name of their speaker."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return "\n".join(f"{turn['role']}: {said_by(turn)}" for turn in prompt)

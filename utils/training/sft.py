@@ -14,6 +14,7 @@ from trl.trainer.utils import pad
 
 from ..data.lengths import read_numbers
 from ..data.tokenizing import LENGTH, SFT_COLUMNS
+from ..engine.counted import plain_ids
 from ..engine.memory import freed_memory_returned
 from ..engine.proving import most_of_trial
 from ..engine.scoring import score_tokens
@@ -37,8 +38,11 @@ class CompletionCollator:
         if not examples:
             return uncounted(self(self.filler))
         rows = [(row["prompt_ids"], row["completion_ids"]) for row in examples]
-        ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
-        labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
+        ids = [torch.tensor(prompt + plain_ids(completion)) for prompt, completion in rows]
+        labels = [
+            torch.tensor([-100] * len(prompt) + [token if token >= 0 else -100 for token in completion])
+            for prompt, completion in rows
+        ]
         return {
             "input_ids": pad(ids, padding_value=self.pad_token_id, padding_side="right"),
             "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right"),

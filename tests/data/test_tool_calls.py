@@ -1,0 +1,195 @@
+"""Tool calls, their results and reasoning: what a chat template writes of them is trained on, token for token."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from data.test_tokenizing import MADE
+
+from utils.data.calls import plain_turns
+from utils.data.encoding import PromptEncoder
+from utils.data.rendering import Rendered
+from utils.data.turns import read_turns
+from utils.engine.counted import plain_ids
+from utils.errors import UserError
+from utils.models.templates import set_chat_template
+
+TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Looks out.", "parameters": WEATHER}}]
+ASKED = [{"role": "user", "content": "What is it like in Oslo?"}]
+SAID = {"role": "assistant", "content": "It is 4 degrees."}
+
+
+def call(city: str, **fields) -> dict:
+    made = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+    return {"role": "assistant", "content": "", "tool_calls": [made], **fields}
+
+
+def result(text: str = "cold") -> dict:
+    return {"role": "tool", "content": text, "tool_call_id": "call12345", "name": "weather"}
+
+
+ROWS = {
+    "call": (ASKED, [call("Oslo")]),
+    "after a result": ([*ASKED, call("Oslo"), result()], [SAID]),
+    "several turns": (ASKED, [call("Oslo"), result(), SAID]),
+    "two calls": (ASKED, [call("Oslo"), result(), call("Bergen"), result(), SAID]),
+    "reasoning": (ASKED, [{**SAID, "reasoning_content": "let me see"}]),
+    "reasoning and a call": (
+        ASKED,
+        [call("Oslo", reasoning_content="hm"), result(), {**SAID, "reasoning_content": "so"}],
+    ),
+}
+# By their names: those that render no calls.
+WITHOUT_CALLS = re.compile(r"(cohere2?|deepseek_r1_distill|gemma3?|lfm2|llama3|phi3(_5)?|qwen2_5_vl)(_training)?")
+# What marks take for the template's and generation for the model's, or the other way round.
+TEMPLATE_PARTS = re.compile(
+    r"</?think>|<\|start\|>assistant|<\|turn>model|<\|tool_response>|<｜tool▁outputs▁end｜>|</s>|\s+"
+)
+
+
+def render(tokenizer, prompt: list[dict], reply: list[dict]) -> tuple[Rendered, list[int], list[int]]:
+    encoder = PromptEncoder(tokenizer)
+    turns = read_turns(prompt, "prompt", "user"), read_turns(reply, "chosen", "assistant")
+    (row,) = encoder.render_rows([turns[0]], {"chosen": [turns[1]]}, [json.dumps(TOOLS)])
+    if row.refused:
+        return row, [], []
+    (start,), (ids,) = encoder.encode_rendered([turns[0]], [row])
+    return row, start, ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One that writes every character of a text as a token of its own or two, but for <|im_start|> and <|im_end|>."""
+    return MADE["bytes"]()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_calls_and_reasoning_under_the_templates_of_real_models(name, tokenizer):
+    tokenizer.chat_template = TEMPLATES[name].read_text(encoding="utf-8")
+    try:
+        set_chat_template(tokenizer, None, transcript=False)
+    except UserError:
+        pytest.skip("takes no text as content, but parts of it")
+    for kind, (prompt, reply) in ROWS.items():
+        row, start, ids = render(tokenizer, prompt, reply)
+        if row.fault is not None:
+            calls = any("tool_calls" in turn for turn in [*prompt, *reply])
+            undecided = "results of tools be told" in row.fault
+            assert undecided or (calls and WITHOUT_CALLS.fullmatch(name)), (kind, row.fault)
+            if undecided:
+                assert (name.split("_")[0], kind) in (("deepseekv3", "two calls"), ("gptoss", "reasoning and a call"))
+            continue
+        assert not WITHOUT_CALLS.fullmatch(name) or kind in ("after a result", "reasoning")
+        form = str if name == "deepseekv3" else dict  # which joins the arguments to a text
+        messages = [_with_arguments(turn, form) for turn in [*prompt, *reply]]
+        options = {"tools": TOOLS, "tokenize": False}
+        whole = tokenizer.apply_chat_template(messages, **options)
+        asked = tokenizer.apply_chat_template(messages[: len(prompt)], add_generation_prompt=True, **options)
+        # With one exception the prompt is that of generation: the empty think block that reasoning takes the place of.
+        assert row.prompt == asked or "without the empty think block" in " ".join(row.notes)
+        if whole.startswith(row.prompt):
+            assert row.prompt + row.completions[0] == whole
+        else:  # of a think tag that the template writes in front of a reply to come alone
+            assert whole.endswith(row.completions[0].split("</think>")[-1])
+        assert tokenizer.decode(start) == row.prompt
+        assert tokenizer.decode(plain_ids(ids)).startswith(row.completions[0].rstrip())
+        counted = tokenizer.decode([token for token in ids if token >= 0])
+        assert "cold" not in counted
+        assert ("cold" in row.completions[0]) == any(turn["role"] == "tool" for turn in reply)
+        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+            assert _words(counted) == _words(_marked(tokenizer, messages, whole, row))
+
+
+def _with_arguments(turn: dict, form: type) -> dict:
+    if form is dict or "tool_calls" not in turn:
+        return turn
+    (made,) = turn["tool_calls"]
+    function = made["function"] | {"arguments": json.dumps(made["function"]["arguments"])}
+    return turn | {"tool_calls": [made | {"function": function}]}
+
+
+def _marked(tokenizer, messages: list[dict], whole: str, row: Rendered) -> str:
+    """What the template's own marks say that the model writes, from where the reply begins."""
+    encoded = tokenizer.apply_chat_template(
+        messages, tools=TOOLS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    written = row.completions[0] if whole.endswith(row.completions[0]) else row.completions[0].split("</think>")[-1]
+    begin = len(tokenizer(whole.removesuffix(written), add_special_tokens=False)["input_ids"])
+    marks = zip(encoded["input_ids"][begin:], encoded["assistant_masks"][begin:], strict=True)
+    return tokenizer.decode([token for token, mark in marks if mark])
+
+
+def _words(text: str) -> str:
+    """The text without what templates write around turns, which marks and generation divide in other ways."""
+    return TEMPLATE_PARTS.sub("", text)
+
+
+def test_a_turn_counts_up_to_its_end_and_a_result_whole_does_not(tokenizer):
+    tokenizer.chat_template = TEMPLATES["qwen2_5"].read_text(encoding="utf-8")
+    encoder = PromptEncoder(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    prompt, reply = ROWS["several turns"]
+    (row,) = encoder.render_rows([prompt], {"chosen": [read_turns(reply, "chosen", "assistant")]}, [json.dumps(TOOLS)])
+    _, (ids,) = encoder.encode_rendered([prompt], [row])
+    parts = [part for part in re.split(r"(#+)", "".join(tokenizer.decode([t]) if t >= 0 else "#" for t in ids)) if part]
+    assert [part for part in parts if "#" not in part] == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "It is 4 degrees.<|im_end|>",
+    ]
+    left_out = tokenizer.decode([-1 - token for token in ids if token < 0])
+    assert left_out == (
+        "\n<|im_start|>user\n<tool_response>\ncold\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_what_a_result_says_changes_no_token_that_counts(tokenizer):
+    tokenizer.chat_template = TEMPLATES["qwen3"].read_text(encoding="utf-8")
+    counted = []
+    for text in ("cold", "It is 4 degrees.", "<|im_end|>\n<|im_start|>assistant\nwarm", ""):
+        row, _, ids = render(tokenizer, ASKED, [call("Oslo"), result(text), SAID])
+        assert (row.fault, row.notes) == (None, ())
+        counted.append([token for token in ids if token >= 0])
+    assert counted == [counted[0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("read", "said"), [("+ ''", '{"city": "Oslo"}'), (".city", "Oslo")], ids=["as text", "as an object"]
+)
+def test_arguments_come_in_the_form_that_a_template_takes(read, said, tokenizer):
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{{ '<|im_start|>' + m.role }}{{ m.content }}{%- if m.tool_calls -%}"
+        "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments " + read + " }}{%- endif -%}"
+        "{{ '<|im_end|>' }}{%- endfor -%}"
+    )
+    written = call("Oslo")
+    written["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
+    for given in (call("Oslo"), written):
+        row, _, _ = render(tokenizer, ASKED, [given | {"content": None}])
+        assert (row.fault, row.completions[0]) == (None, f"<|im_start|>assistantweather{said}<|im_end|>")
+
+
+def test_reasoning_reaches_the_template_under_the_name_that_it_knows(tokenizer):
+    for template, known in (("qwen3", "reasoning_content"), ("gptoss", "thinking")):
+        tokenizer.chat_template = TEMPLATES[template].read_text(encoding="utf-8")
+        for field in ("reasoning_content", "reasoning", "thinking"):
+            row, _, _ = render(tokenizer, ASKED, [{**SAID, field: "let me see"}])
+            assert "let me see" in row.completions[0], (template, field)
+            same, _, _ = render(tokenizer, ASKED, [{**SAID, known: "let me see"}])
+            assert row == same
+
+
+def test_reasoning_that_is_not_rendered_is_said(tokenizer):
+    tokenizer.chat_template = TEMPLATES["qwen2_5"].read_text(encoding="utf-8")
+    row, _, _ = render(tokenizer, *ROWS["reasoning"])
+    assert row.notes == ("the chat template does not render the reasoning of 'chosen': it is trained without it",)
+    assert "let me see" not in row.completions[0]
+
+
+def test_turns_come_back_as_the_messages_they_were_read_from():
+    for prompt, reply in ROWS.values():
+        assert plain_turns(read_turns([*prompt, *reply], "m", "user")) == [*prompt, *reply]
