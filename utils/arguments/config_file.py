@@ -95,7 +95,7 @@ def _parts_of(value: Any) -> list[Any]:
 
 
 def _read_json(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    repeated = []
+    repeated: list[str] = []
 
     def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)

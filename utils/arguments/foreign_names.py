@@ -6,6 +6,8 @@ spelling may mean the opposite.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 TEST_ROWS = (
     "test rows are not trained on: hold them out with --validation_split, or measure them with the verb evaluate"
 )
@@ -138,7 +140,7 @@ OTHER_LOSSES = {
 }
 
 
-def foreign_hint(name: str, flags: object) -> str | None:
+def foreign_hint(name: str, flags: Container[str]) -> str | None:
     """What to write in place of a flag of another tool, as the end of "no such flag"; None for a name not in the table.
 
     Args:

@@ -47,7 +47,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
-    text, kind = field.metadata["help"], annotated_type(field.type)
+    text, kind = field.metadata["help"], annotated_type(str(field.type))
     if "default:" not in text and field.default is not None and field.default is not False:
         text += f" (default: {' '.join(as_texts(field.default))})"
     options: dict[str, Any] = {"help": text.replace("%", "%%")}

@@ -248,7 +248,7 @@ def known_flags(verb: str) -> dict[str, Flag]:
     for name, field in flags_of(verb).items():
         meta = field.metadata
         choices = meta["choices"] or (fields[name].choices if name in fields else None)
-        flags[name] = Flag(name, annotated_type(field.type), True, choices, meta["bound"], meta["usual"])
+        flags[name] = Flag(name, annotated_type(str(field.type)), True, choices, meta["bound"], meta["usual"])
     return flags
 
 
@@ -362,9 +362,9 @@ def _near_hint(name: str, flags: dict[str, Flag]) -> str | None:
     if near := difflib.get_close_matches(what, negated, 1, cutoff=0.7):
         return f"did you mean --{negated[near[0]]}?"
     switches = [flag for flag in flags if "bool" in flags[flag].kind.scalars and flag not in negated.values()]
-    for near in [f"use_{what}", *difflib.get_close_matches(what, switches, 1, cutoff=0.85)]:
-        if near in switches:
-            return f"--{near} false turns it off"
+    for switch in [f"use_{what}", *difflib.get_close_matches(what, switches, 1, cutoff=0.85)]:
+        if switch in switches:
+            return f"--{switch} false turns it off"
     return None
 
 

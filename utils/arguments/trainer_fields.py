@@ -109,7 +109,7 @@ def owned_reason(verb: str, name: str) -> str | None:
 
 @functools.cache
 def _class_definitions() -> dict[str, ast.ClassDef]:
-    definitions = {}
+    definitions: dict[str, ast.ClassDef] = {}
     for package, paths in SOURCES.items():
         # A top-level name: find_spec of a submodule would import the package around it.
         spec = importlib.util.find_spec(package)

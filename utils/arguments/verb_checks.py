@@ -59,8 +59,8 @@ def inspection_needs(candidate: Candidate) -> Iterator[str]:
 @check("generate", "scorer", "temperature")
 def generation_needs(candidate: Candidate) -> Iterator[str]:
     label = candidate.label("generate")
-    own = ("scorer", "num_prompts", "num_generations", "judge_model", "max_judge_requests")
-    own += ("judge_requests_per_minute", *SAMPLING_NAMES)
+    judging = ("scorer", "judge_model", "max_judge_requests", "judge_requests_per_minute")
+    own = (*judging, "num_prompts", "num_generations", *SAMPLING_NAMES)
     if not candidate["generate"]:
         for name in candidate.given(*own):
             yield f"{candidate.label(name)}: has no effect without --generate; add it or leave this out"
@@ -78,9 +78,8 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
     checking = ("report_file", "json_file", "remove", "compare", "validation_split", "max_length", "max_samples")
     for name in candidate.given(*checking):
         yield f"{label}: makes pairs and checks none, so {candidate.label(name)} has no effect; run data on the result"
-    unused = ("chosen_column", "rejected_column", "group_by", "pairs_per_prompt")
-    unused += ("min_score_gap", "min_score_ratio", "strip_citations")
-    for name in candidate.given(*unused):
+    columns = ("chosen_column", "rejected_column", "group_by", "pairs_per_prompt")
+    for name in candidate.given(*columns, "min_score_gap", "min_score_ratio", "strip_citations"):
         if candidate[name] is not False:
             yield f"{label}: reads the prompts alone, so {candidate.label(name)} has no effect; leave it out"
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
@@ -183,7 +182,7 @@ def planned_sharding(candidate: Candidate) -> Iterator[str]:
     sharding, offload, several = candidate["sharding"], candidate["offload"], candidate["num_devices"] > 1
     if offload is None and sharding not in (None, "none") and not several:
         yield f"{candidate.label('sharding')}: needs several devices to divide among; give --num_devices"
-    able = OFFLOADING.get(offload, ())
+    able: tuple[str, ...] = OFFLOADING.get(offload, ())
     if not several:
         able = tuple(name for name in able if name.startswith("zero"))  # FSDP does not run in one process
     if offload is not None and sharding is not None and sharding not in able:

@@ -54,7 +54,7 @@ def fill_in(text: str, names: Mapping[str, str | None]) -> str:
     for name, value in names.items():
         if value is not None:
             line = f"{name}: {json.dumps(value, ensure_ascii=False)}"
-            text = re.sub(rf"^{name}: .*$", lambda _, line=line: line, text, flags=re.MULTILINE)
+            text = re.sub(rf"^{name}: .*$", line.replace("\\", r"\\"), text, flags=re.MULTILINE)
     if Path.cwd() == ROOT:
         return text
     return re.sub(r": (examples/\S+)", lambda match: f": {json.dumps(path_from_here(match[1]))}", text)

@@ -164,8 +164,8 @@ def read_scores(subject: Subject) -> list[tuple[str, np.ndarray, np.ndarray]]:
         read = _read_part_scores(part)
         if read is not None:
             columns, *scores = read
-            empty = tuple(np.full(len(subject.part_of), np.nan) for _ in scores)
-            for all_of_side, own in zip(found.setdefault(columns, empty), scores, strict=True):
+            empty = np.full((2, len(subject.part_of)), np.nan)
+            for all_of_side, own in zip(found.setdefault(columns, (empty[0], empty[1])), scores, strict=True):
                 all_of_side[start : start + len(own)] = own
         start += len(part.good)
     return [(columns, *scores) for columns, scores in found.items()]

@@ -32,7 +32,7 @@ def draw_histogram(
     step = width / max(len(edges) - 1, 1)
     parts = [_grid(most)]
     for number, (name, counts) in enumerate(series.items(), start=1):
-        points = [(LEFT, TOP + height)]
+        points: list[tuple[float, float]] = [(LEFT, TOP + height)]
         for place, count in enumerate(counts):
             top = TOP + height * (1 - count / most)
             points += [(LEFT + place * step, top), (LEFT + (place + 1) * step, top)]
@@ -40,9 +40,9 @@ def draw_histogram(
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polygon class="area s{number}" points="{path}"><title>{show(name)}</title></polygon>')
     if mark is not None:
-        place = _place_between(mark[0], edges)
-        if place is not None:
-            x = LEFT + place * step
+        marked = _place_between(mark[0], edges)
+        if marked is not None:
+            x = LEFT + marked * step
             parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
             anchor = "end" if x > WIDTH / 2 else "start"
             shift = -5 if anchor == "end" else 5

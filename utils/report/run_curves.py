@@ -30,24 +30,24 @@ def _small(value: float) -> str:
     return f"{float(digits):g}e{int(power)}" if value else "0"
 
 
-def _same(*names: str) -> dict[str, dict[str, str]]:
-    """Both sides under the same name: `chosen_reward` is called "chosen"."""
+def _same(heading: str, *names: str, mark: float | None = None, as_text: Callable[[float], str] | None = None) -> Curve:
+    """A curve of training and of the held-out rows under the same names: `chosen_reward` is called "chosen"."""
     called = {name: name.partition("_")[0] for name in names} if len(names) > 1 else {names[0]: names[0]}
-    return {"trained": called, "held_out": called}
+    return Curve(heading, called, called, mark, as_text=as_text)
 
 
 PREFERENCE = (
-    Curve("Loss", **_same("loss")),
-    Curve("Rewards", **_same("chosen_reward", "rejected_reward"), mark=0.0),
-    Curve("Margin: chosen minus rejected reward", **_same("margin"), mark=0.0),
-    Curve("Accuracy: pairs ranked right", **_same("accuracy"), mark=0.5, as_text=percent),
+    _same("Loss", "loss"),
+    _same("Rewards", "chosen_reward", "rejected_reward", mark=0.0),
+    _same("Margin: chosen minus rejected reward", "margin", mark=0.0),
+    _same("Accuracy: pairs ranked right", "accuracy", mark=0.5, as_text=percent),
     Curve("KL from the reference, nats a response", {}, {"chosen_kl": "chosen", "rejected_kl": "rejected"}, mark=0.0),
-    Curve("Log-probs of the responses, nats", **_same("chosen_logps", "rejected_logps")),
+    _same("Log-probs of the responses, nats", "chosen_logps", "rejected_logps"),
     Curve("Probability of ending where the chosen response ends", {}, {"chosen_end_prob": "ends"}, as_text=percent),
 )
 IMITATION = (
-    Curve("Loss per token", **_same("loss")),
-    Curve("Tokens guessed right", **_same("token_accuracy"), as_text=percent),
+    _same("Loss per token", "loss"),
+    _same("Tokens guessed right", "token_accuracy", as_text=percent),
 )
 BOTH = (
     Curve("Gradient norm", {"grad_norm": "norm"}, {}),

@@ -37,9 +37,9 @@ class Match:
         which nothing can be learnt."""
         if outcome == 0.5 or not (self.a.strip() and self.b.strip()):
             return None
-        chosen, rejected = (self.a, self.b) if outcome == 1 else (self.b, self.a)
-        if not isinstance(self.prompt, str):
-            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+        texts = (self.a, self.b) if outcome == 1 else (self.b, self.a)
+        as_messages = ([{"role": "assistant", "content": text}] for text in texts)
+        chosen, rejected = texts if isinstance(self.prompt, str) else as_messages
         return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected}
 
 

@@ -379,7 +379,7 @@ def _hash(*texts: str) -> str:
 
 def _read_answers(path: Path) -> dict[str, str]:
     """The answers kept in a file, by the hash of their question; those that cannot be read are asked for again."""
-    answers = {}
+    answers: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -358,10 +358,10 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
             )
             write_pairs(output, made)
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = error.__cause__ or error
+        cause = error.__cause__ or error
         raise UserError(
             f"--output_file {output}: not written, for temporary files cannot be written in {tempfile.gettempdir()} "
-            f"({getattr(reason, 'strerror', None) or reason}); the samples are kept: run again"
+            f"({getattr(cause, 'strerror', None) or cause}); the samples are kept: run again"
         ) from None
     say(f"wrote {pairs:,} pairs to {output}; all responses and scores are in {samples.path.name}")
 

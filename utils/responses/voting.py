@@ -146,6 +146,7 @@ class _Server(http.server.ThreadingHTTPServer):
 class _Page(http.server.BaseHTTPRequestHandler):
     """Answers the browser; whoever does not know the address gets nothing."""
 
+    server: _Server
     protocol_version = "HTTP/1.1"
     timeout = 60
 
