@@ -20,7 +20,7 @@ from utils.inspection.languages import LANGUAGES, number_language
 from utils.inspection.similarity import find_alike, group_alike, sign_texts
 from utils.inspection.statistics import check_rules
 from utils.inspection.texts import has_control, has_html, has_mojibake, nearly_equal, refuses, says_nothing
-from utils.report.charts import draw_bars, draw_histogram, draw_lines
+from utils.report.charts import Bar, draw_bars, draw_histogram, draw_lines
 
 
 def inspect(run_script, tmp_path: Path, rows: list[dict], *flags, name: str = "pairs.jsonl") -> tuple[int, dict, str]:
@@ -498,7 +498,7 @@ def test_charts_draw_what_they_are_given():
     assert "x &amp; y" in chart
     assert chart.count("<polygon") == 2
     assert "limit" in chart
-    assert draw_bars("bars", [("up", 0.6, "60%"), ("down", 0.45, "45%")], 0.1, 0.5).count('class="bar') == 2
+    assert draw_bars("bars", [Bar("up", 0.6, "60%"), Bar("down", 0.45, "45%")], 0.5).count('class="bar ') == 2
     assert draw_lines("lines", {"loss": [(0, 1.0), (10, 0.5)]}, "steps").count("<polyline") == 1
     assert draw_lines("lines", {}, "steps") == ""
 

@@ -14,7 +14,7 @@ from shared.browser import open_browser
 from shared.pairs import make_pairs, write_lines
 from shared.runs import read_record
 
-from utils.report.charts import draw_lines, percent
+from utils.report.charts import draw_lines
 from utils.report.run_page import break_command, make_run_page
 from utils.report.run_verdict import describe_run, headline
 from utils.run.record import RunRecord
@@ -24,8 +24,8 @@ from utils.training.reporting import ReportFile
 
 HOSTILE = "<script>document.title='run'</script><img src=\"http://example.org/x\" onerror=\"document.title='run'\">"
 CUT_OFF = """[...document.querySelectorAll('svg text')].filter(text => {
-    const box = text.getBBox();
-    return box.x < 0 || box.x + box.width > text.ownerSVGElement.viewBox.baseVal.width;
+    const box = text.getBoundingClientRect(), chart = text.ownerSVGElement.getBoundingClientRect();
+    return box.left < chart.left - 1 || box.right > chart.right + 1;
 }).map(text => text.textContent)"""
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3]
 SAMPLES = [
@@ -98,13 +98,13 @@ def test_every_part_of_a_run_is_on_its_page(finished):
     assert '<th scope="col"></th>' not in page  # read out, a column without a name is a riddle
 
 
-@pytest.mark.parametrize("as_text", [None, percent])
-def test_no_two_values_on_an_axis_are_written_alike(as_text):
+@pytest.mark.parametrize("share", [False, True])
+def test_no_two_values_on_an_axis_are_written_alike(share):
     draw = random.Random(0)
     for _ in range(200):
         low = draw.choice((0.0, 0.64, 204.5, 12_345.0, 1e-5)) * (draw.random() + 0.5)
-        high = min(low + draw.choice((1e-3, 0.02, 1.5, 40.0)), 1.0 if as_text else 1e9)
-        chart = draw_lines("values", {"a": [(0, low), (9, high)]}, "step", as_text=as_text)
+        high = min(low + draw.choice((1e-3, 0.02, 1.5, 40.0)), 1.0 if share else 1e9)
+        chart = draw_lines("values", {"a": [(0, low), (9, high)]}, "step", share=share)
         labels = re.findall(r'text-anchor="end">([^<]+)</text>', chart.partition("<polyline")[0])
         assert len(labels) >= 2
         assert len(set(labels)) == len(labels), (low, high, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report.charts import draw_bars
+from ..report.charts import Bar, draw_bars
 from ..report.html import (
     make_chart,
     make_document,
@@ -70,17 +70,18 @@ def _headline(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _draw_rates(judges: Sequence[dict[str, Any]]) -> str:
     bars = [
-        (
+        Bar(
             judged["judge"],
             judged["win_rate"],
             "{:.1%} ({:.1%} to {:.1%})".format(judged["win_rate"], *judged["interval"]),
+            tuple(judged["interval"]),
         )
         for judged in judges
         if judged["win_rate"] is not None
     ]
     if not bars:
         return ""
-    chart = draw_bars("Win rate of the model by judge, from an even 50%", bars, 0.5, 0.5)
+    chart = draw_bars("Win rate of the model by judge, from an even 50%", bars, 0.5, (0, 1))
     return make_chart("Win rate, with its 95% interval, from an even 50%", chart)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..report.charts import draw_bars, draw_histogram, draw_reliability
+from ..report.charts import Bar, draw_bars, draw_histogram, draw_reliability
 from ..report.html import (
     make_chart,
     make_document,
@@ -25,7 +25,6 @@ from .summary import (
     describe_auc,
     describe_calibration,
     describe_distance,
-    describe_group,
     describe_length,
     describe_margin,
     describe_recorded,
@@ -184,7 +183,9 @@ def _show_calibration(record: dict[str, Any]) -> str:
         ends = f"{place['from']:.0%} to {place['to']:.0%}"
         rows.append((ends, f"{place['pairs']:,}", f"{place['confidence']:.1%}", percent(right), between(right)))
     chart = draw_reliability(
-        "Share of pairs ranked right by how sure the model is", points, "how sure the model is of its ranking"
+        "Share of pairs ranked correctly by the model's confidence",
+        points,
+        ("confidence: predicted probability of the ranking", "pairs ranked correctly"),
     )
     heads = ("how sure", "pairs", "on average", "ranked right", "95% interval")
     return make_section(
@@ -202,11 +203,8 @@ def _show_calibration(record: dict[str, Any]) -> str:
 def _show_length(record: dict[str, Any]) -> str:
     found = record["length"]
     groups = found["by_difference"]
-    bars = [
-        (f"{group['name']} tokens ({group['pairs']:,} pairs)", group["accuracy"]["value"], _with_interval(group))
-        for group in groups
-    ]
-    chart = draw_bars("Share of pairs ranked right by how much longer the chosen response is", bars, 0.5, 0.5)
+    bars = [_bar_of(group, f"{group['name']} tokens ({group['pairs']:,} pairs)") for group in groups]
+    chart = draw_bars("Share of pairs ranked right by how much longer the chosen response is", bars, 0.5, (0, 1))
     return make_section(
         "Length",
         make_paragraph(f"{_first_up(describe_length(record))}."),
@@ -222,8 +220,8 @@ def _show_length(record: dict[str, Any]) -> str:
 def _show_groups(heading: str, groups: list[dict[str, Any]]) -> str:
     if not groups:
         return ""
-    bars = [(group["name"], group["accuracy"]["value"], _with_interval(group)) for group in groups]
-    chart = draw_bars(f"{heading}: share of pairs ranked right", bars, 0.5, 0.5)
+    bars = [_bar_of(group, f"{group['name']} ({group['pairs']:,} pairs)") for group in groups]
+    chart = draw_bars(f"{heading}: share of pairs ranked right", bars, 0.5, (0, 1))
     return make_section(heading, make_chart("Ranked right", chart, _group_table("", groups)))
 
 
@@ -282,8 +280,9 @@ def _show_making(record: dict[str, Any]) -> str:
     return make_section("How it was measured", make_example("", rows))
 
 
-def _with_interval(group: dict[str, Any]) -> str:
-    return describe_group(group).partition(" of ")[0] + f" ({between(group['accuracy'])})"
+def _bar_of(group: dict[str, Any], label: str) -> Bar:
+    right = group["accuracy"]
+    return Bar(label, right["value"], f"{percent(right)} ({between(right)})", (right["low"], right["high"]))
 
 
 def _cells(figure: Figure, form: str) -> list[str]:

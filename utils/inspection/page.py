@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..data.places import list_places
-from ..report.charts import draw_bars, draw_histogram
+from ..report.charts import Bar, draw_bars, draw_histogram
 from ..report.html import (
     make_chart,
     make_details,
@@ -126,7 +126,7 @@ def _histogram(heading: str, sides: dict[str, Any], unit: str, mark: tuple[float
         (f"{low:,} to {high - 1:,}", *(f"{sides[side]['counts'][place]:,}" for side in SIDES))
         for place, (low, high) in enumerate(pairwise(edges))
     ]
-    chart = draw_histogram(f"{heading} per text; medians: {medians}", edges, series, unit, mark)
+    chart = draw_histogram(f"{heading} per text; medians: {medians}", edges, series, unit, mark, "texts")
     return make_chart(heading, chart, make_table("texts per bin", (heading.lower(), *SIDES), rows))
 
 
@@ -137,11 +137,13 @@ def _size_table(unit: str, sides: dict[str, Any]) -> str:
 
 def _show_shortcuts(record: dict[str, Any]) -> str:
     rules = record["shortcuts"]
-    bars = [(rule["rule"], rule["accuracy"], f"{rule['accuracy']:.1%}") for rule in rules]
+    bars = [Bar(rule["rule"], rule["accuracy"], f"{rule['accuracy']:.1%}") for rule in rules]
     words = record["words_classifier"]
     if words is not None:
-        bars.append(("by its words alone, on unseen prompts", words["accuracy"], f"{words['accuracy']:.1%}"))
-    reach = max(0.1, *(abs(value - 0.5) for _, value, _ in bars))
+        share, error = words["accuracy"], words["standard_error"]
+        ends = (share - 1.96 * error, share + 1.96 * error)
+        text = "{:.1%} ({:.1%} to {:.1%})".format(share, *ends)
+        bars.append(Bar("by its words alone, on unseen prompts", share, text, ends))
     rows = [(r["rule"], f"{r['unlike']:,}", f"{r['right']:,}", f"{r['accuracy']:.1%}") for r in rules]
     note = (
         "Whoever picks the chosen response by such a sign is right this often, a coin deciding where both sides are "
@@ -158,7 +160,7 @@ def _show_shortcuts(record: dict[str, Any]) -> str:
         make_paragraph(note),
         make_chart(
             "Picking the chosen response by a sign",
-            draw_bars("Share of pairs in which each rule picks the chosen response", bars, reach, 0.5),
+            draw_bars("Share of pairs in which each rule picks the chosen response", bars, 0.5),
             make_table("by rule", ("picks", "pairs that differ", "of those right", "over all pairs"), rows),
         ),
         make_table(

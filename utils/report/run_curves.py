@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .charts import Line, draw_lines, percent
+from .charts import Line, draw_lines
 from .html import make_chart, make_table
 from .run_files import RunFiles
 
@@ -21,37 +21,31 @@ class Curve:
     held_out: dict[str, str]
     mark: float | None = None
     scale: float = 1.0
-    as_text: Callable[[float], str] | None = None
+    share: bool = False
 
 
-def _small(value: float) -> str:
-    """1.5e-4 in place of 0.00015."""
-    digits, _, power = f"{value:.2g}".partition("e") if 0 < abs(value) < 1e-4 else f"{value:.1e}".partition("e")
-    return f"{float(digits):g}e{int(power)}" if value else "0"
-
-
-def _same(heading: str, *names: str, mark: float | None = None, as_text: Callable[[float], str] | None = None) -> Curve:
+def _same(heading: str, *names: str, mark: float | None = None, share: bool = False) -> Curve:
     """A curve of training and of the held-out rows under the same names: `chosen_reward` is called "chosen"."""
     called = {name: name.partition("_")[0] for name in names} if len(names) > 1 else {names[0]: names[0]}
-    return Curve(heading, called, called, mark, as_text=as_text)
+    return Curve(heading, called, called, mark, share=share)
 
 
 PREFERENCE = (
     _same("Loss", "loss"),
     _same("Rewards", "chosen_reward", "rejected_reward", mark=0.0),
     _same("Margin: chosen minus rejected reward", "margin", mark=0.0),
-    _same("Accuracy: pairs ranked right", "accuracy", mark=0.5, as_text=percent),
+    _same("Accuracy: share of pairs ranked correctly", "accuracy", mark=0.5, share=True),
     Curve("KL from the reference, nats a response", {}, {"chosen_kl": "chosen", "rejected_kl": "rejected"}, mark=0.0),
     _same("Log-probs of the responses, nats", "chosen_logps", "rejected_logps"),
-    Curve("Probability of ending where the chosen response ends", {}, {"chosen_end_prob": "ends"}, as_text=percent),
+    Curve("Probability of ending where the chosen response ends", {}, {"chosen_end_prob": "ends"}, share=True),
 )
 IMITATION = (
     _same("Loss per token", "loss"),
-    _same("Tokens guessed right", "token_accuracy", as_text=percent),
+    _same("Accuracy: share of tokens predicted correctly", "token_accuracy", share=True),
 )
 BOTH = (
     Curve("Gradient norm", {"grad_norm": "norm"}, {}),
-    Curve("Learning rate", {"learning_rate": "rate"}, {}, mark=0.0, as_text=_small),
+    Curve("Learning rate", {"learning_rate": "rate"}, {}, mark=0.0),
     Curve("Tokens per second", {"tokens_per_second": "tokens"}, {}, mark=0.0),
     Curve("Peak memory, GiB", {"peak_memory_bytes": "memory"}, {}, mark=0.0, scale=2.0**-30),
 )
@@ -72,7 +66,7 @@ def show_curve(run: RunFiles, curve: Curve) -> str:
     ends = [f"{name} {line[0][1]:.4g} at first, {line[-1][1]:.4g} at last" for name, line in trained.items()]
     ends += [f"{name} held out {line[0][1]:.4g} at first, {line[-1][1]:.4g} at last" for name, line in held_out.items()]
     title = f"{curve.heading}, by step: {'; '.join(ends)}"
-    chart = draw_lines(title, trained, "step", held_out, curve.mark, curve.as_text, (0, run.last_step))
+    chart = draw_lines(title, trained, "step", held_out, curve.mark, curve.share, (0, run.last_step))
     columns = {**trained, **{f"{name}, held out": line for name, line in held_out.items()}}
     return make_chart(curve.heading, chart, _number_table(columns)) if chart else ""
 

@@ -12,7 +12,8 @@ from ..arguments.recorded_command import check_arguments
 from ..errors import UserError
 from ..run.program import join_command
 from ..runtime import readable_seconds
-from .charts import draw_histogram, round_step
+from .axes import round_step
+from .charts import draw_histogram
 from .html import (
     make_chart,
     make_command,

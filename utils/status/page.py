@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments.flag_values import as_text
-from ..report.charts import draw_lines, percent
+from ..report.charts import draw_lines
 from ..report.html import (
     make_chart,
     make_details,
@@ -31,15 +31,15 @@ TITLE = "Comparison of runs"
 CHARTED = 6  # runs: as many as there are colours that can be told apart
 SHOWN_PROMPTS, SHOWN_CHARACTERS = 3, 600
 # name in metrics.jsonl, heading, verb of the runs (the losses of two verbs do not compare), the line that is drawn
-# across, how values are written
+# across, whether they are shares
 CURVES = (
-    ("held_out_accuracy", "Held-out accuracy", "train", 0.5, percent),
-    ("held_out_margin", "Held-out margin", "train", 0.0, None),
-    ("held_out_loss", "Held-out loss", "train", None, None),
-    ("held_out_chosen_kl", "Held-out KL from the reference, nats", "train", 0.0, None),
-    ("loss", "Training loss", "train", None, None),
-    ("held_out_perplexity", "Held-out perplexity", "sft", None, None),
-    ("loss", "Training loss of sft", "sft", None, None),
+    ("held_out_accuracy", "Held-out accuracy", "train", 0.5, True),
+    ("held_out_margin", "Held-out margin", "train", 0.0, False),
+    ("held_out_loss", "Held-out loss", "train", None, False),
+    ("held_out_chosen_kl", "Held-out KL from the reference, nats", "train", 0.0, False),
+    ("loss", "Training loss", "train", None, False),
+    ("held_out_perplexity", "Held-out perplexity", "sft", None, False),
+    ("loss", "Training loss of sft", "sft", None, False),
 )
 UNCOMPARED = FREE_TO_CHANGE  # where a run is and how it is watched, not what it computes
 DEFAULT = "default"
@@ -161,12 +161,12 @@ def _result(run: RunStatus) -> tuple[str, ...]:
 def _curves(runs: Sequence[RunStatus], total: int) -> str:
     events = {run.name: read_events(Path(run.folder)) for run in runs}
     charts = []
-    for name, heading, verb, mark, written in CURVES:
+    for name, heading, verb, mark, share in CURVES:
         # A line for each run, so that each has its colour in all charts; of another verb an empty one.
         lines = {run.name: _line_of(events[run.name], name) if run.verb == verb else [] for run in runs}
         held_out = name.startswith(HELD_OUT)
         chart = draw_lines(
-            f"{heading} by step", {} if held_out else lines, "step", lines if held_out else None, mark, written
+            f"{heading} by step", {} if held_out else lines, "step", lines if held_out else None, mark, share
         )
         if chart:
             drawn = {run: line for run, line in lines.items() if line}
