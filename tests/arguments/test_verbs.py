@@ -16,9 +16,10 @@ from utils.arguments.cross_checks import HELD_OUT_METRICS
 from utils.arguments.parsing import NAMES_CODE, known_flags
 from utils.evaluation.sides import AS_IN_PREFERENCE_RUN, AS_IN_RUN
 from utils.run.names import RESULTS
+from utils.settings import flags as bounds
 from utils.settings.changes import CANNOT_CHANGE, FREE_TO_CHANGE
 from utils.settings.data import DataSettings
-from utils.settings.flags import SAVES, TRAINS
+from utils.settings.flags import SAVES, TRAINS, Bound
 from utils.settings.registry import DEFAULT_VERB, ROWS, VERBS, find_verb, load_named
 from utils.settings.training import Settings, flags_of, groups_of
 from utils.settings.verbs import READ_WITH
@@ -60,6 +61,31 @@ def test_each_way_to_say_a_verb_is_of_one():
     assert set(ways.values()) == {1}
     assert find_verb("plan train") is VERBS["plan"]
     assert find_verb(DEFAULT_VERB) is VERBS[DEFAULT_VERB]
+
+
+BOUNDS = {  # name -> values at its ends that hold, and those beyond
+    "ABOVE_ZERO": ((1e-9,), (0, -1)),
+    "AT_LEAST_ZERO": ((0,), (-1, -1e-9)),
+    "AT_LEAST_ONE": ((1,), (0,)),
+    "AT_LEAST_TWO": ((2,), (1,)),
+    "HALF_OPEN_UNIT": ((0, 0.999), (-1e-9, 1)),
+    "CLOSED_UNIT": ((0, 1), (-1e-9, 1.001)),
+    "SHARE_ABOVE_ZERO": ((1e-9, 1), (0, 1.001)),
+    "BELOW_HALF": ((0, 0.499), (-1e-9, 0.5)),
+    "STEPS_OR_SHARE": ((1e-9, 0.999, 1, 1.0, 2, 500), (0, -1, 1.5)),
+    "PORT": ((1, 65535), (0, 65536)),
+    "SEED": ((0, 2**32 - 1), (-1, 2**32)),
+    "MAX_STEPS": ((-1, 1), (0, -2)),
+}
+
+
+def test_bounds_hold_up_to_their_ends():
+    found = {name: bound for name, bound in vars(bounds).items() if isinstance(bound, Bound)}
+    assert BOUNDS.keys() == found.keys()
+    for name, bound in found.items():
+        holding, beyond = BOUNDS[name]
+        assert [value for value in holding if not bound.holds(value)] == [], name
+        assert [value for value in beyond if bound.holds(value)] == [], name
 
 
 def test_values_are_set_by_the_names_of_their_flags():

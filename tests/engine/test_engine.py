@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from utils.engine import cpu_attention, proving, shared_prefix
+from utils.engine.completions import sum_log_probs
 from utils.engine.last_layer import leave_out_prompts
 from utils.engine.proving import Trial, find_gradient_mismatch, find_mismatch
 from utils.engine.scoring import score_tokens
@@ -173,6 +174,15 @@ def test_the_layout_by_hand():
     assert tables.places.tolist() == [0, 2, 3, 4, 5, 6]
     assert row[0, tables.targets[tables.ends]].tolist() == [3, 8, 5, 9]
     assert (layout.tokens, layout.tokens_padded) == (9, 16)
+
+
+def test_tokens_beyond_the_pairs_shorter_response_count_ld_alpha():
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]])  # chosen, chosen, rejected, rejected
+    log_probs = -torch.tensor([[0, 1, 2, 4], [0, 0, 8, 0], [0, 16, 32, 0], [0, 0, 64, 128]])
+    assert sum_log_probs(log_probs, mask, None).tolist() == [-7, -8, -48, -192]
+    assert sum_log_probs(log_probs, mask, 1.0).tolist() == [-7, -8, -48, -192]
+    assert sum_log_probs(log_probs, mask, 0.25).tolist() == [-1 - 2 - 4 / 4, -8, -48, -64 - 128 / 4]
+    assert sum_log_probs(log_probs, mask, 0.0).tolist() == [-3, -8, -48, -64]
 
 
 def test_both_layouts_give_the_same_scores():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 
 import pytest
@@ -56,6 +57,7 @@ PLANS = [
     (f"{NAMED} --use_lora {NOT_AHEAD}", BASE, ("model", OTHER, "other, frozen", False, True, B16, False)),
     (f"{NAMED} --use_4bit", BASE, ("model", OTHER, "other in 4 bits, frozen" + AHEAD, True, True, B16, True)),
     (f"{NAMED} --max_steps 9", ADAPTER, ("model", OTHER, "other, frozen", False, True, B16, False)),
+    (f"{NAMED} --use_4bit --max_steps 9", BASE, ("model", OTHER, "other in 4 bits, frozen", True, True, B16, False)),
 ]  # fmt: skip
 
 
@@ -121,6 +123,7 @@ RUN = {"verb": "train", "settings": {}, "reference_model": {"base": "base", "in_
         (TUNED, RUN, "", BASE, ("base", "the base model base, with the adapter switched off", False, False, None)),
         (TUNED, RUN, "--use_4bit", ADAPTER, ("adapter", STAGE1 + " in 4 bits", True, False, None)),
         (TUNED, RUN, "", OTHER, ("model", "other", False, True, B16)),
+        (TUNED, RUN, "", replace(BASE, revision="v2"), ("model", "base", False, True, B16)),
         (WHOLE, RUN, "", BASE, ("model", "base", False, True, F32)),
         (WHOLE, {}, "", BASE, ("model", "base", False, True, B16)),
         (WHOLE, RUN, "--use_4bit", BASE, ("model", "base in 4 bits", True, True, B16)),
@@ -132,3 +135,21 @@ def test_the_reference_of_a_model_that_is_evaluated(policy, record, flags, refer
     assert (plan.kind, plan.how, plan.in_4bit, plan.own_model, plan.dtype) == planned
     assert plan.source == reference
     assert not plan.ahead
+
+
+@pytest.mark.parametrize("changed", [{"init_lora_weights": "pissa"}, {"bias": "all"}])
+def test_a_base_that_an_adapter_changes_is_not_shared(tmp_path, changed):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8} | changed))
+    plain, changes = TUNED, ModelSource("base", str(tmp_path), None, "base")
+    for policy, reference in ((changes, BASE), (changes, plain), (plain, changes)):
+        plan = choose_reference_of_run(TrainedModel(policy, None, RUN), reference, settings_of(""), B16)
+        assert (plan.kind, plan.own_model) == ("model", True)
+
+
+@pytest.mark.parametrize(("flags", "in_4bit"), [("", False), (NAMED, True)])
+def test_a_reference_is_in_the_bits_of_its_run_and_one_that_is_named_in_those_of_the_flag(flags, in_4bit):
+    """Of a run of all weights under --use_4bit, whose own reference scored ahead in whole numbers."""
+    settings = settings_of(f"{flags} --use_4bit")
+    settings = replace(settings, given=settings.given - {"use_4bit"})  # as it is when the record of the run says so
+    plan = choose_reference_of_run(TrainedModel(WHOLE, None, RUN), OTHER, settings, B16)
+    assert plan.in_4bit is in_4bit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from utils.models.identity import BLOCK, BLOCKS, identify_model
 from utils.models.sources import find_model
 from utils.run.state import load_state, read_kept
 from utils.settings.changes import FREE_TO_CHANGE, GROUPS
+from utils.settings.data import DataSettings
+from utils.settings.training import LoraSettings, LossSettings, ModelSettings, TrainingSettings
 from utils.training.differences import describe_free_changes, differing_versions, find_changes
 
 NOW = {
@@ -41,6 +44,14 @@ def test_the_same_run_has_no_changes():
 @pytest.mark.parametrize("name", sorted(FREE_TO_CHANGE))
 def test_a_setting_that_does_not_change_the_numbers_may_differ(name):
     assert changed(settings={name: "now"}) == {}
+
+
+def test_of_what_is_computed_nothing_may_differ_freely():
+    groups = (ModelSettings, LoraSettings, LossSettings, DataSettings, TrainingSettings)
+    settings = {field.name for group in groups for field in fields(group)}
+    how_often = {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+    in_which_batches = {"per_device_eval_batch_size", "max_tokens_per_batch", "auto_batch_size"}
+    assert settings & FREE_TO_CHANGE == how_often | in_which_batches | {"skip_bad_batches"}
 
 
 def test_every_other_setting_is_named_with_both_values():
@@ -334,7 +345,10 @@ def test_a_checkpoint_that_holds_nothing_of_this_is_compared_with_the_record(beg
     [
         (["--allow_changes", "data"], "--allow_changes: has no effect without --resume_from_checkpoint"),
         (["--allow_changes", "dota", "--resume_from_checkpoint", "auto"], "is 'dota': did you mean data?"),
-        (["--allow_changes", "lora_r", "--resume_from_checkpoint", "auto"], "a checkpoint would not fit"),
+        *(
+            (["--allow_changes", name, "--resume_from_checkpoint", "auto"], f"{name}: a checkpoint would not fit")
+            for name in ("use_lora", "lora_r", "lora_target_modules", "use_dora", "optim")
+        ),
     ],
 )
 def test_names_that_cannot_be_allowed(flags, said, run_script, tmp_path):

@@ -112,6 +112,24 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monk
     assert_same_run(whole, tmp_path / "part")
 
 
+def test_a_stop_of_sft_between_two_log_lines_leaves_no_trace(run_script, tiny_model, pairs_file, tmp_path, monkeypatch):
+    """Whose loss in the log is the trainer's own."""
+
+    def run(folder: Path, *more) -> int:
+        own = ["--max_steps", 5, "--logging_steps", 3, "--learning_rate", 5e-3, "--validation_split", "none"]
+        where = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", folder]
+        return run_script("sft", *where, *own, *more)[0]
+
+    assert run(tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda watcher: setattr(watcher, "asked_to_stop", True))
+        assert run(tmp_path / "part") == 130
+    assert run(tmp_path / "part", *GO_ON) == 0
+    lines = read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [3, 5]
+    assert read_metrics(tmp_path / "part") == lines
+
+
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 
 
@@ -245,8 +263,8 @@ EARLY = ["--max_steps", 12, "--per_device_train_batch_size", 4, "--learning_rate
 def early(run_script, tiny_model, pairs_file, tmp_path):
     """A run that stopped early, left as if it had been killed before its end; what it was; and how to go on with it."""
     folder = tmp_path / "early"
-    command = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", folder, *EARLY]
-    code, _, err = run_script(*command)
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, *EARLY, "--output_dir"]
+    code, _, err = run_script(*command, folder)
     assert code == 0, err
     record, lines = read_record(folder), read_metrics(folder)
     assert record["early_stopping"]["stopped"]
@@ -254,8 +272,8 @@ def early(run_script, tiny_model, pairs_file, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
 
-    def go_on() -> str:
-        code, out, err = run_script(*command, *GO_ON)
+    def go_on(folder: Path = folder) -> str:
+        code, out, err = run_script(*command, folder, *GO_ON)
         assert code == 0, err
         assert (folder / "model.safetensors").read_bytes() == weights
         assert read_metrics(folder) == lines
@@ -267,9 +285,12 @@ def early(run_script, tiny_model, pairs_file, tmp_path):
 
 
 def test_an_early_stop_is_not_trained_past(early):
-    folder, _, stopped_at, go_on = early
+    folder, best, stopped_at, go_on = early
     assert (folder / f"checkpoint-{stopped_at}").is_dir(), "saved at the very step at which it stopped"
-    assert f"step {stopped_at + 1}" not in go_on()
+    moved = folder.rename(folder.with_name("moved"))
+    out = go_on(moved)
+    assert f"step {stopped_at + 1}" not in out
+    assert f"the model of step {best} is kept" in out, "found where the run is now"
 
 
 @pytest.mark.slow

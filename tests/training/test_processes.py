@@ -215,11 +215,11 @@ def test_sft_in_two_processes_is_the_run_of_one(kind, together, run_of_one, flag
     assert_same_run(run_of_one(*flags), tmp_path / "run")
 
 
-EVERY_DAY_RESUMED = ("full", ("sharded", 2), ("replicated", 1))
+EVERY_DAY_RESUMED = ("full", ("replicated", 1), ("sharded", 2))
 RESUMED = [  # ways, kinds and processes before and after
     EVERY_DAY_RESUMED,
+    ("full", ("sharded", 2), ("replicated", 1)),
     ("lora", ("replicated", 1), ("sharded", 2)),
-    ("full", ("replicated", 1), ("sharded", 2)),
     ("lora", ("sharded", 2), ("replicated", 1)),
     ("lora", ("sharded", 2), ("sharded", 2)),
     ("full", ("replicated", 2), ("replicated", 1)),
