@@ -344,6 +344,10 @@ def test_fault_of_one_flag(flags, expected):
         ("--validation_split none --eval_steps 5", "--eval_steps: there is nothing to evaluate"),
         ("--validation_split none --eval_strategy epoch", "--eval_strategy: there is nothing to evaluate"),
         ("--max_steps 0", "--max_steps is 0: must be above 0 (or -1 for no limit)"),
+        (
+            "--early_stopping_patience 1 --eval_steps 5 --save_strategy no",
+            "--early_stopping_patience: cannot keep the best model with --save_strategy no",
+        ),
     ],
 )
 def test_contradiction(flags, start):
@@ -378,6 +382,9 @@ def test_contradiction_in_sft(flags, start):
         ("--loss_type robust", "train"),
         ("--report_to wandb --wandb_project x", "train"),
         ("--f_divergence_type alpha_divergence --f_alpha_divergence_coef 1", "train"),
+        ("--neftune_noise_alpha 0", "sft"),
+        ("--allow_changes weight_decay beta data --resume_from_checkpoint auto", "train"),
+        ("--early_stopping_patience 1 --eval_steps 5 --save_strategy steps", "train"),
     ],
 )
 def test_settings_that_fit_together(flags, verb):

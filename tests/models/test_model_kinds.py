@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -13,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from shared.models import save_tiny_tokenizer
-from shared.runs import read_record
+from shared.pairs import write_lines
+from shared.runs import read_metrics, read_record
 
 from utils.models.counting import Counts
 
@@ -236,6 +238,45 @@ def test_a_reference_with_fewer_positions_is_refused_before_training(run_script,
     )
     assert code == 2
     assert f"the reference {short} reads at most 12 tokens" in err
+
+
+def test_a_reference_may_read_just_the_longest_pair_of_both_sides(run_script, tiny_model, tmp_path):
+    data, long = tmp_path / "data", "a day at the sea"
+    data.mkdir()
+    write_lines(data / "train.jsonl", [{"prompt": f"a{i}", "chosen": " b.", "rejected": " c."} for i in range(4)])
+    write_lines(data / "test.jsonl", [{"prompt": long, "chosen": " b.", "rejected": f" c.{long}"}])
+
+    def against(positions: int) -> tuple[int, str]:
+        """A run whose reference reads so many tokens: its exit code, and what it complained of."""
+        shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": positions}
+        folder = tmp_path / f"reads-{positions}"
+        save(folder, lambda size: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=size, **shape)))
+        flags = names(tiny_model, data, tmp_path / f"run-{positions}")
+        code, _, err = run_script(*flags, "--ref_model_name_or_path", folder, "--max_steps", "1")
+        return code, err
+
+    code, err = against(10)
+    assert code == 2
+    longest = int(err.partition("the longest pair has ")[2].partition(":")[0])
+    assert against(longest - 1)[0] == 2
+    code, err = against(longest)
+    assert code == 0, err
+
+
+def test_dropout_that_trl_does_not_look_for_is_off(run_script, pairs_file, tmp_path):
+    def make(size):
+        shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return transformers.OPTForCausalLM(
+            transformers.OPTConfig(vocab_size=size, word_embed_proj_dim=32, dropout=0.5, **shape)
+        )
+
+    model = save(tmp_path / "model", make)
+    code, _, err = run_script(
+        *names(model, pairs_file, tmp_path / "run"), *ADAPTED, "--logging_steps", 1, "--validation_split", "none"
+    )
+    assert code == 0, err
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference are the same before a step"
 
 
 @pytest.fixture(scope="module")

@@ -264,7 +264,13 @@ def test_a_known_launcher_is_repeated(launcher, run_script, run):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--trust_remote_code"], ["--dataset_adapter", "/x/evil.py:f"], ["--attn_implementation", "x/kernel"]]
+    "flags",
+    [
+        ["--trust_remote_code"],
+        ["--dataset_adapter", "/x/evil.py:f"],
+        ["--attn_implementation", "x/kernel"],
+        ["--push_to_hub"],
+    ],
 )
 def test_flags_that_run_code_are_marked(flags, run_script, run):
     record = read_record(run)

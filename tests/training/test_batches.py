@@ -70,6 +70,18 @@ def test_the_longest_pair_may_fill_the_limit_of_tokens(engine, run_script, tiny_
     assert code == 0, err
 
 
+def test_the_longest_held_out_pair_must_fit_the_limit_too(run_script, tiny_model, tmp_path):
+    pairs, data = make_pairs(12), tmp_path / "data"
+    data.mkdir()
+    pairs[11]["chosen"] += " lovely" * 60
+    write_lines(data / "train.jsonl", pairs[:8])
+    write_lines(data / "test.jsonl", pairs[8:])
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", tmp_path / "run"]
+    code, _, err = run_script(*flags, "--max_steps", 1, "--max_tokens_per_batch", 70)
+    assert code == 2
+    assert "--max_tokens_per_batch is 70, but the longest pair alone takes" in err
+
+
 def test_a_dry_run_tries_an_evaluation_batch_of_all_its_pairs(run_script, tiny_model, tmp_path, monkeypatch):
     """Of the longest ones: what fits them fits all."""
     from utils.training.pair_scoring import PairTask

@@ -20,6 +20,7 @@ from utils.run.state import load_state, read_kept
 from utils.settings.changes import FREE_TO_CHANGE, GROUPS
 from utils.settings.data import DataSettings
 from utils.settings.training import LoraSettings, LossSettings, ModelSettings, TrainingSettings
+from utils.training.carrying_on import apply_settings
 from utils.training.differences import describe_free_changes, differing_versions, find_changes
 
 NOW = {
@@ -66,6 +67,9 @@ def test_every_other_setting_is_named_with_both_values():
     assert "label_smoothing" in changed(settings={"label_smoothing": 0.1})
     assert changed(settings={"a_flag_of_a_later_version": None}) == {}
     assert changed(settings={"discopop_tau": 0.05}) == {}, "a flag that the run did not have, at its default"
+    assert changed(settings={"a_field_of_the_trainer": False}) == {}, "which has its default elsewhere"
+    assert changed(settings={"warmup_steps": 0}) == {"warmup_steps": "--warmup_steps was not given, is 0"}
+    assert changed(settings={"loss_type": ["sigmoid"]}) == {}
     assert changed(settings={"discopop_tau": 0.1}) == {"discopop_tau": "--discopop_tau was not given, is 0.1"}
 
 
@@ -213,8 +217,7 @@ def names_refused(err: str) -> set[str]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    (a,), (b,) = (list(folder.glob("*.safetensors")) for folder in (one, other))
-    a, b = load_file(a), load_file(b)
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -288,6 +291,11 @@ def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, place):
     code, _, err, _ = go_on(beta=0.3, resume=folder / "checkpoint-4")
     assert code == 2
     assert names_refused(err) == {"beta", "data"}
+    code, _, err, _ = go_on(beta=0.3, max_steps=9, allow_changes="max_steps")
+    assert code == 0, err
+    changes = read_kept(folder / "checkpoint-9")["changes"]
+    assert changes == [*warnings, "from checkpoint-8 on, by --allow_changes: --max_steps was 8, is 9"]
+    assert not same_weights(folder, folder / "checkpoint-8"), "at the rate of the longer schedule, not at its end's"
 
 
 @pytest.mark.parametrize("verb", ["train", pytest.param("sft", marks=pytest.mark.slow)])
@@ -304,6 +312,37 @@ def test_an_allowed_learning_rate_takes_effect(verb, begun, place):
     assert [new[step] for step in (6, 8)] == pytest.approx([old[step] / 5 for step in (6, 8)])
     group = load_state(folder / "checkpoint-8", "optimizer")["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["betas"][1]) == (0.1, 0.9)
+
+
+def test_changed_settings_take_the_place_of_those_of_the_checkpoint():
+    def optimizer_and_schedule(steps: int):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "weight_decay": decay} for decay in (0.01, 0.0)]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    class Arguments:
+        adam_beta1, adam_beta2, adam_epsilon, weight_decay, learning_rate = 0.8, 0.99, 1e-6, 0.1, 3e-3
+
+    saved, schedule = optimizer_and_schedule(steps=4)
+    for _ in range(3):
+        saved.step()
+        schedule.step()
+    names = frozenset({"adam_beta2", "adam_epsilon", "weight_decay", "learning_rate", "max_steps"})
+    for changed, found in (
+        (names, (3e-3 * (1 - 3 / 30), (0.8, 0.99), 1e-6, 0.1)),
+        (frozenset({"max_steps"}), (1e-3 * (1 - 3 / 30), (0.9, 0.999), 1e-8, 0.01)),
+        (frozenset({"adam_beta1"}), (1e-3 * (1 - 3 / 30), (0.8, 0.99), 1e-8, 0.01)),
+    ):
+        optimizer, longer = optimizer_and_schedule(steps=30)
+        optimizer.load_state_dict(saved.state_dict())
+        longer.load_state_dict(schedule.state_dict())
+        apply_settings(changed, Arguments, optimizer, longer)
+        decayed, others = optimizer.param_groups
+        rate, *rest = found
+        assert decayed["lr"] == pytest.approx(rate)
+        assert [decayed[name] for name in ("betas", "eps", "weight_decay")] == rest
+        assert (others["lr"], others["weight_decay"]) == (decayed["lr"], 0.0)
+        assert longer.get_last_lr() == [decayed["lr"]] * 2
 
 
 def test_more_steps_may_be_allowed(begun):

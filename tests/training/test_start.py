@@ -199,7 +199,13 @@ def train(run_script, model, data, folder, *flags, learning_rate=1e-2):
 @pytest.mark.parametrize("flags", [[], ["--use_4bit"], ["--engine", "padded"]], ids=" ".join)
 def test_dora_starts_at_its_reference_in_16_bits(run_script, tiny_model, pairs_file, tmp_path, flags):
     dora = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
-    record = train(run_script, tiny_model, pairs_file, tmp_path / "run", *dora, *flags)
+    record = train(run_script, tiny_model, pairs_file, tmp_path / "run", *dora, *flags, learning_rate=1e-12)
+    if "--use_4bit" not in flags:  # whose base is another
+        base, saved = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "run/adapter_model.safetensors")
+        name = "model.layers.0.mlp.down_proj"
+        magnitude = saved[f"base_model.model.{name}.lora_magnitude_vector"]
+        held = base[f"{name}.weight"].bfloat16().float()
+        assert torch.allclose(magnitude, held.norm(dim=1), rtol=1e-5), "which is not rounded to 16 bits itself"
     assert record["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert record["metrics"]["held_out_before"]["chosen_kl"] == pytest.approx(0, abs=1e-7)
     assert record["warnings"] == []

@@ -67,8 +67,8 @@ def resumed(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
     data = write_lines(folder / "pairs.jsonl", make_pairs(40))
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", folder / "run", *QUICK,
-             "--report_to", "tensorboard", "--use_wandb", "--wandb_tags", "small", "first",
-             "--wandb_entity", "someone", "--cost_per_hour", 7200]  # fmt: skip
+             "--report_to", "tensorboard", "--f_divergence_type", "js_divergence", "--use_wandb",
+             "--wandb_tags", "small", "first", "--wandb_entity", "someone", "--cost_per_hour", 7200]  # fmt: skip
     environment = {"HOME": str(folder), "NETRC": str(folder / "none")}
     for more in ([], ["--resume_from_checkpoint", "auto"]):
         said = io.StringIO()
@@ -143,6 +143,8 @@ def test_a_tensorboard_log_has_no_step_twice_after_a_resume(resumed):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("eval/loss")] == [0, 3, 6]
+    (shown,) = events.Tensors("args/text_summary")[0].tensor_proto.string_val
+    assert json.loads(shown)["f_divergence_type"] == "js_divergence", "the settings of the run"
 
 
 def test_samples_are_a_table_in_wandb_and_a_text_in_tensorboard(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from ..settings.registry import VERBS, acts_as, load_named
 from ..settings.training import ALL_OR_NONE, TRACKERS, Settings
 from .candidate import Candidate, check
 from .flag_values import is_number
+from .trainer_fields import trainer_fields
 
 HELD_OUT_METRICS = {
     "train": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"),
@@ -115,7 +116,8 @@ def resuming(candidate: Candidate) -> Iterator[str]:
 
 @check("allow_changes", "resume_from_checkpoint")
 def allowed_changes(candidate: Candidate) -> Iterator[str]:
-    label, known = candidate.label("allow_changes"), {*GROUPS, ALL_SETTINGS, *candidate.values}
+    label, fields = candidate.label("allow_changes"), trainer_fields(candidate.settings.verb)
+    known = {*GROUPS, ALL_SETTINGS, *candidate.values, *fields}
     for name in candidate["allow_changes"]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

@@ -17,7 +17,12 @@ PLACES |= {"chat_template"}
 # Settings from which other token ids of the same rows follow, and those from which other rows do.
 OF_IDS = {"max_length", "truncation"}
 OF_ROWS = {field.name for field in dataclasses.fields(DataSettings)} - OF_IDS | {"seed"}
-DEFAULTS = {field.name: field.default for group in GROUPS_OF_RUN.values() for field in dataclasses.fields(group)}
+# As JSON holds them.
+DEFAULTS = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for group in GROUPS_OF_RUN.values()
+    for field in dataclasses.fields(group)
+}
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 
@@ -43,8 +48,9 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     free = FREE_TO_CHANGE | {"per_device_train_batch_size", "gradient_accumulation_steps"}
     free |= PLACES if "model" in before else set()
     for name in sorted({*old, *new} - free):
-        # A flag that a former version of the script did not have was at its default.
-        if old.get(name, DEFAULTS.get(name)) != new.get(name) and (name in old or new.get(name)):
+        # A flag that a former version of the script did not have was at its default; one of the trainer's was off.
+        known = name in old or name in DEFAULTS
+        if old.get(name, DEFAULTS.get(name)) != new.get(name) and (known or new.get(name)):
             yield name, f"--{name} was {_written(old.get(name))}, is {_written(new.get(name))}"
 
 
