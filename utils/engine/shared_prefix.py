@@ -136,24 +136,27 @@ class PairLayout:
 
     def completion_lengths(self) -> Tensor:
         """Tokens of each completion that count, shape (2 x pairs,), chosen first."""
-        lengths = [pair[side] for side in (1, 2) for pair in self.lengths]
-        counted = self._counted()
-        if isinstance(counted, slice):
-            return torch.tensor(lengths)
-        return torch.stack([part.sum() for part in counted.split(lengths)])
+        return torch.tensor(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """The same as numbers: tensors on paper have no values."""
+        chosen, rejected = [], []
+        for start, (prompt, first, second) in self.spans():
+            middle = start + prompt + first
+            for sizes, begin, length in ((chosen, start + prompt, first), (rejected, middle, second)):
+                sizes.append(length - sum(begin <= place < begin + length for place in self.uncounted))
+        return chosen + rejected
 
     @property
     def longest_completion(self) -> int:
         """Tokens that count of the completion with most of them."""
-        if self.uncounted:
-            return int(self.completion_lengths().max())
-        return max(max(chosen, rejected) for _, chosen, rejected in self.lengths)
+        return max(self._sizes())
 
     def tables(self, device: torch.device) -> RowTables:
         """Where the tokens stand, on a device; made once for each."""
         if ("tables", device) not in self.masks:
             longest, lengths = self.longest_completion, self.completion_lengths()
-            places = [torch.arange(row * longest, row * longest + size) for row, size in enumerate(lengths.tolist())]
+            places = [torch.arange(row * longest, row * longest + size) for row, size in enumerate(self._sizes())]
             own = [self.predictors(), self.targets(), torch.cat(places), lengths.cumsum(0) - 1, lengths]
             self.masks["tables", device] = RowTables(*send([self.position_ids(), *own], device))
         return self.masks["tables", device]
