@@ -23,6 +23,8 @@ from utils.report.axes import cover, percent, round_step, ticks_of_bins, ticks_w
         (0.0, 2e-4, False, "0 5e-5 1e-4 1.5e-4 2e-4"),
         (0.0, 2143.0, False, "0 500 1,000 1,500 2,000 2,500"),
         (0.0, 43_210.0, False, "0 10k 20k 30k 40k 50k"),
+        (0.0, 1e30, False, "0 2e29 4e29 6e29 8e29 1e30"),
+        (-1e308, 1e308, False, "-1e300 -5e299 0 5e299 1e300"),
         (0.0, 1.9e6, False, "0 0.5M 1.0M 1.5M 2.0M"),
         # What hardly moves must not look as if it did.
         (2e-11, 7e-11, True, "0% 2% 4% 6% 8% 10%"),
@@ -63,8 +65,9 @@ def test_ticks_are_round_evenly_spaced_few_and_told_apart():
     draw = random.Random(0)
     for _ in range(2000):
         share = draw.random() < 0.3
-        low = draw.uniform(-1, 1) * 10 ** draw.randint(-9, 9)
-        high = low + max(draw.random() * 10 ** draw.randint(-9, 9), 1e-6 * abs(low))
+        most = draw.choice((9, 30, 299))
+        low = draw.uniform(-1, 1) * 10.0 ** draw.randint(-9, most)
+        high = low + max(draw.random() * 10.0 ** draw.randint(-9, most), 1e-6 * abs(low))
         if share:
             low, high = sorted((draw.random(), draw.random()))
         ticks = cover(low, high, share)

@@ -12,6 +12,8 @@ from itertools import pairwise
 MOST_TICKS = 6
 NARROWEST_SHARE = 0.1  # of an axis of shares: a change of a tenth of a point must not fill it
 LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from where, in what, written how
+HUGE = 1e12  # an axis that reaches there is written with powers of ten
+FURTHEST = 1e300  # of an axis: what lies beyond is not told apart
 SMALL = 1e-3  # an axis that ends below is written with powers of ten
 
 
@@ -20,6 +22,7 @@ def cover(low: float, high: float, share: bool = False, most: int = MOST_TICKS) 
     if share and high - low < NARROWEST_SHARE:
         low = min(max((low + high - NARROWEST_SHARE) / 2, 0.0), 1 - NARROWEST_SHARE)
         high = low + NARROWEST_SHARE
+    low, high = max(low, -FURTHEST), min(high, FURTHEST)
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
         margin = abs(low) / 2 or 1.0
         low, high = low - margin, high + margin
@@ -75,7 +78,7 @@ def write_ticks(ticks: Sequence[float], share: bool = False) -> list[str]:
     largest = max(map(abs, ticks))
     if share:
         return _fixed([100 * tick for tick in ticks], "%")
-    if 0 < largest < SMALL:
+    if 0 < largest < SMALL or largest >= HUGE:
         return [_power(tick) for tick in ticks]
     for least, size, letter in LARGE:
         if largest >= least:
@@ -100,7 +103,13 @@ def write_value(value: float, share: bool = False) -> str:
     """One value in full, as it is shown on its point."""
     if share:
         return percent(value)
-    return _power(value, 3) if 0 < abs(value) < SMALL else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return (
+        _power(value, 3)
+        if 0 < abs(value) < SMALL or abs(value) >= HUGE
+        else f"{value:,.4g}"
+        if abs(value) < 1e4
+        else f"{value:,.0f}"
+    )
 
 
 def percent(value: float) -> str:
