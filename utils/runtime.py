@@ -43,11 +43,20 @@ def say(text: str = "") -> None:
         print(make_visible(text), flush=True)
 
 
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
 def readable_seconds(seconds: float) -> str:
     """`4:07`, or `1:02:09` from an hour on."""
     whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def readable_bytes(count: float) -> str:
+    """`1.5 GiB`, `24 GiB`; below a tenth of one `64 MiB`, and below a tenth of that `20 KiB`."""
+    size, unit = next(((size, unit) for size, unit in UNITS if count >= size / 10), UNITS[-1])
+    return f"{count / size:.{1 if count < 10 * size and count % size else 0}f} {unit}"
 
 
 def quiet_libraries() -> None:

@@ -36,6 +36,7 @@ from utils.planning.launching import words_before_script
 from utils.planning.measuring import as_measured
 from utils.planning.paper_model import make_policy
 from utils.planning.planning import _asked_way, _Planner
+from utils.planning.summary import explain_best
 from utils.planning.walk import (
     ACTIVATIONS,
     ADAPTER,
@@ -49,6 +50,7 @@ from utils.planning.walk import (
     walk_step,
 )
 from utils.planning.work import Subject, Work, place_of_reference, read_subject
+from utils.runtime import readable_bytes
 from utils.settings.verbs import PlanSettings
 
 
@@ -242,8 +244,52 @@ def test_the_plan_of_a_large_model_needs_its_config_alone(run_script, tmp_path):
     assert asked["parts"]["weights"] == pytest.approx(8_030_261_248 * 4, rel=0.001)
     assert any(choice["fits"] and choice["name"].startswith("LoRA on 4 bits") for choice in others)
     assert "without --dataset_name every pair is taken to be as long as --max_length (1,024)" in out
+    (best,) = (choice for choice in others if choice["best"])
+    (starred,) = (line for line in out.splitlines() if line.startswith("* ") and " x " in line)
+    assert starred[2:].startswith(best["name"])
+    assert f"the best that fits: {best['name']} (nothing that trains as asked (full) fits; " in out
     settings = parse_arguments(record["command"].split()[2:])
     assert (settings.verb, settings.lora.use_lora, settings.model.use_4bit) == ("train", True, True)
+
+
+def test_the_command_is_of_a_row_and_the_reason_is_said():
+    def explain(best, *others):
+        """The first is the one that was asked for."""
+        device = SimpleNamespace(memory=10)
+        choices = [
+            SimpleNamespace(name=name, asked=not place, sharding="none", batch=batch,
+                            needs=SimpleNamespace(batch=batch, fits=lambda _, size=size: size <= 10))
+            for place, (name, batch, size) in enumerate(others)
+        ]  # fmt: skip
+        chosen = choices[best] if best is not None else None
+        work = SimpleNamespace(kind="pairs")
+        return explain_best(
+            SimpleNamespace(asked=choices[0], others=choices[1:], best=chosen, device=device, work=work)
+        )
+
+    assert explain(0, ("LoRA", 8, 9)) == "the best that fits: as asked: LoRA (it fits)"
+    slower = ("LoRA, checkpointing", 8, 5)
+    assert explain(0, ("LoRA", 8, 9), slower).endswith("(it fits, and no other row that trains the same is faster)")
+    assert explain(1, slower, ("LoRA", 8, 9)).endswith(
+        "LoRA (as asked fits too, and this trains the same with less computing)"
+    )
+    assert explain(1, ("LoRA", 8, 11), ("LoRA", 4, 9)).endswith(
+        "LoRA (as asked does not fit; this trains the same, 4 pairs at a time and fits)"
+    )
+    assert explain(1, ("full", 8, 11), ("LoRA", 8, 9)).endswith(
+        "(nothing that trains as asked (full) fits; of what fits, it takes the least computing)"
+    )
+    assert explain(None, ("full", 8, 11)).startswith("nothing of this fits; take a larger device")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(500, "0.5 KiB"), (520_000, "0.5 MiB"), (64 * 2**20, "64 MiB"), (int(0.3 * 2**30), "0.3 GiB"), (0, "0 KiB"),
+     (24 * 2**30, "24 GiB"),
+     (int(9.5 * 2**30), "9.5 GiB")],
+)  # fmt: skip
+def test_sizes_are_written_in_a_unit_that_fits(count, text):
+    assert readable_bytes(count) == text
 
 
 def test_steps_time_and_cost_come_from_the_data(run_script, model_without_weights, pairs_file, tmp_path):

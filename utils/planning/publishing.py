@@ -13,7 +13,7 @@ from ..settings.data import InspectionSettings
 from ..settings.training import Settings
 from ..settings.verbs import PlanSettings
 from .planning import Plan
-from .summary import as_record, summarize
+from .summary import as_record, explain_best, summarize
 
 OF_A_MACHINE = 8  # GPUs, at most, in the usual ones
 
@@ -45,10 +45,9 @@ def publish(plan: Plan, settings: Settings, words: list[str] | None) -> None:
             raise UserError(f"--json_file {file}: cannot be written ({error.strerror})") from None
     for line in summarize(plan, price, devices):
         say(line)
-    if command is None:
-        say("nothing of this fits; take a larger device, more of them, a smaller --max_length or a smaller model")
-    else:
-        say(f"the best that fits:\n  {command}")
+    say(explain_best(plan))
+    if command is not None:
+        say(f"  {command}")
         if devices > OF_A_MACHINE:
             say(
                 f"  ({devices} devices are several machines: started on each with its --machine_rank, --num_machines "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .hardware import GIB
+from ..runtime import readable_bytes
 from .planning import Choice, Plan
 
 SECONDS = (("day", 86400), ("hour", 3600), ("minute", 60))
@@ -19,20 +19,21 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
     lines = [
         f"model: {plan.model}, {needs.parameters:,} parameters, {needs.trainable:,} trained",
         f"data: {_describe_work(plan)}",
-        f"device: {many}{device.name}, {device.memory / GIB:.0f} GiB, {device.rate / 1e12:,.3g} TFLOP/s in "
+        f"device: {many}{device.name}, {readable_bytes(device.memory)}, {device.rate / 1e12:,.3g} TFLOP/s in "
         f"{str(plan.dtype).removeprefix('torch.')}, of which training reaches {plan.efficiency:.0%} "
         f"({'measured' if plan.measured else 'assumed; --efficiency'})",
         "",
-        f"  {'':{width}}{f'{work.kind} x micro-batches':>22}{'GiB':>9}{'fits':>6}{'time':>13}"
+        f"  {'':{width}}{f'{work.kind} x micro-batches':>22}{'memory':>11}{'fits':>6}{'time':>16}"
         + (f"{'cost':>10}" if price else ""),
         *(_line(name.ljust(width), choice, plan, price, devices) for name, choice in choices.items()),
+        *(["", "* the row that the command below is of"] if plan.best else []),
         "",
-        "as asked, by part (GiB): " + ", ".join(f"{name} {size / GIB:.2g}" for name, size in _parts(asked) if size),
+        "as asked, by part: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in _parts(asked) if size),
     ]
     for of, choice in (("as asked", asked), ("the best that fits", plan.best)):
         if choice is not None and choice.needs.host and (choice is not asked or of == "as asked"):
-            host = ", ".join(f"{name} {size / GIB:.2g}" for name, size in choice.needs.host.items() if size)
-            lines.append(f"{of}, in main memory for each device (GiB): {host}")
+            host = ", ".join(f"{name} {readable_bytes(size)}" for name, size in choice.needs.host.items() if size)
+            lines.append(f"{of}, in main memory for each device: {host}")
     lines += _left_out(plan, devices)
     if not work.known:
         lines.append(
@@ -40,6 +41,29 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
             f"({sum(work.lengths[0][:2]):,})"
         )
     return lines
+
+
+def explain_best(plan: Plan) -> str:
+    """Which row the command is of, and why."""
+    best, asked = plan.best, plan.asked
+    if best is None:
+        return "nothing of this fits; take a larger device, more of them, a smaller --max_length or a smaller model"
+    rest = [choice for choice in (asked, *plan.others) if choice is not best and choice.needs.fits(plan.device)]
+    same_kind = [choice for choice in rest if _kind(choice) == _kind(asked)]
+    if best is asked:
+        why = "it fits, and no other row that trains the same is faster" if same_kind else "it fits"
+    elif _kind(best) != _kind(asked):
+        why = f"nothing that trains as asked ({_kind(asked)}) fits; of what fits, it takes the least computing"
+    elif asked in rest:
+        why = "as asked fits too, and this trains the same with less computing"
+    else:
+        smaller = f", {best.needs.batch} {plan.work.kind} at a time" if best.batch != asked.batch else ""
+        why = f"as asked does not fit; this trains the same{smaller} and fits"
+    return f"the best that fits: {_name(best)} ({why})"
+
+
+def _kind(choice: Choice) -> str:
+    return choice.name.partition(",")[0]
 
 
 def _left_out(plan: Plan, devices: int) -> list[str]:
@@ -93,8 +117,9 @@ def _name(choice: Choice) -> str:
 
 def _line(name: str, choice: Choice, plan: Plan, price: float | None, devices: int) -> str:
     needs = choice.needs
-    text = f"  {name}{f'{needs.batch} x {needs.micro_batches}':>22}{needs.peak / GIB:>9.1f}"
-    text += f"{'yes' if needs.fits(plan.device) else 'no':>6}{readable_time(choice.seconds):>13}"
+    text = f"{'*' if choice is plan.best else ' '} {name}{f'{needs.batch} x {needs.micro_batches}':>22}"
+    text += f"{readable_bytes(needs.peak):>11}"
+    text += f"{'yes' if needs.fits(plan.device) else 'no':>6}{readable_time(choice.seconds):>16}"
     if price:
         cost = cost_of(choice.seconds, price, devices)
         text += f"{cost:>10.2f}" if cost is not None else f"{'?':>10}"
@@ -113,7 +138,7 @@ def readable_time(seconds: float | None) -> str:
     for name, size in SECONDS:
         if seconds >= size:
             return f"{seconds / size:.1f} {name}s"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1 else "under 1 second"
 
 
 def as_record(plan: Plan, price: float | None, devices: int, command: str | None) -> dict[str, Any]:

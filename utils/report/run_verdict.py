@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime import readable_seconds
+from ..runtime import readable_bytes, readable_seconds
 
 SAME_LOSS = 0.002  # nats: a change of the mean loss that is none
 COLLAPSE = 1.0  # nats that a token of the chosen responses may lose
@@ -148,7 +148,7 @@ def headline(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if used.get("seconds"):
         tiles.append(("time", readable_seconds(used["seconds"])))
         tiles.append(("tokens per second", f"{used.get('tokens_per_second') or 0:,.0f}"))
-        tiles.append(("peak memory", f"{(used.get('peak_memory_bytes') or 0) / 2**30:.1f} GiB"))
+        tiles.append(("peak memory", readable_bytes(used.get("peak_memory_bytes") or 0)))
     if used.get("cost") is not None:
         tiles.append(("cost", f"{used['cost']:,.2f}"))
     return tiles
