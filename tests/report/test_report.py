@@ -98,6 +98,30 @@ def test_every_part_of_a_run_is_on_its_page(finished):
     assert '<th scope="col"></th>' not in page  # read out, a column without a name is a riddle
 
 
+def test_the_values_that_were_used_stand_beside_those_that_were_given(finished, copy):
+    record = read_record(finished)
+    used, settings = record["used"], record["settings"]
+    assert {name for name in used.keys() & settings.keys() if used[name] is None} == set()
+    assert {name: used[name] for name in record["given"]} == {
+        name: used[name] if name == "max_steps" else settings[name] for name in record["given"]
+    }
+    assert "dtype" not in record["given"]
+    assert (settings["max_length"], settings["gradient_checkpointing"]) == (None, None)
+    for name, value in {
+        "dtype": "float32", "max_length": record["data"]["max_length"], "gradient_checkpointing": False,
+        "learning_rate": 5e-3, "max_steps": 6, "rows_per_step": 4, "warmup_steps": 1, "eval_steps": 3,
+        "optim": "adamw_torch_fused", "weight_decay": 0.0, "engine": "shared_prefix",
+    }.items():  # fmt: skip
+        assert used[name] == value, name
+    page = read_page(finished)
+    for name, value, given in (("learning_rate", "0.005", "yes"), ("gradient_checkpointing", "no", "")):
+        assert f'<th scope="row">{name}</th><td>{value}</td><td>{given}</td>' in page
+    assert "<dt>learning rate</dt><dd>0.005, linear schedule, warm-up steps 1</dd>" in page
+    # A record of an older version has neither.
+    write_json(copy / "run.json", {name: part for name, part in record.items() if name not in ("used", "given")})
+    assert '<th scope="row">learning_rate</th><td>0.005</td><td></td>' in make_run_page(copy)
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_no_two_values_on_an_axis_are_written_alike(share):
     draw = random.Random(0)

@@ -125,6 +125,22 @@ def test_only_settings_that_differ_are_shown(page):
     assert not {"output_dir", "learning_rate", "sample_during_eval", "loss_type", "seed"} & set(settings)
 
 
+def test_settings_left_to_the_script_are_compared_by_the_values_used(compared, tmp_path):
+    low = compared / "train" / "low"
+    for name in ("a", "b"):
+        shutil.copytree(low, tmp_path / name)
+    record = read_record(tmp_path / "b")
+    record["used"]["max_length"] = 77
+    (tmp_path / "b" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    tables = Tables(make_page(read_runs(tmp_path))).found
+    (rows,) = (rows for name, rows in tables.items() if name.startswith("by run;"))
+    assert [row[0] for row in rows[1:]] == ["max_length"]
+    # Records of older versions do not say: then it is what was given that is compared.
+    del record["used"]
+    (tmp_path / "b" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "They are the same in all that is recorded of them." in make_page(read_runs(tmp_path))
+
+
 def test_what_the_runs_write_stands_beside_one_another(compared, page):
     text = page.read_text(encoding="utf-8")
     for name, shown in (("train/low", "train/low"), ("train/<b>high & mighty", "train/&lt;b&gt;high &amp; mighty")):

@@ -11,7 +11,7 @@ from typing import Any
 from ..arguments.recorded_command import check_arguments
 from ..errors import UserError
 from ..run.program import join_command
-from ..runtime import readable_seconds
+from ..runtime import readable_bytes, readable_seconds
 from .axes import round_step
 from .charts import draw_histogram
 from .html import (
@@ -57,6 +57,15 @@ READING = {  # whether it is a preference run -> how its metrics are read
 BARS = 24  # of the histogram of margins
 COUNTED = ("train_pairs", "train_rows", "held_out_pairs", "held_out_rows")
 SHOWN_PROMPTS = 6  # of the samples
+MAIN_SETTINGS = {  # name for a reader -> setting -> how its value is written
+    "learning rate": {"learning_rate": "{}", "lr_scheduler_type": "{} schedule", "warmup_steps": "warm-up steps {}"},
+    "batch": {"rows_per_step": "{} rows per step", "per_device_train_batch_size": "{} at a time on each device"},
+    "epochs, steps": {"num_train_epochs": "{} epochs wanted", "max_steps": "{} steps"},
+    "loss": {"loss_type": "{}", "beta": "beta {}"},
+    "LoRA": {"lora_r": "r {}", "lora_alpha": "alpha {}", "lora_dropout": "dropout {}"},
+    "optimizer": {"optim": "{}", "weight_decay": "weight decay {}", "max_grad_norm": "gradients clipped at norm {}"},
+    "checkpointing of activations": {"gradient_checkpointing": "{}"},
+}
 MEASURED = ("train_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_bytes")
 LONGEST_TEXT = 3000  # characters of a text
 
@@ -253,6 +262,7 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
     if model.get("trainable_parameters") and model.get("parameters"):
         trained = f"{model['trainable_parameters']:,} of {model['parameters']:,} parameters"
         facts.append(("trained", f"{trained} ({model.get('architecture', '?')})"))
+    facts += _main_settings(record)
     if record.get("device"):
         processes = (record.get("process") or {}).get("processes") or 1
         facts.insert(0, ("device", record["device"] if processes == 1 else f"{processes} x {record['device']}"))
@@ -262,17 +272,39 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
         facts += [
             ("time", f"{readable_seconds(used['seconds'])}, of it {readable_seconds(used['train_seconds'])} training"),
             ("speed", f"{used['pairs_per_second']:.1f} {kind} and {used['tokens_per_second']:,.0f} tokens a second"),
-            ("peak memory", f"{used['peak_memory_bytes'] / 2**30:.2f} GiB"),
+            ("peak memory", readable_bytes(used["peak_memory_bytes"])),
             ("GPU hours", f"{used['gpu_hours']:.3f}" if used.get("gpu_hours") else "none"),
             ("cost", f"{used['cost']:,.2f}" if used.get("cost") is not None else "unknown: pass --cost_per_hour"),
         ]
     yield make_facts(facts)
-    settings = [(name, _setting(value)) for name, value in (record.get("settings") or {}).items()]
-    if settings:
-        yield make_details(f"all {len(settings)} settings", make_table("settings", ("flag", "value"), settings))
+    settings, values = record.get("settings") or {}, record.get("used") or {}
+    given = set(record.get("given") or ())
+    rows = [
+        (name, _setting(values.get(name, settings.get(name))), "yes" if name in given else "")
+        for name in dict.fromkeys((*settings, *values))
+    ]
+    if rows:
+        table = make_table("values used", ("setting", "value used", "given"), rows, words=True)
+        yield make_details(f"all {len(rows)} settings", table)
     versions = list((record.get("versions") or {}).items())
     if versions:
         yield make_details("versions", make_table("versions", ("package", "version"), versions))
+
+
+def _main_settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings that a person asks for first, with the values that were used; none that an older record lacks."""
+    values = (record.get("settings") or {}) | (record.get("used") or {})
+
+    def text(name: str) -> str | None:
+        return None if values.get(name) is None else _setting(values[name])
+
+    facts = [
+        (label, ", ".join(form.format(text(name)) for name, form in parts.items() if text(name) is not None))
+        for label, parts in MAIN_SETTINGS.items()
+    ]
+    if not values.get("use_lora"):
+        facts = [fact for fact in facts if fact[0] != "LoRA"]
+    return [(label, found) for label, found in facts if found]
 
 
 def _show_command(record: Mapping[str, Any]) -> Iterator[str]:
@@ -292,7 +324,7 @@ def _setting(value: Any) -> str:
         return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "default" if value is None else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def break_command(arguments: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..report.html import (
 )
 from ..run.names import SAMPLES
 from ..run.records import ROW, read_lines
-from ..runtime import readable_seconds
+from ..runtime import readable_bytes, readable_seconds
 from ..settings.changes import FREE_TO_CHANGE
 from .state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
 from .table import NOTHING, show_number
@@ -153,7 +153,7 @@ def _result(run: RunStatus) -> tuple[str, ...]:
         show_number(run.held_out, "perplexity", "{:.3g}"),
         show_number(run.held_out, "loss", "{:.4f}"),
         NOTHING if run.seconds is None else readable_seconds(run.seconds),
-        NOTHING if memory is None else f"{memory / 2**30:.1f}\u00a0GiB",
+        NOTHING if memory is None else readable_bytes(memory),
         NOTHING if run.cost is None else f"{run.cost:,.2f}",
     )
 
@@ -196,7 +196,7 @@ def _numbers(heading: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -
 
 
 def _differences(runs: Sequence[RunStatus]) -> str:
-    facts = {run.name: _facts(run) for run in runs}
+    facts = {run.name: _facts(run, used=_used_by_all(runs)) for run in runs}
     names = dict.fromkeys(name for values in facts.values() for name in values)
     rows = []
     for name in names:
@@ -208,10 +208,25 @@ def _differences(runs: Sequence[RunStatus]) -> str:
     return make_table(f"by run; {DEFAULT}: left to the script", ("setting", *facts), rows)
 
 
-def _facts(run: RunStatus) -> dict[str, str]:
-    """What may differ between runs, by name: settings that change what is computed, data, model, versions."""
+def _used_by_all(runs: Sequence[RunStatus]) -> set[str]:
+    """The settings of which every run says the value that it used: records of older runs do not of all."""
+    of_runs = [run.record["settings"].keys() - mapping_of(run.record, "used").keys() for run in runs]
+    return {name for run in runs for name in mapping_of(run.record, "used")}.difference(*of_runs)
+
+
+def _facts(run: RunStatus, used: Collection[str] = ()) -> dict[str, str]:
+    """What may differ between runs, by name: settings that change what is computed, data, model, versions.
+
+    Args:
+        used: settings whose value is the one that was used, also where it was left to the script.
+    """
     record, data = run.record, mapping_of(run.record, "data")
-    settings = {name: value for name, value in record["settings"].items() if name not in UNCOMPARED}
+    values = mapping_of(record, "used")
+    settings = {
+        name: values.get(name, value) if name in used else value
+        for name, value in {**dict.fromkeys(values.keys() & used), **record["settings"]}.items()
+        if name not in UNCOMPARED
+    }
     facts = {name: DEFAULT if value is None else " ".join(_as_texts(value)) for name, value in settings.items()}
     more = {
         "verb": run.verb,

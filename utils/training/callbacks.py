@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..distributed import any_of
 from ..errors import UserError
@@ -56,6 +56,18 @@ def is_of_run(logs: Mapping[str, Any]) -> bool:
     return "train_runtime" not in logs
 
 
+def steps_used(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """What settings given as shares of the run come to in steps, and rows that a step takes in all processes."""
+    return {
+        "max_steps": state.max_steps,
+        "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "warmup_steps": args.get_warmup_steps(state.max_steps),
+        "logging_steps": state.logging_steps,
+        "save_steps": state.save_steps,
+        **({"eval_steps": state.eval_steps} if args.eval_strategy == "steps" else {}),
+    }
+
+
 class RunWatcher(TrainerCallback):
     """Prints and records each log line and evaluation, and stops the run in good order when it is asked to."""
 
@@ -92,6 +104,7 @@ class RunWatcher(TrainerCallback):
                 self._keep_line(line)
             for line in restored[-len(lines) :] if lines else ():
                 self._sound_alarms(line, state.max_steps, aloud=False)
+        self.record.content["used"] |= steps_used(args, state)
         self.bad_batches.restore(state)
         self.bad_batches.note()
         if self.folder is not None and state.is_world_process_zero:

@@ -22,6 +22,9 @@ from .context import Run
 from .rows import Rows
 from .trainer import PreferenceTrainer, RunTrainer
 
+# What the optimizer goes by, which are no flags of this script: fields of the trainer's configuration.
+OF_OPTIMIZER = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+
 
 def begin_record(
     settings: Settings,
@@ -39,6 +42,7 @@ def begin_record(
         "started": now(),
         "process": process,
         "settings": settings.flat(),
+        "given": sorted(settings.given),
         "used": {},
         "arguments": list(arguments),
         "command": join_command(arguments),
@@ -97,7 +101,8 @@ def record_models(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> No
 
 
 def used_values(run: Run, trainer: RunTrainer) -> dict[str, Any]:
-    """Flag name -> the value that the run uses, of those flags whose own value leaves it to the script (None, auto)."""
+    """Setting -> the value that the run uses, also where the flag's own value leaves it to the script (None, auto);
+    without those that have none, and with the optimizer's own."""
     decided = {
         "dtype": run.precision.name,
         "attn_implementation": getattr(trainer.model.config, "_attn_implementation", None),
@@ -108,13 +113,13 @@ def used_values(run: Run, trainer: RunTrainer) -> dict[str, Any]:
     if isinstance(trainer, PreferenceTrainer):
         decided["precompute_ref_log_probs"] = trainer.scored_ahead
         decided["engine"] = "shared_prefix" if trainer.layout.shared_prefix is True else "padded"
-    used = {}
-    for name, value in run.settings.flat().items():
+    used = dict.fromkeys(OF_OPTIMIZER) | run.settings.flat()
+    for name, value in used.items():
         if value is None or value == "auto":
             found = decided.get(name, getattr(trainer.args, name, None))
             if isinstance(found, bool | int | float | str):
                 used[name] = getattr(found, "value", found)
-    return used
+    return {name: value for name, value in used.items() if value is not None}
 
 
 def describe_engine(trainer: RunTrainer) -> dict[str, Any]:
