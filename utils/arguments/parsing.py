@@ -10,12 +10,14 @@ import dataclasses
 import difflib
 import functools
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from ..run.program import join_command
 from ..runtime import HALF_CHARACTER, is_main_process, make_visible
 from ..settings.flags import Bound
 from ..settings.registry import DEFAULT_VERB, VERBS, Verb, acts_as, find_verb
@@ -24,13 +26,14 @@ from .candidate import Candidate
 from .config_file import Entry, read_config, read_entry
 from .cross_checks import cross_faults
 from .flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
-from .foreign_names import OTHER_LOSSES, foreign_hint
+from .foreign_names import NAMES, OTHER_LOSSES, OTHER_VERBS, read_as_ours
 from .help_text import help_text
 from .trainer_fields import owned_reason, trainer_fields
 
 # Settings that make the script run what they name: a person's words alone, never those of a record.
 NAMES_CODE = frozenset({"trust_remote_code", "dataset_adapter", "judge", "scorer", "judge_model", "config"})
 
+HYDRA = re.compile(r"\+{0,2}(?:[A-Za-z_]\w*\.)*(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 NEGATION = re.compile(r"(no|not|non|dont|do_not|without|disable|skip)_")
 ADDRESS_WITH_PASSWORD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
@@ -57,10 +60,14 @@ def parse_arguments(argv: list[str]) -> Settings:
     if any(token in ("-h", "--help") for token in argv):
         print(help_text(choose_verb(verb_word, "", faults)), end="")
         raise SystemExit(0)
-    entries, complete = _with_config(entries, faults)
+    notes = [f"{verb_word}: read as {DEFAULT_VERB}"] if verb_word == "dpo" else []
+    entries, complete = _with_config(entries, faults, notes)
+    _tell(notes)
     config_verb = entries.pop("verb", None)
     label = "" if verb_word or not config_verb else f"{config_verb.label} is "
-    verb = choose_verb(_verb_of(verb_word, " ".join(config_verb.texts) if config_verb else None), label, faults)
+    verb = choose_verb(
+        _verb_of(verb_word, " ".join(config_verb.texts) if config_verb else None), label, faults, entries.values()
+    )
     entries = _pass_over_other_verbs(verb, entries)
     if not complete:  # of flags that are not this verb's, nothing can be said: the file may have named another
         entries = {name: entry for name, entry in entries.items() if name in known_flags(verb)}
@@ -101,15 +108,29 @@ def read_words(words: list[str]) -> tuple[str, dict[str, Entry]]:
     faults: list[str] = []
     verb_word, entries = split_argv(words, faults)
     verb = choose_verb(verb_word, "", faults)
+    entries, _ = _in_our_words(entries.values(), faults)
     _read_entries(verb, entries.values(), faults)
     if faults:
         raise UserError(*faults)
     return verb, entries
 
 
+def _in_our_words(entries: Iterable[Entry], faults: list[str]) -> tuple[dict[str, Entry], list[str]]:
+    """The entries by the names of our flags, and a line for each that had a name of another tool."""
+    ours = {name for verb in VERBS for name in known_flags(verb)}
+    read, lines = read_as_ours(entries, ours, faults)
+    return {entry.name: entry for entry in read}, lines
+
+
+def _tell(notes: Iterable[str]) -> None:
+    if is_main_process():
+        for note in notes:
+            print(make_visible(f"note: {note}"), file=sys.stderr, flush=True)
+
+
 def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str, Entry]]:
     """The verb's word, if there is one, and an entry per flag with the texts up to the next flag."""
-    verb_word = argv[0] if argv and not argv[0].startswith("-") else None
+    verb_word = argv[0] if argv and not argv[0].startswith("-") and not _names_setting(argv[0]) else None
     if len(argv) > 1 and find_verb(" ".join(argv[:2])):  # in two words
         verb_word, argv = " ".join(argv[:2]), argv[1:]
     entries: dict[str, Entry] = {}
@@ -119,7 +140,9 @@ def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str
     for token in argv[1:] if verb_word else argv:
         if not _is_flag(token):
             unnamed = next((name for name in objects if name not in entries), None)
-            if unnamed and not _takes(verb, entries.get(current), token):
+            if _names_setting(token) and not _takes(verb or VERBS[DEFAULT_VERB], entries.get(current or ""), token):
+                faults.append(_stray(token))
+            elif unnamed and not _takes(verb, entries.get(current or ""), token):
                 entries[unnamed] = Entry(unnamed, unnamed.upper(), (token,))
             elif current is None:
                 faults.append(_stray(token))
@@ -157,8 +180,10 @@ def _verb_of(word: str | None, in_config: str | None) -> str | None:
     return both if find_verb(both) else word or in_config
 
 
-def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
+def choose_verb(word: str | None, label: str, faults: list[str], entries: Iterable[Entry] = ()) -> str:
     """The verb that the word names, DEFAULT_VERB without a word, the nearest one (and a fault) for a misspelling.
+
+    `entries` are the flags beside it, for the command that a verb of another tool is answered with.
 
     Raises UserError when no verb is near: without a verb the flags cannot be judged.
     """
@@ -166,6 +191,9 @@ def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
         return DEFAULT_VERB
     if verb := find_verb(word):
         return verb.name
+    if (typed := OTHER_VERBS.get(word.replace("-", "_"))) is not None:
+        said = f"type {_with_flags(typed, entries)}" if typed else "it is not done here"
+        raise UserError(*faults, f"{label}{word!r}: no such verb; {said}; the verbs are {', '.join(VERBS)}")
     near = difflib.get_close_matches(word, VERBS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     faults.append(f"{label}{word!r}: no such verb; {hint}the verbs are {', '.join(VERBS)}")
@@ -174,9 +202,24 @@ def choose_verb(word: str | None, label: str, faults: list[str]) -> str:
     return near[0]
 
 
-def _with_config(entries: dict[str, Entry], faults: list[str]) -> tuple[dict[str, Entry], bool]:
-    """The entries of the --config file and those of the command line, which win; and whether the file could be read."""
+def _with_flags(command: str, entries: Iterable[Entry]) -> str:
+    """The command with the values that were typed in place of its own, as it can be typed."""
+    verb, *words = shlex.split(command)
+    flags: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        flags = flags | {word: ()} if word.startswith("--") else flags | {[*flags][-1]: (word,)}
+    flags |= {f"--{entry.name}": entry.texts for entry in entries}
+    return join_command([verb, *(word for name, texts in flags.items() for word in (name, *texts))])
+
+
+def _with_config(entries: dict[str, Entry], faults: list[str], notes: list[str]) -> tuple[dict[str, Entry], bool]:
+    """The entries of the --config file and those of the command line, which win; and whether the file could be read.
+
+    A line for each name of another tool is added to `notes`.
+    """
     config = entries.pop("config", None)
+    entries, lines = _in_our_words(entries.values(), faults)
+    notes += lines
     if config is None:
         return entries, True
     faults += [_stray(text) for text in config.texts[1:]]
@@ -184,7 +227,8 @@ def _with_config(entries: dict[str, Entry], faults: list[str]) -> tuple[dict[str
         faults.append(f"{config.label} has no value: name a YAML or JSON file")
         return entries, False
     try:
-        from_file = {entry.name: entry for entry in read_config(config.texts[0])}
+        from_file, lines = _in_our_words(read_config(config.texts[0]), faults)
+        notes += lines
     except UserError as error:
         faults += error.faults
         return entries, False
@@ -200,11 +244,10 @@ def _pass_over_other_verbs(verb: str, entries: dict[str, Entry]) -> dict[str, En
         if not entry.label.startswith("--") and name not in known_flags(verb) and not owned_reason(verb, name)
         if any(name in known_flags(other) for other in VERBS)
     ]
-    if passed and is_main_process():
+    if passed:
         file = passed[0].label.rpartition(": ")[0]
         names = ", ".join(entry.name for entry in passed)
-        line = f"note: {file}: passed over, as flags of other verbs than {verb}: {names}"
-        print(make_visible(line), file=sys.stderr, flush=True)
+        _tell([f"{file}: passed over, as flags of other verbs than {verb}: {names}"])
     return {name: entry for name, entry in entries.items() if entry not in passed}
 
 
@@ -341,10 +384,7 @@ def _unknown(verb: str, name: str) -> str:
         named = f"{', '.join(most)} and {last}" if most else last
         hint = "; plan sft takes it" if verb == "plan" and "sft" in others else ""
         return f"is a flag of the verb {named}, not of {verb}{hint}"
-    flags = known_flags(verb)
-    if hint := foreign_hint(name, flags):
-        return f"no such flag{hint}"
-    if hint := _near_hint(name, flags):
+    if hint := _near_hint(name, known_flags(verb)):
         return f"no such flag; {hint}"
     if VERBS[acts_as(verb)].config and not trainer_fields(verb):
         return "no such flag (TRL, whose settings are flags too, is not installed: pip install trl)"
@@ -355,7 +395,8 @@ def _near_hint(name: str, flags: dict[str, Flag]) -> str | None:
     """The flag that is meant by its spelling; never one that means the opposite."""
     negation = NEGATION.match(name)
     if negation is None:
-        near = difflib.get_close_matches(name, [flag for flag in flags if not NEGATION.match(flag)], 1, cutoff=0.7)
+        alike = [flag for flag in flags if not NEGATION.match(flag) and _is_misspelling(name, flag)]
+        near = difflib.get_close_matches(name, alike, 1, cutoff=0.7)
         return f"did you mean --{near[0]}?" if near else None
     what = name[negation.end() :]
     negated = {flag[match.end() :]: flag for flag in flags if (match := NEGATION.match(flag))}
@@ -368,7 +409,28 @@ def _near_hint(name: str, flags: dict[str, Flag]) -> str | None:
     return None
 
 
+def _is_misspelling(name: str, flag: str) -> bool:
+    """Whether each word of the name is nearly the word of the flag in its place, so that none means another."""
+    ours, theirs = flag.split("_"), name.split("_")
+    if len(ours) != len(theirs):
+        return difflib.SequenceMatcher(None, name.replace("_", ""), flag.replace("_", "")).ratio() > 0.9
+    return all(
+        word.startswith(other) or difflib.SequenceMatcher(None, word, other).ratio() > 0.6
+        for word, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _names_setting(token: str) -> re.Match[str] | None:
+    """Whether the token is `name=value` as Hydra takes it, of a name that is known here, with or without its group."""
+    match = HYDRA.fullmatch(token)
+    known = match and (match["name"] in NAMES or any(match["name"] in known_flags(verb) for verb in VERBS))
+    return match if known else None
+
+
 def _stray(token: str) -> str:
+    if match := _names_setting(token):
+        flag = f"--{match['name']} {shlex.quote(match['value'])}"
+        return f"{token!r}: is written {flag} here: every flag starts with two dashes"
     if token in VERBS:
         return f"{token!r}: stands where no value is expected; the verb comes first, before every flag"
     return f"{token!r}: stands where no value is expected; write --name value"

@@ -75,6 +75,7 @@ ROWS = (
             *(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, RENDERS, COMPUTES),
             *(SCORES_ROWS, SCORES_PAIRS, TRAINS, SAVES),
         ),
+        also=("dpo",),
         config="DPOConfig",
         example="""\
   python advanced_dpo_script.py --model_name_or_path meta-llama/Llama-2-7b-hf \\
