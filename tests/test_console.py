@@ -7,11 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from shared import runs
 from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT, read_record
+
+from utils.runtime import quiet_loaded_libraries
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such streams and signals")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -21,7 +25,7 @@ def start(*arguments, environment=None, **options) -> subprocess.Popen:
     """The script in a process of its own, both streams piped as bytes unless `options` say otherwise."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT} | options
     command = [sys.executable, ROOT / "advanced_dpo_script.py", *map(str, arguments)]
-    return subprocess.Popen(command, env=os.environ | (environment or {}), **options)
+    return runs.start(command, env=os.environ | (environment or {}), **options)
 
 
 def training(model: Path, data: Path, output: Path, steps: int) -> list:
@@ -173,3 +177,22 @@ def test_a_rank_alone_silences_nothing(run_script, tmp_path, monkeypatch):
     code, out, _ = run_script("status", tmp_path)
     assert code == 0
     assert "no runs of this script" in out
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "said"),
+    [
+        ("utils", "/home/me/utils.py", "warning: utils: old data\n"),
+        ("advanced_dpo.data.files", "/x/site-packages/advanced_dpo/data/files.py", "warning: advanced_dpo: old data\n"),
+        ("peft.tuners", "/x/site-packages/peft/tuners/lora.py", ""),
+    ],
+)
+def test_warnings_of_a_person_s_code_and_of_ours_are_one_line_and_those_of_libraries_are_quiet(
+    module, file, said, capfd
+):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as outside of pytest
+        quiet_loaded_libraries()
+        for _ in range(2):
+            warnings.warn_explicit("old\n  data", UserWarning, file, 3, module=module)
+    assert capfd.readouterr().err == said

@@ -87,17 +87,7 @@ def quiet_loaded_libraries() -> None:
     import transformers
 
     # Notices of the libraries to their own developers, about calls between them that we do not make.
-    for module in (
-        "trl",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "bitsandbytes",
-        "torch",
-        "utils",
-        "huggingface_hub",
-    ):
+    for module in ("trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch", "huggingface_hub"):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{module}(\..*)?")
     # PEFT's, of patterns that transformers writes for every kind of expert, whether the model has them or not.

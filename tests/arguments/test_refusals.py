@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from shared.forked import Forked
-from shared.runs import ROOT, read_record
+from shared.runs import ROOT, read_record, start
 
 from utils.errors import ProcessLost, UserError
 from utils.runtime import readable_seconds
@@ -130,9 +130,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tiny_model, p
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                "advanced_dpo_script.py", "--model_name_or_path", tiny_model, "--dataset_name", pairs_file,
                "--output_dir", output, "--num_train_epochs", 400, "--logging_steps", 1]  # fmt: skip
-    launcher = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    launcher = start(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in launcher.stdout:
             if line.strip().startswith("step "):

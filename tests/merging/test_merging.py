@@ -466,6 +466,7 @@ def hub(monkeypatch):
     Hub.received.clear()
     yield Hub.received
     server.shutdown()
+    server.server_close()
 
 
 def test_the_folder_is_uploaded(runs, run_script, tmp_path, monkeypatch, hub):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from shared.endpoint import KEY
-from shared.runs import ROOT
+from shared.runs import ROOT, start
 
 from utils.errors import UserError
 from utils.responses.judging import EndpointJudge, JudgeLimits, mask, read_verdict
@@ -252,7 +251,7 @@ def test_a_signal_ends_the_wait_for_an_endpoint_at_once(tmp_path):
             "judge.weigh_all([('p', 'one', str(n)) for n in range(9)])\n"
         )
         for number in (signal.SIGINT, signal.SIGTERM):
-            process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+            process = start([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
             assert process.stdout.readline() == "asking\n"
             assert asked.wait(60)
             process.send_signal(number)
@@ -268,7 +267,7 @@ def test_a_signal_ends_the_wait_for_an_endpoint_at_once(tmp_path):
             "Last()\n"
         )
         code = code.replace("judge.weigh_all", f"{dropped}judge.weigh_all")
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+        process = start([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
         assert process.communicate(timeout=50)[1].rstrip().endswith("KeyboardInterrupt")
         held.set()
 

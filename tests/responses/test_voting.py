@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -45,11 +46,11 @@ def voting(tmp_path, monkeypatch):
 
 def ask(address, method="GET", form=None, path=None, **headers):
     url = urllib.parse.urlsplit(address)
-    connection = http.client.HTTPConnection(url.netloc, timeout=60)
     body = urllib.parse.urlencode(form) if form else None
-    connection.request(method, path or url.path, body, headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+    with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=60)) as connection:
+        connection.request(method, path or url.path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
 
 def test_a_person_votes_in_a_browser_and_the_votes_are_trained_on(voting, run_script, tiny_model, tmp_path):

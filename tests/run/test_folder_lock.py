@@ -15,7 +15,7 @@ import psutil
 import pytest
 from shared.forked import Forked
 from shared.pairs import make_pairs, write_lines
-from shared.runs import ROOT, read_record
+from shared.runs import ROOT, read_record, start
 
 from utils.errors import UserError
 from utils.run.checkpoints import begin_checkpoint
@@ -60,7 +60,7 @@ def start_together(folder: Path, count: int) -> list[subprocess.Popen]:
 
 
 def start_one(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return start(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def owner(**changes) -> dict:

@@ -408,6 +408,7 @@ def hub(monkeypatch, tmp_path):
     Hub.run = tmp_path / "run"
     yield Hub.received
     server.shutdown()
+    server.server_close()
 
 
 def test_a_run_uploads_its_model_alone_in_private_when_it_is_finished(

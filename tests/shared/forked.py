@@ -16,11 +16,13 @@ import signal
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from shared.runs import ROOT, SCRIPT
@@ -55,6 +57,7 @@ class Forked:
         for end in theirs:
             end.close()
         self.stdout, self.stderr = (os.fdopen(os.dup(end.fileno()), errors="replace") for end in ours)
+        weakref.finalize(self, _close, self.stdout, self.stderr, *ours)
         self.pid = self._process.pid
 
     @property
@@ -82,6 +85,11 @@ class Forked:
             written = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
             self.wait(seconds)
         return written[0].result(), written[1].result()
+
+
+def _close(*streams: Any) -> None:
+    for stream in streams:
+        stream.close()
 
 
 def take_terminal(name: str) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ REAL_DATA = Path(os.environ.get("DPO_REAL_DATA", ROOT.parent / "shared" / "data"
 
 def start_script(*arguments, script: str = SCRIPT, **environment) -> subprocess.Popen:
     """Starts the script as a person does, in a process of its own, which imports all it needs; `Forked` is quicker."""
-    return subprocess.Popen(
+    return start(
         [sys.executable, script, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | environment,
@@ -27,6 +28,14 @@ def start_script(*arguments, script: str = SCRIPT, **environment) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start(command: list, **options) -> subprocess.Popen:
+    """A process whose streams are closed once nobody holds it."""
+    process = subprocess.Popen(command, **options)
+    for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
+        weakref.finalize(process, stream.close)
+    return process
 
 
 def read_record(folder: Path) -> dict:

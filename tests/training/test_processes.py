@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from shared.forked import Ended, free_port, run_together
-from shared.runs import ROOT, assert_same_run, pretend_interrupted, read_record
+from shared.runs import ROOT, assert_same_run, pretend_interrupted, read_record, start
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from utils.engine.proving import Trial, gives_all_gradients
@@ -286,7 +286,7 @@ def test_a_killed_process_ends_the_run_with_what_is_safe(lost, flags_of, tmp_pat
     flags = flags_of("--max_steps", 5000, "--save_steps", 5, "--save_total_limit", 2,
                      "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "run")  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    started = subprocess.Popen(
+    started = start(
         [*command, "advanced_dpo_script.py", *map(str, flags)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shared.runs import ROOT, read_metrics, read_record
+from shared.runs import ROOT, read_metrics, read_record, start
 
 pytestmark = pytest.mark.slow
 FREE_PORT = 29600
@@ -74,7 +74,7 @@ def launch(machines, launcher: str, *flags) -> list[subprocess.Popen]:
         }[launcher].split()
         words[0] = str(Path(sys.executable).parent / words[0])
         started.append(
-            subprocess.Popen(
+            start(
                 ["ip", "netns", "exec", name, *words, "advanced_dpo_script.py", *map(str, flags)],
                 cwd=ROOT,
                 env=os.environ | {"GLOO_SOCKET_IFNAME": end},

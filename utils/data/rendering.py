@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 from markupsafe import escape
@@ -117,10 +116,9 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
     if shorter is not None:
         start = shorter
         notes[OWN_REASONING] = None
-    completions: list[str] = []
-    fault = None
+    completions, fault = [], None
     for name, reply, whole in zip(names, replies, wholes, strict=True):
-        if isinstance(reply, str):
+        if whole is None:
             completions.append(reply)
             continue
         rest, begin, note = _follow(render, start, prompt, reply, whole)
@@ -136,7 +134,7 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
         if note is not None:
             notes[note] = None
     results = [
-        () if isinstance(reply, str) else _find_results(render, prompt, reply, whole, len(whole) - len(rest))
+        () if whole is None else _find_results(render, prompt, reply, whole, len(whole) - len(rest))
         for reply, whole, rest in zip(replies, wholes, completions, strict=True)
     ]
     if None in results:
@@ -374,7 +372,7 @@ def _call_form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool,
 
 def _renders_call(tokenizer: PreTrainedTokenizerBase, template: str, as_text: bool, empty: str | None) -> bool:
     call = {"type": "function", "id": "call00001", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
-    turns: Turns = [
+    turns = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "a plant"},
@@ -395,8 +393,13 @@ def _clock_at(moment: datetime | None) -> Iterator[None]:
         yield
         return
 
+    class Held(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return moment
+
     former = chat_template_utils.datetime
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: moment)
+    chat_template_utils.datetime = Held
     try:
         yield
     finally:

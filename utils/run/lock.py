@@ -116,25 +116,24 @@ def take_lock(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int |
     """Makes the file and locks it. Says of the one in whose place it came, if there was one, that it was left behind;
     and gives the descriptor that holds the system's lock, None where there is no such lock."""
     beside, former = unused_name(path), None
-    handle = create_file(beside)
-    held: int | None = handle
+    handle: int | None = create_file(beside)
     try:
         locked = _lock(handle)
         text = json.dumps({**content, "locked": locked}, indent=2)
         _write(handle, text)
         if not locked:
             os.close(handle)
-            held = None
+            handle = None
         while not _place(beside, path):
             check_not_held(path.parent)
             owner = _read(path) or {}
             former = f"process {owner.get('pid')}, which wrote into {path.parent} since {owner.get('since')}, is gone"
             former = former if owner else f"nothing can be read in {path}"
             path.unlink(missing_ok=True)
-        return former, held
+        return former, handle
     except BaseException:
-        if held is not None:
-            os.close(held)
+        if handle is not None:
+            os.close(handle)
         raise
     finally:
         beside.unlink(missing_ok=True)
