@@ -9,7 +9,14 @@ Exit codes: 0 done, 2 to be mended (every fault is named), 3 `data` found proble
 The command itself is utils/__main__.py; a training run is told, stage by stage, in utils/training/stages.py.
 """
 
-from utils.__main__ import main, run
+import os
+import sys
+
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+if FOLDER not in sys.path:  # PYTHONSAFEPATH and `python -I` leave it out
+    sys.path.insert(0, FOLDER)
+
+from utils.__main__ import main, run  # noqa: E402
 
 __all__ = ["main", "run"]
 

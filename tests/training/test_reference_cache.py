@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shared.pairs import make_pairs, write_lines
 from shared.runs import read_record
 
 from utils.training import reference_cache
@@ -27,10 +28,10 @@ def train(run_script, tiny_model, pairs_file, tmp_path, monkeypatch):
     """Trains for a step with an empty cache; returns what was printed."""
     monkeypatch.setattr(reference_cache.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(*flags, model=tiny_model) -> str:
+    def run(*flags, model=tiny_model, data=pairs_file) -> str:
         output = tmp_path / "run"
         code, out, err = run_script(
-            "--model_name_or_path", model, "--dataset_name", pairs_file, "--output_dir", output,
+            "--model_name_or_path", model, "--dataset_name", data, "--output_dir", output,
             "--overwrite_output_dir", *(() if "--max_steps" in flags else ("--max_steps", 1)), *flags,
         )  # fmt: skip
         assert code == 0, err
@@ -62,6 +63,9 @@ def test_what_can_change_the_numbers_is_scored_anew(train, tiny_model, tmp_path)
     config = (changed / "config.json").read_text()
     (changed / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert FOUND not in train(AHEAD, model=changed)
+    rows = make_pairs(60)
+    rows[7]["rejected"] += " not"
+    assert FOUND not in train(AHEAD, data=write_lines(tmp_path / "other.jsonl", rows))
     for flags in (
         ["--ld_alpha", 0.5], ["--max_length", 16], ["--dtype", "bfloat16"], ["--engine", "padded"],
         ["--use_4bit"], ["--use_4bit", "--bnb_4bit_quant_type", "fp4"],

@@ -186,18 +186,6 @@ def test_parts_of_a_base_are_not_taken_out_of_its_4_bit_weights(run_script, tiny
     assert "which are others in 4 or 8 bits; leave --use_4bit out, or merge it first" in err
 
 
-def test_a_shape_that_is_not_that_of_the_adapter_is_refused(run_script, tiny_model, pairs_file, tmp_path):
-    adapter = make_adapter(tiny_model, tmp_path / "adapter")
-    flags = ["--model_name_or_path", adapter, "--dataset_name", pairs_file, "--output_dir", tmp_path / "run"]
-    same = ["--lora_r", 4, "--lora_alpha", 8, "--use_rslora", "false", "--use_dora", "false"]
-    other = ["--lora_r", 8, "--lora_alpha", 4, "--use_rslora", "--use_dora", "--lora_target_modules", "q_proj"]
-    assert run_script(*flags, *same, "--max_steps", 1)[0] == 0
-    code, _, err = run_script(*flags, *other, "--overwrite_output_dir")
-    assert code == 2
-    for said in ("lora_r is 8", "lora_alpha is 4.0", "use_rslora is True", "use_dora is True", "lora_target_modules:"):
-        assert f"--{said}" in err
-
-
 def train(run_script, model, data, folder, *flags, learning_rate=1e-2):
     """The record of a run of two steps."""
     code, _, err = run_script(
