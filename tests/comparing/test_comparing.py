@@ -78,14 +78,16 @@ def compare(run_script, model: Path, folder: Path, *flags) -> tuple[str, dict, l
 
 
 def test_a_run_is_compared_with_its_reference_on_what_it_held_out(run_script, runs, tiny_model):
-    code, out, err = run_script("compare", "--model_name_or_path", runs["lora"], *SHORT)
+    judge = ("--judge", "implicit_reward")
+    code, out, err = run_script("compare", "--model_name_or_path", runs["lora"], *SHORT, *judge)
     assert (code, err) == (0, "")
     record, rows = read_results(runs["lora"] / "comparison")
     held_out = [json.loads(line)["row"] for line in (runs["lora"] / "held_out_pairs.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [make_pairs(60)[place]["prompt"] for place in held_out][:8]
     assert (record["model"]["name"], record["baseline"]["name"]) == (str(runs["lora"]), str(tiny_model))
     assert (runs["lora"] / "comparison" / "comparison.html").is_file()
-    assert "By its own reward the model wins" in out
+    assert "Not a judgement: by its own reward the model wins" in out
+    assert "That reward judges nothing" in " ".join(out.split())
     assert f"record (comparison.json): {runs['lora'] / 'comparison'}" in out
 
     # The responses are those of models loaded apart, and the reward is the arithmetic of their log-probs.
@@ -300,6 +302,14 @@ def test_a_run_in_4_bits_shares_its_base_with_the_baseline(run_script, runs, tin
     _, own, rows = compare(run_script, runs["4-bit"], tmp_path / "default")
     assert read_results(tmp_path / "out")[1] == rows
     assert own["baseline"]["what"] == "the reference of the run"
+    # Nobody is asked to judge: the responses stand side by side, and what to type for a vote is said.
+    out, own, _ = compare(run_script, runs["4-bit"], tmp_path / "default")
+    assert own["judges"] == []
+    assert "Nobody judged them." in out
+    assert "--judge vote\n" in out
+    page = (tmp_path / "default" / "comparison.html").read_text(encoding="utf-8")
+    assert "Nobody judged these responses" in page
+    assert "Better: " not in page
 
 
 def test_a_checkpoint_a_text_file_and_greedy_answers(run_script, runs, tmp_path, scorer_file):
@@ -361,7 +371,10 @@ def test_what_cannot_be_compared_is_said_in_one_line(run_script, runs, tiny_mode
         ((run, "--judge", tiny_model), "--judge ...: a reward model has a head that scores; this one is a LlamaFor"),
         ((run, "--judge", "nothing.py:f"), "--judge nothing.py:f: there is no file"),
         ((tiny_model,), "--baseline is missing: ... is no run of this script"),
-        ((tiny_model, "--baseline", other_model, "--prompts", long), "--judge is missing: ... is no preference run"),
+        (
+            (tiny_model, "--baseline", other_model, "--prompts", long, "--judge", "implicit_reward"),
+            "--judge implicit_reward: ... is no preference run",
+        ),
         ((tiny_model, "--baseline", other_model, "--judge", "vote"), "--prompts is missing: ... is no run of this"),
         ((run, "--prompts", long, "--chat_template", "{{ messages }}"), "--chat_template: these prompts are plain"),
     ]
@@ -374,7 +387,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(run_script, runs, tiny_mode
     assert not (tmp_path / "out").exists()
     code, _, err = run_script("compare", "--model_name_or_path", tiny_model, "--baseline", other_model)
     assert code == 2
-    assert [line.split(":")[1].split()[0] for line in err.splitlines()] == ["--judge", "--output_dir", "--prompts"]
+    assert [line.split(":")[1].split()[0] for line in err.splitlines()] == ["--output_dir", "--prompts"]
 
 
 def test_several_processes_are_refused(run_script, runs, tmp_path, monkeypatch):

@@ -109,7 +109,11 @@ def test_a_run_has_the_figures_that_it_recorded_when_it_ended(way, train, evalua
             {name: value for name, value in known.items() if name not in names}, rel=1e-5, abs=1e-4
         )
     assert found["recorded"]["same"] is True
-    assert "these are the figures that run.json recorded" in out
+    assert "warning: not what run.json recorded" not in out
+    *_, margin, reference, calibration, length, files = out.splitlines()
+    labels = [line.split("  ")[1].strip() for line in (margin, calibration, length, files)]
+    assert labels == ["margin", "calibration", "length", "all figures"]
+    assert reference.startswith("  vs reference by log-prob alone ")
     assert "the data are what they were" in out
 
 

@@ -102,6 +102,9 @@ def compare_models(settings: Settings) -> None:
         write_results(folder, COMPARISON_FILES, record, rows, make_page(record, rows))
     for line in summarize(record, rows):
         say(line)
+    if not judges:
+        say("\nNobody judged them. The page shows them side by side; to judge them blind in a browser:")
+        say(f"  {join_command([*words, '--judge', 'vote'])}")
     say(f"\npage ({PAGE}), rows ({ROWS}) and record ({RECORD}): {folder}")
 
 

@@ -47,20 +47,12 @@ class Judge:
 
 
 def choose_judges(settings: Settings, model: Side) -> list[Judge]:
-    """The judges that --judge names, else the run's own reward, looked at before any model is loaded.
+    """The judges that --judge names, looked at before any model is loaded; without them the page alone is made.
 
     Raises:
-        UserError: one of them cannot be used, or none is named and the model is no preference run.
+        UserError: one of them cannot be used.
     """
-    trained = model.trained
-    names = settings.of(ComparisonSettings).judge
-    if names is None:
-        if not trained.has_reference:
-            raise UserError(
-                f"--judge is missing: {trained.source.name} is no preference run of this script, which would have a "
-                "reward of its own; name a file.py:function, a reward model, the URL of an endpoint, or vote"
-            )
-        names = (OWN_REWARD,)
+    trained, names = model.trained, settings.of(ComparisonSettings).judge or ()
     if OWN_REWARD in names and not trained.has_reference:
         raise UserError(
             f"{FLAG} {OWN_REWARD}: {trained.source.name} is no preference run of this script, so it has no "

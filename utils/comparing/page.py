@@ -27,6 +27,11 @@ from .summary import (
     style_rows,
 )
 
+NOBODY = (
+    "Nobody judged these responses: read them side by side below, or judge them blind with --judge vote. The model's "
+    "own reward (--judge implicit_reward) judges nothing: it says how far the model has moved."
+)
+
 
 def make_page(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The whole page, from what comparison.json and comparison.jsonl hold."""
@@ -37,9 +42,11 @@ def make_page(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         make_paragraph(f"model: {record['model']['name']} ({record['model']['what']})", "soft"),
         make_paragraph(f"baseline: {record['baseline']['name']} ({record['baseline']['what']})", "soft"),
         *(make_paragraph(describe_result(judged), _css(judged)) for judged in judges),
+        "" if judges else make_paragraph(NOBODY, "verdict note"),
         make_tiles(_headline(record)),
         "</header>",
-        make_section("Wins", make_table("by judge", JUDGE_HEAD, judge_rows(judges)), _draw_rates(judges),
+        make_section("Wins", _draw_rates(judges),
+                     make_table("by judge", JUDGE_HEAD, judge_rows(judges)) if judges else "",
                      *(make_paragraph(text) for judged in judges for text in describe_judge(judged))),
         make_section("The responses", make_table("of each model", STYLE_HEAD, style_rows(record["responses"])),
                      make_paragraph(f"{record['identical_responses']:,} are the same on both sides.", "soft")),
@@ -108,10 +115,10 @@ def _show_row(number: int, row: dict[str, Any]) -> str:
         f'<div class="text">{show(row[key + "response"].strip() or "(nothing)")}</div></div>'
         for name, key in (("Model", ""), ("Baseline", "baseline_"))
     )
-    outcomes = "; ".join(describe_outcomes(row))
+    better = make_paragraph(f"Better: {'; '.join(describe_outcomes(row))}") if row["judges"] else ""
     return (
         f'<article class="card"><h3>Prompt {number:,}</h3><div class="text">{show(prompt_text(row["prompt"]))}</div>'
-        f'<div class="sides">{sides}</div><p>Better: {show(outcomes)}</p></article>'
+        f'<div class="sides">{sides}</div>{better}</article>'
     )
 
 

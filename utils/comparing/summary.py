@@ -37,8 +37,8 @@ def describe_result(judged: dict[str, Any]) -> str:
     numbers = f"{rate:.1%} of {_count(count, 'prompt')} (95% interval {low:.1%} to {high:.1%}; ties count half)"
     if judged["judge"] == OWN_REWARD:
         return (
-            f"By its own reward the model wins {numbers}. That says how far it has moved from its reference, not that "
-            "it is better: what a model was made to write is what its reward prefers. Another --judge says more."
+            f"Not a judgement: by its own reward the model wins {numbers}. That reward judges nothing: it says how far "
+            "the model has moved from its reference, not whether it is better. Name another --judge."
         )
     if low > 0.5:
         found = "Better than the baseline"
@@ -104,8 +104,9 @@ def summarize(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterato
         for text in describe_judge(judged):
             yield from wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     yield ""
-    yield from _lay_out(JUDGE_HEAD, judge_rows(record["judges"]))
-    yield ""
+    if record["judges"]:
+        yield from _lay_out(JUDGE_HEAD, judge_rows(record["judges"]))
+        yield ""
     yield from _lay_out(STYLE_HEAD, style_rows(record["responses"]))
     if record["identical_responses"]:
         yield f"{record['identical_responses']:,} of {len(rows):,} responses are the same on both sides"
@@ -116,7 +117,8 @@ def summarize(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterato
         yield from _show_text("prompt", prompt_text(row["prompt"]))
         yield from _show_text("model", row["response"])
         yield from _show_text("baseline", row["baseline_response"])
-        yield from _show_text("better", ", ".join(describe_outcomes(row)))
+        if row["judges"]:
+            yield from _show_text("better", ", ".join(describe_outcomes(row)))
 
 
 def describe_outcomes(row: dict[str, Any]) -> list[str]:

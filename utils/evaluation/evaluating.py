@@ -58,7 +58,7 @@ from .sides import (
     make_scorer,
     settings_of_evaluation,
 )
-from .summary import count_pairs, describe_pairs, describe_policy, summarise_evaluation
+from .summary import LABEL, count_pairs, describe_pairs, describe_policy, summarise_evaluation
 
 EXAMPLES = 10  # pairs shown with their texts: those ranked most wrongly
 FEW_PROMPTS = 20
@@ -115,7 +115,7 @@ def evaluate_model(settings: Settings) -> None:
     for line in summarise_evaluation(record):
         say(line)
     rows_file, page_file = EVALUATION_FILES[1:]
-    say(f"\npage ({page_file}), rows ({rows_file}) and record ({EVALUATION_FILES[0]}): {folder}")
+    say(f"  {'all figures':<{LABEL}}{folder / page_file} (rows: {rows_file}, record: {EVALUATION_FILES[0]})")
 
 
 def _check_launcher() -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation found, in lines for a terminal: the verdict first, then each kind of figure in a sentence."""
+"""What an evaluation found, in sentences: a few lines for a terminal, the rest for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .resampling import Figure
 
 WIDTH = 118
 LABEL = 13
-MOST_GROUPS = 6
 
 
 def describe_policy(trained: TrainedModel, use_4bit: bool) -> str:
@@ -64,7 +63,7 @@ def describe_verdict(record: dict[str, Any]) -> str:
     """The accuracy with its interval, and what it means, in one sentence."""
     accuracy, margin = record["measures"]["accuracy"], record["measures"]["margin"]
     pairs = count_pairs(record["pairs"], "held-out " if record["data"]["held_out_by_the_run"] else "")
-    text = f"{percent(accuracy)} of {pairs} ranked right (95% interval {between(accuracy)}; a coin gets 50%)"
+    text = f"{percent(accuracy)} of {pairs} ranked right (95% interval {between(accuracy)}; chance: 50%)"
     if margin["value"] == margin["low"] == margin["high"] == 0:
         return f"{text}: the model gives every response the probability that its reference gives it"
     if accuracy["low"] > 0.5:
@@ -80,30 +79,19 @@ def went_well(record: dict[str, Any]) -> bool:
 
 
 def summarise_evaluation(record: dict[str, Any]) -> Iterator[str]:
-    """The lines of the summary."""
+    """The lines for a terminal: the verdict, warnings, and four lines of figures."""
     yield from wrap(describe_verdict(record), WIDTH)
     for warning in record["warnings"]:
         yield from wrap(f"warning: {warning}", WIDTH, subsequent_indent=" " * 9)
-    for label, text in describe_figures(record):
-        first = f"  {label:<{LABEL}}"
-        yield from wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
-
-
-def describe_figures(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Label and sentence for each kind of figure."""
-    yield "margin", describe_margin(record)
-    yield "reward", describe_auc(record)
-    yield "vs reference", describe_comparison(record)
-    yield "calibration", describe_calibration(record)
-    yield "length", describe_length(record)
-    yield "distance", describe_distance(record)
-    for label, key in (("by source", "by_source"), ("trained on", "by_training")):
-        for number, group in enumerate(record[key][:MOST_GROUPS]):
-            yield "" if number else label, f"{group['name']}: {describe_group(group)}"
-        if len(record[key]) > MOST_GROUPS:
-            yield "", f"and {len(record[key]) - MOST_GROUPS} more, in the files"
-    if record["recorded"] is not None:
-        yield "recorded", describe_recorded(record)
+    if record["recorded"] is not None and not record["recorded"]["same"]:
+        yield from wrap(f"warning: {describe_recorded(record)}", WIDTH, subsequent_indent=" " * 9)
+    for label, text in (
+        ("margin", f"{describe_margin(record).partition(',')[0]}; {describe_distance(record).partition(' along')[0]}"),
+        ("vs reference", describe_comparison(record).partition("; per token")[0]),
+        ("calibration", describe_calibration(record).partition(" (a calibrated")[0]),
+        ("length", describe_length(record).partition(", length-controlled")[0].partition(";")[0]),
+    ):
+        yield f"  {label:<{LABEL}}{text}"
 
 
 def describe_margin(record: dict[str, Any]) -> str:
@@ -152,7 +140,7 @@ def describe_calibration(record: dict[str, Any]) -> str:
     return (
         f"{much}{sure:.1%} sure on average, right in {percent(record['measures']['accuracy'])}; expected calibration "
         f"error {error['value']:.3f} (a calibrated model: up to {by_chance:.3f}), Brier score "
-        f"{found['brier_score']['value']:.3f} (a coin 0.250)"
+        f"{found['brier_score']['value']:.3f} (chance: 0.250)"
     )
 
 

@@ -32,7 +32,7 @@ class ComparisonSettings:
         None,
         "implicit_reward (of the run); file.py:function(prompts, responses) that returns scores; the folder or hub "
         "name of a reward model; the URL of an OpenAI-compatible endpoint, whose key is read from OPENAI_API_KEY; or "
-        "vote, to judge yourself; several are allowed (default: implicit_reward)",
+        "vote, to judge yourself; several are allowed (default: none, the page shows the responses side by side)",
         many=True,
     )
     vote_port: int | None = flag(
