@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..models.loading import load_frozen, put_adapter
-from ..models.reference import FLAG as REFERENCE_FLAG
 from ..models.reference import Reference, choose_reference_of_run, load_reference
 from ..models.sources import ModelSource, looks_local
 from ..models.trained import TrainedModel, as_in_run, find_trained
@@ -22,7 +21,7 @@ from ..training.making import make_preference_trainer
 from ..training.reference import REFERENCE_ADAPTER
 from ..training.trainer import PreferenceTrainer
 
-MODEL_FLAG = "--model_name_or_path"
+MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"
 AS_IN_RUN = (
     *("dtype", "attn_implementation", "use_4bit", "bnb_4bit_quant_type"),
     *("max_length", "truncation", "per_device_eval_batch_size"),
@@ -50,9 +49,9 @@ def find_reference(settings: Settings, trained: TrainedModel) -> ModelSource:
     Raises:
         UserError: nothing says what it is, or it is not there any more.
     """
-    name = settings.model.ref_model_name_or_path
-    if name is not None:
-        return find_trained(REFERENCE_FLAG, name).source
+    named = settings.model.named_reference
+    if named is not None:
+        return find_trained(*named).source
     source = trained.reference
     if source is None:
         why = f"{trained.source.name} is not the folder of a run"

@@ -123,9 +123,9 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: ModelSett
     Raises:
         UserError: the two vocabularies differ.
     """
-    if settings.ref_model_name_or_path is None:
-        return
-    check_token_ids(tokenizer, find_model("--ref_model_name_or_path", settings.ref_model_name_or_path), settings)
+    named = settings.named_reference
+    if named is not None:
+        check_token_ids(tokenizer, find_model(*named), settings)
 
 
 def check_token_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource, settings: ModelSettings) -> None:

@@ -17,8 +17,6 @@ from .loading import read_frozen
 from .sources import ModelSource, find_model
 from .trained import TrainedModel
 
-FLAG = "--ref_model_name_or_path"
-
 
 @dataclass(frozen=True)
 class ReferencePlan:
@@ -86,7 +84,7 @@ def choose_reference(
 ) -> ReferencePlan:
     """What a run of `train` or `sft` is measured against.
 
-    In this order: --ref_model_name_or_path; a frozen copy of the adapter that training continues; the base with the
+    In this order: a model that a flag names; a frozen copy of the adapter that training continues; the base with the
     new adapter switched off; the starting weights. Under --use_4bit these score themselves where that happens before
     training; what must stay in memory is a copy in 4 bits.
 
@@ -105,9 +103,9 @@ def choose_reference(
         return NO_REFERENCE
     adapts, quantize = settings.lora.use_lora or source.adapter is not None, settings.model.use_4bit
     ahead, held = _scores_ahead(settings, adapts, pairs, processes), held_in(dtype, adapts, quantize)
-    named = settings.model.ref_model_name_or_path
+    named = settings.model.named_reference
     if named is not None:
-        other = find(FLAG, named)
+        other = find(*named)
         how = f"{other.name}{' in 4 bits' if quantize else ''}, frozen"
         plan = ReferencePlan("model", other, how, quantize, own_model=True, dtype=held)
     elif source.adapter is not None:
@@ -147,7 +145,7 @@ def _scores_ahead(settings: Settings, adapts: bool, pairs: int, processes: int) 
         return training.precompute_ref_log_probs
     if settings.trainer_fields.get("sync_ref_model"):
         return False
-    named = settings.model.ref_model_name_or_path is not None
+    named = settings.model.named_reference is not None
     if settings.model.use_4bit and not adapts and not named:
         return True
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
@@ -188,5 +186,6 @@ def load_reference(plan: ReferencePlan, settings: ModelSettings, precision: Prec
     """The reference, with its model frozen."""
     if not plan.own_model:
         return Reference(plan, None)
-    flag = FLAG if plan.kind == "model" else "--model_name_or_path"
+    named = settings.named_reference if plan.kind == "model" else None
+    flag = named[0] if named is not None else "--model_name_or_path"
     return Reference(plan, read_frozen(flag, plan.source, settings, precision, plan.dtype, plan.in_4bit))

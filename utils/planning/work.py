@@ -90,18 +90,18 @@ def read_subject(settings: Settings) -> Subject:
     source, config = find_config(settings)
     adapts = settings.lora.use_lora or source.adapter is not None
     check_trainable("--model_name_or_path", source.base, source.stored(), adapts, settings.model.use_4bit)
-    other = settings.model.ref_model_name_or_path
-    reference_config = _read_reference_config(other, settings) if other is not None else None
+    named = settings.model.named_reference
+    reference_config = _read_reference_config(*named, settings) if named is not None else None
     return Subject(source, config, reference_config, read_work(settings, source, config))
 
 
-def _read_reference_config(name: str, settings: Settings) -> PretrainedConfig:
+def _read_reference_config(flag: str, name: str, settings: Settings) -> PretrainedConfig:
     folder = read_path(name)
     adapter = read_adapter_config(str(folder) if folder.is_dir() else name)
     base = (adapter or {}).get("base_model_name_or_path") or (str(folder) if folder.is_dir() else name)
-    check_folder("--ref_model_name_or_path", base)
+    check_folder(flag, base)
     return translating(
-        f"--ref_model_name_or_path {name}: its config cannot be read",
+        f"{flag} {name}: its config cannot be read",
         lambda: AutoConfig.from_pretrained(base, trust_remote_code=settings.model.trust_remote_code),
     )
 

@@ -81,6 +81,15 @@ class ModelSettings:
         verbs=RENDERS,
     )
 
+    @property
+    def named_reference(self) -> tuple[str, str] | None:
+        """The flag that names a separate reference, and the model that it names; None where there is no such flag.
+
+        All that reads a separate reference asks here: another flag for one is another line of this.
+        """
+        name = self.ref_model_name_or_path
+        return ("--ref_model_name_or_path", name) if name is not None else None
+
 
 @dataclass(frozen=True)
 class LoraSettings:

@@ -34,8 +34,9 @@ def check_settings(settings: Settings) -> None:
         checks.append(lambda: check_login("--push_to_hub"))
     if settings.model.use_4bit:
         checks.append(check_4bit)
-    if settings.model.ref_model_name_or_path is not None:
-        checks.append(lambda: find_model("--ref_model_name_or_path", settings.model.ref_model_name_or_path))
+    named = settings.model.named_reference
+    if named is not None:
+        checks.append(lambda: find_model(*named))
     gather(*checks)
 
 

@@ -115,7 +115,7 @@ def identify_run(run: Run) -> dict[str, Any]:
     rows, source, settings, precision = run.rows, run.source, run.settings, run.precision
     sides = [side for side in (rows.train, rows.held_out) if side is not None]
     columns = [name for name in rows.train.column_names if name.endswith("_ids")]
-    reference = settings.model.ref_model_name_or_path if settings.verb == "train" else None
+    reference = settings.model.named_reference if settings.verb == "train" else None
     training = settings.training
     identity = {
         "settings": settings.flat(),
@@ -126,7 +126,7 @@ def identify_run(run: Run) -> dict[str, Any]:
         TEMPLATE_DATE: rows.template_date,
         "model": identify_model(source),
         "base": identify_model(dataclasses.replace(source, adapter=None)) if source.adapter else None,
-        "reference": identify_model(find_model("--ref_model_name_or_path", reference)) if reference else None,
+        "reference": identify_model(find_model(*reference)) if reference else None,
         "precision": precision.name,
         "device": precision.device.type,
         "batch": [training.per_device_train_batch_size, training.gradient_accumulation_steps, count_processes()],

@@ -125,7 +125,7 @@ def _warnings(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> Iterat
             f"16-bit format: training begins from weights rounded to {rounded_to}, as they are computed with; "
             "--dtype float32 begins from the files' own"
         )
-    if reference is not None and settings.model.ref_model_name_or_path is None:
+    if reference is not None and settings.model.named_reference is None:
         step = preference_step(Path(source.name))
         if step is not None:
             folder = Path(source.name).parent

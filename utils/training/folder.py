@@ -51,12 +51,13 @@ def find_folder(settings: Settings, lock: FolderLock) -> Path | None:
 def _check_inputs_outside(folder: Path, settings: Settings) -> None:
     """What a run reads must not lie where it writes: its own result would take its place."""
     model = settings.model
+    flag, reference = model.named_reference or ("--ref_model_name_or_path", None)
     inputs = {
         "model_name_or_path": model.model_name_or_path,
-        "ref_model_name_or_path": model.ref_model_name_or_path,
         "adapter_name_or_path": model.adapter_name_or_path,
+        flag.removeprefix("--"): reference,
     }
-    for name in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
+    for name in tuple(inputs):
         if inputs[name] is not None and (Path(inputs[name]) / ADAPTER_CONFIG).is_file():
             config = read_adapter_config(inputs[name]) or {}
             inputs[f"{name} (its base model)"] = config.get("base_model_name_or_path")
