@@ -4,9 +4,9 @@
     python advanced_dpo_script.py [train] --model_name_or_path M --dataset_name D --output_dir O [flags]
     python advanced_dpo_script.py VERB [flags]; `VERB --help` lists the flags of each
 
-Exit codes: 0 done, 2 to be mended (every fault is named), 3 `data` found problems, 130 interrupted, 1 anything else.
+Exit codes: 0 done, 2 user error (every fault is named), 3 `data` found problems, 130 interrupted, 1 anything else.
 
-The command itself is utils/__main__.py; a training run is told, stage by stage, in utils/training/stages.py.
+The command itself is utils/__main__.py; the stages of a training run are in utils/training/stages.py.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the README and the examples tell people to type works."""
+"""What the README, the pages of docs/ and the examples tell people to type works, and what they link to is there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from utils.data.loading import load_pairs
 from utils.settings.data import DataSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+DATA = PAGES["data.md"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
 
 
@@ -45,8 +46,14 @@ def commands_of_example(path: Path, **environment) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in shown.splitlines()]
 
 
-@pytest.mark.parametrize("words", commands_of(README) + commands_of(DATA), ids=lambda words: " ".join(words)[:60])
-def test_every_command_of_the_readme_parses(words):
+def whole_commands() -> dict[str, list[str]]:
+    """Every different command of the README and the pages that leaves nothing out with `...`."""
+    found = [words for text in (README, *PAGES.values()) for words in commands_of(text) if "..." not in words]
+    return {" ".join(words): words for words in found}
+
+
+@pytest.mark.parametrize("words", whole_commands().values(), ids=lambda words: " ".join(words)[:60])
+def test_every_command_of_the_readme_and_the_pages_parses(words):
     if "--help" in words:
         with pytest.raises(SystemExit):
             parse_arguments(words)
@@ -64,12 +71,44 @@ def test_the_readme_shows_the_well_known_invocations():
     assert any(words.startswith("sft") for words in shown)
 
 
-def test_files_and_targets_that_the_readme_names_exist():
-    for target in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / target).exists(), target
+def anchors_of(text: str) -> set[str]:
+    """The names under which GitHub reaches the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_link_of_the_readme_and_the_pages_leads_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+def test_the_readme_is_short_and_its_targets_are_in_the_makefile():
+    assert len(README.split()) < 1500
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`make (\w+)", README)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_readme_links_to_every_page():
+    assert set(re.findall(r"\]\(docs/(\w+\.md)\)", README)) == set(PAGES) - {"index.md"}
+
+
+def test_the_picture_of_the_demo_shows_the_figures_of_its_text():
+    picture = (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8")
+    rows = re.findall(r"^  (\w.*?)  +(\d+%) +(\d+%)$", README, flags=re.MULTILINE)
+    assert len(rows) == 3
+    written = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+    at = written.index(rows[0][0])
+    assert written[at:-1] == [word for row in rows for word in row]
+    (kl,) = re.findall(r"KL from the base model, nats +0\.0 +(\S+)", README)
+    assert f"KL from the base model {kl} nats" in written[-1]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -112,8 +151,7 @@ def test_the_documented_rows_are_read_as_documented(name, tmp_path, monkeypatch)
 
 
 def test_the_index_orders_every_page():
-    linked = set(re.findall(r"\]\(([\w.]+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
-    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(([\w.]+\.md)\)", PAGES["index.md"])) == set(PAGES) - {"index.md"}
 
 
 def test_the_map_of_the_code_names_every_room():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,17 @@ def test_it_finds_its_own_files_where_python_does_not_look_beside_a_script(tmp_p
     command = [sys.executable, "-I", ROOT / "advanced_dpo_script.py", "status", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_a_python_without_the_packages_is_told_what_to_run():
+    """`-S -E` leaves the site packages out, as the system's Python does after `make demo`."""
+    words = ["--model_name_or_path", "gpt2", "--dataset_name", "org/pairs", "--output_dir", "never"]
+    command = [sys.executable, "-S", "-E", "advanced_dpo_script.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: the package \w+ is not installed for \S*python", line)
+    assert "pip install -r requirements.txt" in line or ".venv" in line
 
 
 def test_faults_of_model_data_and_folder_are_reported_together(refused, tmp_path):

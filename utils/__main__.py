@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from .engine.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from .errors import Interrupted, LocalError, ProcessLost, UserError, in_one_line
 from .interruptions import interrupt_on_signals, stop_if_asked
 from .run.processes import check_launch_variables, forget_lone_rank, tell_launcher
+from .run.program import explain_missing
 from .runtime import is_main_process, make_visible, quiet_libraries, quiet_loaded_libraries, say
 from .settings.flags import SAVES, SCORES_ROWS, USES_MODEL
 from .settings.registry import VERBS, load_named
@@ -24,8 +26,7 @@ from .settings.training import Settings
 def main(argv: list[str] | None = None) -> int:
     """Runs the verb that the arguments name.
 
-    Returns the exit code: 0 done, 2 faults that a person can mend, 3 problems that `data` found, 130 interrupted,
-    1 anything else.
+    Returns the exit code: 0 done, 2 user errors, 3 problems that `data` found, 130 interrupted, 1 anything else.
     """
     forget_lone_rank()
     try:
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             report_faults(UserError(f"{str(error.filename)[:60]}...: too long for the name of a file or folder"))
             return 2
+        if isinstance(error, ModuleNotFoundError) and (package := missing_package(error)):
+            report_faults(UserError(explain_missing(package)))
+            return 2
         if ran_out_of_memory(error):
             report_faults(LocalError(f"memory ran out ({in_one_line(error)}). What helps: {LESS_MEMORY}"))
             return 2
@@ -79,6 +83,12 @@ def warn_of_code(settings: Settings) -> None:
         print(f"warning: --trust_remote_code runs Python code that comes with {name}", file=sys.stderr, flush=True)
 
 
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """The name of the package that is not installed; None where the package is there and lacks a module."""
+    package = (error.name or "").partition(".")[0]
+    return package if package and importlib.util.find_spec(package) is None else None
+
+
 def results_lost(verb: str) -> int:
     """Exit code 2 where the results of a verb that only prints them could not be printed (a full disk); 0 otherwise.
 
@@ -88,7 +98,7 @@ def results_lost(verb: str) -> int:
 
 
 def report_faults(error: UserError) -> None:
-    """Prints what is to be mended, one line per fault, from the main process, or from the only one that knows it."""
+    """Prints user errors, one line per fault, from the main process, or from the only one that knows it."""
     if not is_main_process() and not isinstance(error, LocalError):
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return

@@ -1,6 +1,6 @@
 """The demo: tunes the bundled model on the bundled pairs, then shows what it wrote before and after.
 
-    make demo            (or: python examples/demo/run.py)
+    make demo            (or: python examples/demo/run.py [--picture FILE.svg])
 
 The base model writes short reviews, about half of them positive. The preference pairs prefer the positive
 continuation of an opening. After training, the model continues openings it has never seen; a scorer that knows the
@@ -9,6 +9,7 @@ grammar of the reviews says which continuations are positive.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -51,6 +52,10 @@ TRAIN = [
 
 def main() -> int:
     """Trains, compares, prints. Returns the exit code of the training when that fails."""
+    parser = argparse.ArgumentParser(description="Trains the bundled model and compares it with the base.")
+    parser.add_argument("--picture", type=Path, help="also draw the comparison into this SVG file")
+    picture = parser.parse_args().picture
+    picture = picture and picture.resolve()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(HERE)]
     import advanced_dpo_script
@@ -59,13 +64,14 @@ def main() -> int:
     code = advanced_dpo_script.main(TRAIN)
     if code:
         return code
-    show_comparison(json.loads((OUTPUT / "run.json").read_text(encoding="utf-8")))
+    show_comparison(json.loads((OUTPUT / "run.json").read_text(encoding="utf-8")), picture)
     return 0
 
 
-def show_comparison(record: dict) -> None:
-    """Prints the before/after on unseen openings, and what to type next."""
+def show_comparison(record: dict, picture: Path | None = None) -> None:
+    """Prints the model's figures before and after training on unseen openings, and what to type next."""
     from peft import PeftModel
+    from picture import draw
     from scorer import is_positive
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,14 +95,22 @@ def show_comparison(record: dict) -> None:
     kl = kl_estimate(tuned, base, tokenizer, prompts, written["after"])
     before, after = record["metrics"]["held_out_before"], record["metrics"]["held_out"]
 
-    print(f"\nThe same {len(prompts)} openings, never seen in training, continued by both models:\n")
+    title = f"The same {len(prompts)} openings, never seen in training, continued by both models"
+    shares = {
+        "positive reviews": (share["before"], share["after"]),
+        "held-out pairs ranked right": (before["accuracy"], after["accuracy"]),
+        "reviews that end by themselves": (ends["before"], ends["after"]),
+    }
+    print(f"\n{title}:\n")
     print(f"  {'':36}{'before':>8}{'after':>8}")
-    print(f"  {'positive reviews':36}{share['before']:>8.0%}{share['after']:>8.0%}")
-    print(f"  {'held-out pairs ranked right':36}{before['accuracy']:>8.0%}{after['accuracy']:>8.0%}")
-    print(f"  {'reviews that come to an end':36}{ends['before']:>8.0%}{ends['after']:>8.0%}")
-    print(f"  {'distance from the base (KL, nats)':36}{0:>8.1f}{kl:>8.1f}")
+    for name, (old, new) in shares.items():
+        print(f"  {name:36}{old:>8.0%}{new:>8.0%}")
+    print(f"  {'KL from the base model, nats':36}{0:>8.1f}{kl:>8.1f}")
+    if picture is not None:
+        note = f"KL from the base model {kl:.1f} nats; model of 1M parameters, two CPU cores, by `make demo`"
+        picture.write_text(draw(title, shares, note), encoding="utf-8")
     turned = [i for i, prompt in enumerate(prompts) if not is_positive(prompt, written["before"][i].text)]
-    print(f"\nThe first {SHOWN} of those that the base model had continued badly:")
+    print(f"\nThe first {SHOWN} of those that the base model continued negatively:")
     for index in turned[:SHOWN]:
         show_text("opening", prompts[index], start="\n")
         show_text("before", written["before"][index].text)
@@ -123,7 +137,7 @@ Next, your own model and data (a hub name, a folder or a file):
   .venv/bin/python advanced_dpo_script.py --model_name_or_path MODEL --dataset_name DATA \\
       --output_dir runs/mine --use_lora --dry_run
 
---dry_run goes through every stage and saves nothing; leave it out to train. --help lists every setting."""
+--dry_run checks every stage and saves nothing; leave it out to train. --help lists the flags."""
 
 if __name__ == "__main__":
     sys.exit(main())

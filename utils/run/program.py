@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def join_command(arguments: Sequence[str], launcher: Sequence[str] = ("python",)
     if program == COMMAND:
         return shlex.join([*([COMMAND] if list(launcher) == ["python"] else [*launcher, "-m", PACKAGE]), *arguments])
     return shlex.join([*launcher, program, *arguments])
+
+
+def explain_missing(package: str) -> str:
+    """One line: this Python lacks the package, and what to run instead."""
+    found = f"the package {package} is not installed for {sys.executable}"
+    if INSTALLED:
+        return f"{found}: pip install {package}"
+    for python in (".venv/bin/python", ".venv/Scripts/python.exe"):
+        if (ROOT / python).is_file() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+            return f"{found}. Run {path_from_here(python)} {name_of_program()} ..., or activate .venv first"
+    requirements = path_from_here("requirements.txt")
+    return f"{found}. Run `make demo`, which makes .venv with all it needs, or pip install -r {requirements}"
 
 
 def words_of_launcher(words: Sequence[str]) -> list[str] | None:
