@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from utils.run.checkpoints import (
 )
 from utils.run.folder import check_output_folder
 from utils.run.manifests import MANIFEST, find_damage, write_manifest
+from utils.training.checkpointing import CheckpointWriter
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer_state.json", "shards/0.distcp", MANIFEST)
 
@@ -320,6 +322,21 @@ def test_weights_that_are_not_finite_are_not_saved(run_script, tiny_model, pairs
     for path in (tmp_path / "run").rglob("*.safetensors"):
         if "optimizer" not in path.name and "state" not in path.name:
             assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_a_single_weight_that_is_not_finite_is_enough():
+    policy = torch.nn.Linear(3, 2)
+    args, bad_batches = SimpleNamespace(learning_rate=1e-3), SimpleNamespace(what_is_safe=lambda: "nothing")
+    state = SimpleNamespace(global_step=7)
+    writer = CheckpointWriter(SimpleNamespace(policy=policy, args=args, state=state, bad_batches=bad_batches), None)
+    writer.check_weights()
+    policy.weight.data[1, 2] = torch.inf
+    with pytest.raises(UserError, match="1 of the trained weights are no longer finite after step 7"):
+        writer.check_weights()
+    writer.broken_before = 1
+    writer.check_weights()
+    policy.bias.requires_grad_(False)[0] = torch.nan
+    writer.check_weights()
 
 
 def test_a_checkpoint_of_odd_identity_is_one_message(run_script, tiny_model, pairs_file, tmp_path):

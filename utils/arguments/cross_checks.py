@@ -25,8 +25,13 @@ HELD_OUT_METRICS = {
 
 def cross_faults(candidate: Candidate) -> list[str]:
     """Every fault of the settings as a whole, one line each."""
-    checks = load_named(VERBS[candidate.settings.verb].checks)
-    return [fault for one in checks if candidate.broken.isdisjoint(one.rests_on) for fault in one(candidate)]
+    checks = VERBS[candidate.settings.verb].checks
+    return [
+        fault
+        for one in (load_named(checks) if checks else ())
+        if candidate.broken.isdisjoint(one.rests_on)
+        for fault in one(candidate)
+    ]
 
 
 def check_adapter_flags(settings: Settings, adapter_found: bool) -> None:

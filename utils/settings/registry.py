@@ -45,8 +45,8 @@ class Verb:
     name: str
     help: str  # one line
     run: str  # a function that takes the settings and returns an exit code, or None for 0
-    checks: str  # a tuple of Check
     example: str
+    checks: str | None = None  # a tuple of Check; None where no flag contradicts another
     does: tuple[str, ...] = ()  # decides, with the name, which flags of shared groups the verb takes
     groups: tuple[type, ...] = ()  # of settings, beside those of a training run, in the order of --help
     objects: tuple[str, ...] = ()  # flags whose names may be left out, in the order of their values
