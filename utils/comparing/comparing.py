@@ -71,9 +71,10 @@ def compare_models(settings: Settings) -> None:
 
     written, rewarded = _compute(sides, readers, prompts, judges, settings, precision)
     stop_if_asked()
-    texts = [[row.text for row in side] for side in written]
+    model, baseline = ([row.text for row in side] for side in written)
     judgements = [
-        rewarded if judge.name == OWN_REWARD else ask(judge, prompts, *texts, folder, settings) for judge in judges
+        rewarded if judge.name == OWN_REWARD else ask(judge, prompts, model, baseline, folder, settings)
+        for judge in judges
     ]
     rows = [_as_row(place, prompt, written, judgements) for place, prompt in enumerate(prompts)]
     record = {
@@ -96,7 +97,7 @@ def compare_models(settings: Settings) -> None:
         "device": device_name(precision.device),
         "judges": [_count(judgement) for judgement in judgements],
         "responses": {side.name: describe_responses(own) for side, own in zip(sides, written, strict=True)},
-        "identical_responses": sum(own == other for own, other in zip(*texts, strict=True)),
+        "identical_responses": sum(own == other for own, other in zip(model, baseline, strict=True)),
     }
     with named_as_given(settings.run.output_dir):
         write_results(folder, COMPARISON_FILES, record, rows, make_page(record, rows))
@@ -159,11 +160,11 @@ def _compute(
     reward = next((judge for judge in judges if judge.name == OWN_REWARD), None)
     wanted = {side.name: side.wanted() for side in sides}
     if reward is not None:
-        reference = find_reference(sides[0], settings)
-        if (reference.source, reference.in_4bit) != (sides[1].source, sides[1].in_4bit):
-            wanted["reference"] = reference
+        stands = find_reference(sides[0], settings)
+        if (stands.source, stands.in_4bit) != (sides[1].source, sides[1].in_4bit):
+            wanted["reference"] = stands
     contenders = load_side_by_side(wanted, settings.model, precision)
-    written = tuple(
+    own, other = (
         write_responses(contenders[side.name], side.name, reader, prompts, settings)
         for side, reader in zip(sides, readers, strict=True)
     )
@@ -171,12 +172,12 @@ def _compute(
     if reward is not None:
         reference = contenders.get("reference", contenders["baseline"])
         beta = sides[0].trained.setting("beta")
-        rewarded = _reward(reward, contenders["model"], reference, readers, prompts, written, beta)
+        rewarded = _reward(reward, contenders["model"], reference, readers, prompts, (own, other), beta)
     contenders.clear()
     gc.collect()
     if precision.device.type == "cuda":
         torch.cuda.empty_cache()
-    return written, rewarded
+    return (own, other), rewarded
 
 
 def _reward(

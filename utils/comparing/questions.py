@@ -43,6 +43,7 @@ def read_questions(settings: Settings, trained: TrainedModel) -> Questions:
     """
     most = settings.of(SamplingSettings).num_prompts or DEFAULT_COUNT
     name = settings.of(ComparisonSettings).prompts
+    prompts: Iterable[Prompt]
     if name is None:
         source, prompts = _read_held_out(trained)
     elif name.lower().endswith(".txt"):

@@ -43,7 +43,7 @@ def peek_csv(path: Path) -> tuple[list[str], list[str]]:
     try:
         with _csv_records(path) as records:
             filled = (record for record in records if record)
-            header = next(filled, [])
+            header: list[str] = next(filled, [])
             check_width(path.name, header)
             with contextlib.suppress(csv.Error):
                 return header, next(filled, [])

@@ -179,7 +179,7 @@ def check_part(part: Part, on_bad_rows: str, wanted: int | None = None) -> Part:
         rows, reasons = rows.select(range(int(good[-1]) + 1)), reasons[: int(good[-1]) + 1]
     bad: dict[str, list[int]] = {}
     positions = np.flatnonzero(reasons.is_valid().to_numpy())
-    for position, reason in zip(positions, reasons.drop_null().to_pylist(), strict=True):
+    for position, reason in zip(positions.tolist(), reasons.drop_null().to_pylist(), strict=True):
         bad.setdefault(reason, []).append(position)
     found = {reason: np.array(at) for reason, at in bad.items()}
     part = dataclasses.replace(part, rows=rows, good=good, bad=found, found=len(good))

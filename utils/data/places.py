@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Place = Callable[[int], str]  # index of a row in its source -> "pairs.jsonl line 41"
 
@@ -73,7 +77,7 @@ def describe_bad_rows(reason: str, places: Sequence[str], count: int, detail: st
     )
 
 
-def describe_all_bad(bad: Mapping[str, Sequence[int]], place: Place) -> list[str]:
+def describe_all_bad(bad: Mapping[str, Sequence[int] | np.ndarray], place: Place) -> list[str]:
     """A line for each reason; `place` says where what stands under it is found."""
     return [describe_bad_rows(reason, [place(at) for at in rows[:SHOWN]], len(rows)) for reason, rows in bad.items()]
 

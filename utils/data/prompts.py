@@ -171,9 +171,9 @@ def _convert_batch(batch: Mapping[str, list], indices: list[int], how: PromptCol
         row = {name: column[position] for name, column in batch.items()}
         try:
             made = [row] if how.adapter is None else run_adapter(how.adapter, row)
-            read = [(_read_prompt(parts, how), None) for parts in made]
-        except BadRow as reason:
-            read = [(None, str(reason))]
+            read: list[tuple[Any, str | None]] = [(_read_prompt(parts, how), None) for parts in made]
+        except BadRow as fault:
+            read = [(None, str(fault))]
         for prompt, reason in read:
             output["prompt"].append(prompt)
             output["row"].append(index)

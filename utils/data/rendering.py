@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 from markupsafe import escape
@@ -116,9 +117,10 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
     if shorter is not None:
         start = shorter
         notes[OWN_REASONING] = None
-    completions, fault = [], None
+    completions: list[str] = []
+    fault = None
     for name, reply, whole in zip(names, replies, wholes, strict=True):
-        if whole is None:
+        if isinstance(reply, str):
             completions.append(reply)
             continue
         rest, begin, note = _follow(render, start, prompt, reply, whole)
@@ -134,7 +136,7 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
         if note is not None:
             notes[note] = None
     results = [
-        () if whole is None else _find_results(render, prompt, reply, whole, len(whole) - len(rest))
+        () if isinstance(reply, str) else _find_results(render, prompt, reply, whole, len(whole) - len(rest))
         for reply, whole, rest in zip(replies, wholes, completions, strict=True)
     ]
     if None in results:
@@ -372,7 +374,7 @@ def _call_form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool,
 
 def _renders_call(tokenizer: PreTrainedTokenizerBase, template: str, as_text: bool, empty: str | None) -> bool:
     call = {"type": "function", "id": "call00001", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
-    turns = [
+    turns: Turns = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "a plant"},
@@ -393,13 +395,8 @@ def _clock_at(moment: datetime | None) -> Iterator[None]:
         yield
         return
 
-    class Held(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return moment
-
     former = chat_template_utils.datetime
-    chat_template_utils.datetime = Held
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: moment)
     try:
         yield
     finally:

@@ -204,8 +204,8 @@ def _seal(folder: Path, files: list[Path], about: dict[str, Any], key: str) -> N
     content = {"files": listed, **about}
     (folder / LIST).write_text(json.dumps([content, make_key(key, content)]), encoding="utf-8")
     for path in folder.iterdir():
-        with open(path, "r+b") as file:
-            os.fsync(file.fileno())
+        with open(path, "r+b") as written:
+            os.fsync(written.fileno())
     flush_folder(folder)
 
 

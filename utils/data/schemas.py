@@ -120,7 +120,7 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
     Raises UserError when a named column does not exist, no known shape fits, the format asked for does not, or a label
     of any row is a number that the columns' names do not explain.
     """
-    sample = take_rows(rows)
+    sample: Rows = take_rows(rows)
     columns = list(dict.fromkeys([*rows.column_names, *list_columns(sample)]))
     wishes = {part: f"{part}_column" for part in FLAGS[verb]} | {"group": "group_by"}
     named = {flag: path for flag in wishes.values() if (path := getattr(settings, flag)) is not None}
@@ -244,7 +244,7 @@ def _read_with_adapter(sample: Rows, settings: DataSettings, verb: str) -> Readi
             made += run_adapter(settings.dataset_adapter, row)
         except BadRow as reason:
             reasons.append(str(reason))
-    replies = ("chosen", "rejected")
+    replies: tuple[str, ...] = ("chosen", "rejected")
     if verb == "sft":
         replies = ("completion",) if any("completion" in row for row in made) else ("chosen",)
     kinds = _kinds(made, replies)

@@ -156,7 +156,7 @@ def is_local(name: str) -> bool:
     return bool(looks_local) or is_there(name)
 
 
-def _find_collection(settings: DataSettings) -> Collection:
+def _find_collection(settings: DataSettings) -> Collection[ReadSplit]:
     name = settings.dataset_name
     if not is_local(name):
         if not HUB_NAME.fullmatch(name) or len(name) > LONGEST_HUB_NAME:
@@ -187,7 +187,7 @@ def _missing_path(name: str, path: Path) -> str:
     return f"--dataset_name {name}: no such file or folder; {listed}"
 
 
-def _open_folder(path: Path, settings: DataSettings) -> Collection:
+def _open_folder(path: Path, settings: DataSettings) -> Collection[ReadSplit]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if settings.dataset_config is not None:
             raise UserError(f"--dataset_config {settings.dataset_config}: {path} has no configurations")
@@ -236,7 +236,7 @@ def _check_read_apart(flag: str, files: Mapping[str, list[Path]]) -> None:
             raise UserError(f"{flag}: {file.name} is packed in a way that is not read; unpack it, or use {ENDINGS}")
 
 
-def _open_saved(path: Path) -> Collection:
+def _open_saved(path: Path) -> Collection[ReadSplit]:
     return _from_splits(path.name, _load_saved(path))
 
 
@@ -295,7 +295,7 @@ def _preparer(path: Path, settings: DataSettings, split: str, files: Sequence[Pa
     return read
 
 
-def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> Collection:
+def _from_splits(label: str, splits: Mapping[str, datasets.Dataset]) -> Collection[ReadSplit]:
     def reader(name: str, rows: datasets.Dataset) -> ReadSplit:
         return lambda: _whole_split(label, name, rows)
 

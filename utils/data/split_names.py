@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from ..errors import UserError
 from ..settings.data import DataSettings
@@ -13,16 +14,17 @@ TRAIN_NAMES = {"train": ("train", "train_prefs"), "sft": ("train", "train_sft", 
 HELD_OUT_NAMES = ("test", "validation", "val", "eval", "dev", "test_prefs")
 
 ReadSplit = Callable[[], FileRows]
+Split = TypeVar("Split")  # what reads one: a ReadSplit, or a stream
 
 
 @dataclass(frozen=True)
-class Collection:
+class Collection(Generic[Split]):
     """The splits that a source has, each read when asked for. `aliases` are further names that are understood."""
 
-    splits: Mapping[str, ReadSplit]
-    aliases: Mapping[str, ReadSplit] = field(default_factory=dict)
+    splits: Mapping[str, Split]
+    aliases: Mapping[str, Split] = field(default_factory=dict)
 
-    def find(self, name: str) -> ReadSplit | None:
+    def find(self, name: str) -> Split | None:
         """What reads the split of that name; None where there is none."""
         return self.splits.get(name) or self.aliases.get(name)
 
@@ -48,7 +50,7 @@ def held_out_wish(validation_split: str | None) -> float | str | None:
     return fraction
 
 
-def training_split(settings: DataSettings, verb: str, collection: Collection) -> str:
+def training_split(settings: DataSettings, verb: str, collection: Collection[Any]) -> str:
     """The split to train on: the one asked for, else one of that name, else the only one."""
     names = list(collection.splits)
     asked = settings.dataset_split
@@ -72,7 +74,7 @@ def _missing_split(flag: str, asked: str, names: list[str], source: str) -> str:
     return f"{flag} {asked}: no such split in {source}; it has: {', '.join(names)}"
 
 
-def held_out_split(settings: DataSettings, train: str, collection: Collection) -> str | None:
+def held_out_split(settings: DataSettings, train: str, collection: Collection[Any]) -> str | None:
     """The split to hold out: the one asked for, or by default one that is made for it."""
     wish = held_out_wish(settings.validation_split)
     names = list(collection.splits)

@@ -65,9 +65,9 @@ def split_rows(
         raise UserError(f"nothing can be held out of {what}: add data, or pass --validation_split none")
     held_out = choose_held_out(numbers, wish or DEFAULT_FRACTION, _sources(rows))
     evaluated = held_out if wish else _lowest(numbers, held_out, DEFAULT_MOST_ROWS)
-    sides = [without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated)]
-    shared = count_shared_prompts(*sides) if "group" in rows.column_names else 0
-    return Split(*sides, shared, int(held_out.sum() - evaluated.sum()))
+    train, other = (without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated))
+    shared = count_shared_prompts(train, other) if "group" in rows.column_names else 0
+    return Split(train, other, shared, int(held_out.sum() - evaluated.sum()))
 
 
 def advise_on_spare(rows: int) -> str:

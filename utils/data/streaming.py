@@ -178,8 +178,8 @@ def _read_into(
             f"--validation_split: none of the {intake.rows_read:,} rows that were read is held out; raise it, or "
             "pass none"
         )
-    sides = [train.finish(), other.finish() if other.count else None]
-    return StreamedPairs(*sides, intake.reading, dict(dropped), intake.rows_read, exhausted)
+    rows, held_out = train.finish(), other.finish() if other.count else None
+    return StreamedPairs(rows, held_out, intake.reading, dict(dropped), intake.rows_read, exhausted)
 
 
 def _check_numbers(intakes: Sequence[_Intake]) -> None:

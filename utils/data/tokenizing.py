@@ -167,7 +167,8 @@ def tokenize_rows(
 
 def _read_fit(tokenized: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Of each row, whether its prompt was shortened, and whether a completion was cut."""
-    return tuple(read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
+    shortened, cut = (read_numbers(tokenized, name).astype(bool) for name in ("shortened", "cut"))
+    return shortened, cut
 
 
 def _leave_out_long(tokenized: Dataset, max_length: int, truncation: str, place: Place) -> Dataset:

@@ -110,7 +110,7 @@ def evaluate_model(settings: Settings) -> None:
     record |= _describe_making(settings, trainer, precision, time.perf_counter() - began)
     page = make_page(record, table.rows, find_examples(table, pairs))
     with named_as_given(settings.run.output_dir):
-        write_results(folder, EVALUATION_FILES, record, list(table.rows), page)
+        write_results(folder, EVALUATION_FILES, record, table.rows, page)
     say()
     for line in summarise_evaluation(record):
         say(line)

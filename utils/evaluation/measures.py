@@ -100,8 +100,8 @@ def _confidence(table: PairTable) -> tuple[np.ndarray, np.ndarray]:
 
 def _columns(table: PairTable, subsets: Subsets, confidence: np.ndarray, bins: np.ndarray) -> dict[Any, np.ndarray]:
     """Everything that is summed over pairs."""
-    names = ("accuracy", "margin", "chosen_reward", "rejected_reward", "loss", "chosen_kl", "rejected_kl")
-    names += ("chosen_logps", "ref_chosen_logps", "chosen_tokens")
+    own = ("accuracy", "margin", "chosen_reward", "rejected_reward", "loss", "chosen_kl", "rejected_kl")
+    names = (*own, "chosen_logps", "ref_chosen_logps", "chosen_tokens")
     columns: dict[Any, np.ndarray] = {name: np.nan_to_num(table[name]) for name in names}
     columns["pairs"] = np.ones(len(table.rows))
     columns["has_kl"] = np.isfinite(table["chosen_kl"]).astype(float)
@@ -128,7 +128,10 @@ def _columns(table: PairTable, subsets: Subsets, confidence: np.ndarray, bins: n
 def _rankings(table: PairTable, per_token: bool) -> tuple[np.ndarray, np.ndarray]:
     """Whether policy and reference find the chosen response likelier, by its log-prob, or that per token."""
     divisors = {side: table[f"{side}_tokens"] if per_token else 1.0 for side in ("chosen", "rejected")}
-    return tuple(rank(*(table[f"{model}{side}_logps"] / divisors[side] for side in divisors)) for model in ("", "ref_"))
+    policy, reference = (
+        rank(*(table[f"{model}{side}_logps"] / divisors[side] for side in divisors)) for model in ("", "ref_")
+    )
+    return policy, reference
 
 
 def _subsets(table: PairTable) -> Subsets:
@@ -185,8 +188,8 @@ def _length_controlled(sums: dict[Any, np.ndarray], prompts: dict[Any, int]) -> 
     sides = ("longer", LONGER), ("longer", SHORTER)
     if not all(side in prompts for side in sides):
         return None
-    shares = [divide(sums[side, "accuracy"], sums[side, "pairs"]) for side in sides]
-    return share_figure(sum(shares) / 2, min(prompts[side] for side in sides))
+    longer, shorter = (divide(sums[side, "accuracy"], sums[side, "pairs"]) for side in sides)
+    return share_figure((longer + shorter) / 2, min(prompts[side] for side in sides))
 
 
 def _length(table: PairTable, sums: dict[Any, np.ndarray], groups: dict[str, list]) -> dict[str, Any]:

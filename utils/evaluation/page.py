@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -52,7 +52,7 @@ NAMES = {
 SHARES = ("accuracy", "length_controlled_accuracy")
 
 
-def make_page(record: dict[str, Any], rows: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> str:
+def make_page(record: dict[str, Any], rows: Sequence[Mapping[str, Any]], examples: Sequence[dict[str, Any]]) -> str:
     """The whole page.
 
     Args:
@@ -150,7 +150,7 @@ def _show_comparison(record: dict[str, Any]) -> str:
     )
 
 
-def _show_margins(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def _show_margins(record: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     margins = np.array([row["margin"] for row in rows])
     edges = make_edges(margins)
     counts = np.histogram(np.clip(margins, edges[0], edges[-1]), edges)[0].tolist()

@@ -145,7 +145,7 @@ def _count_flips(values: np.ndarray, alternative: str, random: np.random.Generat
     for start in range(0, flips, size):
         rows = min(size, flips - start)
         if exact:
-            bits = np.arange(start, start + rows)[:, None] >> np.arange(count) & 1
+            bits: np.ndarray = np.arange(start, start + rows)[:, None] >> np.arange(count) & 1
         else:
             drawn = np.frombuffer(random.bytes(rows * -(-count // 8)), np.uint8).reshape(rows, -1)
             bits = np.unpackbits(drawn, axis=1, count=count)

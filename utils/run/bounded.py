@@ -108,7 +108,7 @@ def is_deep(value: Any) -> bool:
     """Whether lists and mappings are nested more than MOST_DEPTH levels deep, or hold themselves."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
-        inner = {}  # by identity: what is referred to twice is looked at once
+        inner: dict[int, Any] = {}  # by identity: what is referred to twice is looked at once
         for item in level:
             if isinstance(item, dict | list):
                 children = item.values() if isinstance(item, dict) else item

@@ -130,7 +130,9 @@ def _find_end(path: Path) -> str | None:
         elif path.suffix == ".safetensors":
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                parts = json.loads(file.read(length)) if length < path.stat().st_size else None
+                if length >= path.stat().st_size:
+                    raise ValueError("the header would be longer than the file")
+                parts = json.loads(file.read(length))
             ends = [part["data_offsets"][1] for name, part in parts.items() if name != "__metadata__"]
             if path.stat().st_size != 8 + length + max(ends, default=0):
                 return f"{path.name} is cut off"
@@ -162,7 +164,9 @@ def find_resume_point(output_dir: Path, wish: str | None) -> ResumePoint:
 
 def _find_newest(folder: Path) -> ResumePoint:
     """The newest whole checkpoint. One whose best model so far is lost comes after an older one that has its own."""
-    damaged, notes, without_best = [], [], []
+    damaged: list[tuple[Path, str]] = []
+    notes: list[str] = []
+    without_best: list[Path] = []
     for path in reversed(_named(folder)):
         fault = find_fault(path)
         if fault is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .bounded import Unreadable
@@ -22,9 +22,9 @@ class Kind:
     said: str  # the end of "must be ..."
     accepts: tuple[type, ...] = ()
     choices: tuple[Any, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    keys: Mapping[str, Kind] | None = None
+    low: float = -LARGEST
+    high: float = LARGEST
+    keys: Mapping[str, Kind] = field(default_factory=dict)
     rest: Kind | None = None
     needed: tuple[str, ...] = ()  # keys without which the mapping is none
     drops: tuple[type, ...] = ()  # of a mapping: keys of these kinds are left out where they are null
@@ -80,8 +80,7 @@ def _check(value: Any, kind: Kind, place: str) -> Any:
     if kind.choices and value not in kind.choices:
         raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}")
     if isinstance(value, int | float):
-        low, high = (kind.low, kind.high) if kind.low is not None else (-LARGEST, LARGEST)
-        if not low <= value <= high:
+        if not kind.low <= value <= kind.high:
             raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}, and none so large or small")
         return 0.0 if 0 < abs(value) < SMALLEST else value
     if isinstance(value, dict):
@@ -103,8 +102,8 @@ def _check_mapping(value: dict[str, Any], kind: Kind, place: str) -> dict[str, A
         raise Unreadable(f"{place or 'it'} has no {missing[0]}")
     checked = {}
     for key, inner in value.items():
-        named = key in (kind.keys or ())
-        expected = kind.keys[key] if named else kind.rest
+        named = key in kind.keys
+        expected = kind.keys.get(key, kind.rest)
         if expected is not None and inner is not None:
             try:
                 inner = _check(inner, expected, f"{place}.{key[:80]}".lstrip("."))

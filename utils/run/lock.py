@@ -116,24 +116,25 @@ def take_lock(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int |
     """Makes the file and locks it. Says of the one in whose place it came, if there was one, that it was left behind;
     and gives the descriptor that holds the system's lock, None where there is no such lock."""
     beside, former = unused_name(path), None
-    handle: int | None = create_file(beside)
+    handle = create_file(beside)
+    held: int | None = handle
     try:
         locked = _lock(handle)
         text = json.dumps({**content, "locked": locked}, indent=2)
         _write(handle, text)
         if not locked:
             os.close(handle)
-            handle = None
+            held = None
         while not _place(beside, path):
             check_not_held(path.parent)
             owner = _read(path) or {}
             former = f"process {owner.get('pid')}, which wrote into {path.parent} since {owner.get('since')}, is gone"
             former = former if owner else f"nothing can be read in {path}"
             path.unlink(missing_ok=True)
-        return former, handle
+        return former, held
     except BaseException:
-        if handle is not None:
-            os.close(handle)
+        if held is not None:
+            os.close(held)
         raise
     finally:
         beside.unlink(missing_ok=True)

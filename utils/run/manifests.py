@@ -20,7 +20,8 @@ THREADS = 4  # hashing leaves Python alone, so that several files are read at on
 LARGE = 2**26
 SHOWN = 3  # files that a message names
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -68,7 +69,7 @@ def describe_files(folder: Path) -> dict[str, tuple[int, str]]:
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     sizes = [path.stat().st_size for path in paths]
     hashes = _map(hash_file, paths, sum(sizes))
-    return {path.name: found for path, *found in zip(paths, sizes, hashes, strict=True)}
+    return {path.name: (size, sha256) for path, size, sha256 in zip(paths, sizes, hashes, strict=True)}
 
 
 def find_changed(

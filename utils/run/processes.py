@@ -154,8 +154,7 @@ def command_to_go_on(
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     words += other
     count, launcher = process.get("processes") or 1, process.get("launcher")
-    seen = isinstance(launcher, list) and launcher and all(isinstance(word, str) for word in launcher)
-    if count == 1 or not seen:
+    if count == 1 or not (isinstance(launcher, list) and launcher and all(isinstance(word, str) for word in launcher)):
         launcher = ["accelerate", "launch", "--num_processes", str(int(count))] if count != 1 else ["python"]
     script = process.get("script")
     return join_command(words, launcher, script if isinstance(script, str) else None)

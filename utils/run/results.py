@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .writing import write_json, write_json_lines, write_text
 
 
 def write_results(
-    folder: Path, names: tuple[str, str, str], record: dict[str, Any], rows: list[dict[str, Any]], page: str
+    folder: Path, names: tuple[str, str, str], record: dict[str, Any], rows: Sequence[Mapping[str, Any]], page: str
 ) -> None:
     """Record, rows and page of a verb, by these names, in place of those of an earlier call.
 

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def explain_fault(fault: OSError) -> tuple[str, str]:
     """What a failure to write or read means, and what to do about it."""
     name = f" {Path(str(fault.filename)).name}" if fault.filename else ""
     reason = f"{(fault.strerror or str(fault) or type(fault).__name__).lower()}{name}"
-    return MEANINGS.get(fault.errno, (reason, "Mend that"))
+    return MEANINGS.get(fault.errno or 0, (reason, "Mend that"))
 
 
 def flush_files(folder: Path) -> None:
@@ -172,6 +172,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object per line, in one step."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
