@@ -45,8 +45,8 @@ def start_dora_magnitudes(model: torch.nn.Module) -> None:
 
     PEFT sets them before that, rounded.
     """
-    for module in model.modules():
-        for name, magnitude in (getattr(module, "lora_magnitude_vector", None) or {}).items():
+    for module in (module for module in model.modules() if isinstance(module, lora.LoraLayer)):
+        for name, magnitude in module.lora_magnitude_vector.items():
             embeds = name in module.lora_embedding_A
             down = module.lora_embedding_A[name] if embeds else module.lora_A[name].weight
             up = module.lora_embedding_B[name] if embeds else module.lora_B[name].weight

@@ -91,7 +91,13 @@ class CompiledLayers:
 class _CompiledForward:
     """The forward of a layer: compiled where that serves, and recomputed in the backward pass where that is asked."""
 
-    def __init__(self, layer: torch.nn.Module, layers: CompiledLayers, left_out: LeftOut | None, options: dict) -> None:
+    def __init__(
+        self,
+        layer: GradientCheckpointingLayer,
+        layers: CompiledLayers,
+        left_out: LeftOut | None,
+        options: dict[str, Any],
+    ) -> None:
         self.layer, self.layers, self.left_out = layer, layers, left_out
         own = type(layer).forward
         # Some releases of transformers recompute within `forward`, others around it.
@@ -159,7 +165,8 @@ def attend_backward(
     """Its gradient by query, key and value."""
     saved = (query, key, value, row, normalizers)
     found = cpu_attention.attend_backward(grad, saved, *_parts(table, scaling, window))
-    return tuple(part.contiguous() for part in found)
+    by_query, by_key, by_value = (part.contiguous() for part in found)
+    return by_query, by_key, by_value
 
 
 @attend_backward.register_fake

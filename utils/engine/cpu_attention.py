@@ -211,7 +211,7 @@ def _blocks(text: Pieces, offset: int, scaling: float | None, window: int) -> It
         keys = torch.arange(nearest, int(here[-1]) + 1)
         distance = here.unsqueeze(1) - keys
         added = torch.zeros(distance.shape).masked_fill_((distance < 0) | (distance >= window), -torch.inf)
-        pieces = (slice(text[-1].start + max(0, nearest - offset), own.stop),)
+        pieces: Pieces = (slice(text[-1].start + max(0, nearest - offset), own.stop),)
         if nearest < offset:
             pieces = (slice(text[0].start + nearest, text[0].stop), *pieces)
         yield _Text(own, ((pieces, {"scale": scaling, "attn_mask": added}),))

@@ -38,7 +38,9 @@ def fewest_filling(tokens: int) -> int:
 
 @functools.cache
 def _kernel(compiled: bool) -> Callable[..., Any]:
-    return compile_kernel() if compiled else flex_attention
+    if compiled:
+        return compile_kernel()
+    return flex_attention
 
 
 def compile_kernel(**options: Any) -> Callable[..., Any]:
@@ -67,12 +69,12 @@ def attend_over_row(
     if torch.is_autocast_enabled(device.type):  # as for torch's own attention; rotated ones are float32 then
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = (part.to(dtype) for part in (query, key, value))
-    options = {"block_mask": mask, "scale": scaling, "enable_gqa": True}
+    options: dict[str, Any] = {"block_mask": mask, "scale": scaling, "enable_gqa": True}
     if softcap is not None:
         # Traced, it is made in what is compiled around it.
         capping = _capping.__wrapped__ if torch.compiler.is_compiling() else _capping
         options["score_mod"] = capping(softcap, device)
-    kernel = flex_attention if torch.compiler.is_compiling() else _kernel(query.is_cuda)
+    kernel = _kernel(query.is_cuda and not torch.compiler.is_compiling())
     if sinks is None:
         return kernel(query, key, value, **options)
     attended, found = kernel(query, key, value, **options, return_aux=AuxRequest(lse=True))
@@ -97,14 +99,14 @@ def make_block_mask(lengths: Sequence[Lengths], filling: int, window: int | None
     A token sees those of its own pair that stand before it and belong to the prompt or to its own completion, with
     `window` only those less than so many positions back. Each of the `filling` tokens at the end sees itself.
     """
-    first, end, own = bounds(lengths, filling, window)
-    tokens = len(own)
+    firsts, ends, owns = bounds(lengths, filling, window)
+    tokens = len(owns)
     starts = np.arange(0, tokens, BLOCK)
     count, blocks = len(starts), np.arange(len(starts))
     # All that the queries of a block see lies between the first key that one of them sees and the block itself.
-    lowest = np.minimum.reduceat(np.where(first < end, np.minimum(first, own), own), starts) // BLOCK
-    indices = np.minimum(lowest[:, None] + blocks, count - 1)
-    tables = [first, end, own, blocks - lowest + 1, indices]
+    lowest = np.minimum.reduceat(np.where(firsts < ends, np.minimum(firsts, owns), owns), starts) // BLOCK
+    seen = np.minimum(lowest[:, None] + blocks, count - 1)
+    tables = [firsts, ends, owns, blocks - lowest + 1, seen]
     first, end, own, counts, indices = send([torch.from_numpy(table.astype(np.int32)) for table in tables], device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -134,4 +136,5 @@ def bounds(lengths: Sequence[Lengths], filling: int, window: int | None) -> tupl
     end = begins[prompt] + behind
     own = begins[part] + np.maximum(farthest - behind, 0)
     filled = np.arange(len(part), len(part) + filling)
-    return tuple(np.concatenate([values, filled]) for values in (first, end, own))
+    first, end, own = (np.concatenate([values, filled]) for values in (first, end, own))
+    return first, end, own

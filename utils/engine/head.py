@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,9 @@ class KeptLogits:
 
     def at(self, device: torch.device | str, columns: Tensor | None = None) -> KeptLogits:
         """The same on a device. `columns`: the head's weight where it is there already."""
-        parts = (self.states, self.columns if columns is None else columns, self.bias)
-        return KeptLogits(*(part if part is None else part.to(device) for part in parts), self.shape)
+        columns = self.columns if columns is None else columns
+        columns, bias = (part if part is None else part.to(device) for part in (columns, self.bias))
+        return KeptLogits(self.states.to(device), columns, bias, self.shape)
 
     @property
     def vocabulary(self) -> int:
@@ -109,6 +110,11 @@ class KeptLogits:
                 terms = own.sub_(others.to(own.device)).mul_(probabilities)
                 found[rows] = terms.masked_fill_(probabilities == 0, 0).sum(dim=1)  # 0 * log 0 is 0
         return found
+
+
+def scores_in_chunks(head: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    """Whether a head is marked to score labels in chunks, as linear layers alone are."""
+    return hasattr(head, MARK)
 
 
 def score_by_head(
@@ -151,7 +157,7 @@ class _LogProbs(torch.autograd.Function):
             columns = weight.to(hidden.dtype)
             for rows in _chunks(hidden, len(columns)):
                 logits = _logits(hidden[rows], columns, bias, shape)
-                slope = shape.slope(logits) if by_hidden is not None else None
+                slope = shape.slope(logits) if by_hidden is not None else 1.0
                 if right is not None:
                     right[rows] = (logits.argmax(dim=1) == labels[rows]).float()
                 own = logits.gather(1, labels[rows, None])[:, 0]

@@ -104,16 +104,16 @@ def _computed(
     tokens = sum(map(sum, lengths))
     layout = PairLayout(lengths, flex, filling_of(tokens))
     draw = torch.Generator().manual_seed(0)  # the same both ways
-    parts = [
+    query, key, value = (
         torch.randn(1, heads, layout.tokens, width, generator=draw).to(device).requires_grad_()
         for heads, width in call.shapes
-    ]
+    )
     options = dict(call.options)
     if call.sinks is not None:
         options["s_aux"] = torch.tensor(call.sinks, device=device)
     with trial.computing():
-        attended, _ = shared_prefix_attention(None, *parts, None, pair_layout=layout, **options)
+        attended, _ = shared_prefix_attention(None, query, key, value, None, pair_layout=layout, **options)
     attended = attended[:, :tokens].float()
     weights = torch.randn(attended.shape, generator=draw).to(device)
-    (attended * weights).sum().backward()
-    return [attended.detach(), *(part.grad[:, :, :tokens].float() for part in parts)]
+    gradients = torch.autograd.grad((attended * weights).sum(), (query, key, value))
+    return [attended.detach(), *(gradient[:, :, :tokens].float() for gradient in gradients)]

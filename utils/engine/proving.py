@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .head import MARK, SMALLEST_CHUNK, LogitShape
@@ -77,21 +78,6 @@ class Trial:
             for layer, was_training in zip(layers, before, strict=True):
                 layer.training = was_training
 
-    @contextlib.contextmanager
-    def rounded_anew(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within the context each number of the model's embeddings is up to one rounding step off."""
-        generator = torch.Generator().manual_seed(0)
-
-        def move(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
-            signs = torch.randint(-1, 2, embedded.shape, generator=generator).to(embedded.device)
-            return (embedded.float() * (1 + self.step * signs)).to(embedded.dtype)
-
-        handle = model.get_input_embeddings().register_forward_hook(move)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def disagree(self, model: torch.nn.Module, one: Tensor, other: Tensor, again: Callable[[], Tensor]) -> str | None:
         """What tells the log-probs of two ways of computing apart; None when rounding can make it.
 
@@ -104,7 +90,7 @@ class Trial:
             return "its log-probs are not finite"
         if self.step is None:
             return f"its log-probs differ by up to {largest:.2g}" if largest > LARGEST or mean > MEAN else None
-        with self.rounded_anew(model):
+        with _rounded_anew(model, self.step):
             rounding = (again() - one).abs()
         usual, most = rounding.mean().item(), rounding.max().item()
         if mean > max(TIMES_ROUNDING * usual, MEAN):
@@ -119,11 +105,27 @@ class Trial:
         """How far apart the gradients of two right ways may be, as a share of the norm."""
         if self.step is None:
             return GRADIENT
-        with self.rounded_anew(model):
+        with _rounded_anew(model, self.step):
             return max(GRADIENT, TIMES_ROUNDING * _apart(gradient, again()))
 
 
-def most_of_trial(model: torch.nn.Module, rows: int, *, head: bool = False) -> int:
+@contextlib.contextmanager
+def _rounded_anew(model: PreTrainedModel, step: float) -> Iterator[None]:
+    """Within the context each number of the model's embeddings is up to one rounding step off."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+        signs = torch.randint(-1, 2, embedded.shape, generator=generator).to(embedded.device)
+        return (embedded.float() * (1 + step * signs)).to(embedded.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def most_of_trial(model: PreTrainedModel, rows: int, *, head: bool = False) -> int:
     """How many tokens of each part of a pair, or of a row, are enough to prove gradients by.
 
     Args:
@@ -246,7 +248,7 @@ def find_fault_of_compiled(model: torch.nn.Module, batch: Batch, trial: Trial, p
     return fault and f"{fault} from those of the model's own code"
 
 
-def gives_all_gradients(model: torch.nn.Module, batch: Batch, trial: Trial) -> bool:
+def gives_all_gradients(model: PreTrainedModel, batch: Batch, trial: Trial) -> bool:
     """Whether every trained weight gets a gradient from this batch, and will from any other; the model has none before
     or after.
 

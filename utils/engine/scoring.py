@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .head import MARK, HeadScores, KeptLogits, LogitShape, score_by_head
+from .head import MARK, HeadScores, KeptLogits, LogitShape, score_by_head, scores_in_chunks
 from .shared_prefix import PairLayout
 
 Batch = Mapping[str, Any]
@@ -76,8 +77,7 @@ def score_tokens(
     options: dict[str, Any] = {"output_router_logits": True} if with_auxiliary else {}
     asked = {"with_right": with_right, "with_squares": with_squares}
     head = output_head(model)
-    shape: LogitShape | None = getattr(head, MARK, None)
-    if shape is None:
+    if not scores_in_chunks(head):
         with _head_sees(head, select):
             outputs = model(**inputs, use_cache=False, **options)
         logits = outputs.logits.squeeze(0).float()
@@ -85,7 +85,7 @@ def score_tokens(
         if comparison is not None:
             comparison.add_to(scores, KeptLogits(logits.detach()))
     else:
-        with _head_scores(head, select, labels, shape, asked, comparison) as found:
+        with _head_scores(head, select, labels, asked, comparison) as found:
             outputs = model(**inputs, use_cache=False, **options)
         scores = found[0]
         # What the model made of the scores says nothing; it ties them to the model's output, as sharding needs it.
@@ -93,11 +93,11 @@ def score_tokens(
     return TokenScores(
         mask=mask.long(),
         log_probs=_spread(scores.log_probs, places, mask),
-        right=_spread(scores.right, places, mask) if with_right else None,
-        log_sum_sq_probs=_spread(scores.log_sum_sq_probs, places, mask) if with_squares else None,
+        right=_spread_asked(scores.right, places, mask),
+        log_sum_sq_probs=_spread_asked(scores.log_sum_sq_probs, places, mask),
         last_ids=last_ids,
         auxiliary=outputs.aux_loss if with_auxiliary else None,
-        divergence=_spread(scores.divergence, places, mask) if scores.divergence is not None else None,
+        divergence=_spread_asked(scores.divergence, places, mask),
         logits=scores.logits,
     )
 
@@ -120,14 +120,14 @@ class LogProbsOf(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         normalizer = logits.logsumexp(dim=-1)
         ctx.save_for_backward(logits, labels, normalizer)
         return logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normalizer
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, labels, normalizer = ctx.saved_tensors
         softmax = (logits - normalizer.unsqueeze(1)).exp_()
         gradient = softmax.mul_(-grad.unsqueeze(1))
@@ -174,6 +174,10 @@ def _spread(values: Tensor, places: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.numel()).index_copy(0, places.to(values.device), values).view(mask.shape)
 
 
+def _spread_asked(values: Tensor | None, places: Tensor, mask: Tensor) -> Tensor | None:
+    return None if values is None else _spread(values, places, mask)
+
+
 @contextlib.contextmanager
 def _head_sees(head: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the context the output head gets only the selected hidden states, as one row."""
@@ -186,15 +190,15 @@ def _head_sees(head: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> Ite
 
 @contextlib.contextmanager
 def _head_scores(
-    head: torch.nn.Module,
+    head: torch.nn.Linear,
     select: Callable[[Tensor], Tensor],
     labels: Tensor,
-    shape: LogitShape,
     asked: dict[str, bool],
     comparison: Comparison | None,
 ) -> Iterator[list[HeadScores]]:
     """Within the context the output head scores the labels, and gives log-probs, (1, tokens, 1), in place of logits."""
     found: list[HeadScores] = []
+    shape: LogitShape = getattr(head, MARK)
 
     def forward(hidden: Tensor) -> Tensor:
         selected = select(hidden).to(head.weight.device)
@@ -203,17 +207,17 @@ def _head_scores(
             comparison.add_to(found[0], KeptLogits.of_head(head, selected, shape, comparison.copied))
         return found[0].log_probs.view(1, -1, 1)
 
-    before = head.__dict__.get("forward")
-    head.forward = forward
+    before = vars(head).get("forward")
+    vars(head)["forward"] = forward
     try:
         yield found
     finally:
         del head.forward
         if before is not None:
-            head.forward = before
+            vars(head)["forward"] = before
 
 
-def output_head(model: torch.nn.Module) -> torch.nn.Module:
+def output_head(model: PreTrainedModel) -> torch.nn.Module:
     """The module that turns hidden states into logits, inside whatever wraps the model."""
     while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
         model = model.module

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from . import cpu_attention
 from .counted import plain_ids
 from .cpu_attention import Kept
-from .flex import BlockMask, attend_over_row, make_block_mask
+from .flex import attend_over_row, make_block_mask
 from .tables import RowTables, send
 
 NAME = "shared_prefix"
@@ -68,9 +69,9 @@ class PairLayout:
             yield start, lengths
             start += sum(lengths)
 
-    def kept_of(self, attention: torch.nn.Module) -> Kept | None:
+    def kept_of(self, attention: torch.nn.Module | None) -> Kept | None:
         """What this layer attended to, where layers are computed again."""
-        return None if self.kept is None else self.kept.setdefault(attention, Kept())
+        return None if self.kept is None or attention is None else self.kept.setdefault(attention, Kept())
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """The mask for FlexAttention, made once for all layers with this window."""
@@ -140,7 +141,8 @@ class PairLayout:
 
     def _sizes(self) -> list[int]:
         """The same as numbers: tensors on paper have no values."""
-        chosen, rejected = [], []
+        chosen: list[int] = []
+        rejected: list[int] = []
         for start, (prompt, first, second) in self.spans():
             middle = start + prompt + first
             for sizes, begin, length in ((chosen, start + prompt, first), (rejected, middle, second)):
@@ -178,12 +180,12 @@ def pack_pairs(
     uncounted = tuple(place for place, token in enumerate(ids) if token < 0)
     ids = plain_ids(ids)
     row = torch.tensor([ids + ids[:1] * filling])
-    lengths = tuple(tuple(map(len, pair)) for pair in pairs)
+    lengths = tuple((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in pairs)
     return row, PairLayout(lengths, flex, filling, uncounted, kept={} if keeps else None)
 
 
 def shared_prefix_attention(
-    module: torch.nn.Module,
+    module: torch.nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -229,22 +231,30 @@ def shared_prefix_attention(
 
 @torch.compiler.disable
 def _attend_pair_by_pair(
-    pair_layout: PairLayout, query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None, options: dict
+    pair_layout: PairLayout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sliding_window: int | None,
+    options: dict[str, Any],
 ) -> Tensor:
     """The same by calls for each text, for what no faster way takes: soft-capping, sinks, dropout, some GPUs."""
     key, value = (part.repeat_interleave(query.size(1) // key.size(1), dim=1) for part in (key, value))
-    attend = functools.partial(_attend_text, pair_layout, **options)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, offset: int) -> Tensor:
+        return _attend_text(pair_layout, query, key, value, offset, sliding_window, **options)
+
     # Split, not sliced: the gradients of all pieces are then put together once, instead of added up one by one.
     pieces = [size for p, c, r in pair_layout.lengths for size in (p + c, r)] + [pair_layout.filling]
     queries, keys, values = (part.split(pieces, dim=2) for part in (query, key, value))
     parts = []
     for index, (prompt, _, _) in enumerate(pair_layout.lengths):
         first, second = 2 * index, 2 * index + 1
-        parts.append(attend(queries[first], keys[first], values[first], 0, sliding_window))
+        parts.append(attend(queries[first], keys[first], values[first], 0))
         seen_keys, seen_values = (
             torch.cat([part[first][:, :, :prompt], part[second]], dim=2) for part in (keys, values)
         )
-        parts.append(attend(queries[second], seen_keys, seen_values, prompt, sliding_window))
+        parts.append(attend(queries[second], seen_keys, seen_values, prompt))
     parts.append(torch.zeros_like(queries[-1][..., :1]).expand(-1, -1, -1, value.size(-1)))
     return torch.cat(parts, dim=2).transpose(1, 2)
 
@@ -316,8 +326,7 @@ def _attend(
 ) -> Tensor:
     """Attention of one text, shape (1, heads, queries, width)."""
     if softcap is None and sinks is None:
-        options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
-        return F.scaled_dot_product_attention(query, key, value, **options)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.size(-1) ** -0.5)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

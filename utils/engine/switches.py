@@ -12,8 +12,10 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import use_adapter
 
@@ -23,7 +25,7 @@ RECOMPUTES = "gradient_checkpointing"  # what modules call it
 class Switches:
     """The switches of a model whose modules stay the same from here on."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model
         modules = list(model.modules())
         self._adapted = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
@@ -81,7 +83,7 @@ def trained_already(*models: torch.nn.Module) -> Iterator[None]:
     """
     trained = list({id(model): model for model in models}.values()) if all(model.training for model in models) else []
     for model in trained:
-        model.train = functools.partial(_stay, model)
+        vars(model)["train"] = functools.partial(_stay, model)
     try:
         yield
     finally:

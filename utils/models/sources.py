@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..run.bounded import Unreadable
 from ..run.checkpoints import find_fault, is_of_model
 from ..run.manifests import MANIFEST, find_changed
 from ..run.names import ADAPTER_CONFIG, CHECKPOINT, RECORD, SET_ASIDE
-from ..run.records import Unreadable, read_run
+from ..run.records import read_run
 from ..runtime import say
 from ..settings.training import ModelSettings
 from .adapter_config import read_adapter_config

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..arguments.parsing import NAMES_CODE, known_flags, read_recorded
 from ..errors import UserError
+from ..run.bounded import Unreadable
 from ..run.checkpoints import find_checkpoints, find_fault, is_of_model
 from ..run.names import CHECKPOINT, RECORD
 from ..run.paths import read_path
-from ..run.records import Unreadable, read_run
+from ..run.records import read_run
 from ..settings.training import Settings
 from .sources import ModelSource, check_source, check_unchanged, find_model, read_identities
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..settings.registry import ROWS, TRAINS
+from ..settings.flags import TRAINS
+from ..settings.registry import ROWS
 from .bounded import Unreadable, parse_json, read_json
 from .kinds import (
     ANY_MAPPING,

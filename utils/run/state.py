@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, in_one_line
+from .bounded import Unreadable
 from .names import TRAINER_STATE
-from .records import Unreadable, read_trainer_state
+from .records import read_trainer_state
 from .writing import replacing, write_json
 
 IDENTITY = "identity"  # the key of what the run is; every version that keeps it writes manifests

@@ -9,9 +9,10 @@ from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
 from ..models.loading import text_part
 from ..models.reference import ReferencePlan
+from ..run.bounded import Unreadable
 from ..run.names import TRAINER_STATE
 from ..run.processes import launched_with
-from ..run.records import Unreadable, read_trainer_state
+from ..run.records import read_trainer_state
 from ..runtime import device_name, say
 from .context import Run
 from .trainer import PreferenceTrainer, RunTrainer
