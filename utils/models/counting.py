@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+STANDS_FOR = "stands_for"  # on a parameter of a model on paper: how many numbers it has packed into its own
+
 NEARLY_ALL = 0.9  # of the weights: what is left are embeddings, the head and norms
 
 
@@ -66,7 +68,7 @@ def numbers_in(parameter: torch.Tensor) -> int:
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes
     if state is not None and getattr(state, "shape", None) is not None:
         return torch.Size(state.shape).numel()
-    stands_for = getattr(parameter, "stands_for", None)  # of a model on paper
+    stands_for = getattr(parameter, STANDS_FOR, None)
     if stands_for is not None:
         return stands_for
     return getattr(parameter, "ds_numel", None) or parameter.numel()  # DeepSpeed's, whose own tensor is empty
@@ -76,4 +78,4 @@ def is_in_4bit(parameter: torch.Tensor) -> bool:
     """Whether the numbers of a parameter are packed two to a byte."""
     if getattr(parameter, "quant_state", None) is not None:
         return True
-    return bool(getattr(parameter, "stands_for", 0)) and parameter.stands_for > parameter.numel()
+    return getattr(parameter, STANDS_FOR, 0) > parameter.numel()

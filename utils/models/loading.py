@@ -193,7 +193,7 @@ def _former_names(model: torch.nn.Module) -> set[str]:
     return set(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(kind) or ())
 
 
-def text_part(model: torch.nn.Module) -> str | None:
+def text_part(model: PreTrainedModel | PeftModel) -> str | None:
     """The name of the part of an image-text model that reads texts; None where that is the whole model."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -209,13 +209,13 @@ def text_part(model: torch.nn.Module) -> str | None:
     return name if name and any(id(parameters[n]) not in own for n in beyond) else None
 
 
-def beyond_text(model: torch.nn.Module) -> str | None:
+def beyond_text(model: PreTrainedModel | PeftModel) -> str | None:
     """A pattern of the modules that texts never reach, for PEFT; None where they reach all."""
     name = text_part(model)
     return rf"(?!{re.escape(name)}\.).*" if name is not None else None
 
 
-def freeze_beyond_text(model: torch.nn.Module) -> None:
+def freeze_beyond_text(model: PreTrainedModel | PeftModel) -> None:
     """Freezes what texts never reach: it would be called trained and never move."""
     name, head = text_part(model), model.get_output_embeddings()
     if name is None:
@@ -227,7 +227,9 @@ def freeze_beyond_text(model: torch.nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def check_embeddings(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+def check_embeddings(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource
+) -> None:
     """Refuses a tokenizer with more tokens than the model has embeddings for."""
     embeddings = model.get_input_embeddings()  # which an adapter may have wrapped
     size = getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)
@@ -388,9 +390,9 @@ def keep_quantized_weights(model: torch.nn.Module) -> None:
     It does so on processors with bfloat16: the reference would change under the policy. It also fails there on
     matrices whose rows are no whole blocks.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: ModelSettings, precision: Precision) -> Any:
@@ -465,7 +467,7 @@ def _check_adapter_complete(report: Any, source: ModelSource) -> None:
         raise UserError(*faults)
 
 
-def _check_token_rows(model: torch.nn.Module, source: ModelSource) -> None:
+def _check_token_rows(model: PreTrainedModel | PeftModel, source: ModelSource) -> None:
     """Refuses an adapter that brings embeddings or a head for other numbers of tokens than its base has.
 
     Raises:

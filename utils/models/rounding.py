@@ -24,7 +24,8 @@ def begin_on_steps(model: torch.nn.Module, dtype: torch.dtype) -> bool:
     ties = looked_at = 0
     for tensor in tensors:
         bits = tensor.flatten()[:LOOKED_AT].view(torch.int32) & ((1 << DROPPED_BITS[dtype]) - 1)
-        ties, looked_at = ties + (bits == 1 << (DROPPED_BITS[dtype] - 1)).sum().item(), looked_at + len(bits)
+        ties += int((bits == 1 << (DROPPED_BITS[dtype] - 1)).sum())
+        looked_at += len(bits)
     if ties <= MOST_TIES * looked_at:
         return False
     for tensor in tensors:

@@ -11,9 +11,8 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..engine.shared_prefix import Lengths
 from .hardware import Device, in_glibc_before
-from .padded import RowLengths
+from .padded import PartLengths
 from .padded import attention_flops as padded_attention_flops
 from .paper_model import Way, make_policy
 from .walk import (
@@ -87,7 +86,7 @@ class Estimate:
 
 def estimate(
     way: Way,
-    pairs: Sequence[Lengths] | Sequence[RowLengths],
+    pairs: Sequence[PartLengths],
     micro_batches: int,
     base: int,
     sharding: str = "none",
@@ -142,20 +141,20 @@ def _share_of_device(
     return parts, host
 
 
-def _unused_by_heap(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int, walk: Walk) -> int:
+def _unused_by_heap(way: Way, pairs: Sequence[PartLengths], micro_batches: int, walk: Walk) -> int:
     if way.checkpointing:
         walk = walk_all_layers(replace(way, checkpointing=False), pairs, micro_batches)
     share = HEAP if way.use_lora else HEAP_ALL_WEIGHTS
     return round(sum(walk.parts[part] for part in COMES_AND_GOES) * share)
 
 
-def pad_pairs(pairs: Sequence[Lengths]) -> list[Lengths]:
+def pad_pairs(pairs: Sequence[PartLengths]) -> list[PartLengths]:
     """Lengths that put as many tokens through the model as padded rows, two for each pair, and as many to the head."""
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
     return [(2 * longest - chosen - rejected, chosen, rejected) for _, chosen, rejected in pairs]
 
 
-def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int) -> Walk:
+def walk_all_layers(way: Way, pairs: Sequence[PartLengths], micro_batches: int) -> Walk:
     """A step with all layers: where they are alike, by walking through few of them twice. Each is taken once."""
     key = (repr(way), way.config.to_json_string(), tuple(pairs), min(micro_batches, 2))
     if key not in _taken:
@@ -166,7 +165,7 @@ def walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], m
 _taken: dict[Any, Walk] = {}
 
 
-def _walk_all_layers(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int) -> Walk:
+def _walk_all_layers(way: Way, pairs: Sequence[PartLengths], micro_batches: int) -> Walk:
     layers = way.config.get_text_config().num_hidden_layers
     if layers <= FEW[1] or not layers_alike(way):
         return walk_step(way, pairs, micro_batches)

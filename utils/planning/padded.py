@@ -11,10 +11,10 @@ import torch
 from ..engine.scoring import PLACES, score_tokens
 from .paper_model import Way
 
-RowLengths = tuple[int, int]  # tokens of prompt and completion
+PartLengths = tuple[int, ...]  # tokens of prompt, chosen and rejected of a pair; of sft, of prompt and completion
 
 
-def padded_tokens(rows: Sequence[RowLengths]) -> int:
+def padded_tokens(rows: Sequence[PartLengths]) -> int:
     """What a micro-batch of these rows puts through the model."""
     return len(rows) * max(map(sum, rows))
 
@@ -30,7 +30,7 @@ def mean_padded_length(lengths: Sequence[int], batch: int) -> float:
     return float(ordered @ np.diff(share, prepend=0.0))
 
 
-def take_rows(way: Way, policy: torch.nn.Module, rows: Sequence[RowLengths]) -> None:
+def take_rows(way: Way, policy: torch.nn.Module, rows: Sequence[PartLengths]) -> None:
     """Forward and backward pass of one micro-batch, as `ImitationTrainer` computes it."""
     shape = (len(rows), max(map(sum, rows)))
     completion = sum(tokens for _, tokens in rows)
@@ -42,7 +42,7 @@ def take_rows(way: Way, policy: torch.nn.Module, rows: Sequence[RowLengths]) -> 
     (-log_probs).sum().backward()
 
 
-def attention_flops(config: Any, rows: Sequence[RowLengths]) -> int:
+def attention_flops(config: Any, rows: Sequence[PartLengths]) -> int:
     """Operations of the attention of one micro-batch, forward and backward, over all of the padded rows: what walking
     through does not count."""
     text = config.get_text_config()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..engine.adapters import speed_up_lora
@@ -17,6 +17,7 @@ from ..engine.head import MARK, LogitShape
 from ..engine.last_layer import leave_out_prompts
 from ..engine.scoring import output_head
 from ..engine.switches import Switches
+from ..models.counting import STANDS_FOR
 from ..models.loading import answer_in_full, beyond_text, find_targets, freeze_beyond_text
 from ..models.reference import held_in
 from ..models.translating import translating
@@ -56,7 +57,7 @@ class Way:
         return self.reference == "none"
 
 
-def make_policy(way: Way) -> torch.nn.Module:
+def make_policy(way: Way) -> PreTrainedModel | PeftModel:
     """The policy, on the meta device, prepared as the trainer prepares it.
 
     Raises:
@@ -82,7 +83,7 @@ def make_policy(way: Way) -> torch.nn.Module:
     return model.train()
 
 
-def make_reference(way: Way) -> torch.nn.Module:
+def make_reference(way: Way) -> PreTrainedModel:
     """A reference that is a model of its own, on the meta device."""
     dtype = held_in(way.dtype, way.use_lora, way.in_4bit)
     config = way.reference_config or way.config
@@ -97,7 +98,7 @@ def make_reference(way: Way) -> torch.nn.Module:
     return model.eval()
 
 
-def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config._experts_implementation = EXPERTS  # of experts that transformers can compute in several ways
     answer_in_full(config)
@@ -110,7 +111,7 @@ def _make_base(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
         )
 
 
-def _put_adapter(model: torch.nn.Module, settings: LoraSettings) -> torch.nn.Module:
+def _put_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     targets, parameters = find_targets(settings, model)
     config = LoraConfig(
         r=settings.lora_r,
@@ -140,7 +141,7 @@ class Linear4bit(torch.nn.Module):
         ):
             values = torch.empty(size, dtype=torch.uint8, device="meta")
             parameter = torch.nn.Parameter(values, requires_grad=False)
-            parameter.stands_for = count if name == "weight" else 0
+            setattr(parameter, STANDS_FOR, count if name == "weight" else 0)
             setattr(self, name, parameter)
         self.bias = layer.bias
 
@@ -151,7 +152,7 @@ class Linear4bit(torch.nn.Module):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape = shape
         return x @ x.new_empty(shape).t()
@@ -192,7 +193,7 @@ class _ExpertProduct(torch.autograd.Function):
     """Rows times the weights of their experts, each row with one: memory and operations of a grouped product."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.transposed = transposed
         return rows @ _of_one(weight, transposed).to(rows.dtype)

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-from ..engine.shared_prefix import Lengths
 from ..errors import UserError
 from ..models.quantization import Stored
 from ..runtime import choose_precision, find_device
@@ -22,6 +21,7 @@ from .estimate import Estimate, estimate, pad_pairs
 from .hardware import GIB, Device, describe_this_machine, find_device_by_name
 from .launching import words_before_script
 from .measuring import Measured
+from .padded import PartLengths
 from .paper_model import Way
 from .work import Subject, Work, pairs_per_step, place_of_reference
 
@@ -208,7 +208,7 @@ class _Planner:
                 break
         return Choice(asked, batch, needs, sharding, self._seconds(needs))
 
-    def _micro_batch(self, batch: int) -> tuple[list[Lengths], int]:
+    def _micro_batch(self, batch: int) -> tuple[list[PartLengths], int]:
         """The largest micro-batch when so many of the longest pairs meet, and how many a step has of its kind.
 
         Raises:
@@ -233,7 +233,7 @@ class _Planner:
     def others(self, first: Choice) -> Iterator[Choice]:
         """Other kinds of training, with and without checkpointing, each with the largest micro-batch that fits."""
         asked, batch = first.needs.way, first.batch
-        kinds = ((False, False), (True, False), (True, True))
+        kinds: tuple[tuple[bool, bool], ...] = ((False, False), (True, False), (True, True))
         if self.stored is not None:  # neither trained as a whole nor held in other bits than those of the files
             kinds = ((True, self.stored.in_4bit),)
         for use_lora, in_4bit in kinds:
@@ -284,7 +284,7 @@ class _Planner:
         return flops / (self.device.rate * self.efficiency * devices)
 
 
-def _order(choice: Choice, asked: Choice) -> tuple:
+def _order(choice: Choice, asked: Choice) -> tuple[bool, bool, float, int]:
     """The kind of training that was asked for comes first, then what keeps the device busy, then what is fast."""
     way, wish = choice.needs.way, asked.needs.way
     other_kind = (way.use_lora, way.in_4bit) != (wish.use_lora, wish.in_4bit)

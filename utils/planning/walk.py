@@ -8,28 +8,30 @@ itself, for a model of any size, in seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..engine.head import chunks_as_on
 from ..engine.scoring import score_tokens
-from ..engine.shared_prefix import NAME, Lengths, PairLayout, shared_prefix_active
+from ..engine.shared_prefix import NAME, PairLayout, shared_prefix_active
 from ..errors import UserError
 from ..models.counting import count_parameters
-from .padded import RowLengths, padded_tokens, take_rows
+from .padded import PartLengths, padded_tokens, take_rows
 from .paper_model import (
     STATE_BYTES,
     Way,
@@ -129,7 +131,7 @@ def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return formula(*args, **kwargs, out_val=out) if formula is not None else 0
 
 
-def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_batches: int = 1) -> Walk:
+def walk_step(way: Way, pairs: Sequence[PartLengths], micro_batches: int = 1) -> Walk:
     """Walks through one optimizer step of so many micro-batches of these pairs.
 
     Args:
@@ -139,9 +141,13 @@ def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_b
     Raises:
         UserError: the model cannot be made from its config, or its code cannot be walked through.
     """
-    kept: dict | None = {} if way.checkpointing and not way.on_gpu else None
-    batch = tuple(pairs) if way.imitates else PairLayout(tuple(pairs), kept=kept)
     policy, reference = make_policy(way), make_reference(way) if way.reference == "model" else None
+    if way.imitates:
+        tokens, take = padded_tokens(pairs), functools.partial(take_rows, way, policy, pairs)
+    else:
+        keeps = way.checkpointing and not way.on_gpu
+        layout = PairLayout(tuple((p, c, r) for p, c, r in pairs), kept={} if keeps else None)
+        tokens, take = layout.tokens, functools.partial(take_micro_batch, way, policy, reference, layout)
     counts, trained_names = count_parameters(policy), [n for n, p in policy.named_parameters() if p.requires_grad]
     layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     meter = Meter(way.config.get_text_config().vocab_size)
@@ -149,13 +155,13 @@ def walk_step(way: Way, pairs: Sequence[Lengths] | Sequence[RowLengths], micro_b
         warnings.simplefilter("ignore")
         _hold_models(meter, policy, reference)
         trained = [p for name, p in policy.named_parameters() if name in set(trained_names)]
-        flops = _walk(meter, way, policy, reference, trained, batch, micro_batches)
+        flops = _walk(meter, way, policy, trained, take, micro_batches)
     size = way.config.get_text_config()
     largest = max([sum(p.numel() for p in layer.parameters()) for layer in layers] or [0])
     return Walk(
         moments={phase: {part: held[part] for part in PARTS} for phase, held in meter.moments.items()},
         flops=flops,
-        tokens=padded_tokens(pairs) if way.imitates else batch.tokens,
+        tokens=tokens,
         parameters=counts.total - counts.adapter,
         trainable=sum(p.numel() for p in trained),
         largest_layer=max(largest, size.vocab_size * size.hidden_size),
@@ -174,9 +180,8 @@ def _walk(
     meter: Meter,
     way: Way,
     policy: torch.nn.Module,
-    reference: torch.nn.Module | None,
     trained: list[torch.nn.Parameter],
-    batch: PairLayout | tuple[RowLengths, ...],
+    take: Callable[[], None],
     micro_batches: int,
 ) -> int:
     phases = phases_of_backward(policy)
@@ -195,10 +200,7 @@ def _walk(
         meter.mark(states, OPTIMIZER)
         for _ in range(min(micro_batches, 2)):
             before, meter.phase = meter.flops, FORWARD
-            if way.imitates:
-                take_rows(way, policy, batch)
-            else:
-                take_micro_batch(way, policy, reference, batch)
+            take()
             flops = meter.flops - before
         meter.phase = UPDATE
         optimizer.step()
@@ -245,7 +247,7 @@ def take_micro_batch(
 
 
 def _score_reference(
-    way: Way, policy: torch.nn.Module, reference: torch.nn.Module | None, batch: Mapping[str, Any]
+    way: Way, policy: PreTrainedModel | PeftModel, reference: PreTrainedModel | None, batch: Mapping[str, Any]
 ) -> Tensor | float:
     if way.reference == "ahead":
         return 0.0
@@ -330,7 +332,7 @@ AttentionInterface.register(ATTENTION[True], _fused)
 AttentionInterface.register(ATTENTION[False], _pair_by_pair)
 
 
-def attention_flops(config: Any, pairs: Sequence[Lengths]) -> int:
+def attention_flops(config: Any, pairs: Sequence[PartLengths]) -> int:
     """Operations of the attention of one micro-batch, forward and backward, by a kernel that leaves out what no token
     sees: what walking through does not count."""
     text = config.get_text_config()

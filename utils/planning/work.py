@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers import AutoConfig, PretrainedConfig
 from ..data.lengths import count_row_tokens
 from ..data.loading import load_pairs
 from ..data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS
-from ..engine.shared_prefix import Lengths
 from ..models.adapter_config import read_adapter_config
 from ..models.loading import choose_max_length, load_tokenizer, longest_context
 from ..models.quantization import check_trainable
@@ -26,7 +25,7 @@ from ..settings.training import Settings
 from ..settings.verbs import PlanSettings
 from ..training.config import rows_of_run
 from ..training.rows import prepare_rows
-from .padded import RowLengths, mean_padded_length, padded_tokens
+from .padded import PartLengths, mean_padded_length, padded_tokens
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Work:
     `known`: read from data. `padded`: rows, which micro-batches pad.
     """
 
-    lengths: list[Lengths] | list[RowLengths]
+    lengths: list[PartLengths]
     held_out_tokens: int
     known: bool
     padded: bool = False
@@ -51,7 +50,7 @@ class Work:
         """Of one pass."""
         return sum(map(sum, self.lengths))
 
-    def computed(self, pairs: list) -> int:
+    def computed(self, pairs: Sequence[PartLengths]) -> int:
         """Tokens that a micro-batch of these puts through the model."""
         return padded_tokens(pairs) if self.padded else sum(map(sum, pairs))
 
@@ -61,7 +60,7 @@ class Work:
             mean_padded_length(list(map(sum, self.lengths)), batch) if self.padded else self.tokens / len(self.lengths)
         )
 
-    def longest(self, count: int) -> list:
+    def longest(self, count: int) -> list[PartLengths]:
         """A micro-batch of the longest."""
         return [self.lengths[index % len(self.lengths)] for index in range(count)]
 
@@ -159,6 +158,6 @@ def read_work(settings: Settings, source: ModelSource, config: PretrainedConfig)
     return Work(sorted(lengths, key=sum, reverse=True), sum(map(sum, held_out)), True, padded)
 
 
-def _lengths(rows: Any, completions: Iterable[str]) -> list[tuple[int, ...]]:
+def _lengths(rows: Any, completions: Iterable[str]) -> list[PartLengths]:
     columns = (count_row_tokens(rows, [name]).tolist() for name in ("prompt_ids", *completions))
     return list(zip(*columns, strict=True))
