@@ -96,7 +96,7 @@ def limit_tokens_by_trying(trainer: PreferenceTrainer, scored_ahead: bool, recor
 class _Search:
     """Tries sizes with one trainer."""
 
-    def __init__(self, trainer: PreferenceTrainer, scored_ahead: bool):
+    def __init__(self, trainer: PreferenceTrainer, scored_ahead: bool) -> None:
         self.trainer, self.scored_ahead = trainer, scored_ahead
         self.device = trainer.args.device
         if trainer.machine.is_sharded or self.device.type not in USED:
@@ -224,7 +224,8 @@ class _Search:
 
     def _longest_within(self, tokens: int) -> list[int]:
         """Indices of the longest pairs that make one micro-batch within so many tokens; the shortest if none does."""
-        packs, found, sum_of_found = self.trainer.data_collator.packs, [], 0
+        packs, sum_of_found = self.trainer.data_collator.packs, 0
+        found: list[int] = []
         for index in self.order:
             size = self.sizes[index]
             cost = sum_of_found + size if packs else (self.sizes[found[0]] if found else size) * (len(found) + 1)

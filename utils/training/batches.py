@@ -45,7 +45,7 @@ class PairCollator(DataCollatorForPreference):
         groups = fill_batches(sizes, self.max_tokens, padded=not self.packs)
         return {PARTS: [self.whole([examples[index] for index in group]) for group in groups]}
 
-    def whole(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def whole(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """All examples as one batch."""
         pairs = [{name: example[name] for name in PAIR_IDS} for example in examples]
         batch = self.packed(pairs) if self.packs else self.padded(pairs)
@@ -56,7 +56,7 @@ class PairCollator(DataCollatorForPreference):
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
         return batch
 
-    def packed(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    def packed(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The pairs in one row of tokens."""
         ids = [tuple(pair[name] for name in PAIR_IDS) for pair in pairs]
         tokens = sum(len(part) for pair in ids for part in pair)
@@ -66,7 +66,7 @@ class PairCollator(DataCollatorForPreference):
         row, layout = pack_pairs(ids, self.flex, filling, self.keeps)
         return {"input_ids": row, "layout": layout}
 
-    def padded(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    def padded(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A row for each completion."""
         plain = [{name: plain_ids(ids) for name, ids in pair.items()} for pair in pairs]
         batch = super().torch_call(plain)
@@ -152,7 +152,7 @@ def examples_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The pairs that a batch was made of, in order: token ids, and what else it says of each."""
     if PARTS in batch:
         return [example for part in batch[PARTS] for example in examples_of(part)]
-    examples = [dict(zip(PAIR_IDS, ids, strict=True)) for ids in _ids_of(batch)]
+    examples: list[dict[str, Any]] = [dict(zip(PAIR_IDS, ids, strict=True)) for ids in _ids_of(batch)]
     for name, values in (("row", batch.get(ROWS) or []), *((name, batch.get(name, [])) for name in REFERENCE_COLUMNS)):
         for example, value in zip(examples, values, strict=False):
             example[name] = float(value) if name in REFERENCE_COLUMNS else value

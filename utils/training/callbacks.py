@@ -7,10 +7,11 @@ import math
 import signal
 import threading
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..distributed import any_of
 from ..errors import UserError
@@ -87,7 +88,7 @@ class RunWatcher(TrainerCallback):
         self._saves_later = False
         self._has_named = False  # whether it was looked for what the first step does not train
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.usage.begun_at = state.global_step
         if self.folder is not None and state.is_world_process_zero:
             if self.fresh:
@@ -113,7 +114,14 @@ class RunWatcher(TrainerCallback):
         self.begun = True
         self.stopwatch.start()
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         if not self._has_named and model is not None and args.deepspeed is None:
             self._name_what_stays(model)
 
@@ -133,7 +141,7 @@ class RunWatcher(TrainerCallback):
                 aloud=True,
             )
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # a line before every checkpoint, so that the two tell of the same step
         # A signal may have reached any process: all have to stop after the same step. Does not wait for a GPU.
@@ -150,14 +158,21 @@ class RunWatcher(TrainerCallback):
             # The evaluation at the end of the epoch belongs to this step too.
             control.should_save, self._saves_later = False, True
 
-    def on_epoch_end(self, args, state, control, **_):
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._saves_later:
             control.should_save, self._saves_later = True, False
         elif self.interrupted and not float(state.epoch).is_integer():
             # The epoch goes on when the run is resumed.
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs or not is_of_run(logs):
             return
         held_out = any(name.startswith("eval_") for name in logs)
@@ -198,14 +213,21 @@ class RunWatcher(TrainerCallback):
                 sounded.append(name)
                 self.record.warn(text, aloud=aloud)
 
-    def _progress(self, state, logs: Mapping[str, Any], left: float) -> str:
+    def _progress(self, state: TrainerState, logs: Mapping[str, Any], left: float) -> str:
         width = len(str(state.max_steps))
         return (
             f"  step {state.global_step:>{width}}/{state.max_steps}  {readable_metrics(logs)}  "
             f"lr {logs.get('learning_rate', 0):.1e}  {readable_seconds(left)} left"
         )
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         if state.global_step == 0:
             self.record.update(metrics={"held_out_before": shown})
@@ -215,7 +237,7 @@ class RunWatcher(TrainerCallback):
             when = "before training" if state.global_step == 0 else f"at step {state.global_step}"
             say(f"  held out {when}: {readable_metrics(shown)}")
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.stopwatch.stop()
         if not self.interrupted and args.save_strategy != "no":  # asked after the last step, which is saved
             self.interrupted = any_of(self.asked_to_stop)
@@ -224,22 +246,22 @@ class RunWatcher(TrainerCallback):
 class StopInGoodOrder:
     """Within the context a signal to stop lets the step finish and its state be saved; a second one is final."""
 
-    def __init__(self, watcher: RunWatcher):
+    def __init__(self, watcher: RunWatcher) -> None:
         self.watcher = watcher
         self.former: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> StopInGoodOrder:
         if threading.current_thread() is threading.main_thread():
             for number in heeded_signals():
                 self.former[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self.former.items():
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, handler)
 
-    def _ask(self, number, frame):
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         let_no_second_hangup_count(number)
         if self.watcher.asked_to_stop:
             raise KeyboardInterrupt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..run.state import IDENTITY, keep_in_checkpoints
 from .context import Run
@@ -25,10 +25,18 @@ def attach_continuation(run: Run, trainer: RunTrainer, continuation: Continuatio
 
 
 class _CarryOn(TrainerCallback):
-    def __init__(self, continuation: Continuation):
+    def __init__(self, continuation: Continuation) -> None:
         self.continuation = continuation
 
-    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **_):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
         keep_in_checkpoints(state, IDENTITY, dict(self.continuation.identity))
         keep_in_checkpoints(state, CHANGES, list(self.continuation.changes))
         if self.continuation.changed and optimizer is not None:

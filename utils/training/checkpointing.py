@@ -49,7 +49,7 @@ class CheckpointWriter:
     by name.
     """
 
-    def __init__(self, machine: Machine, most: int | None):
+    def __init__(self, machine: Machine, most: int | None) -> None:
         self.machine, self.most = machine, most
         self.broken_before = 0  # trained weights that were not finite when training began
         self.saved_files: dict[str, tuple[int, str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,11 @@ MOST_CONFIG_BYTES = 2**20
 
 def check_settings(settings: Settings) -> None:
     """What can be refused before anything is loaded: 4-bit without its library, a missing tracker or reference."""
-    checks = [lambda: check_trackers(settings), lambda: check_launch(settings), lambda: _check_offloading(settings)]
+    checks: list[Callable[[], object]] = [
+        lambda: check_trackers(settings),
+        lambda: check_launch(settings),
+        lambda: _check_offloading(settings),
+    ]
     checks.append(lambda: _check_precision(settings))
     checks += [lambda: _check_sampling(settings), lambda: _check_skipping(settings)]
     checks.append(lambda: _check_named_files(settings))

@@ -32,7 +32,7 @@ class LayerCompiler:
     """Compiles layers one by one. `layers`: how many of the policy; `in_pieces`: with parts in between that the
     compiler does not take."""
 
-    def __init__(self, machine: Machine, options: dict[str, Any] | None):
+    def __init__(self, machine: Machine, options: dict[str, Any] | None) -> None:
         self.machine, self.options = machine, options
         self.layers, self.in_pieces = 0, False
 

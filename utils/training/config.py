@@ -117,7 +117,7 @@ def build_config(settings: Settings, precision: Precision, folder: Path, adapts:
     config_class = DPOConfig if settings.verb == "train" else SFTConfig
     with refusals_explained(settings):
         # The trainer would upload while it trains, with a pickle of its arguments; see finishing.py.
-        config = config_class(**(values | settings.trainer_fields | {"push_to_hub": False}))
+        config = config_class(**{**values, **settings.trainer_fields, "push_to_hub": False})
     if patience is not None and not settings.run.dry_run:
         # Not above, where --save_steps must be a multiple of --eval_steps for it: here each best model is saved anyway.
         config.load_best_model_at_end = True

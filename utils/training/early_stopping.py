@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..run.record import RunRecord
 from ..runtime import say
@@ -40,19 +40,19 @@ class EarlyStopping(TrainerCallback):
     It counts from the trainer's log, which a resumed run has too.
     """
 
-    def __init__(self, patience: int, metric: str, record: RunRecord):
+    def __init__(self, patience: int, metric: str, record: RunRecord) -> None:
         self.patience, self.metric, self.record = patience, metric, record
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         best = find_best(state.log_history, self.metric)
         if best is not None:  # a resumed run, which may have been stopped already
             control.should_training_stop = self._note(best, state)
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_evaluate:
             control.should_log = True  # what a checkpoint counted is logged before it
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         best = find_best(state.log_history, self.metric)
         if best is None or state.global_step == 0:
             return
@@ -65,7 +65,7 @@ class EarlyStopping(TrainerCallback):
                 f"evaluation{'s' if best.evaluations_since > 1 else ''}"
             )
 
-    def _note(self, best: Best, state) -> bool:
+    def _note(self, best: Best, state: TrainerState) -> bool:
         """Records the best evaluation; whether the run stops for it."""
         stops = best.evaluations_since >= self.patience and state.global_step < state.max_steps
         content = {"metric": self.metric, "patience": self.patience, **asdict(best), "stopped": stops}

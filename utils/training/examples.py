@@ -27,7 +27,7 @@ def choose_examples(
         return []
     if "margin" in rows[0]:
         order = sorted(range(len(rows)), key=lambda index: rows[index]["margin"])
-        names = ("id", "place", "margin", "chosen_reward", "rejected_reward")
+        names: tuple[str, ...] = ("id", "place", "margin", "chosen_reward", "rejected_reward")
     else:
         order = sorted(range(len(rows)), key=lambda index: rows[index]["logps"] / rows[index]["tokens"])
         names = ("id", "place", "logps", "tokens")

@@ -24,7 +24,7 @@ def fold_history(history: list[dict[str, Any]], counted: str) -> None:
     total, last = sum(weights), lines[-1]
     names = [name for name in last if name != "step" and all(isinstance(line.get(name), float) for line in lines)]
     means = {name: sum(line[name] * w for line, w in zip(lines, weights, strict=True)) / total for name in names}
-    kept = {name: last[name] for name in ("learning_rate", "epoch", "skipped_steps") if name in last}
+    kept: dict[str, Any] = {name: last[name] for name in ("learning_rate", "epoch", "skipped_steps") if name in last}
     count = sum(line.get(STANDS_FOR, 1) for line in lines)
     history[places[FOLDED - 1]] = {**last, **means, **kept, counted: total, STANDS_FOR: count}
     folded = set(places[: FOLDED - 1])

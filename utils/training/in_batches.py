@@ -41,7 +41,7 @@ class PairsInBatches:
     `divided(indices, parts)` is told of a batch that is scored in parts from here on.
     """
 
-    def __init__(self, machine: Machine, collator: PairCollator, divided: Callable[..., None] | None = None):
+    def __init__(self, machine: Machine, collator: PairCollator, divided: Callable[..., None] | None = None) -> None:
         self.machine, self.collator, self.divided = machine, collator, divided
         self._most: int | None = None  # pairs at once, since memory ran out
 

@@ -34,7 +34,7 @@ class LayoutChoice:
     out prompts; `pair_by_pair`, on a GPU, why attention is not one call over the row.
     """
 
-    def __init__(self, machine: Machine, collator: PairCollator, compiler: LayerCompiler):
+    def __init__(self, machine: Machine, collator: PairCollator, compiler: LayerCompiler) -> None:
         self.machine, self.collator, self.compiler = machine, collator, compiler
         self.shared_prefix: bool | str = "not chosen"
         self.last_layer_in_part = False

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..data.places import Place, row_places
@@ -29,7 +30,7 @@ class Machine:
 
     bad_batches: BadBatches
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.record = RunRecord({})  # the run's own takes its place, and what it says so far
         self.stopwatch = Stopwatch()
@@ -100,7 +101,7 @@ class Machine:
             self._switches = self.policy, Switches(self.unwrapped())
         return self._switches[1]
 
-    def unwrapped(self, model: torch.nn.Module | None = None) -> torch.nn.Module:
+    def unwrapped(self, model: torch.nn.Module | None = None) -> PreTrainedModel | PeftModel:
         """A model, by default the policy, inside whatever wraps it."""
         return self.accelerator.unwrap_model(self.policy if model is None else model)
 

@@ -37,7 +37,7 @@ class PairTask:
         objective: Objective,
         scorer: CompletionScorer,
         reference: ReferenceScores,
-    ):
+    ) -> None:
         self.machine, self.tally, self.collator = machine, tally, collator
         self.objective, self.scorer, self.reference = objective, scorer, reference
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +16,10 @@ from ..data.lengths import count_row_tokens
 class Stopwatch:
     """Seconds of the training loop alone: it stands still within `paused`, which counts by what it was paused for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._total = 0.0
         self._since: float | None = None
-        self._paused: Counter[str] = Counter()  # seconds
+        self._paused: defaultdict[str, float] = defaultdict(float)  # seconds
         self._pauses: Counter[str] = Counter()
 
     @property

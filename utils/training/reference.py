@@ -37,7 +37,7 @@ class ReferenceScores:
     training continues, or the base with the adapter switched off.
     """
 
-    def __init__(self, machine: Machine, collator: PairCollator, scorer: CompletionScorer, is_start: bool):
+    def __init__(self, machine: Machine, collator: PairCollator, scorer: CompletionScorer, is_start: bool) -> None:
         self.machine, self.collator, self.scorer, self.is_start = machine, collator, scorer, is_start
         self.in_batches = PairsInBatches(machine, collator, self._divide_kept)
         # Of batches of held-out pairs, where they are scored ahead; and those pairs.

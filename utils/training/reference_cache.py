@@ -46,7 +46,7 @@ def hash_model(tensors: Iterable[tuple[str, Tensor]], config: PretrainedConfig, 
     digest.update(json.dumps([said, how, versions], sort_keys=True, default=str).encode())
     for name, value in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -113,5 +113,5 @@ def _hash_columns(key: str, columns: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(key.encode())
     for name, values in sorted(columns.items()):
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values))
+        digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()

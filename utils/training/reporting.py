@@ -18,7 +18,7 @@ LARGEST_SHARE = 0.02  # of the time, for pages that take long to write
 class ReportFile:
     """The page of one run. A failure to write it is a warning, and stops nothing."""
 
-    def __init__(self, folder: Path, record: RunRecord):
+    def __init__(self, folder: Path, record: RunRecord) -> None:
         self.folder, self.record = folder, record
         self._next = 0.0  # when it may be written again, unasked
 

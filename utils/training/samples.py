@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..data.calls import plain_turns, said_by
@@ -82,7 +82,7 @@ class SampleWriter(TrainerCallback):
         self.seed = run.settings.training.seed
         self.sampling = SamplingSettings(max_new_tokens=run.settings.run.sample_max_new_tokens)
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         rows = self.sample(state.global_step)

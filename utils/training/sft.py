@@ -31,10 +31,10 @@ class CompletionCollator:
 
     filler: Sequence[dict[str, Any]] = ()  # a row for a process that has none left in a step
 
-    def __init__(self, pad_token_id: int):
+    def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not examples:
             return uncounted(self(self.filler))
         rows = [(row["prompt_ids"], row["completion_ids"]) for row in examples]
@@ -62,7 +62,7 @@ class CompletionTask:
     counted = "tokens"
     columns: Sequence[str] = ("prompt_ids", "completion_ids", LENGTH, "row")  # that batches are made of
 
-    def __init__(self, machine: Machine, tally: StepTally, collator: CompletionCollator, dft: bool):
+    def __init__(self, machine: Machine, tally: StepTally, collator: CompletionCollator, dft: bool) -> None:
         self.machine, self.tally, self.collator, self.dft = machine, tally, collator, dft
 
     @freed_memory_returned()

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from ..models.loading import TRAINED_ADAPTER
 from ..runtime import is_main_process
@@ -25,7 +26,8 @@ def whole_state(state: Any) -> Any:
     Every process must call it, since all have a part.
     """
     if isinstance(state, DTensor):
-        whole = state.detach().full_tensor()
+        with torch.no_grad():
+            whole = state.full_tensor()
         return whole.cpu() if is_main_process() else None
     if isinstance(state, Mapping):
         return {key: whole_state(value) for key, value in state.items()}
@@ -71,7 +73,7 @@ def whole_weights(model: torch.nn.Module) -> dict[str, Tensor | None]:
     return whole_state(model.state_dict())
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
     """Puts the weights of a checkpoint into a sharded model: of a model with an adapter, into the adapter."""
     parameters = dict(model.named_parameters())
     if isinstance(model, PeftModel):

@@ -58,7 +58,7 @@ class StepShares(BatchRebalanceSampler):
 
     def __init__(
         self,
-        rows: Sampler,
+        rows: Sampler[int],
         sizes: Sequence[int],
         processes: int,
         process: int,
@@ -66,7 +66,7 @@ class StepShares(BatchRebalanceSampler):
         most: int,
         by_tokens: bool,
         drop_last: bool,
-    ):
+    ) -> None:
         """`rows`: the rows in the order of training. `most`: pairs per micro-batch; `by_tokens`: where a micro-batch is
         split again by tokens, so that it may have any number of them."""
         self.rows, self.sizes = rows, sizes
@@ -97,7 +97,7 @@ class StepShares(BatchRebalanceSampler):
 
 
 def share_steps(
-    rows: Sampler, dataset: Dataset, sizes: Sequence[int], args: TrainingArguments, by_tokens: bool
+    rows: Sampler[int], dataset: Dataset, sizes: Sequence[int], args: TrainingArguments, by_tokens: bool
 ) -> StepShares | None:
     """The micro-batches of one of several processes; None where `rows` come in an order of another kind.
 

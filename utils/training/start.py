@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..models.reference import ReferencePlan
 
@@ -63,10 +63,10 @@ def _size(differences: Tensor) -> float:
 class StartCheck(TrainerCallback):
     """Looks before the first step whether the policy starts as its reference, and warns where it does not."""
 
-    def __init__(self, trainer: PreferenceTrainer, reference: ReferencePlan):
+    def __init__(self, trainer: PreferenceTrainer, reference: ReferencePlan) -> None:
         self.trainer, self.reference = trainer, reference
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step > 0:
             return
         start = measure_start(self.trainer)  # in all processes, with the same result

@@ -24,7 +24,7 @@ class StepTally:
     policy, as computed and as padded rows would have; `tokens_seen` are those of the data, padding not counted.
     """
 
-    def __init__(self, counted: str, device: torch.device):
+    def __init__(self, counted: str, device: torch.device) -> None:
         self.counted, self.device = counted, device
         self.sums: dict[str, Tensor] = {}  # since the last line, by name of the metric
         self.tokens_computed = self.tokens_padded = self.tokens_seen = 0

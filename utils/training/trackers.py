@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -29,11 +29,11 @@ class StepwiseWandb(WandbCallback):
     Names are those of every tracker: train/... and eval/...
     """
 
-    def __init__(self, settings: RunSettings, run_id: str):
+    def __init__(self, settings: RunSettings, run_id: str) -> None:
         super().__init__()
         self.settings, self.run_id = settings, run_id
 
-    def setup(self, args, state, model, **options):
+    def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **options: Any) -> None:
         if state.is_world_process_zero and self._wandb.run is None:
             self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", self.settings.wandb_project),
@@ -48,7 +48,15 @@ class StepwiseWandb(WandbCallback):
             )
         super().setup(args, state, model, **options)
 
-    def on_log(self, args, state, control, model=None, logs=None, **options):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, float] | None = None,
+        **options: Any,
+    ) -> None:
         if not self._initialized:
             self.setup(args, state, model)
         if not state.is_world_process_zero or "train_runtime" in logs:
@@ -98,8 +106,8 @@ def _let_fail(callback: TrainerCallback, record: RunRecord) -> None:
     name = _name_of(callback)
     failed = False
 
-    def forgiving(call: Callable) -> Callable:
-        def called(*arguments, **options):
+    def forgiving(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
             nonlocal failed
             if failed:
                 return None

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer, SFTTrainer
 
 from ..engine.adapters import keep_dora_norms, speed_up_lora, start_dora_magnitudes
@@ -72,10 +73,13 @@ class RunTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # by the items of the whole optimizer step
     task: Task
+    control: TrainerControl
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
     tally: StepTally  # what is counted
     _shares: StepShares | None = None  # with several processes
 
-    def __init__(self, *, model: torch.nn.Module, args: Any, lora_dropout: float, **parts: Any):
+    def __init__(self, *, model: torch.nn.Module, args: Any, lora_dropout: float, **parts: Any) -> None:
         self.machine = Machine(self)
         # The trainer's own way to prune looks at names alone, also at those of folders that are no checkpoints.
         most, args.save_total_limit = args.save_total_limit, None
@@ -115,17 +119,25 @@ class RunTrainer(Trainer):
 
     # What is computed
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
         return self.compute_part(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
         if self.args.gradient_checkpointing:
             self.machine.switches.keep_last_layer()
         # Processes average their gradients; times their number, that is a sum again.
         share, auxiliary = self.args.world_size / num_items_in_batch, self.aux_loss_enabled
         return self.task.loss(model, inputs, share, self.router_aux_loss_coef if auxiliary else None)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         self.tally.begin_step(self._tr_loss)
         return self.tally.count(map(self.task.count_items, batch_samples))
 
@@ -142,13 +154,13 @@ class RunTrainer(Trainer):
 
     # The order of rows, and the steps
 
-    def _prepare_dataset(self, dataset, *arguments, **options):
+    def _prepare_dataset(self, dataset: Dataset, *arguments: Any, **options: Any) -> Dataset:
         return dataset  # tokenized already, by utils/data/tokenizing.py
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.task.columns)
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | StepShares | None:
         rows = super()._get_train_sampler(train_dataset)
         if self.args.world_size == 1:
             return rows
@@ -158,7 +170,7 @@ class RunTrainer(Trainer):
             self.data_collator.filler = [self.train_dataset[min(range(len(sizes)), key=sizes.__getitem__)]]
         return self._shares or rows
 
-    def _run_epoch(self, *arguments, epoch: int, **options) -> None:
+    def _run_epoch(self, *arguments: Any, epoch: int, **options: Any) -> None:
         self._begin_epoch(epoch, options["epochs_trained"], options["resume_from_checkpoint"])
         # A run resumed after its last step has nothing left to train; the loop alone would take one step too many.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
@@ -184,7 +196,7 @@ class RunTrainer(Trainer):
             self._tr_loss += state.loss
             self.tally.sums = state.sums
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Asked for just before the optimizer step; None for a step that is left out."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm if self._is_sound(norm) else self._leave_out(model)
@@ -226,7 +238,9 @@ class RunTrainer(Trainer):
         Trainer.log(self, logs, start_time)  # past TRL's, which add metrics of batches
         fold_history(self.state.log_history, self.task.counted)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
         Trainer.log(self, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -234,7 +248,7 @@ class RunTrainer(Trainer):
 
     # What is saved and loaded
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.store_flos()
         self.writer.save(self._write_checkpoint)
 
@@ -247,7 +261,7 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             self.writer.save_trainer_state(folder, [*self.callback_handler.callbacks, self.control])
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.writer.save_weights(Path(output_dir or self.args.output_dir), state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -281,7 +295,14 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self.writer.load_random_state(checkpoint)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
         lengths = (max_steps, num_update_steps_per_epoch, num_train_epochs)
         with restoring(Path(checkpoint or ""), TRAINER_STATE):  # which may be of another version of transformers
             state = super()._init_training_state(*lengths, checkpoint, trial)
@@ -304,7 +325,7 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
         end_ids: frozenset[int],
         processing_class: PreTrainedTokenizerBase,
         **parts: Any,
-    ):
+    ) -> None:
         model, args, collator = parts["model"], parts["args"], PairCollator(pad_token_id=processing_class.pad_token_id)
         adapts = parts.get("peft_config") is not None or isinstance(model, PeftModel)
         is_start = reference.model is None and not adapts
@@ -334,16 +355,18 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
         self.train_dataset, self.eval_dataset, found = score(self.train_dataset, self.eval_dataset, how, keep)
         return found
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
         with self.task.reference.in_batches.attending():
             return self.steps.take(model, inputs, num_items_in_batch)
 
-    def create_optimizer(self, *arguments, **options):
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments, **options)
         let_it_begin_anew(optimizer, self.machine)
         return optimizer
 
-    def _precompute_ref_logps(self, dataset, *_):
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # `score_reference_ahead` scores it
 
 
@@ -352,7 +375,7 @@ class ImitationTrainer(RunTrainer, SFTTrainer):
 
     task: CompletionTask
 
-    def __init__(self, *, processing_class: PreTrainedTokenizerBase, **parts: Any):
+    def __init__(self, *, processing_class: PreTrainedTokenizerBase, **parts: Any) -> None:
         collator = CompletionCollator(processing_class.pad_token_id)
         super().__init__(data_collator=collator, processing_class=processing_class, **parts)
         self.tally = StepTally(CompletionTask.counted, self.args.device)

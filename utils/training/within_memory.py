@@ -50,7 +50,7 @@ class MicroBatches:
         collator: PairCollator,
         compute: Compute,
         sorting: Sequence[str] = (),
-    ):
+    ) -> None:
         self.machine, self.tally, self.collator, self.compute, self.sorting = machine, tally, collator, compute, sorting
         self.most_tokens: int | None = None  # of a micro-batch in this process, since memory ran out
         self._proven = 0  # tokens of the largest micro-batch that fitted
@@ -245,8 +245,7 @@ def let_it_begin_anew(optimizer: torch.optim.Optimizer, machine: Machine) -> Non
             "adafactor), or a device with more memory"
         )
 
-    optimizer.step = types.MethodType(step, optimizer)
-    optimizer._begins_anew = True
+    vars(optimizer).update(step=types.MethodType(step, optimizer), _begins_anew=True)
 
 
 def _versions(optimizer: torch.optim.Optimizer) -> list[Any]:
