@@ -10,7 +10,10 @@ import io
 import os
 import select
 import sys
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _lost: OSError | None = None  # what ended standard output
 
@@ -77,7 +80,7 @@ class _Writer(io.BufferedIOBase):
     def isatty(self) -> bool:
         return os.isatty(self.number)
 
-    def write(self, content) -> int:
+    def write(self, content: ReadableBuffer) -> int:
         left = memoryview(content).cast("B")
         size = len(left)
         while left:

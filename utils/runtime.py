@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,14 @@ def tell_in_one_line() -> None:
             told.add(line)
             print(make_visible(line), file=sys.stderr, flush=True)
 
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         parts = Path(filename).parts
         place = parts.index("site-packages") + 1 if "site-packages" in parts else -1
         tell(Path(parts[place]).stem, str(message))

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..user_code import describe_failure, load_function, path_of
+from .calls import BadRow
 from .ranking import ADAPTER_SKIPS
 from .scanning import name_of
-from .turns import BadRow
 
 # Errors that speak of the code and not of the data: their texts are few, and say what to mend.
 OF_THE_CODE = (KeyError, AttributeError, NameError, TypeError, ImportError)

@@ -88,7 +88,7 @@ def _kind(value: Any) -> str:
     return "other"
 
 
-def _kind_of_list(value: list) -> str:
+def _kind_of_list(value: list[Any]) -> str:
     if not all(is_message(item) for item in value):
         return "list"
     roles = set(map(role_of, value))

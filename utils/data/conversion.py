@@ -16,7 +16,7 @@ import datasets
 
 from ..errors import UserError
 from .adapter import read_code, run_adapter
-from .calls import EXTRA, RESULT_ROLES, keeps_extra, turn_key
+from .calls import EXTRA, RESULT_ROLES, BadRow, keeps_extra, turn_key
 from .checks import find_fault
 from .columns import list_heads, reach, unpack_row
 from .exact import TOOLS
@@ -25,7 +25,6 @@ from .labels import check_labels, read_number, read_yes_or_no
 from .ranking import EXPANSIONS, NOT_WANTED, SMALL_GAP, add_context
 from .row_cache import map_rows
 from .schemas import Reading
-from .turns import BadRow
 from .unpaired import pair_up
 
 TEXT = datasets.Value("string")
@@ -81,7 +80,7 @@ def _convert(rows: datasets.Dataset, reading: Reading, num_proc: int | None) -> 
         )
 
 
-def _key_of(reading: Reading) -> tuple:
+def _key_of(reading: Reading) -> tuple[Any, ...]:
     """What of a reading decides the converted rows, in values that hash alike in every process."""
     how = (reading.layout.name, sorted(reading.columns.items()), reading.shape.name, reading.replies)
     told = (repr(reading.choice), reading.group, reading.adapter, reading.scored, reading.packed, reading.keeps_extra)
@@ -120,15 +119,15 @@ def _depth(kind: Any) -> int:
 
 
 def convert_batch(
-    batch: Mapping[str, list], indices: list[int], reading: Reading, padded: Sequence[str] = ()
-) -> dict[str, list]:
+    batch: Mapping[str, list[Any]], indices: list[int], reading: Reading, padded: Sequence[str] = ()
+) -> dict[str, list[Any]]:
     """Columns of converted rows, from columns of the source; `indices` are the rows' own.
 
     `padded`: columns whose objects have nulls that are the table's, not the user's. Raises NeedsExtra where a turn says
     more than the columns of the reading hold.
     """
     names = (*reading.labels, *_extras(reading))
-    output: dict[str, list] = {name: [] for name in (*names, "row", "reason")}
+    output: dict[str, list[Any]] = {name: [] for name in (*names, "row", "reason")}
     for position, index in enumerate(indices):
         row = {name: column[position] for name, column in batch.items()}
         for converted, reason in _convert_row(row, reading, padded):

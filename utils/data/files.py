@@ -277,7 +277,7 @@ def _scan(kind: str, path: Path) -> Scan:
     return scan_csv(path) if kind == "csv" else scan_json(path)
 
 
-def json_or_text(table: list[dict]) -> datasets.Dataset:
+def json_or_text(table: list[dict[str, Any]]) -> datasets.Dataset:
     """A table of any mixture of types: columns that are not all text are held as JSON, so nothing in it changes."""
     columns = list(dict.fromkeys(name for row in table for name in row))
     values = {name: [row.get(name) for row in table] for name in columns}

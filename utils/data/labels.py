@@ -15,8 +15,8 @@ import datasets
 import pyarrow.compute as pc
 
 from ..errors import UserError
+from .calls import BadRow
 from .layouts import SIGNED_LABELS
-from .turns import BadRow
 
 TIE_WORDS = {"tie", "ties", "tie (bothbad)", "both", "bothbad", "both bad", "equal", "same", "neither", "none", ""}
 SHOWN_NUMBERS = 5

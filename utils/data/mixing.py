@@ -131,8 +131,8 @@ def align(
 
 
 def _align_batch(
-    batch: Mapping[str, list], source: str, start: int, columns: list[str], to_messages: bool
-) -> dict[str, list]:
+    batch: Mapping[str, list[Any]], source: str, start: int, columns: list[str], to_messages: bool
+) -> dict[str, list[Any]]:
     count = len(batch["row"])
     output = {name: batch.get(name, [None] * count) for name in columns}
     if to_messages:

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import UserError
 from ..settings.data import DataSettings
 from .adapter import read_code, run_adapter
-from .calls import keeps_extra, said_by
+from .calls import BadRow, keeps_extra, said_by
 from .columns import MESSAGES, kind_of_column, list_columns, list_names, reach
 from .conversion import PLAIN_TURNS, WHOLE_TURNS, NeedsExtra, convert_rows
 from .files import quiet
@@ -23,7 +23,7 @@ from .ranking import Choice, add_context, expand_history
 from .row_cache import map_rows
 from .schemas import find_reading, is_packed, take_rows
 from .sources import Source, load_source
-from .turns import BadRow, Value, flatten, prepend_system, read_turns, unpack
+from .turns import Value, flatten, prepend_system, read_turns, unpack
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "problem", "text", *CONVERSATION)
 WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
@@ -165,8 +165,8 @@ def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dat
         )
 
 
-def _convert_batch(batch: Mapping[str, list], indices: list[int], how: PromptColumns) -> dict[str, list]:
-    output: dict[str, list] = {"prompt": [], "row": [], "reason": []}
+def _convert_batch(batch: Mapping[str, list[Any]], indices: list[int], how: PromptColumns) -> dict[str, list[Any]]:
+    output: dict[str, list[Any]] = {"prompt": [], "row": [], "reason": []}
     for position, index in enumerate(indices):
         row = {name: column[position] for name, column in batch.items()}
         try:

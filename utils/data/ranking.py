@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from .calls import BadRow
 from .html_text import html_to_text
 from .labels import find_better, read_number
 from .layouts import SIGNED_LABELS
-from .turns import SAID_BESIDE, BadRow, as_messages, check_fields, is_message, role_of
+from .turns import SAID_BESIDE, as_messages, check_fields, is_message, role_of
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
 SCORE_KEYS = ("overall_score", "fine-grained_score", "pm_score", "score", "rating", "reward")

@@ -12,8 +12,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .calls import is_nothing
 from .files import AnyJson
-from .turns import MEDIA, WRITTEN_START, holds_messages, is_nothing
+from .turns import MEDIA, WRITTEN_START, holds_messages
 
 # Columns whose content belongs to a prompt or a reply.
 CONTENT = ("tools", "functions", "tool_calls", "system", "system_prompt", "history", "chat_template_kwargs", *MEDIA)

@@ -40,7 +40,7 @@ class Scan:
 
     name: str
     unit: str
-    rows: list[dict] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
@@ -109,7 +109,7 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
-def whole_rows(path: Path) -> list | None:
+def whole_rows(path: Path) -> list[Any] | None:
     """The rows of a table in one JSON object, {"data": [rows]} or {"prompt": [...], "chosen": [...]}; else None."""
     try:
         value = parse_json(read_text(path))
@@ -118,7 +118,7 @@ def whole_rows(path: Path) -> list | None:
     return _unwrap(value)
 
 
-def _unwrap(value: Any) -> list | None:
+def _unwrap(value: Any) -> list[Any] | None:
     if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
         return None
     name, column = next(iter(value.items()))
@@ -225,7 +225,7 @@ def _describe(error: json.JSONDecodeError) -> str:
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
-def read_keys_once(pairs: list[tuple[str, Any]]) -> dict:
+def read_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of these keys and values. Raises ValueError for a key that occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):

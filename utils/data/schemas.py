@@ -17,6 +17,7 @@ import datasets
 from ..errors import UserError
 from ..settings.data import DataSettings
 from .adapter import run_adapter
+from .calls import BadRow
 from .columns import (
     KIND_NAMES,
     Rows,
@@ -35,7 +36,7 @@ from .matching import FITS, describe_misfit, describe_unknown, find_columns, lis
 from .ranking import EXPANSIONS, Choice
 from .remarks import Remark, find_remarks, find_written_messages, list_unused
 from .shapes import Names, Shape, find_shape
-from .turns import BadRow, holds_messages
+from .turns import holds_messages
 
 SAMPLED_ROWS = 100
 SAID = ("prompt", "chosen", "rejected", "completion", "first", "second")  # parts that may be texts or messages

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .calls import BadRow
 from .columns import MESSAGES, TEXT
-from .turns import BadRow, prepend_system, read_turns, split_reply, split_transcript, take_reply
+from .turns import prepend_system, read_turns, split_reply, split_transcript, take_reply
 
 Kinds = Mapping[str, str]  # part -> kind of its values; without the parts that the source lacks
 Names = Mapping[str, str]  # part -> its column

@@ -88,7 +88,7 @@ class _Intake:
         return Part(Wish(label), source, self.reading, converted)
 
 
-def _read_batches(stream: Stream, seed: int) -> Iterator[tuple[dict[str, list], int]]:
+def _read_batches(stream: Stream, seed: int) -> Iterator[tuple[dict[str, list[Any]], int]]:
     """Batches as they were found, each with the number of its first row."""
     files = list(range(stream.rows.num_shards))
     random.Random(seed).shuffle(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import datasets
 
@@ -48,7 +49,7 @@ def pair_up(answers: datasets.Dataset, reading: Reading) -> datasets.Dataset:
         )
 
 
-def plan_pairs(answers: datasets.Dataset, most: int) -> dict[str, list]:
+def plan_pairs(answers: datasets.Dataset, most: int) -> dict[str, list[Any]]:
     """Indices of the answers of each row to come: `first`, `second` (-1: none) and `why` there is none."""
     prompts: dict[bytes, tuple[list[int], list[int]]] = {}  # wanted and unwanted
     plan: list[tuple[int, int, str | None]] = []
@@ -72,12 +73,12 @@ def _meet(wanted: int, unwanted: int, most: int) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: ((pair[1] - pair[0]) % max(wanted, unwanted), pair))[:most]
 
 
-def _columns(answers: datasets.Dataset) -> Iterable[tuple]:
+def _columns(answers: datasets.Dataset) -> Iterable[tuple[Any, ...]]:
     for batch in answers.select_columns(["prompt", "label", "reason"]).iter(batch_size=BATCH):
         yield from zip(batch["prompt"], batch["label"], batch["reason"], strict=True)
 
 
-def _join(batch: dict[str, list], answers: datasets.Dataset) -> dict[str, list]:
+def _join(batch: dict[str, list[Any]], answers: datasets.Dataset) -> dict[str, list[Any]]:
     first = answers[batch["first"]]
     second = answers[[max(index, 0) for index in batch["second"]]]
     paired = [index >= 0 for index in batch["second"]]

@@ -167,7 +167,7 @@ def make_buckets(values: np.ndarray, signed: bool = False) -> list[tuple[str, np
     return buckets
 
 
-def _describe_groups(sums: dict[Any, np.ndarray], subsets: Subsets, prompts: dict[Any, int]) -> dict[str, list]:
+def _describe_groups(sums: dict[Any, np.ndarray], subsets: Subsets, prompts: dict[Any, int]) -> dict[str, list[Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for key, mask in subsets.items():
         pairs = sums[key, "pairs"]
@@ -192,7 +192,7 @@ def _length_controlled(sums: dict[Any, np.ndarray], prompts: dict[Any, int]) -> 
     return share_figure((longer + shorter) / 2, min(prompts[side] for side in sides))
 
 
-def _length(table: PairTable, sums: dict[Any, np.ndarray], groups: dict[str, list]) -> dict[str, Any]:
+def _length(table: PairTable, sums: dict[Any, np.ndarray], groups: dict[str, list[Any]]) -> dict[str, Any]:
     """How the ranking goes with length: 'prefers_longer' is of the model, 'longer_is_chosen' of the data."""
     from scipy.stats import spearmanr
 

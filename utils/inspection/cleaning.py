@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,9 @@ REMOVES = {
 }
 
 
-def choose_clean(subject: Subject, findings: Sequence[Finding], remove: Sequence[str]) -> tuple[np.ndarray, dict]:
+def choose_clean(
+    subject: Subject, findings: Sequence[Finding], remove: Sequence[str]
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Positions of the training splits' pairs that stay, and how many were left out for what (the first reason each).
 
     The held-out split of a source that has its own is not written.

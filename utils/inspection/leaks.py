@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import numpy as np
 
@@ -58,7 +60,7 @@ def _show_other(
     return finding
 
 
-def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[list[Finding], dict]:
+def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[list[Finding], dict[str, Any]]:
     """Pairs whose prompt stands in the data of --compare too, and the numbers of the comparison.
 
     Raises:

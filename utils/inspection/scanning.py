@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -84,7 +85,7 @@ def scan_pairs(pairs: datasets.Dataset) -> Scan:
         return _read_scan(scanned.with_format("arrow")[:])
 
 
-def _scan_batch(batch: dict[str, list]) -> pa.Table:
+def _scan_batch(batch: dict[str, list[Any]]) -> pa.Table:
     prompts: Sequence[Value] = batch["prompt"]
     texts = {side: [flatten(value) for value in batch[side]] for side in SIDES}
     # Who says what is part of a prompt; of a reply, all is said by the assistant.
@@ -135,7 +136,7 @@ def _join_keys(*keys: np.ndarray) -> np.ndarray:
     return joined
 
 
-def _bits(tests: Sequence, texts: Sequence[str]) -> np.ndarray:
+def _bits(tests: Sequence[Callable[[str], bool]], texts: Sequence[str]) -> np.ndarray:
     bits = np.zeros(len(texts), dtype=np.uint16)
     for position, test in enumerate(tests):
         bits |= np.fromiter(map(test, texts), dtype=bool).astype(np.uint16) << np.uint16(position)

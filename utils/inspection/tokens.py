@@ -117,7 +117,7 @@ def _one_thread_each(processes: int | None) -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = former
 
 
-def _count_batch(batch: dict[str, list], encoder: PromptEncoder, max_length: int) -> pa.Table:
+def _count_batch(batch: dict[str, list[Any]], encoder: PromptEncoder, max_length: int) -> pa.Table:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     try:
         encoded = _encode(rows, encoder)
@@ -204,7 +204,9 @@ def measure_tokens(counts: TokenCounts, max_length: int, seed: int) -> dict[str,
     }
 
 
-def check_tokens(subject: Subject, counts: TokenCounts, encoder: PromptEncoder, numbers: dict) -> list[Finding]:
+def check_tokens(
+    subject: Subject, counts: TokenCounts, encoder: PromptEncoder, numbers: dict[str, Any]
+) -> list[Finding]:
     """What the tokenizer or the limit of tokens does to pairs."""
     max_length = numbers["max_length"]
     longest = counts.lengths["prompt"] + np.maximum(counts.lengths["chosen"], counts.lengths["rejected"])
