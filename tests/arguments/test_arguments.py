@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -383,7 +384,7 @@ def test_a_model_folder_with_an_adapter_counts_as_adapter(tmp_path):
 
 
 def test_required_flags():
-    assert [fault.split(":")[0] for fault in faults_of([])] == [
+    assert [fault.split(":")[0] for fault in faults_of(["train"])] == [
         "--model_name_or_path is missing",
         "--dataset_name is missing",
         "--output_dir is missing",
@@ -643,19 +644,92 @@ def test_command_line_names_only_what_was_given():
 # Help and speed
 
 
-@pytest.mark.parametrize("verb", ["train", "sft"])
-def test_help_shows_the_flags_of_the_verb(verb, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+def shown(capsys, *words: str) -> str:
+    """What is printed in answer to these words."""
     with pytest.raises(SystemExit) as stop:
-        parse_arguments([verb, "--seed", "x", "--help"])
+        parse_arguments([*words])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 100
-    assert ("--beta" in text) == (verb == "train")
-    assert ("--text_column" in text) == (verb == "sft")
-    assert "(default: 42)" in text
-    shown = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
-    assert shown == {"--config", *(f"--{name}" for name in flags_of(verb))}
+    return capsys.readouterr().out
+
+
+def flags_in(text: str) -> set[str]:
+    return {line.split()[0].removeprefix("--") for line in text.splitlines() if line.startswith("  --")}
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_what_matters_first_and_all_on_request(verb, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = verb.split()
+    first, everything = shown(capsys, *words, "--help"), shown(capsys, *words, "--seed", "x", "--help", "all")
+    assert max(len(line) for line in first.split("example:")[0].splitlines()) <= width
+    assert first == shown(capsys, "help", *words)
+    assert everything == shown(capsys, "help", *words, "all")
+    assert flags_in(everything) == set(flags_of(verb))
+    assert flags_in(first) == {"config", *(VERBS[verb].first or flags_of(verb))}
+    assert len(VERBS[verb].first) <= 13
+    if "seed" in flags_of(verb):
+        assert "(default: 42)" in everything
+
+
+def test_help_shows_one_group_or_one_flag(capsys):
+    assert flags_in(shown(capsys, "--help", "lora")) == {field.name for field in dataclasses.fields(LoraSettings)}
+    assert flags_in(shown(capsys, "data", "--help", "generation")) == {"generate", "scorer", "num_generations"}
+    assert flags_in(shown(capsys, "help", "beta")) == {"beta"} == flags_in(shown(capsys, "--help", "beta"))
+    assert "strength of the KL penalty; higher stays closer to the reference" in shown(capsys, "help", "beta")
+    (fault,) = faults_of(["chat", "--help", "beta"])
+    assert fault.startswith("--help beta: no group of flags of chat, and none of its flags; the groups are model, ")
+    assert faults_of(["help", "plam"])[0].startswith("--help plam: ")
+
+
+def test_a_flag_says_what_it_means_for_the_verb(capsys):
+    texts = {verb: " ".join(shown(capsys, verb, "--help", "model_name_or_path").split()) for verb in ("sft", "chat")}
+    assert "the model to tune" in texts["sft"]
+    assert "the model to tune" not in texts["chat"]
+    for verb in VERBS:
+        for field in flags_of(verb).values():
+            assert set(field.metadata["says"]) <= VERBS.keys()
+
+
+def test_version_and_a_call_without_words(capsys):
+    assert re.fullmatch(r"advanced_dpo_script.py \d+\.\d+\.\d+ \(Python .*, torch \d.*\)\n", shown(capsys, "--version"))
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments([])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("usage: python advanced_dpo_script.py [VERB] [flags]\n")
+    assert all(f"\n  {verb} " in said.err for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("evaluate runs/demo", {"model_name_or_path": "runs/demo"}),
+        ("chat --use_4bit runs/demo --seed 3", {"model_name_or_path": "runs/demo", "seed": 3}),
+        ("chat runs/demo --temperature 0", {"model_name_or_path": "runs/demo", "temperature": 0}),
+        ("merge runs/demo out", {"model_name_or_path": "runs/demo", "output_dir": "out"}),
+        ("merge --output_dir out runs/demo", {"model_name_or_path": "runs/demo", "output_dir": "out"}),
+        ("data pairs.jsonl", {"dataset_name": "pairs.jsonl"}),
+        ("compare runs/demo other", {"model_name_or_path": "runs/demo", "baseline": "other"}),
+        ("compare runs/demo --judge vote", {"model_name_or_path": "runs/demo", "judge": ("vote",)}),
+        ("chat --load_in_4bit runs/demo", {"model_name_or_path": "runs/demo", "use_4bit": True}),
+        ("chat --torch_dtype float32 runs/demo", {"model_name_or_path": "runs/demo", "dtype": "float32"}),
+        ("report runs/demo", {"run": "runs/demo"}),
+        ("status runs/", {"folder": "runs/"}),
+    ],
+)
+def test_what_a_verb_is_about_needs_no_flag(words, settings):
+    values = parse_arguments(words.split()).flat()
+    assert {name: values[name] for name in settings} == settings
+
+
+def test_what_is_named_twice_or_by_a_verb_without_objects_is_a_fault():
+    assert faults_of(["evaluate", "a", "b"]) == ("'b': stands where no value is expected; write --name value",)
+    assert faults_of(["chat", "a", "--model_name_or_path", "b"]) == (
+        "--model_name_or_path is given twice: leave one of them out",
+    )
+    assert faults_of(["report"]) == ("--run is missing: name the folder of a run, as in `report runs/demo`",)
 
 
 @pytest.mark.parametrize("verb", ["train", "sft"])
@@ -744,7 +818,7 @@ def test_any_argv_gives_settings_or_a_user_error():
     dice = random.Random(0)
     accepted, lines = 0, []
     for _ in range(2000):
-        argv = random_argv(dice)
+        argv = random_argv(dice) or ["train"]
         try:
             settings = parse_arguments(argv)
         except UserError as error:

@@ -96,7 +96,7 @@ def test_cdpo_and_exo_pair_alone_need_label_smoothing():
 
 def test_a_parameter_of_its_own_is_a_flag_of_that_loss_alone(capsys):
     with pytest.raises(SystemExit):
-        parse("--help")
+        parse("--help", "loss")
     shown = capsys.readouterr().out
     for loss in LOSSES.values():
         assert loss.parameters.keys() <= set(loss.reads)

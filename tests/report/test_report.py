@@ -98,6 +98,18 @@ def test_every_part_of_a_run_is_on_its_page(finished):
     assert '<th scope="col"></th>' not in page  # read out, a column without a name is a riddle
 
 
+def test_the_verb_writes_the_page_again(copy, capsys):
+    import advanced_dpo_script
+
+    page = read_page(copy)
+    (copy / "report.html").unlink()
+    assert advanced_dpo_script.main(["report", str(copy)]) == 0
+    assert read_page(copy) == page
+    assert capsys.readouterr().out == f"page: {copy / 'report.html'}\n"
+    assert advanced_dpo_script.main(["report", str(copy.parent)]) == 2
+    assert "is not the folder of a run of train or sft" in capsys.readouterr().err
+
+
 def test_the_values_that_were_used_stand_beside_those_that_were_given(finished, copy):
     record = read_record(finished)
     used, settings = record["used"], record["settings"]

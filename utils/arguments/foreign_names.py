@@ -352,6 +352,15 @@ def read_as_ours(entries: Iterable[Entry], ours: Collection[str], faults: list[s
     return list(read.values()), lines
 
 
+def reads(convert: Convert, text: str) -> bool:
+    """Whether the text is a value that can be converted."""
+    try:
+        convert(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_off(entry: Entry) -> bool:
     """Whether it is null, none or false."""
     word = entry.texts[0].strip().lower() if entry.texts else "true"

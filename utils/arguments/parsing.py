@@ -26,8 +26,8 @@ from .candidate import Candidate
 from .config_file import Entry, read_config, read_entry
 from .cross_checks import cross_faults
 from .flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
-from .foreign_names import NAMES, OTHER_LOSSES, OTHER_VERBS, read_as_ours
-from .help_text import help_text
+from .foreign_names import NAMES, OTHER_LOSSES, OTHER_VERBS, read_as_ours, reads
+from .help_text import help_text, usage, versions
 from .trainer_fields import owned_reason, trainer_fields
 
 # Settings that make the script run what they name: a person's words alone, never those of a record.
@@ -53,13 +53,12 @@ class Flag:
 def parse_arguments(argv: list[str]) -> Settings:
     """The settings of a run, from the command line (without the program's name) and the --config file it names.
 
-    Raises UserError with every fault found, and SystemExit(0) after printing the help that --help asks for.
+    Raises UserError with every fault found, SystemExit(0) after printing what --help or --version asks for, and
+    SystemExit(2) after printing how the command is used where there are no words at all.
     """
+    _answer(argv)
     faults: list[str] = []
     verb_word, entries = split_argv(argv, faults)
-    if any(token in ("-h", "--help") for token in argv):
-        print(help_text(choose_verb(verb_word, "", faults)), end="")
-        raise SystemExit(0)
     notes = [f"{verb_word}: read as {DEFAULT_VERB}"] if verb_word == "dpo" else []
     entries, complete = _with_config(entries, faults, notes)
     _tell(notes)
@@ -79,6 +78,26 @@ def parse_arguments(argv: list[str]) -> Settings:
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return _join_trackers(settings)
+
+
+def _answer(argv: list[str]) -> None:
+    """Answers what asks for no run: --help, `help VERB`, --version, or no words at all."""
+    if not argv:
+        if is_main_process():
+            print(usage(), end="", file=sys.stderr)
+        raise SystemExit(2)
+    if argv[0] in ("--version", "version"):
+        print(versions())
+        raise SystemExit(0)
+    at = 0 if argv[0] == "help" else next((n for n, token in enumerate(argv) if token in ("-h", "--help")), None)
+    if at is None:
+        return
+    words, after = (argv[:at], argv[at + 1 :]) if at else (argv[1:], [])
+    length = next((n for n in (2, 1) if find_verb(" ".join(words[:n]))), 0)
+    word = " ".join(words[:length]) or (words[0] if at and not words[0].startswith("-") else None)
+    topic = next((word for word in after or words[length:] * (not at) if not word.startswith("-")), None)
+    print(help_text(choose_verb(word, "", []), topic), end="")
+    raise SystemExit(0)
 
 
 def command_line(settings: Settings) -> list[str]:
@@ -143,7 +162,7 @@ def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str
             if _names_setting(token) and not _takes(verb or VERBS[DEFAULT_VERB], entries.get(current or ""), token):
                 faults.append(_stray(token))
             elif unnamed and not _takes(verb, entries.get(current or ""), token):
-                entries[unnamed] = Entry(unnamed, unnamed.upper(), (token,))
+                entries[unnamed] = Entry(unnamed, f"--{unnamed}", (token,))
             elif current is None:
                 faults.append(_stray(token))
             elif current:
@@ -166,9 +185,15 @@ def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str
 
 def _takes(verb: Verb, entry: Entry | None, token: str) -> bool:
     """Whether the token is a value of the flag before it, at a verb that takes a value without a flag too."""
-    flag = known_flags(verb.name).get(entry.name) if entry else None
-    if flag is None:
+    if entry is None:
         return False
+    to = NAMES.get(entry.name)
+    if callable(to):
+        return not entry.texts and reads(to, token)
+    flags = known_flags(verb.name)
+    flag = flags.get(entry.name) or flags.get(str(to))
+    if flag is None:
+        return not entry.texts
     return flag.kind.item is not None or (
         not entry.texts and ("bool" not in flag.kind.scalars or token.strip().lower() in YES_NO)
     )

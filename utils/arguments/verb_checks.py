@@ -249,6 +249,12 @@ def comparison_page(candidate: Candidate) -> Iterator[str]:
         yield f"{label} is {path}: is a folder; name a file"
 
 
+@check()
+def reported_run(candidate: Candidate) -> Iterator[str]:
+    if candidate["run"] is None and "run" not in candidate.broken:
+        yield "--run is missing: name the folder of a run, as in `report runs/demo`"
+
+
 @check("output_file")
 def config_to_write(candidate: Candidate) -> Iterator[str]:
     if candidate["situation"] is None and "situation" not in candidate.broken:
@@ -266,4 +272,5 @@ COMPARE = (compared_model, judges, compared_sampling)
 MERGE = (required_merge, merge_needs, splits, columns)
 CHAT = (required_chat, chat_needs)
 STATUS = (comparison_page,)
+REPORT = (reported_run,)
 INIT = (config_to_write,)

@@ -21,9 +21,12 @@ class DataSettings:
     dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=READS_DATA)
     dataset_split: str | None = flag(
         None,
-        "split to train on (default: train, train_prefs, or the only one; evaluate: the test or validation split where "
-        "there is one)",
+        "split to train on (default: train, train_prefs, or the only one)",
         verbs=READS_DATA,
+        says={
+            "data": "split to look at (default: train, train_prefs, or the only one)",
+            "evaluate": "split to measure on (default: test or validation where there is one)",
+        },
     )
     dataset_format: str | None = flag(
         None,
@@ -76,9 +79,10 @@ class DataSettings:
     )
     max_samples: int | None = flag(
         None,
-        "use the first N good rows, in file order (of each source); merge: check on the first N pairs (default: 64)",
+        "use the first N good rows, in file order (of each source)",
         bound=AT_LEAST_ONE,
         verbs=READS_DATA,
+        says={"merge": "check on the first N pairs (default: 64)"},
     )
     on_bad_rows: str = flag(
         "error", "what to do with rows that cannot be trained on", choices=("error", "skip"), verbs=SCORES_ROWS

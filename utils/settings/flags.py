@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,15 @@ def flag(
     usual: str | None = None,
     verbs: str | tuple[str, ...] = (),
     many: bool = False,
+    says: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
     `choices` and `bound` limit the value, `usual` is named when it breaks them ("0.1 is usual"), `many` lets it take
     several values (separated by spaces or commas; stored as a tuple). `verbs` names the verbs that take the flag, or
     what they do; without it the flag is for every verb whose row lists its group, and in the groups of a training run
-    for the verbs that train.
+    for the verbs that train. `says` is the help of verbs for which the flag means another thing.
     """
     verbs = (verbs,) if isinstance(verbs, str) else verbs
     metadata = {"help": help, "choices": choices, "bound": bound, "usual": usual, "verbs": verbs, "many": many}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"says": says or {}})

@@ -33,6 +33,7 @@ from .verbs import (
     JudgeSettings,
     MergeSettings,
     PlanSettings,
+    ReportSettings,
     SamplingSettings,
     StatusSettings,
 )
@@ -49,6 +50,7 @@ class Verb:
     checks: str | None = None  # a tuple of Check; None where no flag contradicts another
     does: tuple[str, ...] = ()  # decides, with the name, which flags of shared groups the verb takes
     groups: tuple[type, ...] = ()  # of settings, beside those of a training run, in the order of --help
+    first: tuple[str, ...] = ()  # the flags that --help shows by itself; none: all of them
     objects: tuple[str, ...] = ()  # flags whose names may be left out, in the order of their values
     also: tuple[str, ...] = ()  # other ways to say the verb
     config: str | None = None  # TRL's config, whose other fields are flags too
@@ -77,6 +79,11 @@ ROWS = (
         ),
         also=("dpo",),
         config="DPOConfig",
+        first=(
+            *("model_name_or_path", "dataset_name", "output_dir", "use_lora", "use_4bit", "beta"),
+            *("loss_type", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+            *("gradient_accumulation_steps", "max_length", "dry_run"),
+        ),
         example="""\
   python advanced_dpo_script.py --model_name_or_path meta-llama/Llama-2-7b-hf \\
       --dataset_name trl-lib/ultrafeedback_binarized --output_dir ./llama2-7b-dpo-lora \\
@@ -90,6 +97,11 @@ ROWS = (
         checks="arguments.cross_checks:SFT",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, RENDERS, COMPUTES, SCORES_ROWS, TRAINS, SAVES),
         config="SFTConfig",
+        first=(
+            *("model_name_or_path", "dataset_name", "output_dir", "use_lora", "use_4bit", "learning_rate"),
+            *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("max_length", "dry_run"),
+        ),
         example="""\
   python advanced_dpo_script.py sft --model_name_or_path meta-llama/Llama-2-7b-hf \\
       --dataset_name trl-lib/ultrafeedback_binarized --output_dir ./llama2-7b-sft-lora \\
@@ -103,8 +115,13 @@ ROWS = (
         checks="arguments.verb_checks:DATA",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, RENDERS),
         groups=(InspectionSettings, GenerationSettings, SamplingSettings, JudgeSettings),
+        first=(
+            *("dataset_name", "model_name_or_path", "max_length", "validation_split", "compare"),
+            *("report_file", "output_file", "remove", "generate", "scorer"),
+        ),
+        objects=("dataset_name",),
         example="""\
-  python advanced_dpo_script.py data --dataset_name ./pairs.jsonl --report_file findings.html \\
+  python advanced_dpo_script.py data ./pairs.jsonl --report_file findings.html \\
       --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --max_length 1024 --output_file clean.jsonl
   python advanced_dpo_script.py data --generate --dataset_name ./prompts.jsonl --output_file pairs.jsonl \\
       --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --scorer ./my-reward-model
@@ -119,6 +136,11 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
         plans="train",
         also=("plan train",),
         groups=(InspectionSettings, PlanSettings),
+        first=(
+            *("model_name_or_path", "dataset_name", "use_lora", "use_4bit", "max_length"),
+            *("per_device_train_batch_size", "gpu", "num_devices", "sharding", "offload", "cost_per_hour"),
+            *("measure",),
+        ),
         example="""\
   python advanced_dpo_script.py plan --model_name_or_path meta-llama/Llama-3.1-8B --use_lora --use_4bit \\
       --dataset_name trl-lib/ultrafeedback_binarized --gpu "RTX 4090" --cost_per_hour 0.4
@@ -131,6 +153,11 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
         checks="arguments.verb_checks:PLAN_SFT",
         plans="sft",
         groups=(InspectionSettings, PlanSettings),
+        first=(
+            *("model_name_or_path", "dataset_name", "use_lora", "use_4bit", "max_length"),
+            *("per_device_train_batch_size", "gpu", "num_devices", "sharding", "offload", "cost_per_hour"),
+            *("measure",),
+        ),
         example="""\
   python advanced_dpo_script.py plan sft --model_name_or_path meta-llama/Llama-3.1-8B --use_lora --use_4bit \\
       --dataset_name trl-lib/ultrafeedback_binarized --gpu "RTX 4090" --cost_per_hour 0.4
@@ -143,8 +170,13 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
         checks="arguments.verb_checks:EVALUATE",
         does=(USES_MODEL, READS_DATA, READS_PAIRS, RENDERS, COMPUTES, SCORES_ROWS, SCORES_PAIRS, SAVES),
         groups=(EvaluationSettings,),
+        first=(
+            *("model_name_or_path", "dataset_name", "dataset_split", "output_dir"),
+            *("ref_model_name_or_path", "per_device_eval_batch_size", "max_samples", "dtype"),
+        ),
+        objects=("model_name_or_path",),
         example="""\
-  python advanced_dpo_script.py evaluate --model_name_or_path ./llama2-7b-dpo-lora
+  python advanced_dpo_script.py evaluate ./llama2-7b-dpo-lora
   python advanced_dpo_script.py evaluate --model_name_or_path ./llama2-7b-dpo-lora \\
       --dataset_name ./other-pairs.jsonl --output_dir ./evaluations/on-other-pairs
   python advanced_dpo_script.py evaluate --model_name_or_path owner/tuned \\
@@ -158,8 +190,13 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
         checks="arguments.verb_checks:COMPARE",
         does=(USES_MODEL, RENDERS, COMPUTES, SAVES),
         groups=(ComparisonSettings, SamplingSettings, JudgeSettings),
+        first=(
+            *("model_name_or_path", "baseline", "prompts", "num_prompts", "judge", "output_dir"),
+            *("max_new_tokens", "temperature", "dtype"),
+        ),
+        objects=("model_name_or_path", "baseline"),
         example="""\
-  python advanced_dpo_script.py compare --model_name_or_path ./llama2-7b-dpo-lora
+  python advanced_dpo_script.py compare ./llama2-7b-dpo-lora
   python advanced_dpo_script.py compare --model_name_or_path ./llama2-7b-dpo-lora \\
       --baseline meta-llama/Llama-2-7b-chat-hf --prompts ./questions.txt --num_prompts 200 \\
       --judge ./my-reward-model vote""",
@@ -171,8 +208,13 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
         checks="arguments.verb_checks:MERGE",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, SAVES),
         groups=(MergeSettings,),
+        first=(
+            *("model_name_or_path", "output_dir", "merge_into", "dtype", "max_shard_size"),
+            *("skip_verification", "push_to_hub"),
+        ),
+        objects=("model_name_or_path", "output_dir"),
         example="""\
-  python advanced_dpo_script.py merge --model_name_or_path ./llama2-7b-dpo-lora --output_dir ./llama2-7b-dpo""",
+  python advanced_dpo_script.py merge ./llama2-7b-dpo-lora ./llama2-7b-dpo""",
     ),
     Verb(
         "chat",
@@ -181,8 +223,13 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
         checks="arguments.verb_checks:CHAT",
         does=(USES_MODEL, RENDERS, COMPUTES),
         groups=(SamplingSettings, ChatSettings),
+        first=(
+            *("model_name_or_path", "compare_with", "prompt", "system_prompt", "max_new_tokens"),
+            *("temperature", "top_p", "use_4bit", "dtype"),
+        ),
+        objects=("model_name_or_path",),
         example="""\
-  python advanced_dpo_script.py chat --model_name_or_path ./llama2-7b-dpo-lora --compare_with reference
+  python advanced_dpo_script.py chat ./llama2-7b-dpo-lora --compare_with reference
   echo "Who wrote Emma?" | python advanced_dpo_script.py chat --model_name_or_path ./llama2-7b-dpo-lora""",
     ),
     Verb(
@@ -196,6 +243,16 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
   python advanced_dpo_script.py status runs
   python advanced_dpo_script.py status runs --report comparison.html
   python advanced_dpo_script.py status runs --json""",
+    ),
+    Verb(
+        "report",
+        "write report.html of a run again, from the files in its folder",
+        run="report.writing:write_report",
+        checks="arguments.verb_checks:REPORT",
+        groups=(ReportSettings,),
+        objects=("run",),
+        example="""\
+  python advanced_dpo_script.py report runs/demo""",
     ),
     Verb(
         "init",

@@ -47,9 +47,15 @@ class ModelSettings:
 
     model_name_or_path: str | None = flag(
         None,
-        "hub name or folder of the model to tune; a full model or an adapter (data: counts tokens with its tokenizer; "
-        "evaluate, compare, merge, chat: the folder of a run, or any model)",
+        "hub name or folder of the model to tune; a full model or an adapter",
         verbs=(USES_MODEL, "init"),
+        says={
+            "data": "model whose tokenizer counts the tokens; with --generate: the model that answers",
+            "evaluate": "folder of a run, or any model (with --ref_model_name_or_path)",
+            "compare": "folder of a run, or any model",
+            "merge": "folder of a run, or an adapter",
+            "chat": "folder of a run, a model or an adapter",
+        },
     )
     model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)", verbs=USES_MODEL)
     ref_model_name_or_path: str | None = flag(
@@ -58,10 +64,10 @@ class ModelSettings:
     adapter_name_or_path: str | None = flag(None, "an existing adapter on top of the model, to continue from")
     dtype: str = flag(
         "auto",
-        "computing precision; auto: bfloat16 where the device computes it fast, else float32 (float16 on older GPUs); "
-        "merge: that of the saved weights; auto: that of the base's files",
+        "computing precision; auto: bfloat16 where the device computes it fast, else float32 (float16 on older GPUs)",
         choices=("auto", "float32", "bfloat16", "float16"),
         verbs=(COMPUTES, "merge"),
+        says={"merge": "precision of the saved weights; auto: that of the base's files"},
     )
     attn_implementation: str | None = flag(
         None, "transformers attention: sdpa, eager, flash_attention_2, ...", verbs=COMPUTES
@@ -71,8 +77,9 @@ class ModelSettings:
     )
     use_4bit: bool = flag(
         False,
-        "hold what is frozen in 4 bits: the base under --use_lora, else a reference that stays (compare: both models)",
+        "hold what is frozen in 4 bits: the base under --use_lora (QLoRA), else a reference that stays in memory",
         verbs=COMPUTES,
+        says={"compare": "hold both models in 4 bits", "chat": "hold the model in 4 bits"},
     )
     bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"), verbs=(TRAINS, "chat"))
     chat_template: str | None = flag(
@@ -111,7 +118,11 @@ class LossSettings:
     """loss"""
 
     beta: float = flag(
-        0.1, "strength of the pull towards the reference", bound=ABOVE_ZERO, usual="0.1 is usual", verbs=SCORES_PAIRS
+        0.1,
+        "strength of the KL penalty; higher stays closer to the reference",
+        bound=ABOVE_ZERO,
+        usual="0.1 is usual",
+        verbs=SCORES_PAIRS,
     )
     loss_type: tuple[str, ...] = flag(
         ("sigmoid",),
@@ -170,8 +181,9 @@ class TrainingSettings:
 
     learning_rate: float | None = flag(
         None,
-        "peak learning rate (default: train 1e-6, with LoRA 5e-5; sft 2e-5, with LoRA 2e-4)",
+        "peak learning rate (default: 1e-6, with LoRA 5e-5)",
         bound=ABOVE_ZERO,
+        says={"sft": "peak learning rate (default: 2e-5, with LoRA 2e-4)"},
     )
     num_train_epochs: float = flag(1.0, "passes over the training data", bound=ABOVE_ZERO)
     max_steps: int = flag(-1, "stop after N optimizer steps, whatever the epochs", bound=MAX_STEPS)
@@ -274,12 +286,19 @@ class RunSettings:
 
     output_dir: str | None = flag(
         None,
-        "folder for the model, the checkpoints and the record of the run (evaluate, compare: for the results; "
-        "default: a folder evaluation or comparison in that of the run; merge: for the merged model)",
+        "folder for the model, the checkpoints and the record of the run",
         verbs=(SAVES, "init"),
+        says={
+            "evaluate": "folder for the results (default: evaluation, in the folder of the run)",
+            "compare": "folder for the results (default: comparison, in the folder of the run)",
+            "merge": "folder for the merged model",
+        },
     )
     overwrite_output_dir: bool = flag(
-        False, "replace the run that the output folder holds (merge: the merged model)", verbs=(TRAINS, "merge")
+        False,
+        "replace the run that the output folder holds",
+        verbs=(TRAINS, "merge"),
+        says={"merge": "replace the merged model that the output folder holds"},
     )
     resume_from_checkpoint: str | None = flag(
         None, "auto (the newest whole checkpoint in the output folder), or the path of one"

@@ -48,14 +48,16 @@ class SamplingSettings:
 
     num_prompts: int | None = flag(
         None,
-        "use the first N different prompts (default: all; compare: 100)",
+        "use the first N different prompts (default: all)",
         bound=AT_LEAST_ONE,
         verbs=("data", "compare"),
+        says={"compare": "use the first N different prompts (default: 100)"},
     )
     max_new_tokens: int = flag(
         256,
-        "most tokens of a response (default: 256; compare: at most half of a model's context)",
+        "most tokens of a response",
         bound=AT_LEAST_ONE,
+        says={"compare": "most tokens of a response (default: 256, and at most half of a model's context)"},
     )
     temperature: float = flag(
         1.0,
@@ -89,6 +91,13 @@ class StatusSettings:
         None,
         "write a page that compares the runs: curves, metrics, and the settings that differ (.html)",
     )
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """run"""
+
+    run: str | None = flag(None, "the folder of the run; may stand without --run")
 
 
 SITUATIONS = {
