@@ -28,7 +28,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def load(path: Path, verb: str = "train", **settings):
     settings = {"validation_split": "none"} | settings
-    return load_pairs(DataSettings(dataset_name=str(path), **settings), verb, 0)
+    return load_pairs(DataSettings(dataset_name=str(path), **settings), verb, 0, wanted=10**9)
 
 
 def faults(path: Path, verb: str = "train", **settings) -> tuple[str, ...]:
@@ -92,6 +92,38 @@ def test_all_reasons_of_both_splits_are_reported_at_once_with_five_places_each(t
     data = load(tmp_path, validation_split=None, on_bad_rows="skip")
     assert data.dropped == {"'rejected' equals 'chosen'": 7, "'chosen' is empty": 2}
     assert (len(data.train), len(data.held_out)) == (4, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fewer_than_one_in_a_hundred_are_skipped_with_a_line_unless_it_is_asked_to_stop(streaming, tmp_path, capsys):
+    same = GOOD | {"rejected": "good"}
+    rows = [GOOD | {"prompt": f"q{i}"} for i in range(200)]
+    rows[3] = same
+    how = {"streaming": streaming, "validation_split": "none"}
+    path = write(tmp_path / "pairs.jsonl", rows[:101])
+    place = "pairs.jsonl[train] row 4" if streaming else "pairs.jsonl line 4"
+    assert len(load(path, **how).train) == 100
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert said == [
+        f"data: 1 bad row is skipped, fewer than 1% of 101: 'rejected' equals 'chosen' in 1 ({place}). "
+        "--on_bad_rows error stops instead"
+    ]
+    assert "'rejected' equals 'chosen' in 1 row (" in faults(path, on_bad_rows="error", **how)[0]
+    path = write(tmp_path / "shorter.jsonl", rows[:100])
+    assert "'rejected' equals 'chosen' in 1 row (" in faults(path, **how)[0]
+    path = write(tmp_path / "two.jsonl", [*rows[:199], GOOD | {"chosen": ""}])
+    assert len(faults(path, **how)) == 2
+    path = write(tmp_path / "two.jsonl", [*rows[:200], GOOD | {"chosen": ""}])
+    assert load(path, **how).dropped == {"'rejected' equals 'chosen'": 1, "'chosen' is empty": 1}
+
+
+def test_of_the_lines_that_hold_no_row_a_few_are_skipped_too(tmp_path, capsys):
+    path = write(tmp_path / "pairs.jsonl", [GOOD | {"prompt": f"q{i}"} for i in range(100)])
+    path.write_text("{\n" + path.read_text())
+    assert load(path).dropped == {"invalid JSON": 1}
+    assert "fewer than 1% of 101: invalid JSON in 1 (pairs.jsonl line 1)" in capsys.readouterr().out
+    path.write_text("{\n" + path.read_text())
+    assert "invalid JSON in 2 rows" in faults(path)[0]
 
 
 def test_names_of_the_source_are_used(tmp_path):

@@ -101,10 +101,9 @@ def test_every_part_of_a_run_is_on_its_page(finished):
 def test_the_verb_writes_the_page_again(copy, capsys):
     import advanced_dpo_script
 
-    page = read_page(copy)
     (copy / "report.html").unlink()
     assert advanced_dpo_script.main(["report", str(copy)]) == 0
-    assert read_page(copy) == page
+    assert read_page(copy) == make_run_page(copy)
     assert capsys.readouterr().out == f"page: {copy / 'report.html'}\n"
     assert advanced_dpo_script.main(["report", str(copy.parent)]) == 2
     assert "is not the folder of a run of train or sft" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_of_what_is_computed_nothing_may_differ_freely():
     settings = {field.name for group in groups for field in fields(group)}
     how_often = {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
     in_which_batches = {"per_device_eval_batch_size", "max_tokens_per_batch", "auto_batch_size"}
-    assert settings & FREE_TO_CHANGE == how_often | in_which_batches | {"skip_bad_batches"}
+    assert settings & FREE_TO_CHANGE == how_often | in_which_batches | {"skip_bad_batches", "on_bad_rows"}
 
 
 def test_every_other_setting_is_named_with_both_values():

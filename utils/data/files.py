@@ -25,12 +25,13 @@ from datasets.io.generator import GeneratorDatasetInputStream
 
 from ..errors import UserError, in_one_line
 from ..run.manifests import hash_file
+from ..runtime import say
 from .arrow_safety import is_safe_for_arrow
 from .code_hash import hash_code
 from .csv_rows import csv_separator, iterate_csv, peek_csv, scan_csv
 from .exact import check_texts, describe_changed_texts, find_changed_texts, is_exact, is_misread
 from .opening import BOM, check_start, check_unpacked, open_binary
-from .places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, list_places
+from .places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, describe_skipped, list_places, stops
 from .row_cache import keep_rows, make_key
 from .scanning import Scan, check_width, iterate_json, json_layout, scan_json
 
@@ -98,7 +99,7 @@ def file_kind(path: Path) -> str | None:
 def read_files(paths: Sequence[Path], on_bad_rows: str) -> FileRows:
     """Read files of one kind as one table.
 
-    Raises UserError for an empty or unreadable file; and, unless `on_bad_rows` is "skip", for lines that hold no row.
+    Raises UserError for an empty or unreadable file; and for lines that hold no row, unless they are skipped.
     """
     for path in paths:
         if path.stat().st_size == 0:
@@ -252,14 +253,17 @@ def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows
     unreadable: dict[str, Unreadable] = {}
     for reason, place, detail in found:
         unreadable[reason] = unreadable.get(reason, Unreadable()) + Unreadable((place,), detail)
-    if found and on_bad_rows == "error":
+    table = [row for scan in scans for row in scan.rows]
+    if stops(len(found), len(table) + len(found), on_bad_rows):
         raise UserError(
             *(
                 describe_bad_rows(reason, lines.places, dropped[reason], lines.detail)
                 for reason, lines in unreadable.items()
             )
         )
-    table = [row for scan in scans for row in scan.rows]
+    if found and on_bad_rows == "skip_few":
+        places = {reason: lines.places for reason, lines in unreadable.items()}
+        say(describe_skipped(places, dropped, len(table) + len(found)))
     check_width(paths[0].name, list(dict.fromkeys(name for row in table for name in row)))
     if not table:
         names = ", ".join(str(path) for path in paths)

@@ -20,11 +20,12 @@ import pyarrow as pa
 
 from ..errors import UserError, gather
 from ..run.paths import read_path
+from ..runtime import say
 from ..settings.data import DataSettings
 from .conversion import convert_rows
 from .labels import check_labels
 from .mixing import MixedPlaces, Wish, align, draw_positions
-from .places import Place, describe_all_bad
+from .places import SHOWN, Place, describe_all_bad, describe_skipped, stops
 from .ranking import LEFT_OUT
 from .row_cache import flatten_rows
 from .schemas import Reading, find_reading
@@ -168,7 +169,8 @@ def check_part(part: Part, on_bad_rows: str, wanted: int | None = None) -> Part:
     """Which of the converted rows are good, the first `wanted` of them, and why the others are not; rows behind the
     last one wanted are not looked at.
 
-    Raises UserError, one line per reason, for bad rows unless `on_bad_rows` is "skip". Rows that are left out on
+    Raises UserError, one line per reason, for bad rows, unless they are skipped: with "skip" always, with "skip_few"
+    where they are fewer than 1% of the rows, which is then said in a line. Rows that are left out on
     purpose (ties, say) are counted and never an error.
     """
     reasons = _reasons(part.rows)
@@ -184,8 +186,12 @@ def check_part(part: Part, on_bad_rows: str, wanted: int | None = None) -> Part:
     found = {reason: np.array(at) for reason, at in bad.items()}
     part = dataclasses.replace(part, rows=rows, good=good, bad=found, found=len(good))
     faults = {reason: at for reason, at in found.items() if reason not in LEFT_OUT}
-    if faults and on_bad_rows == "error":
+    counts = {reason: len(at) for reason, at in faults.items()}
+    if stops(sum(counts.values()), len(rows), on_bad_rows):
         raise UserError(*describe_all_bad(faults, part.find_place))
+    if faults and on_bad_rows == "skip_few":
+        places = {reason: [part.find_place(at) for at in found[:SHOWN]] for reason, found in faults.items()}
+        say(describe_skipped(places, counts, len(rows)))
     return part
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Place = Callable[[int], str]  # index of a row in its source -> "pairs.jsonl line 41"
 
 SHOWN = 5  # places named per fault
+FEW = 100  # of so many rows one bad row is too many to be skipped unasked
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,26 @@ def list_places(places: Sequence[str], count: int) -> str:
         for head, group in groupby(split, key=lambda parts: parts[0])
     ]
     return "; ".join(groups) + (", ..." if count > SHOWN else "")
+
+
+def stops(bad: int, rows: int, on_bad_rows: str) -> bool:
+    """Whether `bad` of the rows stop the run, by the value of --on_bad_rows."""
+    return bad > 0 and (on_bad_rows == "error" or (on_bad_rows == "skip_few" and bad * FEW >= rows))
+
+
+def describe_skipped(bad: Mapping[str, Sequence[str]], counts: Mapping[str, int], rows: int) -> str:
+    """One line that counts the rows which are left out, and places the first of each reason.
+
+    Args:
+        bad: reason -> the first places.
+        counts: reason -> how many rows there are.
+    """
+    total = sum(counts.values())
+    reasons = "; ".join(
+        f"{reason} in {counts[reason]:,} ({list_places(bad[reason], counts[reason])})" for reason in bad
+    )
+    are = "row is" if total == 1 else "rows are"
+    return f"data: {total:,} bad {are} skipped, fewer than 1% of {rows:,}: {reasons}. --on_bad_rows error stops instead"
 
 
 def describe_bad_rows(reason: str, places: Sequence[str], count: int, detail: str = "") -> str:

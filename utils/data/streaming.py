@@ -24,6 +24,7 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
 from ..errors import UserError, in_one_line
+from ..runtime import say
 from ..settings.data import DataSettings
 from .columns import list_heads
 from .conversion import NeedsExtra, convert_batch, features_of, padded_columns
@@ -32,7 +33,8 @@ from .files import json_or_text, quiet
 from .labels import label_column, read_numbers
 from .mixing import Wish
 from .parts import Part, check_part
-from .places import describe_nothing_left
+from .places import SHOWN, describe_bad_rows, describe_nothing_left, describe_skipped, stops
+from .ranking import LEFT_OUT
 from .row_cache import make_scratch
 from .scanning import check_width
 from .schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
@@ -62,6 +64,8 @@ class _Intake:
         self.dropped: Counter[str] = Counter()
         self.numbers: set[str] = set()  # among the labels of two answers
         self.rows_read = 0
+        self._bad: dict[str, list[str]] = {}  # reason -> the first places, with `skip_few`
+        self._bad_counts: Counter[str] = Counter()
         self.reading = reading
         self._stream, self._on_bad_rows = stream, on_bad_rows
         self._padded = padded_columns(stream.rows.features)
@@ -78,9 +82,28 @@ class _Intake:
             columns = convert_batch(batch, list(range(first, first + count)), self.reading, self._padded)
             self.rows_read += count
             rows = datasets.Dataset.from_dict(columns, features=features_of(self.reading))
-            part = check_part(self._as_part(rows), self._on_bad_rows)
+            part = check_part(self._as_part(rows), "skip" if self._on_bad_rows == "skip_few" else self._on_bad_rows)
+            if self._on_bad_rows == "skip_few":
+                self._count_bad(part)
             self.dropped.update(part.dropped)
             yield part.pairs
+
+    def _count_bad(self, part: Part) -> None:
+        """Raises UserError where bad rows are 1% of those that were read so far, or more."""
+        faults = {reason: at for reason, at in part.bad.items() if reason not in LEFT_OUT}
+        for reason, at in faults.items():
+            places = self._bad.setdefault(reason, [])
+            places += [part.find_place(position) for position in at[: SHOWN - len(places)]]
+            self._bad_counts[reason] += len(at)
+        if stops(self._bad_counts.total(), self.rows_read, self._on_bad_rows):
+            raise UserError(
+                *(describe_bad_rows(reason, self._bad[reason], count) for reason, count in self._bad_counts.items())
+            )
+
+    def tell(self) -> None:
+        """Says which bad rows were left out unasked."""
+        if self._bad:
+            say(describe_skipped(self._bad, self._bad_counts, self.rows_read))
 
     def _as_part(self, converted: datasets.Dataset) -> Part:
         label = self._stream.label
@@ -178,6 +201,8 @@ def _read_into(
             f"--validation_split: none of the {intake.rows_read:,} rows that were read is held out; raise it, or "
             "pass none"
         )
+    for each in intakes:
+        each.tell()
     rows, held_out = train.finish(), other.finish() if other.count else None
     return StreamedPairs(rows, held_out, intake.reading, dict(dropped), intake.rows_read, exhausted)
 

@@ -21,9 +21,10 @@ import transformers
 from datasets import Dataset
 
 from ..errors import UserError
+from ..runtime import say
 from .encoding import PromptEncoder
 from .lengths import read_numbers
-from .places import SHOWN, Place, describe_all_bad, list_places, row_places
+from .places import SHOWN, Place, describe_all_bad, describe_skipped, list_places, row_places, stops
 from .row_cache import map_rows
 
 # Of a pair that is too long, the prompt keeps at least this share of max_length before a completion is cut.
@@ -38,7 +39,7 @@ LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version_
 class Truncation:
     """What `max_length` and the chat template did to the rows of one split.
 
-    `dropped` are rows that were too long. `bad_rows`: reason -> rows left out with --on_bad_rows skip. `warnings` are
+    `dropped` are rows that were too long. `bad_rows`: reason -> rows left out. `warnings` are
     sentences on rows that are trained on in another form than they seem to.
     """
 
@@ -141,8 +142,8 @@ def tokenize_rows(
         truncation: `shorten_prompt`, `drop` or `error`, as in --truncation.
         num_proc: processes that share the work; None for this one alone.
         place: says where a row is found, by its `row`.
-        on_bad_rows: `error` or `skip`, as in --on_bad_rows, for rows that the chat template does not render whole, or
-            whose sides are the same tokens.
+        on_bad_rows: `skip_few`, `skip` or `error`, as in --on_bad_rows, for rows that the chat template does not render
+            whole, or whose sides are the same tokens.
 
     Raises:
         UserError: rows are too long under `error`, rows cannot be trained on, or none is left.
@@ -194,12 +195,18 @@ def _leave_out_bad(tokenized: Dataset, place: Place, on_bad_rows: str) -> tuple[
     found = _find_in(tokenized, FAULT)
     if not found:
         return tokenized, {}
-    if on_bad_rows == "error":
+    bad = np.unique(np.concatenate(list(found.values())))
+    counts = {reason: len(indices) for reason, indices in found.items()}
+    if stops(len(bad), len(tokenized), on_bad_rows):
         faults = describe_all_bad(found, lambda index: place(tokenized[int(index)]["row"]))
         more = [f"{len(faults) - REASONS_SHOWN:,} more reasons of this kind"] if len(faults) > REASONS_SHOWN else []
         raise UserError(*faults[:REASONS_SHOWN], *more)
-    bad = np.concatenate(list(found.values()))
-    counts = {reason: len(indices) for reason, indices in found.items()}
+    if on_bad_rows == "skip_few":
+        places = {
+            reason: [place(tokenized[int(index)]["row"]) for index in indices[:SHOWN]]
+            for reason, indices in found.items()
+        }
+        say(describe_skipped(dict([*places.items()][:REASONS_SHOWN]), counts, len(tokenized)))
     if len(bad) == len(tokenized):
         said = "; ".join(f"{reason}: {count:,}" for reason, count in list(counts.items())[:REASONS_SHOWN])
         raise UserError(f"--on_bad_rows skip: no usable row is left of {len(tokenized):,} ({said})")

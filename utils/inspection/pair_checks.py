@@ -41,7 +41,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
         severity, kind = (NOTE, "left_out") if reason in LEFT_OUT else (PROBLEM, _kind(reason))
         advice = {
             NOTE: "train leaves them out and counts them; nothing needs to be done.",
-            PROBLEM: "Mend or remove them; train needs --on_bad_rows skip to go on without them.",
+            PROBLEM: "Mend or remove them; train skips fewer than 1%, and more with --on_bad_rows skip.",
         }[severity]
         title = f"no pair in the row: {reason}"
         findings.append(

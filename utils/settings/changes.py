@@ -42,6 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "per_device_eval_batch_size",
         "max_tokens_per_batch",  # the pairs of an optimizer step stay what they are
         "auto_batch_size",
+        "on_bad_rows",  # the rows themselves are compared
         "dataset_num_proc",
         "dataloader_num_workers",
     }

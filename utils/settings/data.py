@@ -85,7 +85,11 @@ class DataSettings:
         says={"merge": "check on the first N pairs (default: 64)"},
     )
     on_bad_rows: str = flag(
-        "error", "what to do with rows that cannot be trained on", choices=("error", "skip"), verbs=SCORES_ROWS
+        "skip_few",
+        "rows that cannot be trained on: skip_few leaves them out where they are fewer than 1% of the rows, and stops "
+        "otherwise; skip leaves out any number; error stops at one. All are counted",
+        choices=("skip_few", "skip", "error"),
+        verbs=SCORES_ROWS,
     )
     max_length: int | None = flag(
         None,
