@@ -30,7 +30,7 @@ def plain(pairs):
     return [{name: plain_ids(pair[name]) for name in NAMES} for pair in pairs]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_they_are_attended_to_and_what_counts_is_scored_as_one_text_at_a_time(name):
     model, pairs = build(name), pairs_with_results()
     counted = [torch.tensor([token >= 0 for token in pair[side]]) for side in NAMES[1:] for pair in pairs]

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
 from types import SimpleNamespace
@@ -332,26 +332,33 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, **options: Any
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
-# How templates want a call: its arguments as an object or as JSON text, and a turn without text as null or empty.
-FORMS = tuple(product((False, True), (None, "")))
+@dataclass(frozen=True)
+class Form:
+    """How a template wants what a message says: arguments as JSON text or as an object, a turn without text as null or
+    as an empty text, and the fields whose reasoning it renders."""
+
+    as_text: bool
+    empty: str | None
+    reasoning: tuple[str, ...] = ()
+
+
+FORMS = tuple(Form(*form) for form in product((False, True), (None, "")))
 
 
 def _fit_messages(tokenizer: PreTrainedTokenizerBase, messages: Turns) -> Turns:
     """Messages as the template of a tokenizer reads them: the same said in the form and the field that it knows."""
-    template = str(tokenizer.chat_template)
-    as_text, empty = _call_form(tokenizer, template)
-    return [_fit_message(message, template, as_text, empty) for message in messages]
+    form = _form_of(tokenizer)
+    return [_fit_message(message, form) for message in messages]
 
 
-def _fit_message(message: dict[str, Any], template: str, as_text: bool, empty: str | None) -> dict[str, Any]:
+def _fit_message(message: dict[str, Any], form: Form) -> dict[str, Any]:
     fitted = dict(message)
     field = next((field for field in REASONING if field in fitted), None)
-    known = next((name for name in REASONING if name in template), None)
-    if field is not None and known is not None and field not in template:
-        fitted[known] = fitted.pop(field)
+    if field is not None and form.reasoning and field not in form.reasoning:
+        fitted[form.reasoning[0]] = fitted.pop(field)
     if "tool_calls" in fitted:
-        fitted["content"] = fitted["content"] or empty
-    if "tool_calls" in fitted and as_text:
+        fitted["content"] = fitted["content"] or form.empty
+    if "tool_calls" in fitted and form.as_text:
         fitted["tool_calls"] = [
             call | {"function": call["function"] | {"arguments": _as_json(call["function"]["arguments"])}}
             for call in fitted["tool_calls"]
@@ -363,23 +370,35 @@ def _as_json(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _call_form(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, str | None]:
-    """The first of FORMS in which the template renders a call whole; kept with the tokenizer until that has another."""
+def _form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
+    """The first of FORMS in which the template renders a call whole, with the fields of reasoning that it renders; kept
+    with the tokenizer until that has another template."""
+    template = str(tokenizer.chat_template)
     known = getattr(tokenizer, FORM, None)
     if known is None or known[0] != template:
-        known = (template, next((form for form in FORMS if _renders_call(tokenizer, template, *form)), FORMS[1]))
+        form = next((form for form in FORMS if _renders_call(tokenizer, form)), FORMS[1])
+        fields = tuple(field for field in REASONING if _renders_reasoning(tokenizer, field))
+        known = (template, replace(form, reasoning=fields))
         setattr(tokenizer, FORM, known)
     return known[1]
 
 
-def _renders_call(tokenizer: PreTrainedTokenizerBase, template: str, as_text: bool, empty: str | None) -> bool:
+def _renders_reasoning(tokenizer: PreTrainedTokenizerBase, field: str) -> bool:
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi", field: ANY_REPLY}]
+    try:
+        return ANY_REPLY in tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template can make Python raise anything
+        return False
+
+
+def _renders_call(tokenizer: PreTrainedTokenizerBase, form: Form) -> bool:
     call = {"type": "function", "id": "call00001", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
     turns: Turns = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "a plant"},
     ]
-    messages = [_fit_message(turn, template, as_text, empty) for turn in turns]
+    messages = [_fit_message(turn, form) for turn in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template can make Python raise anything
