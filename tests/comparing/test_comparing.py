@@ -413,7 +413,7 @@ def test_code_does_not_run_because_a_record_names_it(run_script, runs, tmp_path,
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
-        ((), "--model_name_or_path is missing: name the folder of a run, or any model"),
+        ((), "--model_name_or_path is missing: name the folder of a run, as in `compare runs/demo`, or any model"),
         (("--judge", "vote", "vote"), "--judge: vote stands twice; name each judge once"),
         (("--judge", "http://x/v1"), "--judge_model is missing: name the model at the endpoint"),
         (("--judge", "http://SECRET@x/v1", "--judge_model", "m"), "--judge is an address with a user or password"),

@@ -112,7 +112,8 @@ def test_every_fault_is_named(run_script):
     assert first.startswith("error: --beta: is a flag of the verb train")
     assert first.endswith(", not of init")
     assert others == [
-        f"error: --situation is missing: one of {', '.join(SITUATIONS)}",
+        f"error: --situation is missing: one of {', '.join(SITUATIONS)}; or name a config of another tool with --from. "
+        "For example: python advanced_dpo_script.py init --situation one_24gb_qlora",
         "error: --output_file is config.json: must end in .yaml or .yml",
     ]
     code, _, err = run_script("init", "--situation", "cpu_trail")

@@ -12,7 +12,7 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from .candidate import Candidate
 from .config_file import Entry, read_config, read_entry
 from .cross_checks import cross_faults
 from .flag_values import YES_NO, ValueType, annotated_type, as_texts, is_number, read_list, read_text
+from .foreign_configs import LIKE_OURS, describe_foreign, tool_of
 from .foreign_names import NAMES, OTHER_LOSSES, OTHER_VERBS, read_as_ours, reads
 from .help_text import help_text, usage, versions
 from .trainer_fields import owned_reason, trainer_fields
@@ -60,6 +61,7 @@ def parse_arguments(argv: list[str]) -> Settings:
     faults: list[str] = []
     verb_word, entries = split_argv(argv, faults)
     notes = [f"{verb_word}: read as {DEFAULT_VERB}"] if verb_word == "dpo" else []
+    path, tool = _tool_of_config(entries)
     entries, complete = _with_config(entries, faults, notes)
     _tell(notes)
     config_verb = entries.pop("verb", None)
@@ -76,8 +78,24 @@ def parse_arguments(argv: list[str]) -> Settings:
     if complete:
         faults += cross_faults(Candidate(settings, labels, broken))
     if faults:
-        raise UserError(*dict.fromkeys(faults))
+        raise UserError(*dict.fromkeys(faults), *([describe_foreign(path, tool)] if tool else []))
     return _join_trackers(settings)
+
+
+def _tool_of_config(entries: Mapping[str, Entry]) -> tuple[str, str | None]:
+    """The --config file and the other tool that it is of, if it is.
+
+    Raises:
+        UserError: it is of a tool whose keys are not read as they are.
+    """
+    path = entries["config"].texts[0] if "config" in entries and entries["config"].texts else ""
+    try:
+        tool = tool_of(entry.name for entry in read_config(path)) if path else None
+    except UserError:  # which is said where it is read
+        tool = None
+    if tool and tool != LIKE_OURS:
+        raise UserError(describe_foreign(path, tool))
+    return path, tool
 
 
 def _answer(argv: list[str]) -> None:
@@ -290,7 +308,7 @@ def _read_entries(
     for entry in entries:
         flag = flags.get(entry.name)
         if flag is None:
-            faults.append(f"{entry.label}: {_unknown(verb, entry.name)}")
+            faults.append(f"{entry.label}: {why_unknown(verb, entry.name)}")
             continue
         if entry.shape == "text" and not flag.kind.item:
             faults += [_stray(text) for text in entry.texts[1:]]
@@ -400,7 +418,7 @@ def _one_of(word: str, choices: tuple[str, ...]) -> str:
     return f"{hint}must be one of {', '.join(choices)}"
 
 
-def _unknown(verb: str, name: str) -> str:
+def why_unknown(verb: str, name: str) -> str:
     """Why the verb has no such flag, and what to write instead."""
     if reason := owned_reason(verb, name):
         return f"cannot be set here: {reason}"
@@ -456,6 +474,8 @@ def _stray(token: str) -> str:
     if match := _names_setting(token):
         flag = f"--{match['name']} {shlex.quote(match['value'])}"
         return f"{token!r}: is written {flag} here: every flag starts with two dashes"
+    if token.lower().endswith((".yaml", ".yml", ".json")):
+        return f"{token!r}: stands where no value is expected; a config is given as --config {shlex.quote(token)}"
     if token in VERBS:
         return f"{token!r}: stands where no value is expected; the verb comes first, before every flag"
     return f"{token!r}: stands where no value is expected; write --name value"

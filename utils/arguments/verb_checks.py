@@ -6,6 +6,7 @@ import os.path
 import re
 from collections.abc import Iterator
 
+from ..run.program import join_command
 from ..settings.verbs import READ_WITH, SITUATIONS
 from .candidate import Candidate, check
 from .cross_checks import OF_PAIRS, OF_RUN, columns, splits
@@ -104,7 +105,7 @@ def holds_more_than_an_address(url: str) -> bool:
 @check()
 def compared_model(candidate: Candidate) -> Iterator[str]:
     if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
-        yield "--model_name_or_path is missing: name the folder of a run, or any model"
+        yield "--model_name_or_path is missing: name the folder of a run, as in `compare runs/demo`, or any model"
     if candidate["prompts"] is None and "prompts" not in candidate.broken:
         for name in candidate.given("prompt_column"):
             yield f"{candidate.label(name)}: has no effect without --prompts; add it or leave this out"
@@ -144,7 +145,10 @@ def compared_sampling(candidate: Candidate) -> Iterator[str]:
 @check()
 def evaluated_model(candidate: Candidate) -> Iterator[str]:
     if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
-        yield "--model_name_or_path is missing: name the folder of a run, or any model (with --ref_model_name_or_path)"
+        yield (
+            "--model_name_or_path is missing: name the folder of a run, as in `evaluate runs/demo`, or any model "
+            "(with --ref_model_name_or_path)"
+        )
 
 
 @check("dataset_name")
@@ -227,7 +231,7 @@ def merge_needs(candidate: Candidate) -> Iterator[str]:
 @check()
 def required_chat(candidate: Candidate) -> Iterator[str]:
     if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
-        yield "--model_name_or_path is missing: name the folder of a run, a model or an adapter"
+        yield "--model_name_or_path is missing: name the folder of a run, as in `chat runs/demo`, a model or an adapter"
 
 
 @check("temperature")
@@ -257,8 +261,17 @@ def reported_run(candidate: Candidate) -> Iterator[str]:
 
 @check("output_file")
 def config_to_write(candidate: Candidate) -> Iterator[str]:
-    if candidate["situation"] is None and "situation" not in candidate.broken:
-        yield f"--situation is missing: one of {', '.join(SITUATIONS)}"
+    names = ("model_name_or_path", "dataset_name", "output_dir")
+    named = [word for name in candidate.given(*names) for word in (f"--{name}", candidate[name])]
+    if candidate["situation"] is None and candidate["from_file"] is None and "situation" not in candidate.broken:
+        yield (
+            f"--situation is missing: one of {', '.join(SITUATIONS)}; or name a config of another tool with --from. "
+            f"For example: {join_command(['init', '--situation', 'one_24gb_qlora', *named])}"
+        )
+    if candidate["situation"] is not None and candidate["from_file"] is not None:
+        yield f"{candidate.label('from_file')}: is translated as it is, so --situation has no effect; leave one out"
+    for name in candidate.given(*names) if candidate["from_file"] is not None else ():
+        yield f"{candidate.label(name)}: the config that is translated says it; change it in the file written"
     path = candidate["output_file"]
     if path is not None and not path.lower().endswith((".yaml", ".yml")):
         yield f"{candidate.label('output_file')} is {path}: must end in .yaml or .yml"

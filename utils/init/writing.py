@@ -14,36 +14,63 @@ from ..run.writing import write_text
 from ..runtime import say
 from ..settings.training import Settings
 from ..settings.verbs import InitSettings
+from .translating import translate_config
 
 HERE = Path(__file__).resolve().parent
 FSDP = "examples/accelerate/fsdp2.yaml"
 
 
 def write_config(settings: Settings) -> None:
-    """Writes the config of --situation to --output_file and says how to use it.
+    """Writes the config of --situation, or that of another tool translated, to --output_file and says how to use it.
 
     Raises:
-        UserError: the file exists or cannot be written.
+        UserError: the file exists or cannot be written, or the other tool's config cannot be translated.
     """
-    situation, path = settings.of(InitSettings).situation, read_path(settings.of(InitSettings).output_file)
+    wish = settings.of(InitSettings)
+    situation, path = wish.situation, read_path(wish.output_file)
     if path.exists() or path.is_symlink():
         raise UserError(f"--output_file {path}: exists, and nothing is written over it; name another file")
+    if wish.from_file is not None:
+        translate(wish.from_file, path)
+        return
     names = {
         "model_name_or_path": settings.model.model_name_or_path,
         "dataset_name": settings.data.dataset_name,
         "output_dir": settings.run.output_dir,
     }
     text = fill_in((HERE / f"{situation}.yaml").read_text(encoding="utf-8"), names)
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--output_file {path}: cannot be written ({error.strerror})") from None
+    _write(path, text)
     say(f"wrote {path}: {text.splitlines()[0].removeprefix('# ')}")
     sharded = situation == "eight_gpus_full"
     launcher = ["accelerate", "launch", "--config_file", path_from_here(FSDP)] if sharded else ["python"]
     say("every line may be changed; --help says more of each. See that all stages work, then train:")
     say(f"  {join_command(['--config', str(path), '--dry_run'], launcher)}")
     say(f"  {join_command(['--config', str(path)], launcher)}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--output_file {path}: cannot be written ({error.strerror})") from None
+
+
+def translate(name: str, path: Path) -> None:
+    """Writes our config for one of another tool, and says what is left to be filled in.
+
+    Raises:
+        UserError: it cannot be translated, or not be written.
+    """
+    made = translate_config(name)
+    _write(path, made.text)
+    lines = made.text.splitlines()[1:]
+    left = [line for line in lines if line.startswith("#")]
+    say(f"wrote {path}: {len(lines) - len(left)} settings from a config of {made.tool}")
+    if left:
+        say(f"{len(left)} of its lines are not taken over; each stands there as a comment with the reason")
+    for fault in made.faults:
+        say(f"to be filled in: {fault}")
+    say(f"  {join_command(['--config', str(path), '--dry_run'])}")
 
 
 def fill_in(text: str, names: Mapping[str, str | None]) -> str:

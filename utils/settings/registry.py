@@ -256,14 +256,16 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "init",
-        "write a commented config for a situation, to be changed and given to --config",
+        "write a commented config for a situation, or from one of another tool, to be given to --config",
         run="init.writing:write_config",
         checks="arguments.verb_checks:INIT",
         groups=(InitSettings,),
+        objects=("from_file",),
         example="""\
   python advanced_dpo_script.py init --situation one_24gb_qlora --output_file config.yaml \\
       --model_name_or_path meta-llama/Llama-3.1-8B-Instruct --dataset_name ./pairs.jsonl
-  python advanced_dpo_script.py --config config.yaml""",
+  python advanced_dpo_script.py --config config.yaml
+  python advanced_dpo_script.py init --from axolotl.yaml --output_file config.yaml""",
     ),
 )
 VERBS = {verb.name: verb for verb in ROWS}

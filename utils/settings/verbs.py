@@ -117,6 +117,10 @@ class InitSettings:
         "; ".join(f"{name}: {what}" for name, what in SITUATIONS.items()),
         choices=tuple(SITUATIONS),
     )
+    from_file: str | None = flag(
+        None,
+        "a config of Axolotl, LLaMA-Factory, alignment-handbook, ms-swift or TRL to translate; also --from FILE",
+    )
     output_file: str = flag("config.yaml", "the file to write; one that exists is left alone")
 
 
