@@ -76,7 +76,7 @@ def test_a_closed_terminal_stops_a_run_and_its_state_is_saved(tiny_model, tmp_pa
     assert run.wait(60) == 130, run.stderr.read()
     assert run.stderr.read() == b""
     assert b"\\u597d" in out
-    assert b"its state is saved; to go on:" in out
+    assert b"its state is saved; to resume:" in out
     record = read_record(tmp_path / "run")
     assert record["status"] == "interrupted"
     assert (tmp_path / "run" / f"checkpoint-{record['step']}").is_dir()

@@ -1,4 +1,4 @@
-"""How a run ends other than well: by what the reader can mend, by being asked to stop, by what it lost.
+"""How a run fails: by a user error, by an interruption, or by the loss of a process.
 
 UserError            every fault found, one line each; printed without a traceback, exit code 2
   LocalError         the same, known to one of several processes alone, which prints it itself
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend.
+    """A user error: wrong flags, data, files or environment.
 
     Each fault is one line: which flag or file:line, what was found, what to do. All faults of a stage are gathered
-    and raised together, so that nobody has to mend them one run at a time.
+    and raised together, so that they can be fixed in one go.
     """
 
     def __init__(self, *faults: str) -> None:
@@ -31,11 +31,11 @@ class LocalError(UserError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; the message says how to go on."""
+    """The run was asked to stop and has saved its state; the message says how to resume."""
 
 
 class ProcessLost(Exception):
-    """Another process of the run ended or fell silent; the message says what is safe and how to go on.
+    """Another process of the run ended or fell silent; the message says what is safe and how to resume.
 
     `spoken`: another process says so.
     """

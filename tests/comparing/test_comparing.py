@@ -193,7 +193,8 @@ def test_a_judge_that_fails_or_is_silent_ends_the_comparison_in_one_line(
     code, _, err = run_script(*names, "--judge", endpoint.url, "--judge_model", "failing")
     assert code == 2
     assert (
-        err == f"error: --judge {endpoint.url}: no answer in 1 attempts (503 Service Unavailable); run again to go on\n"
+        err
+        == f"error: --judge {endpoint.url}: no answer in 1 attempts (503 Service Unavailable); run again to resume\n"
     )
     endpoint.failures = [(401, {})] * 4
     code, _, err = run_script(*names, "--judge", endpoint.url, "--judge_model", "refusing")

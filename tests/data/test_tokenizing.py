@@ -692,7 +692,7 @@ def test_tools_that_are_no_list_of_objects_are_refused(tools, load):
         PromptEncoder(tokenizer).encode_prompts([user("Hello")], [tools])
 
 
-def test_conversation_that_the_template_refuses_is_the_users_to_mend(load):
+def test_conversation_that_the_template_refuses_is_the_users_to_fix(load):
     tokenizer = load("bytes")
     tokenizer.chat_template = (
         "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}" + CHATML

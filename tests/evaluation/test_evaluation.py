@@ -298,7 +298,7 @@ def test_a_share_of_all_has_the_interval_of_the_side_with_fewer_prompts():
     assert (found["value"], found["low"], found["high"]) == pytest.approx((1, 0.025 ** (1 / 3), 1))
 
 
-def test_a_model_that_picks_the_longer_response_is_a_coin_when_length_is_controlled():
+def test_a_model_that_picks_the_longer_response_is_at_chance_when_length_is_controlled():
     rows = make_rows(400)
     for row in rows:
         row["margin"] = float(row["chosen_tokens"] - row["rejected_tokens"])
@@ -592,7 +592,7 @@ def test_bins_of_margins_have_round_edges_and_one_at_0():
         assert edges[-1] >= np.quantile(values, 0.99)
 
 
-# What can be mended.
+# What can be fixed.
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_adapter_whose_base_is_gone(base, tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "adapter", base)
     said = complaint(find_model, FLAG, str(adapter))
     assert said.startswith(f"{FLAG} {adapter}: an adapter for {base}, which is not there any more")
-    assert "move it back, or mend base_model_name_or_path" in said
+    assert "move it back, or fix base_model_name_or_path" in said
 
 
 @pytest.mark.parametrize("base", [None, "", 3])

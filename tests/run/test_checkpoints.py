@@ -139,7 +139,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_damaged_ones_are_set
     said = capsys.readouterr().out.splitlines()
     assert said[0] == (
         "checkpoint-8 is damaged: model.safetensors has other content than was saved (its SHA-256 differs); "
-        "it is set aside as checkpoint-8.damaged"
+        "it is renamed to checkpoint-8.damaged"
     )
     assert "optimizer.safetensors has 10 bytes instead of" in said[1]
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
@@ -353,7 +353,7 @@ def test_a_checkpoint_of_odd_identity_is_one_message(run_script, tiny_model, pai
         more = ("--max_steps", 2, "--resume_from_checkpoint", checkpoint, "--allow_changes", "max_steps")
         code, _, err = run_script(*flags, tmp_path / "run", *more)
         assert (code, err.count("\n")) == (2, 1), (odd, err)
-        assert f"{checkpoint}: cannot be gone on from: trainer_state.json cannot be used: stateful_callbacks" in err, (
+        assert f"{checkpoint}: cannot be resumed from: trainer_state.json cannot be used: stateful_callbacks" in err, (
             odd
         )
     del state["stateful_callbacks"]  # which no trainer leaves out; the state is saved again all the same

@@ -295,7 +295,7 @@ def test_resuming_from_an_incomplete_checkpoint_is_refused(tmp_path):
         with pytest.raises(UserError) as caught:
             find_resume_point(tmp_path, wish)
         assert str(caught.value) == (
-            f"--resume_from_checkpoint {wish}: cannot be gone on from: {fault}; pass auto to start without one"
+            f"--resume_from_checkpoint {wish}: cannot be resumed from: {fault}; pass auto to start without one"
         )
     make_checkpoint(tmp_path, 9)
     with pytest.raises(UserError, match=f"the newest good one in {tmp_path} is checkpoint-9$"):

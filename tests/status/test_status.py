@@ -137,7 +137,7 @@ def test_the_printed_command_goes_on_with_a_run_that_died(tiny_model, pairs_file
 def command_to_go_on_in(lines: list[str], name: str) -> list[str]:
     """The arguments of the command that is printed for a run."""
     said = next(number for number, line in enumerate(lines) if line.startswith(f"{name}: "))
-    assert lines[said + 1].startswith("  to go on from checkpoint-")
+    assert lines[said + 1].startswith("  to resume from checkpoint-")
     words = shlex.split(lines[said + 2])
     assert words[:2] == ["python", "advanced_dpo_script.py"]
     return words[2:]

@@ -291,12 +291,12 @@ def test_what_float16s_scaler_leaves_out_is_no_bad_batch(float16_scaler, train_s
     assert not (tmp_path / "run" / "bad_pairs.jsonl").exists()
 
 
-def test_a_gradient_that_no_scale_of_float16_mends_is_a_bad_batch(float16_scaler, train_sound):
+def test_a_gradient_that_no_scale_of_float16_fixes_is_a_bad_batch(float16_scaler, train_sound):
     float16_scaler[1](100)
     code, _, err = train_sound()
     assert code == 2
     assert "came apart in step 25: the losses of its 4 rows are finite, their gradient is not" in err
-    assert "a smaller scale of float16 does not mend it" in err
+    assert "a smaller scale of float16 does not fix it" in err
 
 
 @pytest.mark.usefixtures("float16_scaler")

@@ -101,7 +101,7 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(run, whole, tmp_path, monk
         stop_at(patch, step, lambda watcher: setattr(watcher, "asked_to_stop", True))
         code, out, _ = run()
     assert code == 130
-    assert f"interrupted at step {step}, its state is saved; to go on:" in out
+    assert f"interrupted at step {step}, its state is saved; to resume:" in out
     assert "warning" not in out
     assert read_record(tmp_path / "part")["step"] == step
     assert (tmp_path / "part" / f"checkpoint-{step}").is_dir()
@@ -197,7 +197,7 @@ def test_a_stop_that_python_drops_in_another_verb_ends_it(verb, tiny_model, pair
 def test_a_stop_that_python_drops_while_the_run_finishes_ends_it(run_with_dropped_signal, tmp_path):
     code, out, err = run_with_dropped_signal("utils.training.finishing.evaluate_last")
     assert code == 130, out + err
-    assert "interrupted at step 12, its state is saved; to go on:" in out
+    assert "interrupted at step 12, its state is saved; to resume:" in out
     assert "Traceback" not in err
     assert read_record(tmp_path / "part")["status"] == "interrupted"
     assert not (tmp_path / "part" / "model.safetensors").exists()
@@ -517,7 +517,7 @@ def test_a_lost_tracker_is_a_warning(run, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorBoardCallback, "on_log", lose)
     code, out, err = run("--report_to", "tensorboard")
     assert code == 0, err
-    said = "tensorboard failed and gets nothing more; the run goes on, and metrics.jsonl has everything"
+    said = "tensorboard failed and gets nothing more; the run continues, and metrics.jsonl has everything"
     assert out.count(f"warning: {said}") == 1
     assert len(calls) == 1
     assert any(said in text for text in read_record(tmp_path / "part")["warnings"])
@@ -591,7 +591,7 @@ def test_an_error_without_a_path_is_the_folders_where_the_folder_was_written(tmp
     monkeypatch.setattr(os, "unlink", unlink)
     message = str(explain_failure(failed.value, tmp_path, 7, "It is safe.", "go on"))
     assert message.startswith(f"--output_dir {tmp_path}: connection timed out")
-    assert "the run stopped after step 7. It is safe. Mend that, then go on with:" in message
+    assert "the run stopped after step 7. It is safe. Fix that, then resume with:" in message
 
     def fail_without_number(handle):
         raise io.UnsupportedOperation("File or stream is not seekable.")  # as Python says it of a disk that fails

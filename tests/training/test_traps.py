@@ -1,6 +1,6 @@
 """Where preference training goes quietly wrong: each trap with this project (must hold) and with stock TRL (must fail).
 
-The side of stock TRL is an expected failure, and a strict one: where TRL mends a fault, its test says so by passing.
+The side of stock TRL is an expected failure, and a strict one: where TRL fixes a fault, its test says so by passing.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def test_a_lost_machine_ends_the_run_and_one_goes_on(
         subprocess.run(["ip", "-n", name, "link", "set", end, "up"], check=True)
     finish([started[lost]])
     assert "another process of this run ended or fell silent" in err
-    assert "is safe. To go on" in err
+    assert "is safe. To resume" in err
     assert "--resume_from_checkpoint auto" in err
     # On one machine, with the pairs per step that it had.
     again = [*flags, "--per_device_train_batch_size", 4, "--ddp_timeout", 20, "--resume_from_checkpoint", "auto"]

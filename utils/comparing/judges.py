@@ -122,7 +122,7 @@ def _ask_endpoint(judge: Judge, matches: list[tuple[Prompt, str, str]], settings
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "judge_answers"
     endpoint = EndpointJudge(judge.name, wish.judge_model, cache, limits, flag=FLAG)
     different = sum(one != other for _, one, other in matches)
-    say(f"      asking {judge.how}: up to {2 * different:,} requests, fewer where answers are kept from before")
+    say(f"      asking {judge.how}: up to {2 * different:,} requests, fewer where answers are cached")
     verdicts = endpoint.weigh_all(matches)
     details = count_orders([pair for pair, (_, one, other) in zip(verdicts, matches, strict=True) if one != other])
     details |= {

@@ -15,7 +15,7 @@ from .calls import BadRow
 from .ranking import ADAPTER_SKIPS
 from .scanning import name_of
 
-# Errors that speak of the code and not of the data: their texts are few, and say what to mend.
+# Errors that speak of the code and not of the data: their texts are few, and say what to fix.
 OF_THE_CODE = (KeyError, AttributeError, NameError, TypeError, ImportError)
 
 

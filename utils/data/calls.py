@@ -1,4 +1,4 @@
-"""What a turn says beside its text: tool calls, the id and name of a result, and reasoning.
+"""What a turn has besides its text: tool calls, the id and name of a result, and reasoning.
 
 A table has one type for all turns, and the arguments of a call may be anything. So a turn keeps such fields as one JSON
 text, `extra`, and `whole_message` gives the message back as a chat template takes it.
@@ -75,7 +75,7 @@ def read_arguments(arguments: Any) -> Any:
 
 
 def read_extra(message: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
-    """The fields of a message that a turn keeps beside its text; those without content are left out.
+    """The fields of a message that a turn keeps besides its text; those without content are left out.
 
     Raises BadRow for tool calls that cannot be read.
     """
@@ -116,14 +116,14 @@ def whole_message(turn: Turn) -> dict[str, Any]:
 
 
 def extra_of(turn: Turn) -> dict[str, Any]:
-    """What a turn, or a whole message, says beside its text."""
+    """What a turn, or a whole message, has besides its text."""
     if EXTRA in turn:
         return json.loads(turn[EXTRA]) if turn[EXTRA] else {}
     return {field: turn[field] for field in KEPT if field in turn}
 
 
 def keeps_extra(value: Any) -> bool:
-    """Whether a value is turns of which one says something beside its text."""
+    """Whether a value is turns of which one has content besides its text."""
     return isinstance(value, list) and any(EXTRA in turn for turn in value)
 
 

@@ -49,7 +49,7 @@ def peek_csv(path: Path) -> tuple[list[str], list[str]]:
                 return header, next(filled, [])
             return header, []
     except csv.Error as error:
-        raise UserError(f"{path} line 1 is not valid CSV ({error}). Mend the file.") from None
+        raise UserError(f"{path} line 1 is not valid CSV ({error}). Fix the file.") from None
 
 
 def scan_csv(path: Path) -> Scan:
@@ -86,7 +86,7 @@ def _filled_records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             try:
                 record = next(records, None)
             except csv.Error as error:
-                raise UserError(f"{path} line {line} is not valid CSV ({error}). Mend the file.") from None
+                raise UserError(f"{path} line {line} is not valid CSV ({error}). Fix the file.") from None
             if record is None:
                 return
             if record and seen_header:

@@ -69,7 +69,7 @@ class _TextCollector(HTMLParser):
 
 
 def html_to_text(html: str) -> str:
-    """The text of an HTML fragment; what stands in code blocks keeps its spaces and line breaks."""
+    """The text of an HTML fragment; code blocks keep their spaces and line breaks."""
     collector = _TextCollector()
     collector.feed(html)
     collector.close()

@@ -1,4 +1,4 @@
-"""Data sets of the hub, and what is said where it has none, or cannot be reached."""
+"""Data sets of the hub, and the message where it has none, or cannot be reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts against the columns of a source: which to try, whether one fits, and what is said where none does."""
+"""Layouts against the columns of a source: which to try, whether one fits, and the message where none does."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def read_wishes(dataset_name: str) -> list[Wish]:
 
 
 def source_names(dataset_name: str) -> list[str]:
-    """The names of the sources alone; none where they cannot be told apart, which reading them says."""
+    """The names of the sources alone; none where two are the same, which reading them reports."""
     try:
         return [wish.name for wish in read_wishes(dataset_name)]
     except UserError:

@@ -54,7 +54,7 @@ class Part:
 
     @property
     def place(self) -> Place:
-        """Where a row is found by the person who has to mend it, by its `row`."""
+        """The place (file and line) of a row, by its `row`."""
         return self.source.held_out_place if self.is_held_out else self.source.place
 
     @property

@@ -1,4 +1,4 @@
-"""Where a row can be found by the person who has to mend it: a line of a file, or a row of a split."""
+"""The place of a row, for messages: a line of a file, or a row of a split."""
 
 from __future__ import annotations
 

@@ -143,13 +143,13 @@ def scan_json(path: Path) -> Scan:
         return _scan_json_lines(path)
     text = read_text(path)
     if is_too_deep(text.encode("utf-8", "surrogatepass")):
-        raise UserError(f"{path} is {TOO_DEEP}. Mend the file.")
+        raise UserError(f"{path} is {TOO_DEEP}. Fix the file.")
     try:
         value = parse_json(text, object_pairs_hook=read_keys_once)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno} is not valid JSON ({_describe(error)}). Mend the file.") from None
+        raise UserError(f"{path} line {error.lineno} is not valid JSON ({_describe(error)}). Fix the file.") from None
     except ValueError as error:
-        raise UserError(f"{path} is not a usable JSON file: {error}. Mend the file.") from None
+        raise UserError(f"{path} is not a usable JSON file: {error}. Fix the file.") from None
     rows = value if isinstance(value, list) else _unwrap(value) or [value]
     scan = Scan(path.name, "row")
     for number, row in enumerate(rows, start=1):

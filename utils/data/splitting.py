@@ -1,7 +1,7 @@
 """Training and held-out rows, so that no prompt is in both and none ever changes sides.
 
 A hash of the seed and the prompt gives each prompt a number between 0 and 1; it is held out where that lies below the
-wished fraction. The rows around it do not matter: rows that are added, mended, dropped or put in another order leave
+wished fraction. The rows around it do not matter: rows that are added, fixed, dropped or put in another order leave
 all others where they were, and one prompt in two sources is on one side. The share held out is the fraction up to
 chance: for n prompts and a fraction f the standard deviation is sqrt(n f (1 - f)) prompts.
 """

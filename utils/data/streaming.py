@@ -254,7 +254,7 @@ def _check_exact(stream: Stream, reading: Reading | None = None) -> None:
 
 
 class _reading:
-    """Around the library's own reading: whatever stops it is said in one line."""
+    """Around the library's own reading: whatever stops it becomes a one-line message."""
 
     def __init__(self, label: str, row: int) -> None:
         self.label, self.row = label, row

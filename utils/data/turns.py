@@ -132,7 +132,7 @@ def _parse(text: str) -> Any:
 
 
 def flatten(value: Value) -> str:
-    """What is said, without who says it."""
+    """The text of the turns, without their roles."""
     return value if isinstance(value, str) else "\n".join(map(said_by, value))
 
 
@@ -176,7 +176,7 @@ def role_of(message: Mapping[str, Any]) -> str | None:
 
 
 def check_fields(message: Mapping[str, Any], name: str, fields: Sequence[str] = CARRIED) -> None:
-    """Raises BadRow where a turn, or an answer with fields, says something beside its text."""
+    """Raises BadRow where a turn, or an answer with fields, has content besides its text."""
     for field in fields:
         if not is_nothing(message.get(field)):
             raise BadRow(f"'{name}' has a turn with '{field}', which is not trained on")

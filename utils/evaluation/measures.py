@@ -135,7 +135,7 @@ def _rankings(table: PairTable, per_token: bool) -> tuple[np.ndarray, np.ndarray
 
 
 def _subsets(table: PairTable) -> Subsets:
-    """Groups of pairs whose accuracy and margin are told apart."""
+    """Groups of pairs whose accuracy and margin are reported separately."""
     difference = table.length_difference
     longest = np.maximum(table["chosen_tokens"], table["rejected_tokens"])
     subsets: Subsets = {

@@ -74,7 +74,7 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
     near = (alike >= 0) & ~exact
     findings = [
         *find_pairs(
-            subject, "overlap", PROBLEM, f"a prompt that stands in {name} too",
+            subject, "overlap", PROBLEM, f"a prompt that is in {name} too",
             "A model trained on them is not measured by these data; --remove overlap leaves them out.",
             np.flatnonzero(exact),
         ),

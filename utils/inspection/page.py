@@ -146,7 +146,7 @@ def _show_shortcuts(record: dict[str, Any]) -> str:
         bars.append(Bar("by its words alone, on unseen prompts", share, text, ends))
     rows = [(r["rule"], f"{r['unlike']:,}", f"{r['right']:,}", f"{r['accuracy']:.1%}") for r in rules]
     note = (
-        "Whoever picks the chosen response by such a sign is right this often, a coin deciding where both sides are "
+        "Picking the chosen response by such a feature is right this often, at random where both sides are "
         "alike: 50% is chance. What lies far from it, a model may learn in place of what is better."
     )
     if words is not None:

@@ -27,7 +27,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
         places = [place for one in lines for place in one.places][:SHOWN]
         detail = next((one.detail for one in lines if one.detail), "")
         title = f"a line that cannot be read: {reason}{f' (the first: {detail})' if detail else ''}"
-        findings.append(Finding("unreadable", PROBLEM, title, "Mend or remove them.", count, places))
+        findings.append(Finding("unreadable", PROBLEM, title, "Fix or remove them.", count, places))
     reasons = dict.fromkeys(reason for part in subject.parts for reason in part.bad)
     for reason in reasons:
         places, examples, count = [], [], 0
@@ -41,7 +41,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
         severity, kind = (NOTE, "left_out") if reason in LEFT_OUT else (PROBLEM, _kind(reason))
         advice = {
             NOTE: "train leaves them out and counts them; nothing needs to be done.",
-            PROBLEM: "Mend or remove them; train skips fewer than 1%, and more with --on_bad_rows skip.",
+            PROBLEM: "Fix or remove them; train skips fewer than 1%, and more with --on_bad_rows skip.",
         }[severity]
         title = f"no pair in the row: {reason}"
         findings.append(
@@ -169,7 +169,7 @@ def check_ends(subject: Subject, scan: Scan) -> list[Finding]:
         ),
         *find_pairs(
             subject, "answered_prompt", NOTE, "the prompt ends with an answer (a turn of the assistant, or the reply)",
-            "The replies then go on after it; if they should stand in its place, take it out of the prompt.",
+            "The replies then continue it; if they should replace it, remove it from the prompt.",
             np.flatnonzero(scan.answered_prompt),
         ),
     ]  # fmt: skip

@@ -109,7 +109,7 @@ def measure_rules(scan: Scan) -> list[dict[str, Any]]:
     """How far a rule gets that looks at one trait of the two responses and knows nothing of the prompt.
 
     `unlike`: pairs whose sides differ in the trait, which the rule decides; `right`: how many of those have it on the
-    chosen side; `accuracy`: over all pairs, a coin deciding the rest.
+    chosen side; `accuracy`: over all pairs, the rest at random.
     """
     lengths = {
         "longer": ("is longer", scan.characters["chosen"] - scan.characters["rejected"]),

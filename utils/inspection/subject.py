@@ -79,7 +79,7 @@ class Subject:
         return sum((Counter(part.source.dropped) for part in self.sources), Counter())
 
     def find_place(self, pair: int) -> str:
-        """Where a pair is found by the person who has to mend it."""
+        """The place of a pair, for messages."""
         part = self.parts[self.part_of[pair]]
         return part.find_place(part.good[pair - np.searchsorted(self.part_of, self.part_of[pair])])
 
@@ -118,7 +118,7 @@ def _check(part: Part, settings: DataSettings) -> Part:
 
 
 def _divide(joined: Joined, parts: Sequence[Part], settings: Settings) -> tuple[np.ndarray, np.ndarray, str]:
-    """Which pairs `train` would hold out, which it would train on, and how they are parted, or why they cannot be."""
+    """Which pairs `train` would hold out, which it would train on, and how they are split, or why they cannot be."""
     wish, seed = settings.data.validation_split, settings.training.seed
     count = sum(len(part.good) for part in parts)
     nothing, everything = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)

@@ -97,7 +97,7 @@ def describe_source(source: dict[str, Any]) -> str:
 
 
 def describe_split(counts: dict[str, Any]) -> str:
-    """How the pairs are parted."""
+    """How the pairs are split."""
     aside = counts["set_aside_pairs"]
     text = f"{counts['train_pairs']:,} to train on, {counts['held_out_pairs']:,} held out"
     if aside:

@@ -214,7 +214,7 @@ def check_tokens(
     return [
         *find_pairs(
             subject, "template_refuses", PROBLEM, "refused by the chat template",
-            "Training would stop at them; mend their turns, or give another --chat_template.",
+            "Training would stop at them; fix their turns, or give another --chat_template.",
             np.flatnonzero(counts.lengths["prompt"] == REFUSED),
         ),
         *(
@@ -250,7 +250,7 @@ def check_tokens(
         *(
             finding
             for note, pairs in counts.notes.items()
-            for finding in find_pairs(subject, "template_changes", NOTE, note, "Training goes on, and says it.", pairs)
+            for finding in find_pairs(subject, "template_changes", NOTE, note, "Training warns of it.", pairs)
         ),
         *_check_round_trip(subject, encoder),
     ]  # fmt: skip

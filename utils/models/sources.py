@@ -156,7 +156,7 @@ def _check_saved(flag: str, folder: Path) -> None:
     try:
         saved = {str(name): (int(size), str(sha256)) for name, (size, sha256) in files.items()}
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{flag} {folder}: files in its {RECORD} cannot be read; mend or remove it") from None
+        raise UserError(f"{flag} {folder}: files in its {RECORD} cannot be read; fix or remove it") from None
     changed = find_changed(folder, saved)
     damaged = [fault for name, fault in changed.items() if MUST_BE_SAVED.fullmatch(name)]
     if damaged:
@@ -241,7 +241,7 @@ def _check_place(flag: str, name: str, config: str) -> None:
     if looks_local(name) and not os.path.isdir(name):
         raise UserError(f"{flag} {name}: no such folder; check the path")
     if os.path.isdir(name) and SET_ASIDE.fullmatch(Path(name).name):
-        raise UserError(f"{flag} {name}: a checkpoint that was found damaged and set aside; name a whole one")
+        raise UserError(f"{flag} {name}: a checkpoint that was found damaged and renamed; name a complete one")
 
 
 def _check_base(flag: str, name: str, base: str, revision: str | None) -> None:
@@ -324,7 +324,7 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
         if not beside.is_dir():
             raise UserError(
                 f"{flag} {name}: an adapter for {base}, which is not there any more; "
-                "move it back, or mend base_model_name_or_path in its adapter_config.json"
+                "move it back, or fix base_model_name_or_path in its adapter_config.json"
             )
         base = str(beside)
     revision = config.get("revision")

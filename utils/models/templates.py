@@ -204,7 +204,7 @@ def _check_renders(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         with bounded(MOST_SECONDS, MOST_BYTES):
             text = _render(tokenizer)
     except TimeIsUp:
-        raise UserError(f"{name} takes more than {MOST_SECONDS} seconds for one short turn; mend its loops") from None
+        raise UserError(f"{name} takes more than {MOST_SECONDS} seconds for one short turn; fix its loops") from None
     except MemoryError:
         raise UserError(f"{name} takes more than {MOST_BYTES >> 30} GiB of memory for one short turn") from None
     except RecursionError:

@@ -118,7 +118,7 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
     try:
         record = read_run(run / RECORD)
     except (OSError, Unreadable) as error:
-        raise UserError(f"{flag} {name}: {run / RECORD} is no record of a run ({error}); remove or mend it") from None
+        raise UserError(f"{flag} {name}: {run / RECORD} is no record of a run ({error}); remove or fix it") from None
     if run == folder and record.get("status") != "finished":
         raise UserError(f"{flag} {name}: {_unfinished(folder, record)}")
     fault = find_fault(folder, reads=is_of_model) if run != folder else None
@@ -157,7 +157,7 @@ def _check_record(flag: str, trained: TrainedModel) -> None:
     if adapts and not read_identities(trained.record) and source.base != start["base"] and Path(start["base"]).is_dir():
         raise UserError(
             f"{flag} {source.name}: an adapter for {source.base}, but its run trained it on {start['base']}; "
-            "mend base_model_name_or_path in its adapter_config.json"
+            "fix base_model_name_or_path in its adapter_config.json"
         )
 
 

@@ -165,13 +165,13 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
             )
         if key in ("torch_dtype", "dtype") and isinstance(value, str) and not _is_dtype(value):
             said = json.dumps(value)[:40]
-            yield f"config.json: {key} is {said}: must be a type of PyTorch such as bfloat16; mend the line"
+            yield f"config.json: {key} is {said}: must be a type of PyTorch such as bfloat16; fix the line"
         if key in LAYER_COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
-            yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; mend the line"
+            yield f"config.json: {key} is {json.dumps(value)[:40]}, more layers than any model has; fix the line"
         if key in (*LAYER_COUNTS, *SIZES) and isinstance(value, int | float) and value < 1:
-            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be at least 1; mend the line"
+            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be at least 1; fix the line"
         if key.endswith(PROBABILITIES) and isinstance(value, int | float) and not 0 <= value <= 1:
-            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be between 0 and 1; mend the line"
+            yield f"config.json: {key} is {json.dumps(value)[:40]}: must be between 0 and 1; fix the line"
 
 
 def _padding_faults(config: dict[str, Any]) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _padding_faults(config: dict[str, Any]) -> Iterator[str]:
         if not isinstance(pad, int) or not -size <= pad < size:
             yield (
                 f"config.json: pad_token_id is {json.dumps(pad)[:40]}: must be a token of the vocabulary (below "
-                f"{size}) or null; mend the line"
+                f"{size}) or null; fix the line"
             )
 
 

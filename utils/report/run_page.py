@@ -254,7 +254,7 @@ def _show_settings(record: Mapping[str, Any]) -> Iterator[str]:
         yield from _show_command(record)
         if record.get("status") in ("interrupted", "failed"):
             yield make_paragraph(
-                "With --resume_from_checkpoint auto (and without --overwrite_output_dir) it goes on from its newest "
+                "With --resume_from_checkpoint auto (and without --overwrite_output_dir) it resumes from its newest "
                 "checkpoint, where it has one."
             )
     model, used = record.get("model") or {}, record.get("resources") or {}

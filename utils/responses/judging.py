@@ -250,7 +250,7 @@ class EndpointJudge:
                 said = self._shown(f"{type(error).__name__}: {error}".removesuffix(": "))
             if attempt < ATTEMPTS - 1:
                 await self._sleep(wait)
-        raise UserError(f"{self._flag}: no answer in {ATTEMPTS} attempts ({said}); run again to go on")
+        raise UserError(f"{self._flag}: no answer in {ATTEMPTS} attempts ({said}); run again to resume")
 
     async def _post(self, client: httpx.AsyncClient, question: str) -> tuple[httpx.Response, bytes]:
         content = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}

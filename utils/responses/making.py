@@ -228,7 +228,7 @@ class Samples:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> UserError:
-        kept = f"; it keeps {self.count:,} prompts: run again to go on" if self.count else ""
+        kept = f"; it keeps {self.count:,} prompts: run again to resume" if self.count else ""
         return UserError(f"--output_file: {self.path} cannot be written ({error.strerror or error}){kept}")
 
     def _begin(self, run: dict[str, Any]) -> None:
@@ -273,7 +273,7 @@ class Samples:
         if other:
             raise UserError(
                 f"{self.path} holds samples made with another {', '.join(other)}; remove it to start afresh, or give "
-                "the same flags to go on"
+                "the same flags to resume"
             )
 
     def _read(self, file: BinaryIO) -> Iterator[Sampled | None]:

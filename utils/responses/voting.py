@@ -81,7 +81,7 @@ def _serve(ballots: Ballots, port: int) -> None:
         waiting = sum(ballots.choice(place) is None for place in range(count))
         say(f"{waiting:,} of {count:,} matches to vote on; open this page in a browser:")
         say(f"  http://127.0.0.1:{server.server_address[1]}{path}")
-        say("Ctrl-C ends the voting; what was voted counts, and the same command goes on.")
+        say("Ctrl-C ends the voting; what was voted counts, and the same command continues.")
         try:
             done.wait()
         except KeyboardInterrupt:
@@ -173,7 +173,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
             self._send(400, make_document("Not understood", "<p>This vote could not be understood; go back.</p>"))
             return
         except OSError as error:
-            say(f"warning: a vote could not be written ({error}); mend that, then vote again")
+            say(f"warning: a vote could not be written ({error}); fix that, then vote again")
             text = f"<p>The vote could not be written ({escape(str(error.strerror))}). Go back and vote again.</p>"
             self._send(500, make_document("Not written", text))
             return

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are whole, which one a resumed run goes on from, and how a new one comes to be.
+"""The checkpoints of a run: which are complete, which one a run resumes from, and how a new one is written.
 
 A checkpoint is written under a name that nothing takes for one, flushed to the disk, described by a manifest, and gets
 its own name in one step. Whatever has that name is whole, or was damaged later, which the manifest shows.
@@ -28,7 +28,7 @@ OF_TRAINING = ("optimizer", "scheduler", "scaler", "random_state", "log_state", 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on from (None: from its beginning), and what was found on the way there."""
+    """Where a run resumes from (None: from its beginning), and what was found on the way there."""
 
     checkpoint: Path | None
     damaged: tuple[tuple[Path, str], ...] = ()  # newest first, each with what is wrong with it
@@ -36,12 +36,12 @@ class ResumePoint:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that a run can go on from, oldest first, by the names and sizes of their files."""
+    """The checkpoints that a run can resume from, oldest first, by the names and sizes of their files."""
     return [path for path in _named(folder) if is_complete(path)]
 
 
 def find_models_alone(folder: Path) -> list[Path]:
-    """The checkpoints that hold a model without the optimizer's state, from which no run can go on, oldest first."""
+    """The checkpoints that hold a model without the optimizer's state, from which no run can resume, oldest first."""
     return [path for path in _named(folder) if not _has_optimizer(path)]
 
 
@@ -72,7 +72,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a run can go on from it, as far as the names and sizes of its files tell."""
+    """Whether a run can resume from it, as far as the names and sizes of its files tell."""
     return find_fault(checkpoint, reads=lambda name: False) is None and _has_optimizer(checkpoint)
 
 
@@ -97,7 +97,7 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
     if not checkpoint.is_dir():
         return "there is no such folder"
     if SET_ASIDE.fullmatch(checkpoint.name):
-        return "it was found damaged before, and set aside"
+        return "it was found damaged before, and renamed"
     if (name := CHECKPOINT.fullmatch(checkpoint.name)) is None:
         return "its name is not that of a checkpoint (checkpoint-N)"
     if (checkpoint / MANIFEST).exists():
@@ -145,7 +145,7 @@ def find_resume_point(output_dir: Path, wish: str | None) -> ResumePoint:
     """The checkpoint that --resume_from_checkpoint means, its files compared with the hashes of its manifest.
 
     Raises:
-        UserError: a checkpoint was named that a run cannot go on from.
+        UserError: a checkpoint was named that a run cannot resume from.
     """
     if wish is None:
         return ResumePoint(None)
@@ -158,12 +158,12 @@ def find_resume_point(output_dir: Path, wish: str | None) -> ResumePoint:
     if fault is not None:
         newest = _find_newest(output_dir).checkpoint
         hint = f"the newest good one in {output_dir} is {newest.name}" if newest else "pass auto to start without one"
-        raise UserError(f"--resume_from_checkpoint {wish}: cannot be gone on from: {fault}; {hint}")
+        raise UserError(f"--resume_from_checkpoint {wish}: cannot be resumed from: {fault}; {hint}")
     return ResumePoint(path, notes=tuple(_note_manifest(path)))
 
 
 def _find_newest(folder: Path) -> ResumePoint:
-    """The newest whole checkpoint. One whose best model so far is lost comes after an older one that has its own."""
+    """The newest complete checkpoint. One whose best model so far is lost ranks behind an older one with its own."""
     damaged: list[tuple[Path, str]] = []
     notes: list[str] = []
     without_best: list[Path] = []
@@ -173,7 +173,7 @@ def _find_newest(folder: Path) -> ResumePoint:
             damaged.append((path, fault))
             continue
         if not _has_optimizer(path):
-            notes.append(f"{path.name} holds a model alone, without the optimizer's state: a run cannot go on from it")
+            notes.append(f"{path.name} holds a model alone, without the optimizer's state: a run cannot resume from it")
             continue
         best = _find_best(path)
         if best is None or best == path or find_fault(best) is None:
@@ -211,7 +211,7 @@ def set_aside(point: ResumePoint) -> None:
             number += 1
             target = path.with_name(f"{path.name}.damaged-{number}")
         path.rename(target)
-        say(f"{path.name} is damaged: {fault}; it is set aside as {target.name}")
+        say(f"{path.name} is damaged: {fault}; it is renamed to {target.name}")
     for note in point.notes:
         say(note)
 

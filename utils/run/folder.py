@@ -124,7 +124,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
     Of links the link alone is removed.
 
     Args:
-        damaged: whether checkpoints that were set aside as damaged go too.
+        damaged: whether checkpoints that were renamed as damaged go too.
 
     Raises:
         UserError: a folder has the name of a file that a run writes.

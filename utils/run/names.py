@@ -1,4 +1,4 @@
-"""The names of what stands in the folder of a run."""
+"""The names of the files and folders of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of a run: how it is known again, whether it lives, and the command that goes on with its run."""
+"""The process of a run: how it is recognised, whether it lives, and the command that resumes its run."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ def command_to_go_on(
     resume: bool = True,
     other: Sequence[str] = (),
 ) -> str:
-    """The command line that goes on with a run, from the arguments it was started with and, as run.json holds it, the
+    """The command line that resumes a run, from the arguments it was started with and, as run.json holds it, the
     process it was: how many, from which launcher, by which name the script is reached.
 
-    With `resume` false there is no checkpoint to go on from: the command starts it again. `other` is a flag with its
+    With `resume` false there is no checkpoint to resume from: the command starts it again. `other` is a flag with its
     value, which takes the place of the former one.
     """
     dropped = DROPPED | ({other[0]: len(other)} if other else {})

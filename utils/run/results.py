@@ -1,4 +1,4 @@
-"""What a verb finds out about a run and leaves beside it: a record, rows and a page."""
+"""What a verb writes beside a run: a record, rows and a page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_results(
         write_text(folder / names[2], page)
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: cannot be written ({error.strerror}); mend that and run again"
+            f"--output_dir {folder}: cannot be written ({error.strerror}); fix that and run again"
         ) from None
 
 

@@ -106,7 +106,7 @@ def explain_fault(fault: OSError) -> tuple[str, str]:
     """What a failure to write or read means, and what to do about it."""
     name = f" {Path(str(fault.filename)).name}" if fault.filename else ""
     reason = f"{(fault.strerror or str(fault) or type(fault).__name__).lower()}{name}"
-    return MEANINGS.get(fault.errno or 0, (reason, "Mend that"))
+    return MEANINGS.get(fault.errno or 0, (reason, "Fix that"))
 
 
 def flush_files(folder: Path) -> None:

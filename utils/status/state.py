@@ -1,4 +1,4 @@
-"""The state of a run, from its record: whether it goes on, how far it is, how it does, and what goes on with it."""
+"""The state of a run, from its record: whether it is running, its progress, its metrics, and the command to resume."""
 
 from __future__ import annotations
 

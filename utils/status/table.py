@@ -89,7 +89,7 @@ def _explain(run: RunStatus) -> Iterator[str]:
     if run.note is not None or run.to_go_on is not None or run.before_going_on:
         lines.append(run.note if run.state == "running" else ": ".join(filter(None, (run.state, run.note))))
     if run.to_go_on is not None:
-        how = f"to go on from {run.checkpoints[-1]}" if run.checkpoints else "it has no checkpoint; to start it again"
+        how = f"to resume from {run.checkpoints[-1]}" if run.checkpoints else "it has no checkpoint; to start it again"
         lines += [f"{how}:", f"  {run.to_go_on}"]
     lines += [f"before you type it: {note}" if run.to_go_on else note for note in run.before_going_on]
     warnings = [warning for warning in run.warnings if warning != run.note]

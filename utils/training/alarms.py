@@ -127,7 +127,7 @@ def margin_exploding(lines: Sequence[Line], limits: Limits) -> str | None:
     if now is None or now["margin"] < LARGEST_MARGIN:
         return None
     return (
-        f"the margin is {now['margin']:.1f}: the pairs are told apart as surely as numbers can say, and further steps "
+        f"the margin is {now['margin']:.1f}: the pairs are separated as far as numbers can say, and further steps "
         "only move the model away from the reference. Fewer epochs, a smaller --learning_rate, or --loss_type ipo, "
         "which aims at a margin of its own"
     )

@@ -127,7 +127,7 @@ class BadBatches:
         count = sum(not math.isfinite(loss) for loss in losses.values())
         look = f" Look at the rows in {self.folder / BAD_PAIRS}:" if self.folder is not None else " Look at the rows:"
         advice = (
-            f"{look} mend or remove them. If they are good," if count < len(losses) else " The weights went too far:"
+            f"{look} fix or remove them. If they are good," if count < len(losses) else " The weights went too far:"
         )
         text = f"{taken}{advice} try a smaller --learning_rate, a smaller --max_grad_norm, or --dtype float32"
         return text + (f". {self._how_to_go_on(bool(checkpoints))}" if self.folder is not None else "")
@@ -142,7 +142,7 @@ class BadBatches:
         more = ["--skip_bad_batches", str(max(SUGGESTED, 2 * self.allowed))]
         command = command_to_go_on(self.record.content["arguments"], self.record.content["process"], resume, more)
         changes = " (changed settings need --allow_changes learning_rate, changed rows --allow_changes data)"
-        return f"To go on and leave such steps out: {command}{changes if resume else ''}"
+        return f"To resume and leave out such steps: {command}{changes if resume else ''}"
 
 
 def _rows_to_blame(losses: Mapping[int, float]) -> list[int]:

@@ -76,7 +76,7 @@ class RunWatcher(TrainerCallback):
         self.record, self.folder, self.stopwatch = run.record, run.folder, run.stopwatch
         self.bad_batches, self.usage = bad_batches, usage
         self.fresh = run.checkpoint is None  # whether the run begins here, in place of one that the folder may hold
-        # That one, also what was set aside as damaged, which a start without a checkpoint leaves.
+        # That one, also what was renamed as damaged, which a start without a checkpoint leaves.
         self.replaces = run.settings.run.resume_from_checkpoint is None
         self.report = ReportFile(run.folder, run.record) if run.folder is not None else None
         self.asked_to_stop = False  # by a signal to this process

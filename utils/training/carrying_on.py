@@ -1,4 +1,4 @@
-"""A run that goes on: what it is stands in every checkpoint, and changes that were allowed take effect."""
+"""Resumed runs: every checkpoint describes its run, and allowed changes take effect."""
 
 from __future__ import annotations
 

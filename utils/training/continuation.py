@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that began: its data, token ids, models, settings, precision and batch.
+"""Whether a resumed run is the run that began: its data, token ids, models, settings, precision and batch.
 
 Each checkpoint holds what the run was like when it was saved. What differs now and would change what the run means is
 refused, unless --allow_changes names it; then it is said, and recorded in every later checkpoint.
@@ -55,7 +55,7 @@ def choose_checkpoint(folder: Path | None, settings: Settings) -> Path | None:
     set aside. None for a start from the beginning, and in a dry run.
 
     Raises:
-        UserError: a checkpoint was named that a run cannot go on from.
+        UserError: a checkpoint was named that a run cannot resume from.
     """
     wish = settings.run.resume_from_checkpoint
     if folder is None or wish is None:
@@ -163,8 +163,8 @@ def _refuse(name: str, text: str, checkpoint: Path) -> str:
     if name in CANNOT_CHANGE:
         return f"{start}What was saved does not fit: resume with the same value, or start a new run in another folder"
     return (
-        f"{start}Resume with what it began with, choose another --output_dir, or pass --allow_changes {name} to go on "
-        "as it is now"
+        f"{start}Resume with what it began with, choose another --output_dir, or pass --allow_changes {name} to "
+        "continue as it is now"
     )
 
 

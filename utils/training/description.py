@@ -27,9 +27,9 @@ def describe_data(run: Run) -> None:
         say(f"      {source.name}: {source.train:,} to train on, {source.held_out:,} held out{drawn}")
         say(f"          {source.reading}")
         if source.repeated:
-            say(f"          {source.repeated:,} of its rows stand in a source before it too; all are kept")
+            say(f"          {source.repeated:,} of its rows are duplicates of an earlier source; all are kept")
     held_out = len(rows.held_out) if rows.held_out is not None else 0
-    parted = "; no prompt stands in both" if held_out and not data.shared_prompts else ""
+    parted = "; no prompt overlap" if held_out and not data.shared_prompts else ""
     say(f"      {len(rows.train):,} rows to train on, {held_out:,} held out{parted}")
     if data.dropped.get(SPARE):
         spare = data.dropped[SPARE]

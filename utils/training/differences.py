@@ -1,4 +1,4 @@
-"""What differs between a run that goes on and the run that began, and what of it changes what the run means."""
+"""What differs between a resumed run and the run that began, and which differences change its meaning."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def describe_free_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
             f"{_words(before)}): the same run, up to the rounding of sums"
         )
     if before.get("device", now["device"]) != now["device"]:
-        yield f"begun on {before['device']}, goes on on {now['device']}: the same run, up to rounding"
+        yield f"begun on {before['device']}, resumed on {now['device']}: the same run, up to rounding"
     for name in sorted(PLACES):
         old, new = (part.get("settings", {}).get(name) for part in (before, now))
         if "model" in before and old != new and None not in (old, new):
@@ -132,7 +132,7 @@ def differing_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
     other = [name for name in LIBRARIES if name in old and _release(old[name]) != _release(new[name])]
     if other:
         names = ", ".join(f"{name} {old[name]} before, {new[name]} now" for name in other)
-        yield f"other versions ({names}): the run goes on, bit for bit only with those that it began with"
+        yield f"other versions ({names}): the run continues, bit for bit only with those that it began with"
 
 
 def _release(version: str) -> list[str]:

@@ -34,12 +34,12 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
         if fault.errno == errno.EIO and fault.strerror:
             what = f"{what}: {fault.strerror}"
         return UserError(
-            f"--output_dir {folder}: {what}; the run stopped after step {step}. {safe} {remedy}, then go on with:\n"
+            f"--output_dir {folder}: {what}; the run stopped after step {step}. {safe} {remedy}, then resume with:\n"
             f"  {to_go_on}"
         )
     if ran_out_of_memory(error):
         return LocalError(
-            f"out of memory after step {step} ({in_one_line(error)}). {safe} The same command goes on where other "
+            f"out of memory after step {step} ({in_one_line(error)}). {safe} The same command resumes where other "
             f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with {LESS_MEMORY}"
         )
     return None

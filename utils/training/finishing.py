@@ -1,4 +1,4 @@
-"""The end of a run: the last evaluation, the model at the folder's root, the record, what is said of it."""
+"""The end of a run: the last evaluation, the model at the folder's root, the record, the last lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes: whether their launch can work, how they meet, take turns, and what is said when one is lost."""
+"""Several processes: whether their launch can work, how they meet, take turns, and the message when one is lost."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _describe_lost_process(record: Mapping[str, Any], folder: Path | None, step:
     safe = f"everything up to {checkpoints[-1].name} is safe" if checkpoints else "no checkpoint was saved yet"
     return (
         f"after step {step} another process of this run ended or fell silent (it was killed, ran out of memory, or its "
-        f"machine is gone: look at its own last lines); {safe}. To {'go on' if checkpoints else 'start again'}, with "
+        f"machine is gone: look at its own last lines); {safe}. To {'resume' if checkpoints else 'start again'}, with "
         f"as many processes or, of the same pairs per optimizer step, with others:\n  {command}"
     )
 

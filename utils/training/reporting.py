@@ -1,4 +1,4 @@
-"""report.html while a run goes on: rewritten now and then, never so often that training would wait for it."""
+"""report.html while a run trains: rewritten now and then, never so often that training would wait for it."""
 
 from __future__ import annotations
 

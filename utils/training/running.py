@@ -147,7 +147,7 @@ class LiveRun:
             return f"interrupted at step {step}; no checkpoint was saved"
         saved = checkpoint_step(checkpoints[-1])
         what = "its state is saved" if saved == step else f"its state as of step {saved} is saved"
-        return f"interrupted at step {step}, {what}; to go on:\n  {self._command()}"
+        return f"interrupted at step {step}, {what}; to resume:\n  {self._command()}"
 
 
 def start_run(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> LiveRun:

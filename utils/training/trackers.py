@@ -131,7 +131,7 @@ def _name_of(callback: TrainerCallback) -> str:
 
 def _warn_of(name: str, error: Exception, record: RunRecord) -> None:
     record.warn(
-        f"{name} failed and gets nothing more; the run goes on, and metrics.jsonl has everything "
+        f"{name} failed and gets nothing more; the run continues, and metrics.jsonl has everything "
         f"({type(error).__name__}: {in_one_line(error)})",
         aloud=True,
     )
