@@ -459,7 +459,7 @@ def test_a_saved_data_set_reads_nothing_outside_it_and_no_broken_table(run_scrip
     content = table.read_bytes()
     place = content.index(b"On day 0") - 12  # among the offsets, which the library believes
     table.write_bytes(content[:place] + b"\xff\xff\xff\x7f" + content[place + 4 :])
-    assert "is no whole table of Arrow" in refused(run_script, "data", "--dataset_name", tmp_path / "one")
+    assert "is not a complete Arrow table" in refused(run_script, "data", "--dataset_name", tmp_path / "one")
 
 
 TURNS = [

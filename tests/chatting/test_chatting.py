@@ -155,7 +155,7 @@ def test_a_conversation_in_a_terminal(chat_model, tmp_path):
     assert "greeter> Hi, al!\n" in terminal.say("Good day")
     assert "greeter> Hi, al!\n" in terminal.say("/retry")
     assert "greeter> Hi, al!\n" in terminal.say("//slash")
-    assert "(taken back: /slash)" in terminal.say("/undo")
+    assert "(undone: /slash)" in terminal.say("/undo")
     assert "(system prompt: Be kind)" in terminal.say("/system")
     assert "(system prompt: Be brief)" in terminal.say("/system Be brief")
     assert "no such command; /help lists them" in terminal.say("/hepl")
@@ -169,7 +169,7 @@ def test_a_conversation_in_a_terminal(chat_model, tmp_path):
     assert "exists; name another file" in terminal.say(f"/save {tmp_path / 'other.json'}")
     assert (tmp_path / "other.json").read_text() == "mine"
     assert "(a new conversation)" in terminal.say("/reset")
-    assert "(nothing to take back)" in terminal.say("/undo")
+    assert "(nothing to undo)" in terminal.say("/undo")
     shown = [terminal.say("On day 1 we went to the cafe and it was lovely") for _ in range(5)]
     assert "the context of 128 tokens is full: the oldest round is not shown to greeter" in "".join(shown)
     assert all("Hi, al!" in text for text in shown)

@@ -205,7 +205,7 @@ def test_a_judge_that_fails_or_is_silent_ends_the_comparison_in_one_line(
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         code, _, err = run_script(*names, "--judge", url, "--judge_model", "silent")
     assert (code, err.count("\n")) == (2, 1)
-    assert "no answer in 1 attempts (no whole answer within 0.2 seconds)" in err
+    assert "no answer in 1 attempts (no complete answer within 0.2 seconds)" in err
     assert not (tmp_path / "out" / "comparison.json").exists()
 
 

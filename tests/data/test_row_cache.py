@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(call, code, tmp_path, monk
     assert read(path) == sound
     said = capsys.readouterr().out
     assert os.strerror(getattr(errno, code)) in said
-    assert said.count("rows are made anew at each start") == 1
+    assert said.count("rows are made again at each start") == 1
 
 
 def test_a_cache_whose_folder_is_a_file_is_done_without(run_script, tiny_model, tmp_path):
@@ -224,7 +224,7 @@ def test_a_cache_whose_folder_is_a_file_is_done_without(run_script, tiny_model, 
     train = ("--model_name_or_path", tiny_model, "--dataset_name", path, "--max_steps", 1, "--precompute_ref_log_probs")
     code, out, err = run_script(*train, "--output_dir", tmp_path / "run")
     assert code == 0, err
-    assert out.count("rows are made anew at each start") == 1
+    assert out.count("rows are made again at each start") == 1
     assert out.count("a later run scores them again") == 2  # of both splits
     for verb in ("data", "train"):
         flags = ("--streaming", "--output_dir", tmp_path / "other", *train) if verb == "train" else train[2:4]

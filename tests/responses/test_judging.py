@@ -223,7 +223,7 @@ def test_a_request_ends_in_time_however_slowly_its_answer_trickles_in(tmp_path, 
             connection.sendall(b"x")
             time.sleep(0.02)
 
-    with RawEndpoint(drip) as endpoint, pytest.raises(UserError, match=r"no whole answer within 0\.3 seconds"):
+    with RawEndpoint(drip) as endpoint, pytest.raises(UserError, match=r"no complete answer within 0\.3 seconds"):
         make_judge(endpoint, tmp_path).prefer("p", "one", "other")
 
 

@@ -133,7 +133,7 @@ class Chat:
         except UserError as error:
             print(make_visible("\n".join(f"({fault})" for fault in error.faults)))
         except KeyboardInterrupt:
-            print("\n(stopped; the message was taken back)")
+            print("\n(stopped; the message was undone)")
 
     def _say(self, text: str, attempt: int = 0) -> None:
         """One message, answered by each model. What cannot be answered is taken back."""
@@ -212,7 +212,7 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         taken = self._take_back()
-        print("(nothing to take back)" if taken is None else f"(taken back: {taken})")
+        print("(nothing to undo)" if taken is None else f"(undone: {taken})")
 
     def _retry(self, _: str) -> None:
         text = self._take_back()

@@ -40,7 +40,7 @@ def find_changed_texts(rows: datasets.Dataset) -> str | None:
 def describe_changed_texts(column: str) -> str:
     """What is wrong with such a column, for messages."""
     return (
-        f"'{column}' holds texts beside values of other types, and the datasets library changes such texts as it reads "
+        f"'{column}' mixes texts with values of other types, and the datasets library changes such texts as it reads "
         "or writes them"
     )
 

@@ -48,7 +48,7 @@ def read_wishes(dataset_name: str) -> list[Wish]:
         return [Wish(dataset_name)]
     items = [item.strip() for item in dataset_name.split(",")]
     if "" in items:
-        raise UserError(f"--dataset_name {dataset_name}: a name is missing beside a comma")
+        raise UserError(f"--dataset_name {dataset_name}: a name is missing next to a comma")
     wishes = [_read_wish(item) for item in items]
     names = [wish.name for wish in wishes]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -79,7 +79,7 @@ def _read_wish(item: str) -> Wish:
     if amount == "1":
         raise UserError(f"{flag}: leave out :1 to take all of {name} (a whole number is a number of pairs)")
     if not 0 < number <= 1:
-        raise UserError(f"{flag}: after the colon stands a share of its pairs (0.3) or their number (5000)")
+        raise UserError(f"{flag}: the number after the colon is a share of its pairs (0.3) or a count (5000)")
     return Wish(name, share=number)
 
 

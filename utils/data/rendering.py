@@ -69,7 +69,7 @@ CALLS_DROPPED = "the chat template drops the tool calls of {}"
 REASONING_LEFT_OUT = "the chat template does not render the reasoning of {}: it is trained without it"
 LEFT_OUT_OTHER = "the chat template leaves out a turn of {}, or a part of it"
 ALTERED = "the chat template changes the text of a turn of the {}"
-UNDECIDED = "the chat template does not let the results of tools be told from what the model writes in a reply"
+UNDECIDED = "with this chat template, tool results cannot be separated from what the model writes in a reply"
 IN_OPEN_BLOCK = (
     "the chat template opens a think block that the reply does not close: it is trained as the beginning of reasoning"
 )

@@ -120,7 +120,7 @@ def make_scratch(fault: OSError) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="rows-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     text = (
-        f"warning: the cache {cache_folder()} cannot be used ({fault.strerror or fault}); rows are made anew at each "
+        f"warning: the cache {cache_folder()} cannot be used ({fault.strerror or fault}); rows are made again at each "
         "start"
     )
     if text not in _said:

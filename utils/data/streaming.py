@@ -147,7 +147,7 @@ def read_stream(
     reading = _find_reading(stream, settings, verb)
     check_effects([reading], settings)
     if reading.layout.pairs_up:
-        raise UserError("--streaming: answers in rows of their own are paired across the whole data; leave it out")
+        raise UserError("--streaming: single answers (unpaired) are paired across all of the data; leave it out")
 
     def read_into(folder: Path, keeps_extra: bool = False) -> StreamedPairs:
         how = replace(reading, keeps_extra=keeps_extra)

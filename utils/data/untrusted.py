@@ -48,7 +48,7 @@ def _check_arrow(flag: str, path: Path) -> None:
                 batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{flag}: {path.name} is no whole table of Arrow ({said[:200]})") from None
+        raise UserError(f"{flag}: {path.name} is not a complete Arrow table ({said[:200]})") from None
 
 
 def check_reader(flag: str, builder: Any) -> None:

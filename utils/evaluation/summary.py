@@ -70,7 +70,7 @@ def describe_verdict(record: dict[str, Any]) -> str:
         return f"{text}: the model has moved towards what these pairs prefer"
     if accuracy["high"] < 0.5:
         return f"{text}: the model has moved towards what these pairs reject"
-    return f"{text}: on these pairs it cannot be told from chance"
+    return f"{text}: on these pairs it cannot be distinguished from chance"
 
 
 def went_well(record: dict[str, Any]) -> bool:

@@ -159,7 +159,7 @@ def _show_shortcuts(record: dict[str, Any]) -> str:
         "Shallow signs",
         make_paragraph(note),
         make_chart(
-            "Picking the chosen response by a sign",
+            "Picking the chosen response by a surface feature",
             draw_bars("Share of pairs in which each rule picks the chosen response", bars, 0.5),
             make_table("by rule", ("picks", "pairs that differ", "of those right", "over all pairs"), rows),
         ),

@@ -163,7 +163,7 @@ def check_ends(subject: Subject, scan: Scan) -> list[Finding]:
     return [
         *find_pairs(
             subject, "repeats_prompt", NOTE, "a reply begins with the whole prompt",
-            "Prompt and reply are trained on one after the other, so the prompt would stand there twice; take it out "
+            "Prompt and reply are trained on one after the other, so the prompt would be there twice; remove it "
             "of the replies, unless it is meant.",
             np.flatnonzero(scan.repeats_prompt),
         ),

@@ -222,7 +222,7 @@ def check_tokens(
             for reason, pairs in counts.lost.items()
             for finding in find_pairs(
                 subject, "template_loses", PROBLEM, reason,
-                "Training refuses them: it would train on something else than what stands there.", pairs,
+                "Training refuses them: it would train on something else than the rows say.", pairs,
             )
         ),
         *find_pairs(

@@ -54,7 +54,7 @@ def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, when it turns a text into ids and back: what its files hold is looked at only then."""
     ids = tokenizer("A word, 1 number.", add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError("it gives no tokens for a text; its vocabulary is empty, copy the tokenizer's files anew")
+        raise ValueError("it gives no tokens for a text; its vocabulary is empty, copy the tokenizer's files again")
     tokenizer.decode(ids)
     return tokenizer
 
@@ -292,7 +292,7 @@ def check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
         UserError: a module does not occur in the model, or is its head.
     """
     if "all-linear" in targets:
-        raise UserError("--lora_target_modules: all-linear stands alone; leave the other names out")
+        raise UserError("--lora_target_modules: all-linear cannot be combined with other names; leave them out")
     head = model.get_output_embeddings()
     linear = {
         name.rsplit(".", 1)[-1]
@@ -357,7 +357,7 @@ def _load_base(
         more = f" (and {len(odd) - 1} more of another shape)" if len(odd) > 1 else ""
         raise UserError(
             f"{flag} {source.base}: {name} is {list(found)} in its files and {list(wanted)} by its config.json{more}; "
-            "the two do not belong together, copy the folder anew"
+            "the two do not belong together, copy the folder again"
         )
     absent = sorted(report["missing_keys"])
     if absent:
@@ -455,7 +455,7 @@ def _check_adapter_complete(report: Any, source: ModelSource) -> None:
     unplaced = [key for key in report.unexpected_keys if "lora_" in key]
     faults = [
         f"the adapter {source.adapter} {what} {', '.join(key.removeprefix('base_model.model.') for key in keys[:3])}"
-        f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}; copy its folder anew, and see that its base "
+        f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}; copy its folder again, and see that its base "
         f"is the model it was trained on (here {source.base})"
         for keys, what, why in (
             (lacking, "lacks", "its adapter_config.json puts weights there"),

@@ -151,7 +151,7 @@ def _check_saved(flag: str, folder: Path) -> None:
     if CHECKPOINT.fullmatch(folder.name) and (folder / MANIFEST).is_file():
         fault = find_fault(folder, reads=is_of_model)
         if fault is not None:
-            raise UserError(f"{flag} {folder}: a damaged checkpoint: {fault}; name a whole one")
+            raise UserError(f"{flag} {folder}: a damaged checkpoint: {fault}; name a complete one")
     files = _record_of(folder).get("files") or {}
     try:
         saved = {str(name): (int(size), str(sha256)) for name, (size, sha256) in files.items()}

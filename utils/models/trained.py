@@ -138,7 +138,7 @@ def _unfinished(folder: Path, record: Mapping[str, Any]) -> str:
 
 def _damaged(run: Path, fault: str) -> str:
     whole = [str(path) for path in find_checkpoints(run) if find_fault(path, reads=is_of_model) is None]
-    instead = f"its newest whole one is {whole[-1]}" if whole else "its run has no whole one"
+    instead = f"its newest complete one is {whole[-1]}" if whole else "its run has no complete one"
     return f"a damaged checkpoint: {fault}; {instead}"
 
 

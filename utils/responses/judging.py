@@ -245,7 +245,7 @@ class EndpointJudge:
                 said = self._check_refusal(response, body)
                 wait = _asked_wait(response.headers.get("Retry-After"), wait)
             except asyncio.TimeoutError:
-                said = f"no whole answer within {TIMEOUT_SECONDS:g} seconds"
+                said = f"no complete answer within {TIMEOUT_SECONDS:g} seconds"
             except (httpx.HTTPError, httpx.StreamError, OSError, ValueError) as error:
                 said = self._shown(f"{type(error).__name__}: {error}".removesuffix(": "))
             if attempt < ATTEMPTS - 1:
@@ -294,8 +294,7 @@ class EndpointJudge:
         """Counts a request, and waits for its turn where there is a limit per minute."""
         if self.limits.requests is not None and self.asked >= self.limits.requests:
             raise UserError(
-                f"--max_judge_requests {self.limits.requests} are used up; what was answered is kept: run again "
-                "to go on"
+                f"--max_judge_requests {self.limits.requests} are used up; answers are cached: run again to resume"
             )
         self.asked += 1
         if self.limits.requests_per_minute is None:
