@@ -35,7 +35,7 @@ MACHINES = {
 STEP = 32  # pairs of an optimizer step on each device
 BATCHES = (8, 4, 2, 1)
 EFFICIENCY = 0.4
-KINDS = {"full": (False, False), "LoRA": (True, False), "LoRA on 4 bits": (True, True)}
+KINDS = {"full": (False, False), "LoRA": (True, False), "QLoRA": (True, True)}
 LENGTHS = [tuple(pair) for pair in json.loads((HERE / "lengths.json").read_text(encoding="utf-8"))["instructions"]]
 COLUMNS = ("model", "machine", "the best that fits", "GiB", "by part, GiB", "pairs/s")
 HEADER = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# QLoRA: a 7B model on one 24 GB GPU. The base is held in 4 bits, the adapter is trained, and the reference is the
+# QLoRA: a 7B model on one 24 GB GPU. The base is held in 4-bit, the adapter is trained, and the reference is the
 # base with the adapter switched off, so only one model is in memory.
 #
 #   examples/lora_4bit.sh                                  (Llama-2-7B on UltraFeedback)

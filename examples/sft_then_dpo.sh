@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two stages. First an adapter learns to imitate the chosen responses; then DPO goes on with that adapter, and a
+# Two stages. First an adapter learns to imitate the chosen responses; then DPO continues that adapter, and a
 # frozen copy of it is the reference. No manual step lies between: stage two starts from the folder of stage one.
 #
 #   examples/sft_then_dpo.sh

@@ -115,7 +115,7 @@ def test_texts_that_the_library_has_changed_are_refused(tmp_path, monkeypatch):
     mixed = write_lines(tmp_path / "rows.jsonl", [as_messages("Yes"), odd(as_messages, OTHERS["parts"])])
     library = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: library("json", data_files=str(mixed)))
-    with pytest.raises(UserError, match="'chosen' holds texts beside values of other types"):
+    with pytest.raises(UserError, match="'chosen' mixes texts with values of other types"):
         load("org/pairs")
     extra = [as_messages("one"), as_messages("two")]
     extra[0]["chosen"][0]["tool_calls"] = None  # other fields, but no other types
@@ -207,10 +207,10 @@ def test_texts_that_the_library_wrote_as_json_into_parquet_are_refused(other, st
     path = write_lines(tmp_path / "pairs.jsonl", [*map(as_texts, TEXTS), odd(as_texts, other)])
     rows = datasets.load_dataset("json", data_files=str(path), split="train")
     rows.to_parquet(tmp_path / "pairs.parquet")
-    with pytest.raises(UserError, match="'chosen' holds texts beside values of other types"):
+    with pytest.raises(UserError, match="'chosen' mixes texts with values of other types"):
         load(tmp_path / "pairs.parquet", streaming=streaming)
     rows.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(UserError, match="'chosen' holds texts beside values of other types"):
+    with pytest.raises(UserError, match="'chosen' mixes texts with values of other types"):
         load(tmp_path / "saved", streaming=streaming)
 
 

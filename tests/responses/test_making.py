@@ -1,4 +1,4 @@
-"""Pairs that a model and a scorer make: by function, reward model and endpoint; interrupted and gone on with."""
+"""Pairs that a model and a scorer make: by function, reward model and endpoint; interrupted and resumed."""
 
 from __future__ import annotations
 

@@ -392,7 +392,7 @@ def test_status_shows_a_run_that_loads_before_it_goes_on(run_script, tmp_path):
     out = run_script("status", tmp_path)[1]
     assert "running" in out
     assert f"process {os.getppid()} has the folder" in out
-    assert "to go on" not in out
+    assert "to resume" not in out
     leave_lock(tmp_path, elsewhere(pid=77, started=1.0))
     out = run_script("status", tmp_path)[1]
     assert "interrupted" in out

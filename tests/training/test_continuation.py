@@ -102,7 +102,7 @@ def test_other_ways_to_divide_a_step_and_moved_files_are_said():
     (line,) = describe_free_changes(NOW, NOW | {"settings": NOW["settings"] | {"dataset_name": "e"}})
     assert line == "--dataset_name was d, is e: what is there is the same"
     (line,) = describe_free_changes(NOW, NOW | {"device": "cuda"})
-    assert "begun on cpu, goes on on cuda" in line
+    assert "begun on cpu, resumed on cuda" in line
     assert list(describe_free_changes(NOW, NOW)) == []
 
 

@@ -357,7 +357,7 @@ def test_a_folder_that_has_no_checkpoints_name_is_refused(run, run_script, tiny_
     if name != "best":
         code, _, err = run_script("chat", "--model_name_or_path", part / name, "--prompt", "hello")
         assert code == 2
-        assert "found damaged and set aside" in err
+        assert "found damaged and renamed" in err
 
 
 def test_the_files_of_an_adapter_are_the_same_in_each_process(run, tmp_path):
