@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from shared.browser import open_browser
@@ -15,7 +16,7 @@ from shared.pairs import make_pairs, write_lines
 from shared.runs import read_record
 
 from utils.report.charts import draw_lines
-from utils.report.run_page import break_command, make_run_page
+from utils.report.run_page import break_command, group_examples, make_run_page
 from utils.report.run_verdict import describe_run, headline
 from utils.run.record import RunRecord
 from utils.run.writing import write_json, write_json_lines
@@ -27,6 +28,8 @@ CUT_OFF = """[...document.querySelectorAll('svg text')].filter(text => {
     const box = text.getBoundingClientRect(), chart = text.ownerSVGElement.getBoundingClientRect();
     return box.left < chart.left - 1 || box.right > chart.right + 1;
 }).map(text => text.textContent)"""
+BOXES_OUT_OF_REACH = """[...document.querySelectorAll('main *')].filter(box => box.scrollWidth > box.clientWidth + 1
+    && /auto|scroll/.test(getComputedStyle(box).overflowX) && box.tabIndex < 0).map(box => box.outerHTML)"""
 QUICK = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 5e-3]
 SAMPLES = [
     {"step": step, "prompt": prompt, "response": f"response {step} {HOSTILE}", "ended": step != 3}
@@ -311,3 +314,50 @@ def test_the_command_on_the_page_is_one_that_a_shell_takes():
         "'{{x}}'",
     ]
     assert shlex.split(break_command(words).replace("\\\n", "")) == ["python", "advanced_dpo_script.py", *words]
+
+
+@pytest.mark.parametrize(
+    ("margins", "groups"),
+    [
+        ([-0.99, -0.5, 0.04, 0.1], ["2 pairs ranked most wrongly: margin -0.99 to -0.50",
+                                    "2 pairs ranked correctly, with the smallest margins: margin +0.04 to +0.10"]),
+        ([-1.0], ["1 pair ranked most wrongly: margin -1.00"]),
+        ([0.0, 2.0], ["2 pairs ranked correctly, with the smallest margins: margin +0.00 to +2.00"]),
+    ],
+)  # fmt: skip
+def test_only_pairs_that_are_ranked_wrongly_are_called_so(margins, groups):
+    rows = [{"kind": "worst", "margin": margin} for margin in margins]
+    found = list(group_examples([*rows, {"kind": "best", "margin": 3.0}]))
+    assert [said for said, _ in found] == [*groups, "1 pair with the largest margins: margin +3.00"]
+    assert [row["margin"] for _, rows in found for row in rows] == [*margins, 3.0]
+    assert [said for said, _ in group_examples([{"kind": "worst"}])] == ["1 rows with the least likely tokens"]
+
+
+def test_pages_of_a_run_lead_to_one_another_and_the_keyboard_reaches_all(copy, tmp_path, run_script):
+    """Real pages, in a browser: every link leads to a file or a place on the page, every box that scrolls reached."""
+    for words in (
+        ("evaluate", "--model_name_or_path", copy),
+        ("compare", "--model_name_or_path", copy, "--num_prompts", 2, "--max_new_tokens", 4),
+        ("status", copy.parent, "--report", tmp_path / "all runs.html"),
+    ):
+        code, _, err = run_script(*words)
+        assert code == 0, err
+    pages = {
+        copy / "report.html": 2,
+        copy / "evaluation" / "evaluation.html": 1,  # which did not know of the comparison yet
+        copy / "comparison" / "comparison.html": 2,
+        tmp_path / "all runs.html": 1,
+    }
+    with open_browser(tmp_path / "profile") as browser:
+        browser.resize(400)
+        for page, count in pages.items():
+            browser.open(page.as_uri())
+            links = browser.run("[...document.querySelectorAll('nav:not(.parts) a')].map(link => link.href)")
+            assert len(links) == count, page
+            assert all(Path(unquote(urlsplit(link).path)).is_file() for link in links)
+            assert browser.run("[...document.querySelectorAll('a[href^=\"#\"]')].filter(link => "
+                               "!document.getElementById(link.getAttribute('href').slice(1))).length") == 0  # fmt: skip
+            browser.run("document.querySelectorAll('details').forEach(part => part.open = true)")
+            assert browser.run("document.documentElement.scrollWidth") <= 400
+            assert browser.run(BOXES_OUT_OF_REACH) == []
+            assert browser.run(CUT_OFF) == []

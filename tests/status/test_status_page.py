@@ -195,7 +195,7 @@ def test_runs_on_other_data_are_not_ranked_together(compared, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     text = make_page(read_runs(tmp_path))
-    assert "Highest held-out accuracy: b, 90.0%" in text
+    assert "Highest held-out accuracy of 2 runs on the same data: b, 90.0%" in text
     assert "1 more was measured on other data and cannot be compared." in text
 
 

@@ -15,6 +15,7 @@ from ..errors import UserError, gather
 from ..interruptions import stop_if_asked
 from ..models.side_by_side import Contender, load_side_by_side
 from ..models.trained import as_in_run
+from ..report.links import link_pages, refresh_report
 from ..responses.generation import Continuation
 from ..responses.scorers import Prompt
 from ..run.folder import named_as_given
@@ -99,8 +100,10 @@ def compare_models(settings: Settings) -> None:
         "responses": {side.name: describe_responses(own) for side, own in zip(sides, written, strict=True)},
         "identical_responses": sum(own == other for own, other in zip(model, baseline, strict=True)),
     }
+    page = make_page(record, rows, link_pages(sides[0].trained.folder, folder / PAGE))
     with named_as_given(settings.run.output_dir):
-        write_results(folder, COMPARISON_FILES, record, rows, make_page(record, rows))
+        write_results(folder, COMPARISON_FILES, record, rows, page)
+    refresh_report(sides[0].trained.folder)
     for line in summarize(record, rows):
         say(line)
     if not judges:

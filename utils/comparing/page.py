@@ -33,15 +33,17 @@ NOBODY = (
 )
 
 
-def make_page(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The whole page, from what comparison.json and comparison.jsonl hold."""
+def make_page(record: dict[str, Any], rows: Sequence[dict[str, Any]], links: str = "") -> str:
+    """The whole page, from what comparison.json and comparison.jsonl hold, below links to others of the run."""
     judges = record["judges"]
+    first = sorted(judges, key=lambda judged: judged["judge"] == OWN_REWARD)  # which judges nothing
     content = [
         "<header>",
+        links,
         "<h1>Two models compared</h1>",
         make_paragraph(f"model: {record['model']['name']} ({record['model']['what']})", "soft"),
         make_paragraph(f"baseline: {record['baseline']['name']} ({record['baseline']['what']})", "soft"),
-        *(make_paragraph(describe_result(judged), _css(judged)) for judged in judges),
+        *(make_paragraph(describe_result(judged), _css(judged)) for judged in first),
         "" if judges else make_paragraph(NOBODY, "verdict note"),
         make_tiles(_headline(record)),
         "</header>",
@@ -60,8 +62,10 @@ def make_page(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 def _css(judged: dict[str, Any]) -> str:
     """Green for better, red for worse, neither where nothing is shown."""
     low, high = judged["interval"] or (0, 1)
-    if judged["judge"] == OWN_REWARD or low <= 0.5 <= high:
-        return "card"
+    if judged["judge"] == OWN_REWARD:
+        return "soft"
+    if low <= 0.5 <= high:
+        return "verdict note"
     return "verdict" if low > 0.5 else "verdict problem"
 
 

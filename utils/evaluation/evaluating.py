@@ -21,6 +21,7 @@ from ..models.reference import ReferencePlan
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE, recorded_moment
 from ..models.trained import TrainedModel, find_trained
+from ..report.links import link_pages, refresh_report
 from ..run.folder import named_as_given
 from ..run.names import EVALUATION_FILES
 from ..run.processes import launched_with
@@ -108,9 +109,11 @@ def evaluate_model(settings: Settings) -> None:
     table = _make_table(scores, pairs, rows)
     record = _make_record(table, scores, pairs, rows, trained, reference.plan, scoring, settings, precision)
     record |= _describe_making(settings, trainer, precision, time.perf_counter() - began)
-    page = make_page(record, table.rows, find_examples(table, pairs))
+    links = link_pages(trained.folder, folder / EVALUATION_FILES[2])
+    page = make_page(record, table.rows, find_examples(table, pairs), links)
     with named_as_given(settings.run.output_dir):
         write_results(folder, EVALUATION_FILES, record, table.rows, page)
+    refresh_report(trained.folder)
     say()
     for line in summarise_evaluation(record):
         say(line)

@@ -11,8 +11,10 @@ import numpy as np
 from ..report.charts import Bar, draw_bars, draw_histogram, draw_reliability
 from ..report.html import (
     make_chart,
+    make_command,
     make_document,
     make_example,
+    make_facts,
     make_paragraph,
     make_section,
     make_table,
@@ -52,8 +54,10 @@ NAMES = {
 SHARES = ("accuracy", "length_controlled_accuracy")
 
 
-def make_page(record: dict[str, Any], rows: Sequence[Mapping[str, Any]], examples: Sequence[dict[str, Any]]) -> str:
-    """The whole page.
+def make_page(
+    record: dict[str, Any], rows: Sequence[Mapping[str, Any]], examples: Sequence[dict[str, Any]], links: str = ""
+) -> str:
+    """The whole page, below links to others of the run.
 
     Args:
         rows: a row per pair, for the histogram.
@@ -62,6 +66,7 @@ def make_page(record: dict[str, Any], rows: Sequence[Mapping[str, Any]], example
     model = record["model"]["adapter"] or record["model"]["base"]
     content = [
         "<header>",
+        links,
         "<h1>Evaluation</h1>",
         make_paragraph(f"{model} against {record['reference']['how']}", "soft"),
         make_paragraph(
@@ -160,7 +165,7 @@ def _show_margins(record: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
         [(f"{low:g}", f"{high:g}", f"{count:,}") for (low, high), count in zip(pairwise(edges), counts, strict=True)],
     )
     title = f"{len(margins):,} pairs, {int((margins < 0).sum()):,} of them below 0"
-    chart = draw_histogram(title, edges, {"pairs": counts}, "margin (right of 0: ranked right)", (0.0, "0"))
+    chart = draw_histogram(title, edges, {"pairs": counts}, "margin (right of 0: ranked right)", (0.0, ""))
     return make_section("Margins", make_chart(title, chart, table))
 
 
@@ -275,9 +280,8 @@ def _show_making(record: dict[str, Any]) -> str:
             f"{settings['bootstrap_samples']:,} draws of prompts, seed {settings['seed']}",
         ),
         ("finished", record["finished"]),
-        ("command", record["command"]),
     ]
-    return make_section("How it was measured", make_example("", rows))
+    return make_section("How it was measured", make_facts(rows), make_command(record["command"]))
 
 
 def _bar_of(group: dict[str, Any], label: str) -> Bar:

@@ -63,7 +63,7 @@ def inspect_data(settings: Settings) -> dict[str, Any]:
         record |= numbers
     if settings.of(InspectionSettings).output_file is not None:
         record["output"] = _write_clean(subject, findings, settings)
-    order = sorted(findings, key=lambda finding: finding.severity != PROBLEM)
+    order = sorted(findings, key=lambda finding: (finding.severity != PROBLEM, -finding.count))
     code = PROBLEMS if count_problems(findings) else CLEAN
     return {
         "verdict": "problems" if code else "clean",

@@ -14,7 +14,7 @@ NARROWEST_SHARE = 0.1  # of an axis of shares: a change of a tenth of a point mu
 LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from where, in what, written how
 HUGE = 1e12  # an axis that reaches there is written with powers of ten
 FURTHEST = 1e300  # of an axis: what lies beyond is not told apart
-SMALL = 1e-3  # an axis that ends below is written with powers of ten
+SMALL = 5e-3  # an axis that ends below is written with powers of ten
 
 
 def cover(low: float, high: float, share: bool = False, most: int = MOST_TICKS) -> list[float]:

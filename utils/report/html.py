@@ -17,6 +17,8 @@ ODD = {*CONTROL, 0x061C, 0x200E, 0x200F, 0x2028, 0x2029, 0xFEFF, *HALVES}
 BY_NUMBER = {code: f"\u2426{code:02X}" if code < 256 else f"\u2426{code:04X}" for code in ODD}
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser then runs and fetches nothing, whatever comes in
+FEWEST_LISTED = 3  # sections
+SECTION = re.compile(r'<section id="([a-z0-9-]+)">\n<h2>(.*?)</h2>')  # such markup cannot come of a text: it is escaped
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w+")
 
 CSS = """
@@ -111,7 +113,12 @@ def show(text: object) -> str:
 
 
 def make_document(title: str, content: str) -> str:
-    """The whole page."""
+    """The whole page; one of several sections lists them below its header."""
+    parts = SECTION.findall(content)
+    if len(parts) >= FEWEST_LISTED:
+        items = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading in parts)
+        listed = f'<nav class="parts" aria-label="parts of this page"><ul>{items}</ul></nav>'
+        content = content.replace("</header>", f"{listed}\n</header>", 1)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -125,7 +132,8 @@ def make_document(title: str, content: str) -> str:
 def make_section(heading: str, *content: str) -> str:
     """A section with a heading; nothing when there is no content."""
     inner = "\n".join(part for part in content if part)
-    return f"<section>\n<h2>{show(heading)}</h2>\n{inner}\n</section>" if inner else ""
+    name = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+    return f'<section id="{name}">\n<h2>{show(heading)}</h2>\n{inner}\n</section>' if inner else ""
 
 
 def make_tiles(tiles: Iterable[tuple[str, str]]) -> str:

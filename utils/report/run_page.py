@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..arguments.recorded_command import check_arguments
 from ..errors import UserError
+from ..run.names import REPORT
 from ..run.program import join_command
 from ..runtime import readable_bytes, readable_seconds
 from .axes import round_step
@@ -26,6 +28,7 @@ from .html import (
     make_tiles,
     show,
 )
+from .links import link_pages
 from .run_curves import show_curves
 from .run_files import RunFiles, read_run
 from .run_verdict import describe_run, headline, held_out_of
@@ -79,6 +82,7 @@ def make_run_page(folder: Path) -> str:
     model = (record.get("settings") or {}).get("model_name_or_path") or "?"
     content = [
         "<header>",
+        link_pages(folder, folder / REPORT),
         f"<h1>{show(title)}</h1>",
         make_paragraph(f"{model}, trained on {(record.get('data') or {}).get('source', '?')}", "soft"),
         make_paragraph(sentence, f"verdict {kind}"),
@@ -119,7 +123,7 @@ def _show_change(record: Mapping[str, Any]) -> Iterator[str]:
     if not before or not after:
         return
     rows = [
-        (name, *(_write(form, part[key]) for part in (before, after)), _write(_signed(form), after[key] - before[key]))
+        (name, *(_write(form, part[key]) for part in (before, after)), _change(form, after[key] - before[key]))
         for key, (name, form) in MEANINGS.items()
         if isinstance(before.get(key), int | float) and isinstance(after.get(key), int | float)
     ]
@@ -130,8 +134,11 @@ def _show_change(record: Mapping[str, Any]) -> Iterator[str]:
     yield make_paragraph(READING["accuracy" in after], "soft")
 
 
-def _signed(form: str) -> str:
-    return form if "+" in form else form.replace("{:", "{:+")
+def _change(form: str, difference: float) -> str:
+    """A difference in the form of what differs; of shares in points."""
+    if form.endswith("%}"):
+        return f"{_write('{:+.1f}', 100 * difference)} points"
+    return _write(form if "+" in form else form.replace("{:", "{:+"), difference)
 
 
 def _write(form: str, value: float) -> str:
@@ -183,29 +190,39 @@ def _show_held_out(run: RunFiles) -> Iterator[str]:
         wrong = sum(margin < 0 for margin in margins)
         yield make_paragraph(f"{wrong:,} of {len(margins):,} pairs are ranked wrongly: their margin is below 0.")
         yield _margin_chart(margins)
-    for kind, rows in ((kind, [row for row in run.examples if row.get("kind") == kind]) for kind in ("worst", "best")):
-        found = [row["margin"] for row in rows if "margin" in row]
-        if found:
-            wrong = "most wrongly ranked" if found[0] < 0 else "with the smallest margins"
-            which = wrong if kind == "worst" else "with the largest margins"
-            summary = f"the {len(rows)} pairs {which}: {min(found):+.2f} to {max(found):+.2f}"
-        else:
-            summary = f"the {len(rows)} rows with the least likely tokens"
-        if rows:
-            yield make_details(summary, "".join(map(_show_example, rows)))
+    for summary, rows in group_examples(run.examples):
+        yield make_details(summary, "".join(map(_show_example, rows)))
+
+
+def group_examples(examples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """The held-out rows that are shown with their texts, in groups: what they have in common, and the rows."""
+    worst, best = ([row for row in examples if row.get("kind") == kind] for kind in ("worst", "best"))
+    for of, rows in (
+        ("ranked most wrongly", [row for row in worst if row.get("margin", 0.0) < 0]),
+        ("ranked correctly, with the smallest margins", [row for row in worst if row.get("margin", -1.0) >= 0]),
+        ("with the largest margins", [row for row in best if "margin" in row]),
+    ):
+        margins = [row["margin"] for row in rows if "margin" in row]
+        if margins:
+            ends = dict.fromkeys(f"{end:+.2f}" for end in (min(margins), max(margins)))
+            count = f"{len(rows)} pairs" if len(rows) > 1 else "1 pair"
+            yield f"{count} {of}: margin {' to '.join(ends)}", list(rows)
+    rest = [row for row in (*worst, *best) if "margin" not in row]
+    if rest:
+        yield f"{len(rest)} rows with the least likely tokens", rest
 
 
 def _margin_chart(margins: list[float]) -> str:
     low, high = min(*margins, 0.0), max(*margins, 0.0)
     step = round_step(high - low, BARS) if high > low else 1.0
     first, last = math.floor(low / step), math.floor(high / step) + 1
-    edges = [place * step for place in range(first, last + 1)]
+    edges = [float(f"{place * step:.6g}") for place in range(first, last + 1)]
     counts = [0] * (last - first)
     for margin in margins:
         counts[math.floor(margin / step) - first] += 1
     title = f"Margins of {len(margins)} held-out pairs, from {low:.2f} to {high:.2f}"
-    chart = draw_histogram(title, edges, {"pairs": counts}, "margin", (0.0, "0") if low < 0 else None)
-    rows = [(f"{a:.2f} to {a + step:.2f}", f"{count:,}") for a, count in zip(edges, counts, strict=False)]
+    chart = draw_histogram(title, edges, {"pairs": counts}, "margin", (0.0, "") if low < 0 else None)
+    rows = [(f"{a:g} to {b:g}", f"{count:,}") for (a, b), count in zip(pairwise(edges), counts, strict=True)]
     return make_chart("Margins", chart, make_table("pairs by margin", ("margin", "pairs"), rows))
 
 

@@ -20,7 +20,8 @@ from ..report.html import (
     make_tiles,
     show,
 )
-from ..run.names import SAMPLES
+from ..report.links import address_of
+from ..run.names import REPORT, SAMPLES
 from ..run.records import ROW, read_lines
 from ..runtime import readable_bytes, readable_seconds
 from ..settings.changes import FREE_TO_CHANGE
@@ -45,8 +46,8 @@ UNCOMPARED = FREE_TO_CHANGE  # where a run is and how it is watched, not what it
 DEFAULT = "default"
 
 
-def make_page(overview: Overview) -> str:
-    """The whole page."""
+def make_page(overview: Overview, place: Path | None = None) -> str:
+    """The whole page; with the folder that it will stand in, its runs lead to their reports."""
     runs = overview.runs
     charted = runs[:CHARTED]
     content = [
@@ -56,7 +57,7 @@ def make_page(overview: Overview) -> str:
         *(make_paragraph(text, f"verdict {kind}".strip()) for text, kind in [_judge(runs)]),
         make_tiles(_tiles(runs)),
         "</header>",
-        make_section("What came of them", _results(runs)),
+        make_section("What came of them", _results(runs), _link_reports(runs, place)),
         _curves(charted, len(runs)),
         make_section("Settings in which they differ", _differences(runs)),
         make_section("What they write", *_samples(charted)),
@@ -73,13 +74,17 @@ def _judge(runs: Sequence[RunStatus]) -> tuple[str, str]:
     data = Counter(_data_of(run) for run in measured).most_common(1)[0][0]
     ranked = [run for run in measured if _data_of(run) == data]
     ranked.sort(key=lambda run: (run.held_out["accuracy"], run.held_out.get("margin", 0.0)), reverse=True)
-    sentences, kind = [f"Highest held-out accuracy: {ranked[0].name}, {_accuracy(ranked[0])}."], ""
-    if len(ranked) > 1:
+    first, kind = ranked[0], "note"
+    if len(ranked) == 1:
+        sentences = [f"Only {first.name} was measured on its data: held-out accuracy {_accuracy(first)} points."]
+    else:
+        field = f"of {len(ranked)} runs on the same data"
+        sentences = [f"Highest held-out accuracy {field}: {first.name}, {_accuracy(first)} points."]
         gap = ranked[0].held_out["accuracy"] - ranked[1].held_out["accuracy"]
         clear = gap > 2 * _standard_error(ranked[0])
         kind = "" if clear else "note"
         more = "" if clear else ": a difference that chance may have made" if gap else ", the same"
-        sentences.append(f"{ranked[1].name} follows with {_accuracy(ranked[1])}{more}.")
+        sentences.append(f"{ranked[1].name} follows with {_accuracy(ranked[1])} points{more}.")
     others = len(measured) - len(ranked)
     if others:
         sentences.append(
@@ -103,7 +108,7 @@ def _standard_error(run: RunStatus) -> float:
 def _accuracy(run: RunStatus) -> str:
     if "accuracy" not in run.held_out:
         return NOTHING
-    return f"{run.held_out['accuracy']:.1%}\u00a0±\u00a0{_standard_error(run):.1%}"
+    return f"{run.held_out['accuracy']:.1%}\u00a0±\u00a0{100 * _standard_error(run):.1f}"
 
 
 def _tiles(runs: Sequence[RunStatus]) -> list[tuple[str, str]]:
@@ -124,14 +129,27 @@ def _results(runs: Sequence[RunStatus]) -> str:
     head, *body = zip(*columns, strict=True)
     trained = [run for run in runs if run.verb == "train"]
     note = (
-        "Held out, at the newest evaluation. ± is the standard error over the pairs. Margin: how much higher the "
-        "reward of the chosen response is. KL: how far the policy is from its reference, in nats."
+        "Held out, at the newest evaluation. Accuracy: the share of pairs ranked correctly; behind ± its standard "
+        "error in points: twice that is the reach of chance in 19 of 20 cases. Margin: how much higher the reward of "
+        "the chosen response is. KL: how far the policy is from its reference, in nats."
     )
     if len({_facts(run).get("loss_type") for run in trained}) > 1:
         note += " The losses differ in kind (--loss_type): they are no measure of which run is better."
     elif len({_facts(run).get("beta") for run in trained}) > 1:
         note += " Margins and losses are in units of --beta, which differs: compare accuracy and KL."
     return make_table("by run", head, body) + make_paragraph(note, "soft")
+
+
+def _link_reports(runs: Sequence[RunStatus], place: Path | None) -> str:
+    if place is None:
+        return ""
+    reports = {run.name: Path(run.folder, REPORT).absolute() for run in runs}
+    items = "".join(
+        f'<li><a href="{address_of(path, place)}">{show(name)}</a></li>'
+        for name, path in reports.items()
+        if path.is_file()
+    )
+    return f'<nav aria-label="reports of the runs"><ul><li>Reports:</li>{items}</ul></nav>' if items else ""
 
 
 def _tells(column: Sequence[str]) -> bool:
@@ -205,7 +223,7 @@ def _differences(runs: Sequence[RunStatus]) -> str:
             rows.append((name, *(NOTHING if cell is None else cell for cell in cells)))
     if not rows:
         return make_paragraph("They are the same in all that is recorded of them.")
-    return make_table(f"by run; {DEFAULT}: left to the script", ("setting", *facts), rows)
+    return make_table(f"by run; {DEFAULT}: left to the script", ("setting", *facts), rows, words=True)
 
 
 def _used_by_all(runs: Sequence[RunStatus]) -> set[str]:

@@ -57,7 +57,7 @@ def write_comparison(overview: Overview, path: Path) -> None:
     try:
         if path.exists() and TITLE not in read_bytes(path).decode("utf-8", errors="replace")[:2000]:
             raise Unreadable("is another file")
-        write_text(path, make_page(overview))
+        write_text(path, make_page(overview, path.resolve().parent))
     except Unreadable:  # also a pipe, which would be waited for, and a device, which may have no end
         raise UserError(f"--report {path}: exists and is no page of this verb; name another file") from None
     except OSError as error:
