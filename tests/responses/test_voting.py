@@ -63,8 +63,8 @@ def test_a_person_votes_in_a_browser_and_the_votes_are_trained_on(voting, run_sc
             assert f"Match {number + 1} of 6" in browser.text()
             left, right = (browser.text(f".sides article:nth-child({side}) .text") for side in (1, 2))
             assert {left[:5], right[:5]} == {"lovel", "awful"}
-            choice = "tie" if number == 5 else "left" if left.startswith("lovely") else "right"
-            browser.press(f"button[value={choice}]")
+            assert browser.run("document.querySelector('progress').value") == number
+            browser.type("3" if number == 5 else "1" if left.startswith("lovely") else "2")
         assert "Thank you" in browser.text()
         assert not browser.messages
         assert {urllib.parse.urlsplit(url).netloc for url in browser.requests} == {
@@ -81,12 +81,46 @@ def test_a_person_votes_in_a_browser_and_the_votes_are_trained_on(voting, run_sc
     assert "5" in out
 
 
+def test_a_match_may_be_skipped_or_have_two_bad_responses(voting, tmp_path):
+    address, outcome, thread, *_ = voting()
+    folder = tmp_path / "votes"
+    with open_browser(tmp_path / "profile") as browser:
+        browser.open(address)
+        browser.type("s")
+        assert "Match 2 of 3: 0 voted, 1 skipped." in browser.text()
+        browser.type("4")
+        assert "Match 3 of 3: 1 voted, 1 skipped." in browser.text()
+        browser.type("b")
+        assert browser.run("document.querySelector('[aria-pressed]').value") == "bad"
+        browser.type("4")
+        browser.type("3")
+        assert "1 skipped" in browser.text("h1")
+        browser.type("b")
+        assert "Match 1 of 3" in browser.text()
+        browser.type("s")
+        browser.type("e")
+        assert "Thank you" in browser.text()
+        assert browser.messages == []
+    thread.join(60)
+    ballots = Ballots(MATCHES, folder, 3)
+    assert (ballots.choice(0), ballots.choice(1), ballots.choice(2)) == (None, "bad", "tie")
+    assert ballots.both_bad == 1
+    skipped = next(place for place, match in enumerate(MATCHES) if match.key == ballots.shown[0])
+    assert [place for place, found in enumerate(outcome[0]) if found is None] == [skipped]
+    # Ballots of an older version, which knew of neither alone.
+    rows = [json.loads(line) for line in (folder / "ballots.jsonl").read_text().splitlines()]
+    assert [row.pop("both_bad", False) for row in rows] == [True, False]
+    (folder / "ballots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [Ballots(MATCHES, folder, 3).choice(place) for place in (1, 2)] == ["tie", "tie"]
+
+
 def test_texts_of_models_are_shown_as_text(voting, tmp_path):
     address, *_ = voting(MATCHES[2:])
     with open_browser(tmp_path / "profile") as browser:
         browser.open(address)
         assert "<script>document.title='run'</script>" in browser.text(".sides")
         assert browser.run("document.title") == "Which response is better?"
+        assert browser.run("document.scripts.length") == 1  # the page's own
         assert "User: Dance." in browser.text()
         for width in (390, 1200):
             browser.resize(width)
@@ -103,7 +137,7 @@ def test_votes_are_kept_and_can_be_changed(voting, tmp_path):
     assert ask(address, "POST", {"match": first, "choice": "right"})[0] == 303
     assert ask(address, "POST", {"match": second, "choice": "tie"})[0] == 303
     kept = Ballots(MATCHES, folder, 3)
-    assert (kept.choice(0), kept.choice(1), kept.next_place()) == ("right", "tie", 2)
+    assert (kept.choice(0), kept.choice(1), kept.waiting()) == ("right", "tie", [2])
     assert len((folder / "votes.jsonl").read_text().splitlines()) == 1
     again, outcome, thread, said, _ = voting()
     assert "1 of 3 matches" in said
@@ -149,13 +183,13 @@ def test_votes_on_other_matches_are_kept(tmp_path):
     )
     former = (tmp_path / "votes.jsonl").read_text()
     ballots = Ballots(MATCHES, tmp_path, 3)
-    assert ballots.next_place() == 0
+    assert ballots.waiting()[0] == 0
     ballots.vote(ballots.shown[0], "left")
     assert (tmp_path / "votes.jsonl").read_text().startswith(former)
     kept = [json.loads(row) for row in (tmp_path / "votes.jsonl").read_text().strip().split("\n")]
     assert [row["prompt"] for row in kept] == [line, ballots.sides(0)[0].prompt]
     again = Ballots([Match(line, "one", "other")], tmp_path, 1)
-    assert (again.choice(0), again.next_place()) == ("left", None)
+    assert (again.choice(0), again.waiting()) == ("left", [])
 
 
 def test_a_vote_on_an_empty_response_counts_but_is_not_trained_on(tmp_path):

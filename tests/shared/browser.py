@@ -50,6 +50,13 @@ class Browser:
         self.run(f"document.querySelector({json.dumps(selector)}).click()")
         self._wait_for_load()
 
+    def type(self, key: str) -> None:
+        """Presses a key that leads to another page, and waits for that."""
+        self._loaded = False
+        self._send("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
+        self._send("Input.dispatchKeyEvent", type="keyUp", key=key)
+        self._wait_for_load()
+
     def run(self, script: str) -> Any:
         """The value of a script."""
         answer = self._send("Runtime.evaluate", expression=script, returnByValue=True)

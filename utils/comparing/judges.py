@@ -11,7 +11,7 @@ import datasets
 
 from ..errors import UserError, gather
 from ..models.side_by_side import Wanted
-from ..responses.ballots import Match
+from ..responses.ballots import Ballots, Match
 from ..responses.judging import EndpointJudge, JudgeLimits, Verdicts
 from ..responses.scorers import FUNCTION, Prompt, Scorer, are_equal, check_reward_model, load_reward_model, load_scorer
 from ..responses.voting import check_port, collect_votes
@@ -99,7 +99,8 @@ def ask(
     if judge.name == VOTE:
         matches = [Match(*match) for match in zip(prompts, model, baseline, strict=True)]
         votes = collect_votes(matches, folder, settings.training.seed, settings.of(ComparisonSettings).vote_port or 0)
-        return Judgement(judge.name, judge.how, votes)
+        both_bad = Ballots(matches, folder, settings.training.seed).both_bad
+        return Judgement(judge.name, judge.how, votes, details={"both_bad": both_bad})
     if is_endpoint(judge.name):
         return _ask_endpoint(judge, list(zip(prompts, model, baseline, strict=True)), settings)
     score = judge.score or load_reward_model(judge.name, settings.model.trust_remote_code, FLAG)

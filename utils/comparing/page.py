@@ -15,6 +15,7 @@ from ..report.html import (
     make_tiles,
     show,
 )
+from ..report.markdown import render_markdown
 from .summary import (
     JUDGE_HEAD,
     OWN_REWARD,
@@ -116,7 +117,7 @@ def _describe_sampling(record: dict[str, Any]) -> str:
 def _show_row(number: int, row: dict[str, Any]) -> str:
     sides = "".join(
         f'<div class="example"><h3>{name}</h3><p class="soft">{_describe_length(row, key)}</p>'
-        f'<div class="text">{show(row[key + "response"].strip() or "(nothing)")}</div></div>'
+        f'<div class="text">{render_markdown(row[key + "response"].strip() or "(nothing)")}</div></div>'
         for name, key in (("Model", ""), ("Baseline", "baseline_"))
     )
     better = make_paragraph(f"Better: {'; '.join(describe_outcomes(row))}") if row["judges"] else ""

@@ -65,6 +65,8 @@ def describe_judge(judged: dict[str, Any]) -> Iterator[str]:
         unreadable = details["unreadable_answers"]
         such = f", such as {details['unreadable_example']!r}" if unreadable else ""
         yield f"{_count(details['requests'], 'request')} sent, {unreadable:,} answers without a verdict{such}."
+    if details.get("both_bad"):
+        yield f"Of the ties, both responses were bad in {details['both_bad']:,}."
     if judged["not_judged"]:
         yield f"{_count(judged['not_judged'], 'prompt')} without a verdict, which count for neither side."
 

@@ -5,6 +5,8 @@ The pieces return HTML text; what they are given is plain text, except where a p
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -95,7 +97,10 @@ margin:.75rem 0;font-size:.9375rem}
 .facts dt{color:var(--soft)}.facts dd{margin:0;min-width:0}
 .choices{display:flex;flex-wrap:wrap;gap:.75rem;margin:1rem 0}button{flex:1 1 7rem;font:inherit;font-weight:600;
 padding:.75rem 1rem;border:1px solid var(--strong);border-radius:.25rem;background:var(--fill);color:var(--ink);
-cursor:pointer}button:hover,button[aria-pressed]{border-color:var(--s1);box-shadow:inset 0 0 0 1px var(--s1)}
+cursor:pointer}kbd{font:inherit;font-weight:400;color:var(--soft);margin-left:.5rem}progress{width:100%;height:.375rem;
+accent-color:var(--s1)}.text pre{user-select:auto}.text p{max-width:none}.text ul,.text ol{margin:.5rem 0;
+padding-left:1.75rem;white-space:normal}
+button:hover,button[aria-pressed]{border-color:var(--s1);box-shadow:inset 0 0 0 1px var(--s1)}
 @media (max-width:34rem){body{padding:1rem 1rem 3rem}h1{font-size:1.5rem}h2{margin-top:2rem}
 .tiles{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.75rem 1rem}
 .facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.5rem}th,td{padding:.375rem .5rem}
@@ -112,8 +117,16 @@ def show(text: object) -> str:
     return escape(str(text).translate(BY_NUMBER))
 
 
-def make_document(title: str, content: str) -> str:
-    """The whole page; one of several sections lists them below its header."""
+def make_document(title: str, content: str, script: str = "") -> str:
+    """The whole page; one of several sections lists them below its header.
+
+    Args:
+        script: of this project; it alone may run, by its hash.
+    """
+    policy, run = POLICY, ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, run = f"{POLICY}; script-src 'sha256-{digest}'", f"<script>{script}</script>\n"
     parts = SECTION.findall(content)
     if len(parts) >= FEWEST_LISTED:
         items = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading in parts)
@@ -122,10 +135,10 @@ def make_document(title: str, content: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<title>{show(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#content">to the content</a>\n'
-        f'<main id="content">\n{content}\n</main>\n</body>\n</html>\n'
+        f'<main id="content">\n{content}\n</main>\n{run}</body>\n</html>\n'
     )
 
 

@@ -49,10 +49,12 @@ class Ballot:
 
     match: Match
     outcome: float
+    both_bad: bool = False  # of those for neither
 
     def as_row(self) -> dict[str, Any]:
         """A line of ballots.jsonl."""
-        return {"outcome": self.outcome, **dataclasses.asdict(self.match)}
+        more = {"both_bad": True} if self.both_bad else {}
+        return {"outcome": self.outcome, **more, **dataclasses.asdict(self.match)}
 
 
 def read_ballots(folder: Path) -> dict[str, Ballot]:
@@ -77,7 +79,7 @@ def read_ballots(folder: Path) -> dict[str, Ballot]:
             match.as_pair(outcome)
             if outcome not in (0, 0.5, 1):
                 raise ValueError(outcome)
-            ballots[match.key] = Ballot(match, outcome)
+            ballots[match.key] = Ballot(match, outcome, row.get("both_bad") is True)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: holds no votes of this script; {advice}") from None
     return ballots
@@ -105,9 +107,14 @@ class Ballots:
         voted = {key: self._cast[key].outcome for key in self.shown if key in self._cast}
         return {key: 0.5 for key in self._matches if key not in self._a_is_left} | voted
 
-    def next_place(self) -> int | None:
-        """The first match without a vote; None when all have one."""
-        return next((place for place, key in enumerate(self.shown) if key not in self._cast), None)
+    @property
+    def both_bad(self) -> int:
+        """How many matches were judged to have two bad responses."""
+        return sum(key in self._cast and self._cast[key].both_bad for key in self.shown)
+
+    def waiting(self) -> list[int]:
+        """The places of matches without a vote."""
+        return [place for place, key in enumerate(self.shown) if key not in self._cast]
 
     def sides(self, place: int) -> tuple[Match, str, str]:
         """The match at a place with its left and its right response."""
@@ -122,7 +129,7 @@ class Ballots:
             return None
         outcome = self._cast[key].outcome
         if outcome == 0.5:
-            return "tie"
+            return "bad" if self._cast[key].both_bad else "tie"
         return "left" if (outcome == 1) == self._a_is_left[key] else "right"
 
     def vote(self, key: str, choice: str) -> None:
@@ -133,8 +140,8 @@ class Ballots:
             OSError: the files cannot be written.
         """
         left = self._a_is_left[key]
-        outcome = {"left": float(left), "right": float(not left), "tie": 0.5}[choice]
-        cast = self._cast | {key: Ballot(self._matches[key], outcome)}
+        outcome = {"left": float(left), "right": float(not left), "tie": 0.5, "bad": 0.5}[choice]
+        cast = self._cast | {key: Ballot(self._matches[key], outcome, choice == "bad")}
         write_json_lines(self._folder / BALLOTS, [ballot.as_row() for ballot in cast.values()])
         self._cast = cast
         pairs = [ballot.match.as_pair(ballot.outcome) for ballot in cast.values()]

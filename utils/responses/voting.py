@@ -1,7 +1,8 @@
 """Blind voting on a local page: a person sees two responses without their models' names and says which is better.
 
-The page is served on this machine alone, under an address that nobody can guess, and works without scripts. Every
-vote is on the disk before the next match is shown, so that voting goes on where it stopped.
+The page is served on this machine alone, under an address that nobody can guess. It works without scripts; its own,
+for the keys, is the only one that may run. Every vote is on the disk before the next match is shown, so that voting can
+be resumed where it stopped.
 """
 
 from __future__ import annotations
@@ -19,13 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..report.html import make_document, show
+from ..report.html import make_document
+from ..report.markdown import render_markdown
 from ..runtime import say
 from .ballots import VOTES, Ballots, Match
 from .judging import read_text
 
-CHOICES = {"left": "1 is better", "tie": "Neither", "right": "2 is better"}
+# choice -> its button, its key
+CHOICES = {
+    "left": ("1 is better", "1"),
+    "right": ("2 is better", "2"),
+    "tie": ("Equally good", "3"),
+    "bad": ("Both bad", "4"),
+    "skip": ("Skip", "s"),
+}
+END = "end"
+KEYS = """document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  const target = document.querySelector(`[aria-keyshortcuts="${CSS.escape(event.key.toLowerCase())}"]`);
+  if (target) { event.preventDefault(); target.click(); }
+});"""
 LONGEST_FORM_BYTES = 1000
+OVER = make_document("All votes are in", "<h1>Thank you</h1><p>The votes are in. The terminal shows the result.</p>")
 
 
 def check_port(port: int) -> None:
@@ -59,7 +75,7 @@ def collect_votes(matches: Sequence[Match], folder: Path, seed: int, port: int =
         UserError: the port is taken, or the ballots in the folder cannot be read.
     """
     ballots = Ballots(matches, folder, seed)
-    if ballots.next_place() is not None:
+    if ballots.waiting():
         try:
             _serve(ballots, port)
         except OSError as error:
@@ -78,8 +94,7 @@ def _serve(ballots: Ballots, port: int) -> None:
         server.page = Voting(ballots, path, done)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
         count = len(ballots.shown)
-        waiting = sum(ballots.choice(place) is None for place in range(count))
-        say(f"{waiting:,} of {count:,} matches to vote on; open this page in a browser:")
+        say(f"{len(ballots.waiting()):,} of {count:,} matches to vote on; open this page in a browser:")
         say(f"  http://127.0.0.1:{server.server_address[1]}{path}")
         say("Ctrl-C ends the voting; what was voted counts, and the same command continues.")
         try:
@@ -97,38 +112,75 @@ class Voting:
     path: str
     done: threading.Event
     lock: threading.Lock = field(default_factory=threading.Lock)
+    skipped: set[int] = field(default_factory=set)  # places, for as long as the page is served
+
+    def next_place(self) -> int | None:
+        """The first match without a vote that was not skipped."""
+        return next((place for place in self.ballots.waiting() if place not in self.skipped), None)
 
     def render(self, place: int | None) -> str:
-        """The match at a place, or the thanks at the end."""
+        """The match at a place, or what is said when there are no more."""
         ballots = self.ballots
         if place is None:
-            content = "<h1>Thank you</h1><p>Every match has its vote. The terminal shows the result.</p>"
-            return make_document("All votes are in", content)
+            return self._render_end()
         match, left, right = ballots.sides(place)
         sides = _show_text(left, "<h2>Response 1</h2>") + _show_text(right, "<h2>Response 2</h2>")
         buttons = "".join(
-            f'<button name="choice" value="{choice}" accesskey="{number}"'
-            f"{' aria-pressed=true' if ballots.choice(place) == choice else ''}>{label}</button>"
-            for number, (choice, label) in enumerate(CHOICES.items(), start=1)
+            f'<button name="choice" value="{choice}" aria-keyshortcuts="{key}"'
+            f"{' aria-pressed=true' if ballots.choice(place) == choice else ''}>{label}<kbd>{key}</kbd></button>"
+            for choice, (label, key) in CHOICES.items()
         )
-        before = f'<a href="{escape(self.path)}?at={place - 1}">the one before</a>' if place else ""
+        before = ""
+        if place:
+            address = f"{escape(self.path)}?at={place - 1}"
+            before = f' <a href="{address}" aria-keyshortcuts="b">the one before</a><kbd>b</kbd>'
+        count = len(ballots.shown)
+        voted = count - len(ballots.waiting())
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         content = (
-            f'<p class="soft">Match {place + 1} of {len(ballots.shown)} {before}</p><h1>Which response is better?</h1>'
+            f'<progress max="{count}" value="{voted}" aria-label="votes"></progress>'
+            f'<p class="soft">Match {place + 1} of {count}: {voted} voted{skipped}.{before}</p>'
+            "<h1>Which response is better?</h1>"
             f'{_show_text(read_text(match.prompt))}<div class="sides">{sides}</div>'
             f'<form method="post" action="{escape(self.path)}" class="choices">'
             f'<input type="hidden" name="match" value="{ballots.shown[place]}">{buttons}</form>'
         )
-        return make_document("Which response is better?", content)
+        return make_document("Which response is better?", content, KEYS)
 
-    def take(self, form: Mapping[str, list[str]]) -> None:
-        """Counts the vote of a form. LookupError for one that is not of this page."""
+    def _render_end(self) -> str:
+        if not self.ballots.waiting():
+            return OVER
+        first, count = min(self.skipped), len(self.skipped)
+        content = (
+            f"<h1>{count} skipped</h1><p>All others have their vote. Those that were skipped count for neither.</p>"
+            f'<p><a href="{escape(self.path)}?at={first}" aria-keyshortcuts="b">Vote on the first of them</a></p>'
+            f'<form method="post" action="{escape(self.path)}" class="choices">'
+            f'<button name="choice" value="{END}" aria-keyshortcuts="e">End the voting<kbd>e</kbd></button></form>'
+        )
+        return make_document("Skipped matches are left", content, KEYS)
+
+    def take(self, form: Mapping[str, list[str]]) -> bool:
+        """Counts the vote of a form; whether voting is over. LookupError for one that is not of this page."""
+        choice = form["choice"][0]
+        if choice == END:
+            return True
         with self.lock:
-            self.ballots.vote(form["match"][0], form["choice"][0])
+            place = self.ballots.shown.index(form["match"][0]) if form["match"][0] in self.ballots.shown else None
+            if place is None:
+                raise LookupError(form["match"][0])
+            if choice == "skip":
+                if self.ballots.choice(place) is None:
+                    self.skipped.add(place)
+                return False
+            self.ballots.vote(self.ballots.shown[place], choice)
+            self.skipped.discard(place)
+            return not self.ballots.waiting()
 
 
 def _show_text(text: str, content: str = "") -> str:
     """A text in a box of its own, under `content`."""
-    return f'<article class="example">{content}<div class="text">{show(text.strip() or "(nothing)")}</div></article>'
+    inner = render_markdown(text.strip() or "(nothing)")
+    return f'<article class="example">{content}<div class="text">{inner}</div></article>'
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -157,7 +209,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
         ballots = self._voting.ballots
         at = urllib.parse.parse_qs(address.query).get("at", [""])[0]
         known = at.isdecimal() and len(at) < 10 and int(at) < len(ballots.shown)
-        place = int(at) if known else ballots.next_place()
+        place = int(at) if known else self._voting.next_place()
         self._send(200, self._voting.render(place))
 
     def do_POST(self) -> None:
@@ -168,7 +220,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
         if not self._is_ours(self.path):
             return
         try:
-            self._voting.take(urllib.parse.parse_qs(body))
+            over = self._voting.take(urllib.parse.parse_qs(body))
         except LookupError:
             self._send(400, make_document("Not understood", "<p>This vote could not be understood; go back.</p>"))
             return
@@ -177,9 +229,9 @@ class _Page(http.server.BaseHTTPRequestHandler):
             text = f"<p>The vote could not be written ({escape(str(error.strerror))}). Go back and vote again.</p>"
             self._send(500, make_document("Not written", text))
             return
-        if self._voting.ballots.next_place() is None:
+        if over:
             try:
-                self._send(200, self._voting.render(None))
+                self._send(200, OVER)
             finally:
                 self._voting.done.set()
             return
