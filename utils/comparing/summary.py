@@ -25,7 +25,7 @@ STYLE = {
 }
 SHARES = ("ended", "empty", "refusals", "repeated", "distinct_1", "distinct_2")
 JUDGE_HEAD = ("judge", "wins", "ties", "losses", "no verdict", "win rate", "95% interval")
-STYLE_HEAD = ("", "model", "baseline")
+STYLE_HEAD = ("figure", "model", "baseline")
 
 
 def describe_result(judged: dict[str, Any]) -> str:

@@ -69,9 +69,7 @@ def make_page(
         links,
         "<h1>Evaluation</h1>",
         make_paragraph(f"{model} against {record['reference']['how']}", "soft"),
-        make_paragraph(
-            _first_up(describe_verdict(record)) + ".", "verdict" if went_well(record) else "verdict problem"
-        ),
+        make_paragraph(_first_up(describe_verdict(record)) + ".", _css(record)),
         *(make_paragraph(f"Warning: {warning}.") for warning in record["warnings"]),
         make_tiles(_headline(record)),
         "</header>",
@@ -86,6 +84,13 @@ def make_page(
         _show_making(record),
     ]
     return make_document(f"Evaluation of {model}", "\n".join(part for part in content if part))
+
+
+def _css(record: dict[str, Any]) -> str:
+    """Green where the model ranks better than chance, red where worse, amber where neither is shown."""
+    if went_well(record):
+        return "verdict"
+    return "verdict note" if record["measures"]["accuracy"]["high"] >= 0.5 else "verdict problem"
 
 
 def _headline(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -118,7 +123,7 @@ def _show_figures(record: dict[str, Any]) -> str:
             "is the reward of the chosen response minus that of the rejected one, and a pair is ranked right where it "
             "is above 0."
         ),
-        make_table("with 95% intervals", ("", "value", "from", "to"), rows),
+        make_table("with 95% intervals", ("figure", "value", "from", "to"), rows),
         make_paragraph(f"Margin: {describe_margin(record)}.", "soft"),
         make_paragraph(f"Reward: {describe_auc(record)}.", "soft"),
         make_paragraph(f"Distance: {describe_distance(record)}.", "soft"),
@@ -143,7 +148,7 @@ def _show_comparison(record: dict[str, Any]) -> str:
                     f"{found['only_policy_right']:,} / {found['only_reference_right']:,}",
                 )
             )
-    heads = ("", "model", "reference", "points", "95% interval", "p-value", "only one right")
+    heads = ("ranked", "model", "reference", "points", "95% interval", "p-value", "only one right")
     return make_section(
         "Against the reference",
         make_paragraph(
@@ -241,7 +246,7 @@ def _group_table(caption: str, groups: list[dict[str, Any]]) -> str:
         )
         for group in groups
     ]
-    return make_table(caption, ("", "pairs", "ranked right", "95% interval", "margin"), rows)
+    return make_table(caption, ("group", "pairs", "ranked right", "95% interval", "margin"), rows)
 
 
 def _show_examples(examples: Sequence[dict[str, Any]]) -> str:

@@ -95,7 +95,7 @@ def _show_sources(sources: list[dict[str, Any]]) -> str:
         (source["name"], *(f"{source[key]:,}" for key in keys), f"{sum(source['bad_rows'].values()):,}")
         for source in sources
     ]
-    heads = ("", "rows", "good pairs", "drawn", "to train on", "held out", "also in a source before", "bad rows")
+    heads = ("source", "rows", "good pairs", "drawn", "to train on", "held out", "also in a source before", "bad rows")
     return make_section(
         "Sources",
         make_table("by source", heads, rows),
@@ -132,7 +132,7 @@ def _histogram(heading: str, sides: dict[str, Any], unit: str, mark: tuple[float
 
 def _size_table(unit: str, sides: dict[str, Any]) -> str:
     rows = [(side, *(f"{sides[side][key]:,.0f}" for key in ("mean", "median", "p95", "max"))) for side in SIDES]
-    return make_table(unit, ("", "mean", "median", "95th percentile", "longest"), rows)
+    return make_table(unit, ("text", "mean", "median", "95th percentile", "longest"), rows)
 
 
 def _show_shortcuts(record: dict[str, Any]) -> str:
@@ -202,4 +202,6 @@ def _show_languages(record: dict[str, Any]) -> str:
         "Told by script and by the commonest words of twelve languages: enough to see a mixture. Short texts, code and "
         "lists are unclear."
     )
-    return make_section("Languages", make_paragraph(note), make_table("pairs", ("", "by prompt", "by chosen"), rows))
+    return make_section(
+        "Languages", make_paragraph(note), make_table("pairs", ("language", "by prompt", "by chosen"), rows)
+    )

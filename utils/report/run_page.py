@@ -313,7 +313,7 @@ def _main_settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     values = (record.get("settings") or {}) | (record.get("used") or {})
 
     def text(name: str) -> str | None:
-        return None if values.get(name) is None else _setting(values[name])
+        return None if values.get(name) in (None, -1) else _setting(values[name])  # -1: no limit of steps
 
     facts = [
         (label, ", ".join(form.format(text(name)) for name, form in parts.items() if text(name) is not None))
