@@ -560,7 +560,8 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        assert not any(name.startswith("on") or name in ("href", "src") for name, value in attrs if value != "#content")
+        assert not any(name.startswith("on") or name == "src" for name, _ in attrs)
+        assert all(value.startswith("#") for name, value in attrs if name == "href")
 
     def handle_data(self, data):
         self.text += data

@@ -55,7 +55,7 @@ SHARES = ("accuracy", "length_controlled_accuracy")
 
 
 def make_page(
-    record: dict[str, Any], rows: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]], links: str = ""
+    record: dict[str, Any], rows: Sequence[Mapping[str, Any]], examples: Sequence[dict[str, Any]], links: str = ""
 ) -> str:
     """The whole page, below links to others of the run.
 
