@@ -168,7 +168,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     assert "reads all of one source" in fault(f"{path}:0.5")
     assert "no such split" in fault(path, validation_split="tset")
     kto = write_lines(tmp_path / "kto.jsonl", [{"prompt": "q", "completion": "a", "label": True}])
-    assert "paired across the whole data" in fault(kto)
+    assert "paired across all of the data" in fault(kto)
     assert "no such file" in fault(tmp_path / "none.jsonl")
     empty = write_lines(tmp_path / "one.jsonl", make_pairs(1))
     assert "none of the 1 rows that were read is held out" in fault(empty, validation_split="0.0001")
