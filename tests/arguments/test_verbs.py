@@ -129,4 +129,5 @@ def test_what_evaluation_takes_from_a_run_leaves_no_flag_to_chance():
     in_the_tokenizer = {"chat_template"}
     shared = set(flags_of("train")) & set(flags_of("evaluate"))
     assert shared - never - of_data - in_the_tokenizer <= {*AS_IN_RUN, *AS_IN_PREFERENCE_RUN}
+    assert {"dtype", "use_4bit", "bnb_4bit_quant_type"} <= set(AS_IN_RUN), "how the run held its weights"
     assert {*AS_IN_RUN, *AS_IN_PREFERENCE_RUN} <= set(flags_of("train"))

@@ -235,12 +235,21 @@ def test_in_which_order_checkpoints_go(tmp_path):
     assert left == {"checkpoint-10"}
 
 
+def test_a_best_checkpoint_that_is_not_there_takes_no_place(tmp_path):
+    for step in (2, 4, 6):
+        newest = save_checkpoint(tmp_path, step)
+    prune_checkpoints(newest, 2, tmp_path / "checkpoint-3")
+    assert names(tmp_path) == {"checkpoint-4", "checkpoint-6"}
+
+
 def test_a_user_of_the_model_reads_what_is_of_the_model(tmp_path):
     checkpoint = save_checkpoint(tmp_path, 3)
     flip(checkpoint / "optimizer.safetensors")
     assert find_fault(checkpoint, reads=is_of_model) is None
     flip(checkpoint / "model.safetensors")
     assert "model.safetensors" in find_fault(checkpoint, reads=is_of_model)
+    of_training = ("optimizer", "scheduler", "scaler", "random_state_0", "log_state_1")
+    assert not any(is_of_model(f"{name}.json") or is_of_model(f"{name}.safetensors") for name in of_training)
 
 
 def test_a_lost_manifest_is_damage_where_the_version_that_saved_it_wrote_one(tmp_path):

@@ -223,12 +223,12 @@ def test_a_line_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatc
 
 
 def test_samples_and_bad_rows_are_kept_up_to_a_step(tmp_path):
-    rows = [{"step": 5, "id": "a"}, {"step": 10, "id": "b"}]
+    rows = [{"step": 5, "id": "a"}, {"step": 9, "id": "b"}, {"step": 10, "id": "c"}]
     for name in ("samples.jsonl", "bad_pairs.jsonl"):
         write_json_lines(tmp_path / name, rows)
     keep_rows_until(tmp_path, 9)
     for name in ("samples.jsonl", "bad_pairs.jsonl"):
-        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == rows[:1]
+        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == rows[:2]
 
 
 def test_nothing_to_keep_is_no_fault(tmp_path):

@@ -122,6 +122,8 @@ def test_several_processes_are_the_run_of_one(way, kind, count, together, run_of
     record, one = read_record(folder), run_of_one(*flags)
     assert (record["engine"]["shared_prefix"] is True) == ("padded" not in WAYS[way])
     assert record["data"]["train_pairs"] % 12 == 1
+    for name in ("tokens_computed", "tokens_padded_equivalent"):
+        assert record["engine"][name] == pytest.approx(read_record(one)["engine"][name], rel=0.4), "of all processes"
     assert record["reference"] == read_record(one)["reference"]
     assert record["reference"].endswith("scored once before training") == (
         "--precompute_ref_log_probs" in WAYS[way] or WAYS[way] == ["--use_4bit"]
