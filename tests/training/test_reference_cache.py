@@ -71,6 +71,11 @@ def test_what_can_change_the_numbers_is_scored_anew(train, tiny_model, tmp_path)
         ["--use_4bit"], ["--use_4bit", "--bnb_4bit_quant_type", "fp4"],
     ):  # fmt: skip
         assert FOUND not in train(AHEAD, *flags), flags
+    # Under --use_4bit the weights that are trained score themselves.
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    (changed / "config.json").write_text(config)
+    assert FOUND in train(AHEAD, "--use_4bit")
+    assert FOUND not in train(AHEAD, "--use_4bit", model=changed)
 
 
 def rewrite(path: Path, change) -> None:
