@@ -111,7 +111,7 @@ def draw_bars(title: str, bars: Sequence[Bar], start: float, reach: tuple[float,
             parts += [upright("whisker", end, 5, 13) for end in bar.interval]
         hint = f"<title>{show(f'{bar.label}: {bar.text}')}</title>"
         rows.append(
-            f'<div class="row"><span>{show(bar.label)}</span><b>{show(bar.text)}</b>'
+            f'<div class="row"><span>{show(bar.label)}</span><strong>{show(bar.text)}</strong>'
             f'<svg height="18" aria-hidden="true"><g>{hint}{"".join(parts)}</g></svg></div>'
         )
     anchors = ["start", *["middle"] * (len(ticks) - 2), "end"]
