@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             tell_launcher(f"error: {lost}")
         return 1
     except KeyboardInterrupt:
-        say("interrupted; nothing was lost that had been saved before")
+        say("interrupted; everything saved before is intact")
         return 130
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -210,7 +210,7 @@ def test_known_choices_of_trainer_fields_are_the_enums_of_transformers():
     [
         ("--test_split x", "hold them out with --validation_split", "--dataset_split"),
         ("--rpo_alpha 1", "--loss_type sigmoid sft --loss_weights 1 ALPHA", "--lora_alpha"),
-        ("--lora_modules_to_save x", "whole modules beside LoRA are not available", "--lora_target_modules"),
+        ("--lora_modules_to_save x", "training whole modules beside LoRA is not supported", "--lora_target_modules"),
         ("--peft_config x", "described by --use_lora", "--fsdp_config"),
         ("--loss_type simpo", "every loss here reads a reference", "did you mean"),
         ("--no_gradient_checkpointing", "; --gradient_checkpointing false turns it off", "did you mean"),
@@ -235,7 +235,7 @@ def test_flags_of_another_verb_in_a_shared_config_are_passed_over_with_one_line(
     settings = parse_arguments(["data", "--config", path])
     assert settings.given == {"dataset_name"}
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"note: {path}: passed over, as flags of other verbs than data: on_bad_rows, beta"
+    assert line == f"note: {path}: ignored, as data has no such flags: on_bad_rows, beta"
     assert faults_of(["data", "--dataset_name", "d", "--on_bad_rows", "skip"]) == (
         "--on_bad_rows: is a flag of the verb train, sft and evaluate, not of data",
     )
@@ -268,12 +268,12 @@ def test_flags_of_another_verb_in_a_shared_config_are_passed_over_with_one_line(
         ("--model_revision=", "--model_revision has an empty value: give it text"),
         ("--loss_type", "--loss_type has no value: give it one or more of: text"),
         ("--loss_type=,", "--loss_type is empty: must be one or more of: text"),
-        ("--beta 0.1 0.2", "'0.2': stands where no value is expected; write --name value"),
-        ("--beta=0.1 0.2", "'0.2': stands where no value is expected; write --name value"),
+        ("--beta 0.1 0.2", "'0.2': is an unexpected value; write --name value"),
+        ("--beta=0.1 0.2", "'0.2': is an unexpected value; write --name value"),
         ("--beta 0.1 --beta 0.2", "--beta is given twice: leave one of them out"),
         ("--use_lora --use-lora", "--use-lora is given twice: leave one of them out"),
-        ("-beta 1", "-beta: is no flag; flags start with two dashes and a name (--help lists them)"),
-        ("--", "--: is no flag; flags start with two dashes and a name (--help lists them)"),
+        ("-beta 1", "-beta: is not a flag; flags start with two dashes and a name (--help lists them)"),
+        ("--", "--: is not a flag; flags start with two dashes and a name (--help lists them)"),
         ("--verb sft", "--verb: no such flag; the verb comes first, without dashes"),
         ("--text_column t", "--text_column: is a flag of the verb sft, not of train"),
         ("--run_name x", "--run_name: cannot be set here: use --wandb_run_name"),
@@ -302,11 +302,11 @@ def test_fault_of_one_flag(flags, expected):
         ("--wandb_project x", "--wandb_project: has no effect without --use_wandb"),
         ("--report_to tensorboard --wandb_run_name x", "--wandb_run_name: has no effect without --use_wandb"),
         ("--report_to tensorbord", "--report_to is 'tensorbord': did you mean tensorboard?"),
-        ("--report_to none,mlflow", "--report_to is none mlflow: none must stand alone"),
+        ("--report_to none,mlflow", "--report_to is none mlflow: none cannot be combined with others"),
         ("--resume_from_checkpoint auto --overwrite_output_dir", "--resume_from_checkpoint: --overwrite_output_dir"),
         ("--resume_from_checkpoint auto --dry_run", "--resume_from_checkpoint: --dry_run"),
         ("--loss_type ipo --loss_weights 1 2", "--loss_weights has 2 for 1 losses (ipo)"),
-        ("--loss_type ipo ipo", "--loss_type: ipo stands twice"),
+        ("--loss_type ipo ipo", "--loss_type: ipo is given twice"),
         ("--loss_type dpo sigmoid", "--loss_type: dpo and sigmoid are the same loss"),
         ("--loss_type ipo --label_smoothing 0.1", "--label_smoothing: has no effect on ipo"),
         ("--loss_type cdpo", "--loss_type cdpo: needs --label_smoothing above 0 (0.1 is usual)"),
@@ -319,7 +319,7 @@ def test_fault_of_one_flag(flags, expected):
         ("--use_weighting --loss_type aot", "--use_weighting: cannot weigh the pairs of aot"),
         ("--ld_alpha 1.5", "--ld_alpha is 1.5: must be between 0 and 1"),
         ("--sync_ref_model --use_lora", "--sync_ref_model: needs a full model"),
-        ("--sync_ref_model --precompute_ref_log_probs", "--sync_ref_model: moves the reference"),
+        ("--sync_ref_model --precompute_ref_log_probs", "--sync_ref_model: updates the reference"),
         ("--ref_model_sync_steps 5", "--ref_model_sync_steps: has no effect without --sync_ref_model"),
         ("--validation_split 1.5", "--validation_split is 1.5: must be a fraction above 0 and below 1"),
         ("--validation_split 0", "--validation_split is 0: must be a fraction above 0 and below 1"),
@@ -411,7 +411,7 @@ def test_what_a_hub_model_holds_is_checked_once_it_is_known():
 def test_all_faults_at_once(config):
     path = config("beta: 0\nlora_r: x\nsede: 3\n")
     assert faults_of(["sft", "stray", "--config", path, "--use_dora", "--lerning_rate", "1", "--seed", "-1"]) == (
-        "'stray': stands where no value is expected; write --name value",
+        "'stray': is an unexpected value; write --name value",
         f"{path}: lora_r is 'x': must be a whole number",
         f"{path}: sede: no such flag; did you mean --seed?",
         "--lerning_rate: no such flag; did you mean --learning_rate?",
@@ -556,8 +556,8 @@ def test_byte_order_mark(config):
         ("use-lora: 1\nuse_lora: 1", "run.yaml", ": use_lora is given twice"),
         ("- beta", "run.yaml", ": must be a mapping, one `name: value` per line"),
         ("", "run.yaml", ": must be a mapping, one `name: value` per line"),
-        ("a: 1\nb: [1\nc: 2\n", "run.yaml", " line 3: is no YAML (expected ',' or ']', but got ':')"),
-        ("lr_scheduler_kwargs:\n  a: 1\n  a: 2\n", "run.yaml", " line 2: is no YAML (a is given twice)"),
+        ("a: 1\nb: [1\nc: 2\n", "run.yaml", " line 3: is not valid YAML (expected ',' or ']', but got ':')"),
+        ("lr_scheduler_kwargs:\n  a: 1\n  a: 2\n", "run.yaml", " line 2: is not valid YAML (a is given twice)"),
         ("[1]: 2", "run.yaml", " line 1: the key must be the name of a setting"),
         ("x: !!python/name:os.system y", "run.yaml", None),
         ("lr_scheduler_kwargs: {since: 2020-01-01}", "run.yaml", None),
@@ -569,10 +569,10 @@ def test_byte_order_mark(config):
         (
             "".join(f"k{n}: 1\n" for n in range(5000)),
             "run.yaml",
-            ": holds 5,000 settings, more than there are; --config takes those of one run",
+            ": holds 5,000 settings, more than exist; --config takes those of one run",
         ),
         ("[" * 5000, "run.json", ": is nested too deeply"),
-        ('{"a": 1,\n "b" 2}', "run.json", " line 2: is no JSON (Expecting ':' delimiter)"),
+        ('{"a": 1,\n "b" 2}', "run.json", " line 2: is not valid JSON (Expecting ':' delimiter)"),
         ('{"seed": 1, "seed": 2}', "run.json", ": seed is given twice"),
         ("[1]", "run.json", ': must be a mapping such as {"beta": 0.1}'),
         ('{"beta": NaN}', "run.json", ": beta is 'nan': must be a number"),
@@ -678,7 +678,7 @@ def test_help_shows_one_group_or_one_flag(capsys):
     assert flags_in(shown(capsys, "help", "beta")) == {"beta"} == flags_in(shown(capsys, "--help", "beta"))
     assert "strength of the KL penalty; higher stays closer to the reference" in shown(capsys, "help", "beta")
     (fault,) = faults_of(["chat", "--help", "beta"])
-    assert fault.startswith("--help beta: no group of flags of chat, and none of its flags; the groups are model, ")
+    assert fault.startswith("--help beta: neither a flag of chat nor a group of its flags; the groups are model, ")
     assert faults_of(["help", "plam"])[0].startswith("--help plam: ")
 
 
@@ -725,7 +725,7 @@ def test_what_a_verb_is_about_needs_no_flag(words, settings):
 
 
 def test_what_is_named_twice_or_by_a_verb_without_objects_is_a_fault():
-    assert faults_of(["evaluate", "a", "b"]) == ("'b': stands where no value is expected; write --name value",)
+    assert faults_of(["evaluate", "a", "b"]) == ("'b': is an unexpected value; write --name value",)
     assert faults_of(["chat", "a", "--model_name_or_path", "b"]) == (
         "--model_name_or_path is given twice: leave one of them out",
     )

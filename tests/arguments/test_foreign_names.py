@@ -79,31 +79,31 @@ def test_a_name_of_another_tool_is_read_as_the_flag_that_means_the_same(typed, c
     foreign = [name for name in names if (name.lstrip("-") in NAMES and name[0] == "-") or name == "dpo" == names[0]]
     assert len(lines) == len(foreign) > 0
     for name, line in zip(sorted(foreign), sorted(lines), strict=True):
-        assert re.fullmatch(rf"note: {name}: (read as .+|changes nothing here; left out)", line)
+        assert re.fullmatch(rf"note: {name}: (read as .+|has no effect here; ignored)", line)
 
 
 # what is typed -> what its one fault says, and what it must not
 REFUSED = {
     "--test_split x": ("hold them out with --validation_split", "--dataset_split"),
-    "--train_split 0.9": ("the share of rows that is held out is --validation_split", "--dataset_split"),
+    "--train_split 0.9": ("the fraction of rows that is held out is --validation_split", "--dataset_split"),
     "--rpo_alpha 1": ("--loss_type sigmoid sft --loss_weights 1 ALPHA", "--lora_alpha"),
     "--pref_ftx 0.1": ("--loss_type sigmoid sft --loss_weights 1 X", "did you mean"),
     "--pref_loss simpo": ("every loss here reads a reference", "ipo;"),
-    "--rlhf_type kto": ("learns from single answers", "did you mean"),
+    "--rlhf_type kto": ("learns from unpaired responses", "did you mean"),
     "--max_prompt_length 512": ("--max_length limits prompt and response together", "did you mean"),
     "--load_in_8bit": ("--use_4bit holds the base in 4 bits", "did you mean"),
-    "--quantization_bit 8": ("training on 8-bit weights is not available", "did you mean"),
-    "--val_size 500": ("takes a share such as 0.05", "did you mean"),
+    "--quantization_bit 8": ("training on 8-bit weights is not supported", "did you mean"),
+    "--val_size 500": ("takes a fraction such as 0.05", "did you mean"),
     "--warmup_ratio 20": ("a number of steps is --warmup_steps", "did you mean"),
     "--bf16 x": ("--bf16 x: must be true or false", "--dtype"),
     "--torch_dtype int8": ("use --dtype auto, float32, bfloat16 or float16", "did you mean"),
     "--stage dpo": ("the verb is train (DPO) or sft", "did you mean"),
-    "--lr 1 --learning_rate 2": ("--lr says --learning_rate too; leave one of them out", "did you mean"),
+    "--lr 1 --learning_rate 2": ("--lr sets --learning_rate too; leave one of them out", "did you mean"),
     "--lr x": ("--lr is 'x': must be a number", "did you mean"),
-    "training.beta=0.2": ("'training.beta=0.2': is written --beta 0.2 here", "verb"),
-    "+beta=0.2": ("is written --beta 0.2 here", "verb"),
-    "--use_lora lr=1e-5": ("'lr=1e-5': is written --lr 1e-5 here", "true or false"),
-    "--seed 3 num_train_epochs=2": ("is written --num_train_epochs 2 here", "verb"),
+    "training.beta=0.2": ("'training.beta=0.2': write --beta 0.2;", "verb"),
+    "+beta=0.2": ("write --beta 0.2;", "verb"),
+    "--use_lora lr=1e-5": ("'lr=1e-5': write --lr 1e-5;", "true or false"),
+    "--seed 3 num_train_epochs=2": ("write --num_train_epochs 2;", "verb"),
     "--splits x": ("no such flag (--help lists them)", "did you mean"),
     "--beta_schedule x": ("no such flag (--help lists them)", "did you mean"),
     "--lora_beta x": ("no such flag (--help lists them)", "did you mean"),
@@ -128,7 +128,7 @@ def test_what_is_not_read_is_answered_with_what_to_write(typed):
             "data --dataset_name openai/webgpt_comparisons --output_file pairs.jsonl --max_samples 1000",
         ),
         ("export --adapter_path a", "merge --model_name_or_path RUN --output_dir MERGED --adapter_name_or_path a"),
-        ("grpo", "it is not done here"),
+        ("grpo", "it is not supported"),
     ],
 )
 def test_a_verb_of_another_tool_is_answered_with_the_command(typed, answer):

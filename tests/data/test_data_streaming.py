@@ -193,8 +193,8 @@ def test_the_script_trains_on_a_stream_and_resumes(run_script, tiny_model, tmp_p
     assert run_script(*dry)[2] == "error: --streaming: needs --max_steps, which says how much is read\n"
     assert err.splitlines() == [
         "error: --streaming: needs --max_steps, which says how much is read",
-        "error: --num_train_epochs: has no effect with --streaming, whose size is --max_steps; leave it out",
-        "error: --max_samples: has no effect with --streaming, whose size is --max_steps; leave it out",
+        "error: --num_train_epochs: has no effect with --streaming, whose length is --max_steps; leave it out",
+        "error: --max_samples: has no effect with --streaming, whose length is --max_steps; leave it out",
     ]
 
 

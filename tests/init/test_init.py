@@ -98,7 +98,7 @@ def test_nothing_is_written_over(run_script, tmp_path):
     code, _, err = run_script("init", "--situation", "cpu_trial", "--output_file", path)
     assert (code, err) == (
         2,
-        f"error: --output_file {path}: exists, and nothing is written over it; name another file\n",
+        f"error: --output_file {path}: exists and is not overwritten; name another file\n",
     )
     assert path.read_text() == "mine: 1\n"
     code, _, err = run_script("init", "--situation", "cpu_trial", "--output_file", path / "below.yaml")

@@ -248,16 +248,16 @@ def test_what_is_not_taken_over_says_why(foreign):
     text = translate_config(foreign("ms-swift", "label_smoothing: 0.1\nloss_type: ipo\n")).text
     assert "# label_smoothing: 0.1  # has no effect on ipo" in text  # which the checks of our own flags say
     text = translate_config(foreign("Axolotl", "load_in_8bit: true\n")).text
-    assert "# load_in_8bit: true  # training on 8-bit weights is not available" in text
+    assert "# load_in_8bit: true  # training on 8-bit weights is not supported" in text
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("base_model: m\nrl: simpo\n", "rl is simpo: every loss here reads a reference"),
-        ("model: m\nrlhf_type: kto\n", "rlhf_type is kto: KTO, which learns from single answers, is not available"),
-        ("stage: ppo\ntemplate: x\n", "stage is ppo: it is not done here"),
-        ("beta: 0.1\n", "is of none of the tools that are known (Axolotl, LLaMA-Factory, ms-swift,"),
+        ("model: m\nrlhf_type: kto\n", "rlhf_type is kto: KTO, which learns from unpaired responses, is not supported"),
+        ("stage: ppo\ntemplate: x\n", "stage is ppo: it is not supported"),
+        ("beta: 0.1\n", "is not a config of a known tool (Axolotl, LLaMA-Factory, ms-swift,"),
     ],
 )
 def test_a_config_that_cannot_be_translated(text, said, tmp_path):

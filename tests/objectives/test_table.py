@@ -65,7 +65,7 @@ def test_f_divergences_are_taken_for_the_losses_that_they_are_defined_for_alone(
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_that_sort_the_pairs_of_a_micro_batch_keep_it_whole(loss):
     assert refusal(*with_needs(loss), "--max_tokens_per_batch", "100") == (
-        f"--max_tokens_per_batch: would change the groups in which {loss} sorts pairs"
+        f"--max_tokens_per_batch: would change the groups of pairs that {loss} sorts"
         if LOSSES[loss].sorts_pairs
         else ""
     )

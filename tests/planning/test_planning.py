@@ -495,7 +495,7 @@ def test_a_plan_corrected_by_real_steps(run_script, tiny_model, pairs_file, tmp_
         (["--model_name_or_path", "x", "--measure"], "--measure: takes steps on real pairs"),
         (["--model_name_or_path", "x", "--gpu_memory", "24"], "--gpu_memory and --gpu_tflops describe a device"),
         (["--model_name_or_path", "x", "--sharding", "fsdp2"], "--sharding: needs several devices"),
-        (["--model_name_or_path", "x", "--offload", "weights", "--sharding", "zero2"], "takes --sharding zero3, not"),
+        (["--model_name_or_path", "x", "--offload", "weights", "--sharding", "zero2"], "needs --sharding zero3, not"),
         (
             ["--model_name_or_path", "x", "--offload", "optimizer", "--sharding", "fsdp2", "--num_devices", 2],
             "zero2 or",

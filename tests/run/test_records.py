@@ -276,7 +276,10 @@ def test_flags_that_run_code_are_marked(flags, run_script, run):
     record = read_record(run)
     edit(run / "run.json", status="interrupted", arguments=[*record["arguments"], *flags])
     lines = command_lines(run_script, run)
-    assert f"before you type it: {' '.join(flags)} is part of it, and runs or sends what the record names" in lines
+    assert (
+        f"before you type it: {' '.join(flags)} is part of it, and runs code or sends data that the record names"
+        in lines
+    )
     assert " ".join(flags) + " is part of it" in make_run_page(run).replace("<code>", "").replace("</code>", "")
 
 

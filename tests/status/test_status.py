@@ -200,7 +200,7 @@ def test_every_fault_of_the_command_line_is_named(tmp_path, run_script):
     assert code == 2
     others = [verb.name for verb in ROWS if USES_MODEL in verb.does]
     assert err.splitlines() == [
-        "error: 'more': stands where no value is expected; write --name value",
+        "error: 'more': is an unexpected value; write --name value",
         "error: --json is 'maybe': must be true or false",
         f"error: --seed: is a flag of the verb {', '.join(others[:-1])} and {others[-1]}, not of status",
         "error: --report is page.txt: must end in .html or .htm",

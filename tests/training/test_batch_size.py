@@ -213,7 +213,7 @@ def test_a_pair_that_does_not_fit_one_process_is_said_of_that_process(run_in_two
 
 def test_what_contradicts_it_is_refused(run):
     _, out = run("--auto_batch_size", "--max_tokens_per_batch", 100, "--loss_type", "aot", code=2)
-    assert "--auto_batch_size: finds what --max_tokens_per_batch says; leave out one of the two" in out
-    assert "--auto_batch_size: would change the groups in which aot sorts pairs" in out
+    assert "--auto_batch_size: finds the value that --max_tokens_per_batch sets; leave out one of the two" in out
+    assert "--auto_batch_size: would change the groups of pairs that aot sorts" in out
     _, out = run("--auto_find_batch_size", code=2)
     assert "use --auto_batch_size" in out

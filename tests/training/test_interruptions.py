@@ -163,7 +163,7 @@ def run_with_dropped_signal(tiny_model, pairs_file, tmp_path):
 def test_a_stop_that_python_drops_while_the_run_starts_ends_it(run_with_dropped_signal, tmp_path, place, next_said):
     code, out, err = run_with_dropped_signal(place)
     assert code == 130, out + err
-    assert out.endswith("interrupted; nothing was lost that had been saved before\n")
+    assert out.endswith("interrupted; everything saved before is intact\n")
     assert next_said not in out
     assert "Traceback" not in err
     assert not (tmp_path / "part").exists()
@@ -188,7 +188,7 @@ def test_a_stop_that_python_drops_in_another_verb_ends_it(verb, tiny_model, pair
     process = Forked(place, *words, script=DROPPED)
     out, err = process.communicate()
     assert process.returncode == 130, out + err
-    assert out.endswith("interrupted; nothing was lost that had been saved before\n")
+    assert out.endswith("interrupted; everything saved before is intact\n")
     assert "Traceback" not in err
     assert not made.exists()
 

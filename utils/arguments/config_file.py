@@ -67,13 +67,13 @@ def _entries(path: str, items: list[tuple[str, Any]]) -> list[Entry]:
 
 def _check_count(path: str, count: int) -> None:
     if count > MOST_SETTINGS:
-        raise UserError(f"{path}: holds {count:,} settings, more than there are; --config takes those of one run")
+        raise UserError(f"{path}: holds {count:,} settings, more than exist; --config takes those of one run")
 
 
 def read_entry(name: str, label: str, value: Any) -> Entry:
     """The entry of one value, as JSON or YAML holds it. Raises UserError for what is neither text nor number."""
     if count_parts(value, _parts_of, MOST_ITEMS) > MOST_ITEMS:
-        raise UserError(f"{label}: holds more than {MOST_ITEMS:,} items, or itself")
+        raise UserError(f"{label}: holds more than {MOST_ITEMS:,} items, or refers to itself")
     try:
         if value is None:
             return Entry(name, label, shape="null")
@@ -83,9 +83,7 @@ def read_entry(name: str, label: str, value: Any) -> Entry:
             return Entry(name, label, tuple(as_text(item) for item in value), "list")
         return Entry(name, label, (as_text(value),))
     except (TypeError, ValueError):  # a date, a set, not-a-number or a reference to itself
-        raise UserError(
-            f"{label}: holds something that is neither text, number, true/false, list nor mapping"
-        ) from None
+        raise UserError(f"{label}: has a value that is not text, a number, true/false, a list or a mapping") from None
 
 
 def _parts_of(value: Any) -> list[Any]:
@@ -105,9 +103,9 @@ def _read_json(path: str, text: str) -> Iterator[tuple[str, Any]]:
     try:
         values = json.loads(text, object_pairs_hook=pairs_once)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: is no JSON ({error.msg})") from None
+        raise UserError(f"{path} line {error.lineno}: is not valid JSON ({error.msg})") from None
     except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: is no JSON ({error})") from None
+        raise UserError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f'{path}: must be a mapping such as {{"beta": 0.1}}')
     if repeated:
@@ -129,7 +127,7 @@ def _read_yaml(path: str, text: str) -> Iterator[tuple[str, Any]]:
         _check_count(path, len(root.value))
         if count_parts(root, parts_of_yaml, MOST_ITEMS) > MOST_ITEMS:
             raise UserError(
-                f"{path}: its references and merge keys stand for more than {MOST_ITEMS:,} values, or itself"
+                f"{path}: its anchors and merge keys expand to more than {MOST_ITEMS:,} values, or to themselves"
             )
         seen: dict[str, int] = {}
         for key, value in root.value:
@@ -144,9 +142,9 @@ def _read_yaml(path: str, text: str) -> Iterator[tuple[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or in_one_line(error)
-        raise UserError(f"{path}{where}: is no YAML ({reason})") from None
+        raise UserError(f"{path}{where}: is not valid YAML ({reason})") from None
     except ValueError as error:  # what a tag promises and the value does not keep, such as `!!int x`
-        raise UserError(f"{path}: is no YAML ({error})") from None
+        raise UserError(f"{path}: is not valid YAML ({error})") from None
 
 
 def _yaml_value(loader: Any, node: Any) -> Any:
@@ -163,7 +161,7 @@ def _nested(loader: Any, node: Any) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except (LookupError, AttributeError, ArithmeticError) as error:  # `!!bool x`, `!!int ""`, `!!timestamp x`
-        raise ValueError(f"a value is not what its tag says: {type(error).__name__}: {error}") from None
+        raise ValueError(f"a value does not match its tag: {type(error).__name__}: {error}") from None
 
 
 def _strict_loader(text: str) -> Any:

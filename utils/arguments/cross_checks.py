@@ -92,7 +92,7 @@ def trackers(candidate: Candidate) -> Iterator[str]:
             yield f"{label} is {name!r}: {hint}must be of {', '.join(known)}"
     for word in ALL_OR_NONE:
         if word in names and len(set(names)) > 1:
-            yield f"{label} is {' '.join(names)}: {word} must stand alone"
+            yield f"{label} is {' '.join(names)}: {word} cannot be combined with others"
 
 
 @check("report_to", "use_wandb")
@@ -114,9 +114,9 @@ def resuming(candidate: Candidate) -> Iterator[str]:
         return
     label = candidate.label("resume_from_checkpoint")
     if candidate["overwrite_output_dir"]:
-        yield f"{label}: --overwrite_output_dir would remove what is to be resumed; leave out one of the two"
+        yield f"{label}: --overwrite_output_dir would delete the run that is to be resumed; leave out one of the two"
     if candidate["dry_run"]:
-        yield f"{label}: --dry_run starts afresh and saves nothing; leave out one of the two"
+        yield f"{label}: --dry_run starts from the beginning and saves nothing; leave out one of the two"
 
 
 @check("allow_changes", "resume_from_checkpoint")
@@ -129,7 +129,7 @@ def allowed_changes(candidate: Candidate) -> Iterator[str]:
             hint = f"did you mean {near[0]}? " if near else ""
             yield f"{label} is {name!r}: {hint}must be of {', '.join((*GROUPS, ALL_SETTINGS))}, or the name of a flag"
         elif name in CANNOT_CHANGE:
-            yield f"{label} {name}: a checkpoint would not fit with another value; leave it out, and start a new run"
+            yield f"{label} {name}: a checkpoint cannot be loaded with another value; leave it out, or start a new run"
     if candidate["allow_changes"] and candidate["resume_from_checkpoint"] is None:
         yield f"{label}: has no effect without --resume_from_checkpoint; add it or leave this out"
 
@@ -141,7 +141,7 @@ def losses(candidate: Candidate) -> Iterator[str]:
     for name in names:
         same = first_name.setdefault(BY_NAME[name].name, name)
         if names.count(name) > 1:
-            yield f"{candidate.label('loss_type')}: {name} stands twice; name each loss once"
+            yield f"{candidate.label('loss_type')}: {name} is given twice; name each loss once"
         elif same != name:
             yield f"{candidate.label('loss_type')}: {same} and {name} are the same loss; name it once"
     if weights is not None and len(weights) != len(names):
@@ -181,7 +181,7 @@ def loss_fields(candidate: Candidate) -> Iterator[str]:
     for loss in (loss for loss in chosen.values() if loss.sorts_pairs):
         for limit in candidate.given("max_tokens_per_batch", "auto_batch_size"):
             if candidate[limit]:
-                yield f"{candidate.label(limit)}: would change the groups in which {loss.name} sorts pairs"
+                yield f"{candidate.label(limit)}: would change the groups of pairs that {loss.name} sorts"
         if candidate["use_weighting"]:
             yield f"{candidate.label('use_weighting')}: cannot weigh the pairs of {loss.name}, which sorts them"
 
@@ -192,9 +192,9 @@ def batch_size(candidate: Candidate) -> Iterator[str]:
         return
     label = candidate.label("auto_batch_size")
     if candidate["max_tokens_per_batch"] is not None:
-        yield f"{label}: finds what --max_tokens_per_batch says; leave out one of the two"
+        yield f"{label}: finds the value that --max_tokens_per_batch sets; leave out one of the two"
     if candidate.settings.verb == "plan":
-        yield f"{label}: tries batches, which a plan on paper does not; it finds the largest that fits in any case"
+        yield f"{label}: runs trial batches, and plan runs nothing; it finds the largest that fits anyway"
 
 
 @check("use_lora", "adapter_name_or_path", "model_name_or_path", "sync_ref_model")
@@ -207,9 +207,9 @@ def moving_reference(candidate: Candidate) -> Iterator[str]:
     if candidate["use_lora"] or candidate.has_adapter:
         yield f"{label}: needs a full model as reference, and an adapter's reference is its own base; leave out one"
     if candidate["use_4bit"]:
-        yield f"{label}: cannot move a reference that --use_4bit holds in 4 bits; leave out one of the two"
+        yield f"{label}: cannot update a reference that --use_4bit holds in 4 bits; leave out one of the two"
     if candidate["precompute_ref_log_probs"]:
-        yield f"{label}: moves the reference that --precompute_ref_log_probs scores once; leave out one of the two"
+        yield f"{label}: updates the reference that --precompute_ref_log_probs scores once; leave out one of the two"
 
 
 @check("sample_during_eval", "validation_split")
@@ -246,7 +246,7 @@ def streaming(candidate: Candidate) -> Iterator[str]:
     if candidate["max_steps"] == -1:
         yield f"{label}: needs --max_steps, which says how much is read"
     for name in candidate.given("num_train_epochs", "max_samples", "dataset_num_proc"):
-        yield f"{candidate.label(name)}: has no effect with --streaming, whose size is --max_steps; leave it out"
+        yield f"{candidate.label(name)}: has no effect with --streaming, whose length is --max_steps; leave it out"
 
 
 @check()
@@ -257,7 +257,7 @@ def columns(candidate: Candidate) -> Iterator[str]:
     if candidate.given("dataset_adapter"):
         names = ("dataset_format", "prompt_column", "chosen_column", "rejected_column", "completion_column")
         for name in candidate.given(*names, "text_column"):
-            yield f"{candidate.label(name)}: --dataset_adapter says what the rows are; leave out one of the two"
+            yield f"{candidate.label(name)}: --dataset_adapter already says how rows are read; leave out one of the two"
     if candidate.given("completion_column") and candidate.given("chosen_column"):
         yield f"{candidate.label('completion_column')}: --chosen_column names the response too; leave out one"
 

@@ -18,15 +18,17 @@ Flags = dict[str, str]  # flag of ours -> its value as text; "true" for a switch
 Convert = Callable[[str], Flags]  # of a value as text; raises ValueError with the reason where it is not read
 
 TEST_ROWS = (
-    "test rows are not trained on: hold them out with --validation_split, or measure them with the verb evaluate"
+    "test rows are not trained on: hold them out with --validation_split, or measure on them with the verb evaluate"
 )
-WHOLE_MODULES = "whole modules beside LoRA are not available; leave it out, or train all weights without --use_lora"
+WHOLE_MODULES = (
+    "training whole modules beside LoRA is not supported; leave it out, or train all weights without --use_lora"
+)
 LOSS_WEIGHT = "add the SFT term as a loss of its own: --loss_type sigmoid sft --loss_weights 1 "
-REFERENCE_FREE = "every loss here reads a reference; losses without one (SimPO, ORPO, CPO) are not available"
-KTO = "KTO, which learns from single answers, is not available"
+REFERENCE_FREE = "every loss here reads a reference; losses without one (SimPO, ORPO, CPO) are not supported"
+KTO = "KTO, which learns from unpaired responses, is not supported"
 LORA_FLAGS = "the adapter is described by --use_lora, --lora_r, --lora_alpha, --lora_dropout, --lora_target_modules"
 ONE_LIMIT = "--max_length limits prompt and response together"
-EIGHT_BITS = "training on 8-bit weights is not available; --use_4bit holds the base in 4 bits"
+EIGHT_BITS = "training on 8-bit weights is not supported; --use_4bit holds the base in 4 bits"
 NO_UNSLOTH = "the engine is this script's own (--engine); leave it out"
 
 # losses of other tools that are none of ours by another spelling
@@ -116,13 +118,13 @@ def _held_out(text: str) -> Flags:
     if float(text) == 0:
         return {"validation_split": "none"}
     if not 0 < float(text) < 1:
-        raise ValueError("a number of rows cannot be held out; --validation_split takes a share such as 0.05")
+        raise ValueError("a number of rows cannot be held out; --validation_split takes a fraction such as 0.05")
     return {"validation_split": text}
 
 
 def _split_to_train_on(text: str) -> Flags:
     if is_number(text):
-        raise ValueError("the share of rows that is held out is --validation_split; the others are trained on")
+        raise ValueError("the fraction of rows that is held out is --validation_split; the others are trained on")
     return {"dataset_split": text}
 
 
@@ -156,7 +158,7 @@ ADAPTER = _by_value(
         "dora": {"use_lora": "true", "use_dora": "true"},
         "full": {},
     },
-    "adapters are LoRA alone: --use_lora (with --use_4bit: QLoRA); without it all weights are trained",
+    "LoRA is the only adapter: --use_lora (with --use_4bit: QLoRA); without it all weights are trained",
 )
 ATTENTION = _by_value(
     {
@@ -186,8 +188,8 @@ NAMES: dict[str, str | Convert] = {
     "base_model_attribute_name": "!it had no effect; leave it out",
     "batch_size": "per_device_train_batch_size",
     "bf16": _bf16,
-    "bnb_4bit_compute_dtype": "!4-bit weights are computed with in --dtype",
-    "bnb_4bit_quant_storage": "!the storage type of 4-bit weights is chosen by the launch; leave it out",
+    "bnb_4bit_compute_dtype": "!products with 4-bit weights are computed in --dtype",
+    "bnb_4bit_quant_storage": "!the storage type of 4-bit weights follows from the launch; leave it out",
     "checkpoint_dir": "output_dir",
     "compute_dtype": _dtype,
     "cpo_alpha": "!" + REFERENCE_FREE,
@@ -200,7 +202,7 @@ NAMES: dict[str, str | Convert] = {
     "dataset_prepared_path": "!prepared rows are cached by the datasets library (HF_DATASETS_CACHE); leave it out",
     "dataset_test_split": _held_out,
     "dataset_train_split": _split_to_train_on,
-    "do_sample": "!how samples are drawn is --temperature; 0 takes the likeliest token each time",
+    "do_sample": "!sampling is set by --temperature; 0 is greedy decoding",
     "dpo_alpha": "!" + LOSS_WEIGHT + "ALPHA",
     "dpo_beta": "beta",
     "dpo_loss_type": _loss,
@@ -229,7 +231,7 @@ NAMES: dict[str, str | Convert] = {
     "load_in_4bit": "use_4bit",
     "load_in_8bit": "!" + EIGHT_BITS,
     "lora": "use_lora",
-    "lora_bias": "!adapters have no biases here: they could not be told from the reference; leave it out",
+    "lora_bias": "!bias terms are not trained: they would change the base, which is the reference; leave it out",
     "lora_modules_to_save": "!" + WHOLE_MODULES,
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
@@ -279,13 +281,13 @@ NAMES: dict[str, str | Convert] = {
     "quantization_bit": BITS,
     "quant_bits": BITS,
     "random_seed": "seed",
-    "ref_adapter_name": "!the reference is the model as training begins; a separate one is --ref_model_name_or_path",
+    "ref_adapter_name": "!the reference is the initial model; a separate one is --ref_model_name_or_path",
     "ref_model": "ref_model_name_or_path",
     "ref_pretrain": "ref_model_name_or_path",
     "reference_free": "!" + REFERENCE_FREE,
     "resume": _resume,
     "resume_from": _resume,
-    "rlhf_type": _by_value({"dpo": {}, **OTHER_LOSSES}, "preferences are learnt with DPO; --loss_type names the loss"),
+    "rlhf_type": _by_value({"dpo": {}, **OTHER_LOSSES}, "the method is DPO; --loss_type names the loss"),
     "rpo_alpha": "!" + LOSS_WEIGHT + "ALPHA",
     "save_every": "save_steps",
     "save_path": "output_dir",
@@ -296,7 +298,7 @@ NAMES: dict[str, str | Convert] = {
     "skip_bad_rows": _switch({"on_bad_rows": "skip"}, {"on_bad_rows": "error"}),
     "source": _dataset,
     "split_dataset_ratio": _held_out,
-    "stage": "!the verb is train (DPO) or sft, before every flag",
+    "stage": "!the verb is train (DPO) or sft, in front of the flags",
     "template": "!the chat template is the tokenizer's own, or --chat_template FILE",
     "test_file": "!" + TEST_ROWS,
     "test_size": _held_out,
@@ -305,7 +307,7 @@ NAMES: dict[str, str | Convert] = {
     "tools": "!tools are read from each row's own `tools` column",
     "torch_dtype": _dtype,
     "train_batch_size": (
-        "!per device or of all devices? use --per_device_train_batch_size with --gradient_accumulation_steps"
+        "!per device or in total? use --per_device_train_batch_size with --gradient_accumulation_steps"
     ),
     "train_file": "dataset_name",
     "train_split": _split_to_train_on,
@@ -316,7 +318,7 @@ NAMES: dict[str, str | Convert] = {
     "use_logits_to_keep": "!logits are computed for completions alone in any case; leave it out",
     "use_peft": "use_lora",
     "use_qlora": _switch({"use_lora": "true", "use_4bit": "true"}),
-    "use_ref_model": "!the reference is the model as training begins; a separate one is --ref_model_name_or_path",
+    "use_ref_model": "!the reference is the initial model; a separate one is --ref_model_name_or_path",
     "use_unsloth": "!" + NO_UNSLOTH,
     "val_set_size": _held_out,
     "val_size": _held_out,
@@ -324,7 +326,7 @@ NAMES: dict[str, str | Convert] = {
     "wandb": _named_wandb,
     "warmup": "warmup_steps",
     "warmup_ratio": _warmup_share,
-    "zero_stage": "!launch with a config of examples/accelerate, which says how the work is divided",
+    "zero_stage": "!launch with a config of examples/accelerate, which sets the sharding",
 }
 
 
@@ -350,7 +352,7 @@ def read_as_ours(entries: Iterable[Entry], ours: Collection[str], faults: list[s
         for one in made:
             before = read.setdefault(one.name, one)
             if (before.texts or ("true",)) != (one.texts or ("true",)):
-                faults.append(f"{one.label}: {before.label} says --{one.name} too; leave one of them out")
+                faults.append(f"{one.label}: {before.label} sets --{one.name} too; leave one of them out")
     return list(read.values()), lines
 
 
@@ -396,4 +398,4 @@ def _said(made: Iterable[Entry]) -> str:
     for entry in made:
         words.append(f"--{entry.name}")
         words += [shlex.quote(text) for text in entry.texts if text != "true"]
-    return f"read as {' '.join(words)}" if words else "changes nothing here; left out"
+    return f"read as {' '.join(words)}" if words else "has no effect here; ignored"

@@ -96,7 +96,7 @@ def _flags_of_topic(verb: str, topic: str | None) -> set[str]:
     if name in flags:
         return {name}
     raise UserError(
-        f"--help {topic}: no group of flags of {verb}, and none of its flags; the groups are {', '.join(topics)}"
+        f"--help {topic}: neither a flag of {verb} nor a group of its flags; the groups are {', '.join(topics)}"
     )
 
 
@@ -126,7 +126,7 @@ def _more(verb: str, topic: str | None) -> str:
         )
     if topic is None or topic == EVERYTHING:
         if config:
-            lines.append(f"Every further field of TRL's {config} works as --field value too.")
+            lines.append(f"Every other field of TRL's {config} works as --field value.")
         lines.append("- and _ are the same in flag names. Yes/no flags take no value, or true/false.")
     text = "\n".join(_filled(line, "") for line in lines)
     return f"{text}\n" if topic and topic != EVERYTHING else f"{text}\n\nexample:\n{row.example}\n"

@@ -190,7 +190,7 @@ def split_argv(argv: list[str], faults: list[str]) -> tuple[str | None, dict[str
         spelled, equals, text = token.partition("=")
         name, current = spelled.lstrip("-").replace("-", "_"), ""
         if not spelled.startswith("--") or not name:
-            faults.append(f"{token}: is no flag; flags start with two dashes and a name (--help lists them)")
+            faults.append(f"{token}: is not a flag; flags start with two dashes and a name (--help lists them)")
         elif name == "verb":
             faults.append(f"{spelled}: no such flag; the verb comes first, without dashes")
         elif name in entries:
@@ -235,7 +235,7 @@ def choose_verb(word: str | None, label: str, faults: list[str], entries: Iterab
     if verb := find_verb(word):
         return verb.name
     if (typed := OTHER_VERBS.get(word.replace("-", "_"))) is not None:
-        said = f"type {_with_flags(typed, entries)}" if typed else "it is not done here"
+        said = f"type {_with_flags(typed, entries)}" if typed else "it is not supported"
         raise UserError(*faults, f"{label}{word!r}: no such verb; {said}; the verbs are {', '.join(VERBS)}")
     near = difflib.get_close_matches(word, VERBS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -290,7 +290,7 @@ def _pass_over_other_verbs(verb: str, entries: dict[str, Entry]) -> dict[str, En
     if passed:
         file = passed[0].label.rpartition(": ")[0]
         names = ", ".join(entry.name for entry in passed)
-        _tell([f"{file}: passed over, as flags of other verbs than {verb}: {names}"])
+        _tell([f"{file}: ignored, as {verb} has no such flags: {names}"])
     return {name: entry for name, entry in entries.items() if entry not in passed}
 
 
@@ -342,15 +342,15 @@ def _read_entry(flag: Flag, entry: Entry) -> Any:
     """The value of one entry. Raises ValueError with what is wrong, to be read after the flag's name."""
     kind, texts = flag.kind, entry.texts
     if any("\0" in text for text in texts):
-        raise ValueError("holds a NUL character, which no name or text here may")
+        raise ValueError("contains a NUL character, which is not allowed")
     if any(HALF_CHARACTER.search(text) for text in texts):
         raise ValueError(
-            f"holds bytes that are not {sys.getfilesystemencoding()} text, which no record can hold; rename what "
-            "it names, or set PYTHONUTF8=1 where the name is UTF-8"
+            f"holds bytes that are not {sys.getfilesystemencoding()} text, which cannot be recorded; rename the "
+            "file, or set PYTHONUTF8=1 if its name is UTF-8"
         )
     if any(ADDRESS_WITH_PASSWORD.match(text) for text in texts):
         raise ValueError(
-            "is an address with a user or password in it, which would be recorded; leave them out (the key of an "
+            "is a URL with a user or password in it, which would be recorded; leave them out (the key of an "
             "endpoint is read from OPENAI_API_KEY)"
         )
     if entry.shape == "null":
@@ -473,12 +473,12 @@ def _names_setting(token: str) -> re.Match[str] | None:
 def _stray(token: str) -> str:
     if match := _names_setting(token):
         flag = f"--{match['name']} {shlex.quote(match['value'])}"
-        return f"{token!r}: is written {flag} here: every flag starts with two dashes"
+        return f"{token!r}: write {flag}; every flag starts with two dashes"
     if token.lower().endswith((".yaml", ".yml", ".json")):
-        return f"{token!r}: stands where no value is expected; a config is given as --config {shlex.quote(token)}"
+        return f"{token!r}: is an unexpected value; a config is given as --config {shlex.quote(token)}"
     if token in VERBS:
-        return f"{token!r}: stands where no value is expected; the verb comes first, before every flag"
-    return f"{token!r}: stands where no value is expected; write --name value"
+        return f"{token!r}: is an unexpected value; the verb comes first, in front of the flags"
+    return f"{token!r}: is an unexpected value; write --name value"
 
 
 def _is_flag(token: str) -> bool:

@@ -42,7 +42,7 @@ def check_arguments(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """
     words = list(record.get("arguments") or ())
     if not words:
-        raise UserError("its record does not say with which arguments it was started")
+        raise UserError("its record does not say which arguments it was started with")
     verb, entries = read_words(words)
     if verb != record["verb"]:
         raise UserError(f"its record is of a run of {record['verb']}, and tells a command of {verb}")
@@ -80,9 +80,9 @@ def build_command(record: Mapping[str, Any], folder: Path, resume: bool) -> tupl
             if Path(where, value).expanduser().resolve() != place:  # the run was moved since
                 words[index + (not equals)] = f"{name}={place}" if equals else str(place)
     launcher, config = _check_launcher(process.get("launcher") or ())
-    notes = [f"{text} is part of it, and runs or sends what the record names" for text in [*named, *config]]
+    notes = [f"{text} is part of it, and runs code or sends data that the record names" for text in [*named, *config]]
     if launcher is None:
-        notes.append("its record names another launcher, which is not repeated")
+        notes.append("its record names another launcher, which is not shown")
     started = {
         "processes": min(process.get("processes") or 1, MOST_PROCESSES),
         "launcher": launcher,

@@ -36,7 +36,7 @@ def inspection_files(candidate: Candidate) -> Iterator[str]:
         path = os.path.realpath(os.path.expanduser(candidate[name]))
         for source in inputs:
             if path == os.path.realpath(os.path.expanduser(source)):
-                yield f"{candidate.label(name)} is {candidate[name]}: is the data that is read; name another file"
+                yield f"{candidate.label(name)} is {candidate[name]}: is the input data; name another file"
 
 
 @check("remove", "output_file", "compare", "generate")
@@ -54,7 +54,7 @@ def inspection_needs(candidate: Candidate) -> Iterator[str]:
     if removed and candidate["output_file"] is None:
         yield f"{candidate.label('remove')}: has no effect without --output_file; add it or leave this out"
     if "overlap" in removed and candidate["compare"] is None:
-        yield f"{candidate.label('remove')} overlap: names what --compare finds; add it or leave this out"
+        yield f"{candidate.label('remove')} overlap: needs --compare; add it or leave this out"
 
 
 @check("generate", "scorer", "temperature")
@@ -78,22 +78,22 @@ def generation_needs(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('temperature')} is 0: all responses to a prompt would be the same; must be above 0"
     checking = ("report_file", "json_file", "remove", "compare", "validation_split", "max_length", "max_samples")
     for name in candidate.given(*checking):
-        yield f"{label}: makes pairs and checks none, so {candidate.label(name)} has no effect; run data on the result"
+        yield f"{label}: makes pairs, checks none, so {candidate.label(name)} has no effect; run data on the result"
     columns = ("chosen_column", "rejected_column", "group_by", "pairs_per_prompt")
     for name in candidate.given(*columns, "min_score_gap", "min_score_ratio", "strip_citations"):
         if candidate[name] is not False:
-            yield f"{label}: reads the prompts alone, so {candidate.label(name)} has no effect; leave it out"
+            yield f"{label}: reads only the prompts, so {candidate.label(name)} has no effect; leave it out"
     endpoint = str(candidate["scorer"]).startswith(("http://", "https://"))
     if endpoint and holds_more_than_an_address(candidate["scorer"]):
         yield (
-            "--scorer: its URL has a user, a ? or a #, which may hold a key and would be written with the samples; "
+            "--scorer: its URL has a user, a ? or a #, which may contain a key and would be written with the samples; "
             "give the plain URL, and the key as OPENAI_API_KEY"
         )
     if endpoint and candidate["judge_model"] is None:
         yield "--judge_model is missing: name the model at the endpoint"
     if not endpoint and candidate["scorer"] is not None:
         for name in candidate.given("judge_model", "max_judge_requests", "judge_requests_per_minute"):
-            yield f"{candidate.label(name)}: is for an endpoint, and --scorer is none; leave it out"
+            yield f"{candidate.label(name)}: is for an endpoint, and --scorer is not one; leave it out"
 
 
 def holds_more_than_an_address(url: str) -> bool:
@@ -116,11 +116,11 @@ def judges(candidate: Candidate) -> Iterator[str]:
     names, label = candidate["judge"] or (), candidate.label("judge")
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
-            yield f"{label}: {name} stands twice; name each judge once"
+            yield f"{label}: {name} is given twice; name each judge once"
     endpoints = [name for name in names if name.startswith(("http://", "https://"))]
     if any(map(holds_more_than_an_address, endpoints)):
         yield (
-            f"{label}: its URL has a user, a ? or a #, which may hold a key and would be written with the results; "
+            f"{label}: its URL has a user, a ? or a #, which may contain a key and would be written with the results; "
             "give the plain URL, and the key as OPENAI_API_KEY"
         )
     if len(endpoints) > 1:
@@ -174,7 +174,7 @@ def planned_model(candidate: Candidate) -> Iterator[str]:
 def planned_device(candidate: Candidate) -> Iterator[str]:
     for name in candidate.given("gpu_memory", "gpu_tflops"):
         if candidate["gpu"] is not None:
-            yield f"{candidate.label(name)}: --gpu says what the device has; leave out one of the two"
+            yield f"{candidate.label(name)}: --gpu sets the device's memory and speed; leave out one of the two"
     if (candidate["gpu_memory"] is None) != (candidate["gpu_tflops"] is None):
         yield "--gpu_memory and --gpu_tflops describe a device together; give both"
     if candidate["measure"] and candidate.given("gpu", "gpu_memory", "gpu_tflops"):
@@ -185,13 +185,13 @@ def planned_device(candidate: Candidate) -> Iterator[str]:
 def planned_sharding(candidate: Candidate) -> Iterator[str]:
     sharding, offload, several = candidate["sharding"], candidate["offload"], candidate["num_devices"] > 1
     if offload is None and sharding not in (None, "none") and not several:
-        yield f"{candidate.label('sharding')}: needs several devices to divide among; give --num_devices"
+        yield f"{candidate.label('sharding')}: needs several devices; give --num_devices"
     able: tuple[str, ...] = OFFLOADING.get(offload, ())
     if not several:
         able = tuple(name for name in able if name.startswith("zero"))  # FSDP does not run in one process
     if offload is not None and sharding is not None and sharding not in able:
         where = "" if several else " on one device"
-        yield f"{candidate.label('offload')} {offload}{where}: takes --sharding {' or '.join(able)}, not {sharding}"
+        yield f"{candidate.label('offload')} {offload}{where}: needs --sharding {' or '.join(able)}, not {sharding}"
 
 
 # What can hold in main memory what --offload names.
@@ -225,7 +225,7 @@ def merge_needs(candidate: Candidate) -> Iterator[str]:
         return
     if candidate["dataset_name"] is None:
         for name in candidate.given(*reading):
-            yield f"{candidate.label(name)}: the run's own data are read as it read them; add --dataset_name"
+            yield f"{candidate.label(name)}: the run's own data are read as in the run; add --dataset_name"
 
 
 @check()
@@ -239,7 +239,7 @@ def chat_needs(candidate: Candidate) -> Iterator[str]:
     if candidate["temperature"] == 0:
         for name in candidate.given("top_p", "top_k", "seed"):
             label = candidate.label(name)
-            yield f"{label}: has no effect at --temperature 0, which takes the likeliest token each time"
+            yield f"{label}: has no effect at --temperature 0, which is greedy decoding"
 
 
 @check("report")
@@ -269,9 +269,9 @@ def config_to_write(candidate: Candidate) -> Iterator[str]:
             f"For example: {join_command(['init', '--situation', 'one_24gb_qlora', *named])}"
         )
     if candidate["situation"] is not None and candidate["from_file"] is not None:
-        yield f"{candidate.label('from_file')}: is translated as it is, so --situation has no effect; leave one out"
+        yield f"{candidate.label('from_file')}: is translated line by line, so --situation has no effect; leave one out"
     for name in candidate.given(*names) if candidate["from_file"] is not None else ():
-        yield f"{candidate.label(name)}: the config that is translated says it; change it in the file written"
+        yield f"{candidate.label(name)}: the translated config sets it; change it in the written file"
     path = candidate["output_file"]
     if path is not None and not path.lower().endswith((".yaml", ".yml")):
         yield f"{candidate.label('output_file')} is {path}: must end in .yaml or .yml"

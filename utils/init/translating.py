@@ -24,32 +24,32 @@ SHOWN = 80  # characters of a value that is not taken over
 
 # key of a tool -> why its line is not taken over
 REASONS = {
-    "ddp_find_unused_parameters": "the launch decides it",
-    "chat_template": "a name of the tool's own; the tokenizer's template is used, or --chat_template FILE",
+    "ddp_find_unused_parameters": "the launch sets it",
+    "chat_template": "a name of that tool; the tokenizer's template is used, or --chat_template FILE",
     "columns": "rows are recognised by their columns",
     "dataset_dir": "part of dataset_name",
     "deepspeed": "launch with a config of examples/accelerate",
-    "do_eval": "held-out pairs are evaluated before and after in any case; eval_steps asks for more",
+    "do_eval": "held-out pairs are always evaluated before and after; eval_steps adds more",
     "eval_dataset": "held-out data is validation_split",
     "fsdp": "launch with examples/accelerate/fsdp2.yaml",
     "fsdp_config": "launch with examples/accelerate/fsdp2.yaml",
-    "gradient_checkpointing_kwargs": "recomputation is never reentrant",
-    "image_max_pixels": "texts alone are trained on",
-    "lora_fan_in_fan_out": "the model's layers say it",
-    "model_type": "the model's config.json says it",
-    "overwrite_cache": "caches are checked, and made again when the data changed",
+    "gradient_checkpointing_kwargs": "checkpointing is always non-reentrant",
+    "image_max_pixels": "only text is supported",
+    "lora_fan_in_fan_out": "it follows from the model's layers",
+    "model_type": "it is read from the model's config.json",
+    "overwrite_cache": "caches are checked, and rebuilt when the data change",
     "pad_to_sequence_len": "nothing is padded",
     "plot_loss": "report.html has the curves",
     "sample_packing": "each prompt is computed once and nothing is padded",
     "packing": "each prompt is computed once and nothing is padded",
     "special_tokens": "the tokenizer's own are used",
     "roles": "rows are recognised by their columns",
-    "strict": "an unknown setting is refused in any case",
+    "strict": "unknown settings are always refused",
     "template": "the tokenizer's own chat template is used",
     "test_datasets": "held-out data is validation_split",
-    "tokenizer_type": "the tokenizer's files say it",
+    "tokenizer_type": "it is read from the tokenizer's files",
     "train_on_inputs": "prompts never enter the loss",
-    "video_max_pixels": "texts alone are trained on",
+    "video_max_pixels": "only text is supported",
     "wandb_log_model": "models are not uploaded to a tracker",
     "wandb_watch": "gradients are not sent to a tracker",
 }
@@ -83,7 +83,9 @@ def translate_config(path: str) -> Translation:
     tool = tool_of(entries)
     if tool is None:
         known = ", ".join(TOOLS)
-        raise UserError(f"--from {path}: is of none of the tools that are known ({known}); --config reads one of ours")
+        raise UserError(
+            f"--from {path}: is not a config of a known tool ({known}); --config reads a config of this script"
+        )
     verb = _verb_of(path, entries)
     lines = _translate(tool, verb, entries, Path(path).expanduser().parent)
     faults: tuple[str, ...] = ()
@@ -96,7 +98,7 @@ def translate_config(path: str) -> Translation:
             if name in bad:
                 lines[number] = (None, f"# {text}", _reason(bad[name], name))
     head = [
-        f"# Translated from {Path(path).name}, a config of {tool}: each line, or why it is not taken over.",
+        f"# Translated from {Path(path).name}, a config of {tool}: each line, or the reason why it is left out.",
         *([f"verb: {verb}"] if verb != DEFAULT_VERB else []),
     ]
     body = [f"{text}  # {comment}" if comment else text for _, text, comment in lines]
@@ -123,7 +125,7 @@ def _verb_of(path: str, entries: Mapping[str, Entry]) -> str:
     for name in ("rl", "stage", "rlhf_type"):
         word = " ".join(entries[name].texts).lower() if name in entries else ""
         if word in NOT_HERE or word in ("pt", "rm", "ppo", "grpo", "gkd"):
-            raise UserError(f"--from {path}: {name} is {word}: {NOT_HERE.get(word, 'it is not done here')}")
+            raise UserError(f"--from {path}: {name} is {word}: {NOT_HERE.get(word, 'it is not supported')}")
         if word and name != "stage":
             return "train"
         if word:
@@ -149,9 +151,9 @@ def _translate(tool: str, verb: str, entries: Mapping[str, Entry], folder: Path)
             continue
         new = [(ours, texts) for ours, texts in settings if ours not in said]
         if any(said.get(ours, texts) != texts for ours, texts in settings):
-            lines.append((None, written, "a line above says otherwise"))
+            lines.append((None, written, "a line above sets it otherwise"))
         elif not new:
-            lines.append((None, written, "said above" if settings else "as it is here without this line"))
+            lines.append((None, written, "said above" if settings else "already the default"))
         for ours, texts in new:
             said[ours] = texts
             comment = name if ours != name else ""
@@ -170,7 +172,7 @@ def _settings_of(
         try:
             return special(entry, entries, folder)
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise _NotTaken("has another form than is known here") from None
+            raise _NotTaken("has an unknown form") from None
     if name in REASONS and not (name in flags and tool == LIKE_OURS and name != "chat_template"):
         raise _NotTaken(REASONS[name])
     if name == "fp16" and _is_true(entries.get("bf16")) and not _is_true(entry):
@@ -301,7 +303,7 @@ def _per_epoch(ours: str) -> Callable[[Entry, Mapping[str, Entry], Path], list[S
         epochs = entries.get("num_epochs")
         count = float(entry.texts[0]) * float(epochs.texts[0] if epochs else 1)
         if count <= 1:
-            raise _NotTaken("once at the end in any case")
+            raise _NotTaken("always once, at the end")
         return [(ours, (f"{1 / count:.4g}",))]
 
     return convert

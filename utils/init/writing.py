@@ -29,7 +29,7 @@ def write_config(settings: Settings) -> None:
     wish = settings.of(InitSettings)
     situation, path = wish.situation, read_path(wish.output_file)
     if path.exists() or path.is_symlink():
-        raise UserError(f"--output_file {path}: exists, and nothing is written over it; name another file")
+        raise UserError(f"--output_file {path}: exists and is not overwritten; name another file")
     if wish.from_file is not None:
         translate(wish.from_file, path)
         return
@@ -43,7 +43,7 @@ def write_config(settings: Settings) -> None:
     say(f"wrote {path}: {text.splitlines()[0].removeprefix('# ')}")
     sharded = situation == "eight_gpus_full"
     launcher = ["accelerate", "launch", "--config_file", path_from_here(FSDP)] if sharded else ["python"]
-    say("every line may be changed; --help says more of each. See that all stages work, then train:")
+    say("edit any line (--help explains each setting), check it with a dry run, then train:")
     say(f"  {join_command(['--config', str(path), '--dry_run'], launcher)}")
     say(f"  {join_command(['--config', str(path)], launcher)}")
 
@@ -67,7 +67,7 @@ def translate(name: str, path: Path) -> None:
     left = [line for line in lines if line.startswith("#")]
     say(f"wrote {path}: {len(lines) - len(left)} settings from a config of {made.tool}")
     if left:
-        say(f"{len(left)} of its lines are not taken over; each stands there as a comment with the reason")
+        say(f"{len(left)} of its lines are left out; each is kept as a comment with the reason")
     for fault in made.faults:
         say(f"to be filled in: {fault}")
     say(f"  {join_command(['--config', str(path), '--dry_run'])}")

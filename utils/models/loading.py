@@ -258,7 +258,7 @@ def check_4bit(what: str = "--use_4bit") -> None:
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:
-    """Turns off every dropout of the model: noise between policy and reference would be taken for preference.
+    """Turns off every dropout of the model: the noise would make policy and reference differ.
 
     Some architectures (OPT) keep probabilities as plain numbers on their layers, which TRL does not look for.
     """

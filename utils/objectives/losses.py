@@ -176,7 +176,7 @@ class Loss:
 
 TAU = Parameter(
     default=0.05,
-    help="how gently the logistic loss passes into the exponential one where the margin is 0",
+    help="smoothness of the transition from the logistic to the exponential loss at margin 0",
     must_be="above 0",
     holds=lambda tau: tau > 0,
 )

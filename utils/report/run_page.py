@@ -333,7 +333,9 @@ def _show_command(record: Mapping[str, Any]) -> Iterator[str]:
         return
     yield make_command(break_command(words))
     for text in named:
-        yield make_paragraph(f"Before you type it: {text} is part of it, and runs or sends what the record names.")
+        yield make_paragraph(
+            f"Before you type it: {text} is part of it, and runs code or sends data that the record names."
+        )
 
 
 def _setting(value: Any) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 WORLD = "world"
 # name -> what it lets pass; any flag that matters is a name too
 GROUPS = {
-    "data": "rows that train or are held out with other content",
+    "data": "training or held-out rows with other content",
     "tokenizer": "other token ids for the same texts",
-    "model": "other weights of the model or adapter that training started from",
+    "model": "other initial weights of the model or adapter",
     "reference": "other weights of --ref_model_name_or_path",
     "precision": "another computing precision",
     WORLD: "another number of rows per optimizer step",

@@ -14,8 +14,8 @@ class DataSettings:
 
     dataset_name: str | None = flag(
         None,
-        "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several between commas, each with a share or "
-        "a number of its pairs if wished: a.jsonl,b.jsonl:0.3,org/c:5000",
+        "hub name, folder, or .jsonl[.gz], .json, .csv or .parquet file; several separated by commas, each with "
+        "an optional fraction or number of its pairs: a.jsonl,b.jsonl:0.3,org/c:5000",
         verbs=(READS_DATA, "init"),
     )
     dataset_config: str | None = flag(None, "configuration (subset) of a hub dataset", verbs=READS_DATA)
@@ -24,8 +24,8 @@ class DataSettings:
         "split to train on (default: train, train_prefs, or the only one)",
         verbs=READS_DATA,
         says={
-            "data": "split to look at (default: train, train_prefs, or the only one)",
-            "evaluate": "split to measure on (default: test or validation where there is one)",
+            "data": "split to check (default: train, train_prefs, or the only one)",
+            "evaluate": "split to evaluate on (default: test or validation where there is one)",
         },
     )
     dataset_format: str | None = flag(
@@ -37,7 +37,7 @@ class DataSettings:
     )
     dataset_adapter: str | None = flag(
         None,
-        "file.py:function, your own: takes a row (a dict), gives a pair (a dict), a list of them, or None",
+        "your own file.py:function: takes a row (a dict), returns a pair (a dict), a list of pairs, or None",
         verbs=READS_DATA,
     )
     prompt_column: str | None = flag(
@@ -45,28 +45,28 @@ class DataSettings:
     )
     chosen_column: str | None = flag(None, "column with the preferred response", verbs=READS_DATA)
     rejected_column: str | None = flag(None, "column with the other response", verbs=READS_PAIRS)
-    completion_column: str | None = flag(None, "column with the response to imitate", verbs="sft")
-    text_column: str | None = flag(None, "column with whole texts to imitate", verbs="sft")
+    completion_column: str | None = flag(None, "column with the response to train on", verbs="sft")
+    text_column: str | None = flag(None, "column with whole texts to train on", verbs="sft")
     pairs_per_prompt: int | None = flag(
         None,
-        "rows with several answers: most pairs of one prompt, the best against lower-scored ones (default: 1)",
+        "rows with several answers: maximum pairs per prompt, the best against lower-scored ones (default: 1)",
         bound=AT_LEAST_ONE,
         verbs=READS_PAIRS,
     )
     min_score_gap: float | None = flag(
         None,
-        "rows with scores: least difference between chosen and rejected",
+        "rows with scores: minimum score gap between chosen and rejected",
         bound=AT_LEAST_ZERO,
         verbs=READS_PAIRS,
     )
     min_score_ratio: float | None = flag(
-        None, "rows with a score_ratio (SHP): the least", bound=AT_LEAST_ONE, usual="2 is usual", verbs=READS_PAIRS
+        None, "rows with a score_ratio (SHP): minimum ratio", bound=AT_LEAST_ONE, usual="2 is usual", verbs=READS_PAIRS
     )
     strip_citations: bool = flag(
-        False, "webgpt: take citations such as [1] or [2, 3] out of the answers", verbs=READS_DATA
+        False, "webgpt: remove citations such as [1] or [2, 3] from the answers", verbs=READS_DATA
     )
     group_by: str | None = flag(
-        None, "column whose values are kept together in training or held out (default: the prompt)", verbs=SPLITS_DATA
+        None, "column whose equal values stay on one side of the split (default: the prompt)", verbs=SPLITS_DATA
     )
     validation_split: str | None = flag(
         None,
@@ -74,9 +74,7 @@ class DataSettings:
         "(default: the data's own test or validation split, else 0.1 of the prompts, at most 1000 rows evaluated)",
         verbs=SPLITS_DATA,
     )
-    streaming: bool = flag(
-        False, "for data too large to read whole: read, row by row, only as much as --max_steps trains on"
-    )
+    streaming: bool = flag(False, "for data too large to read in full: stream only the rows that --max_steps trains on")
     max_samples: int | None = flag(
         None,
         "use the first N good rows, in file order (of each source)",
@@ -99,7 +97,7 @@ class DataSettings:
     )
     truncation: str = flag(
         "shorten_prompt",
-        "for longer pairs: shorten_prompt from its left, then cut the response (its cut end is not taught as an end); "
+        "for longer pairs: shorten_prompt from its left, then truncate the response (which then gets no EOS token); "
         "drop the pair; or stop with an error. All are counted",
         choices=("shorten_prompt", "drop", "error"),
         verbs=SCORES_ROWS,
@@ -123,11 +121,11 @@ class InspectionSettings:
 
     report_file: str | None = flag(None, "write the findings as a page that opens in any browser (.html)", verbs="data")
     json_file: str | None = flag(
-        None, "write every number as JSON; - prints it in place of the summary", verbs=("data", "plan")
+        None, "write every number as JSON; - prints it instead of the summary", verbs=("data", "plan")
     )
     output_file: str | None = flag(
         None,
-        "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs labelled both ways",
+        "write the clean pairs (.jsonl or .parquet): without bad rows, duplicates and pairs with contradictory labels",
         verbs="data",
     )
     remove: tuple[str, ...] | None = flag(
@@ -139,19 +137,19 @@ class InspectionSettings:
     )
     compare: str | None = flag(
         None,
-        "data to look for the same prompts in, an evaluation set for example; NAME[SPLIT] names a split",
+        "data to check for prompt overlap, such as an evaluation set; NAME[SPLIT] names a split",
         verbs="data",
     )
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """making pairs: a model answers prompts, a scorer ranks the answers"""
+    """pair generation: a model answers prompts, a scorer ranks the answers"""
 
     generate: bool = flag(
         False,
         "make pairs instead: answer the prompts of --dataset_name with --model_name_or_path, score the responses, and "
-        "write the best and the worst of each prompt to --output_file; the same command goes on after an interruption",
+        "write the best and the worst of each prompt to --output_file; the same command resumes after an interruption",
     )
     scorer: str | None = flag(
         None,

@@ -70,7 +70,7 @@ class Verb:
 ROWS = (
     Verb(
         "train",
-        "tune a model on preference pairs with DPO (what happens without a verb)",
+        "fine-tune a model on preference pairs with DPO (the default verb)",
         run="training.stages:train",
         checks="arguments.cross_checks:TRAIN",
         does=(
@@ -110,7 +110,7 @@ ROWS = (
     ),
     Verb(
         "data",
-        "say what is in preference data and what is wrong with it; write the clean pairs",
+        "check preference data, show statistics, write the clean pairs; or generate pairs",
         run="inspection.stages:look_at_data",
         checks="arguments.verb_checks:DATA",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, RENDERS),
@@ -126,11 +126,11 @@ ROWS = (
   python advanced_dpo_script.py data --generate --dataset_name ./prompts.jsonl --output_file pairs.jsonl \\
       --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --scorer ./my-reward-model
 
-exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags cannot be used""",
+exit code: 0 no problems, 3 problems were found, 2 the data or the flags cannot be used""",
     ),
     Verb(
         "plan",
-        "say what a run would need, what fits, how long it would take; takes the flags of train",
+        "estimate memory, time and cost of a run, and what fits; takes the flags of train",
         run="planning.stages:plan",
         checks="arguments.verb_checks:PLAN",
         plans="train",
@@ -148,7 +148,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "plan sft",
-        "the same of an sft run; takes the flags of sft",
+        "the same for an sft run; takes the flags of sft",
         run="planning.stages:plan",
         checks="arguments.verb_checks:PLAN_SFT",
         plans="sft",
@@ -165,7 +165,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "evaluate",
-        "measure a tuned model against its reference on held-out pairs, with intervals; a page",
+        "evaluate a tuned model against its reference on held-out pairs, with 95% intervals",
         run="evaluation.evaluating:evaluate_model",
         checks="arguments.verb_checks:EVALUATE",
         does=(USES_MODEL, READS_DATA, READS_PAIRS, RENDERS, COMPUTES, SCORES_ROWS, SCORES_PAIRS, SAVES),
@@ -185,7 +185,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "compare",
-        "let two models answer the same prompts, judge the answers: win rates, lengths, a page",
+        "compare two models on the same prompts: win rates, lengths, responses side by side",
         run="comparing.comparing:compare_models",
         checks="arguments.verb_checks:COMPARE",
         does=(USES_MODEL, RENDERS, COMPUTES, SAVES),
@@ -203,7 +203,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "merge",
-        "add an adapter to its model: a model that stands alone, compared with the two",
+        "merge an adapter into its base model, and verify the result",
         run="merging.merging:merge",
         checks="arguments.verb_checks:MERGE",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, SAVES),
@@ -234,7 +234,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "status",
-        "say of each run under a folder how far it is and how it does; compare runs",
+        "list the runs under a folder with progress and metrics; compare runs",
         run="status.publishing:show_status",
         checks="arguments.verb_checks:STATUS",
         groups=(StatusSettings,),
@@ -246,7 +246,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "report",
-        "write report.html of a run again, from the files in its folder",
+        "rewrite a run's report.html from the files in its folder",
         run="report.writing:write_report",
         checks="arguments.verb_checks:REPORT",
         groups=(ReportSettings,),
@@ -256,7 +256,7 @@ exit code: 0 nothing is wrong, 3 problems were found, 2 the data or the flags ca
     ),
     Verb(
         "init",
-        "write a commented config for a situation, or from one of another tool, to be given to --config",
+        "write a commented config for --config: for a situation, or translated from another tool",
         run="init.writing:write_config",
         checks="arguments.verb_checks:INIT",
         groups=(InitSettings,),

@@ -50,7 +50,7 @@ class ModelSettings:
         "hub name or folder of the model to tune; a full model or an adapter",
         verbs=(USES_MODEL, "init"),
         says={
-            "data": "model whose tokenizer counts the tokens; with --generate: the model that answers",
+            "data": "model whose tokenizer counts tokens; with --generate: the model that answers",
             "evaluate": "folder of a run, or any model (with --ref_model_name_or_path)",
             "compare": "folder of a run, or any model",
             "merge": "folder of a run, or an adapter",
@@ -59,9 +59,9 @@ class ModelSettings:
     )
     model_revision: str | None = flag(None, "branch, tag or commit of a hub model (default: main)", verbs=USES_MODEL)
     ref_model_name_or_path: str | None = flag(
-        None, "a separate frozen reference model (default: the policy as it starts)", verbs=SCORES_PAIRS
+        None, "a separate frozen reference model (default: the initial policy)", verbs=SCORES_PAIRS
     )
-    adapter_name_or_path: str | None = flag(None, "an existing adapter on top of the model, to continue from")
+    adapter_name_or_path: str | None = flag(None, "an existing adapter of the model, to continue training")
     dtype: str = flag(
         "auto",
         "computing precision; auto: bfloat16 where the device computes it fast, else float32 (float16 on older GPUs)",
@@ -73,13 +73,13 @@ class ModelSettings:
         None, "transformers attention: sdpa, eager, flash_attention_2, ...", verbs=COMPUTES
     )
     trust_remote_code: bool = flag(
-        False, "run Python code that comes with the model (a risk: read it first)", verbs=USES_MODEL
+        False, "run Python code that comes with the model (a security risk: read it first)", verbs=USES_MODEL
     )
     use_4bit: bool = flag(
         False,
-        "hold what is frozen in 4 bits: the base under --use_lora (QLoRA), else a reference that stays in memory",
+        "load frozen weights in 4-bit: the base with --use_lora (QLoRA), else a reference that stays in memory",
         verbs=COMPUTES,
-        says={"compare": "hold both models in 4 bits", "chat": "hold the model in 4 bits"},
+        says={"compare": "load both models in 4-bit", "chat": "load the model in 4-bit"},
     )
     bnb_4bit_quant_type: str = flag("nf4", "the 4-bit number format", choices=("nf4", "fp4"), verbs=(TRAINS, "chat"))
     chat_template: str | None = flag(
@@ -143,12 +143,12 @@ class LossSettings:
     )
     f_divergence_type: str = flag(
         "reverse_kl",
-        f"divergence that holds the policy to the reference (f-DPO): {', '.join(DIVERGENCES)}",
+        f"divergence that regularises the policy towards the reference (f-DPO): {', '.join(DIVERGENCES)}",
         choices=DIVERGENCES,
         verbs="train",
     )
     f_alpha_divergence_coef: float = flag(
-        0.5, "alpha of alpha_divergence; towards 1 it is the reverse KL", verbs="train"
+        0.5, "alpha of alpha_divergence; its limit at 1 is the reverse KL", verbs="train"
     )
     ld_alpha: float | None = flag(
         None,
@@ -156,7 +156,9 @@ class LossSettings:
         bound=CLOSED_UNIT,
         verbs="train",
     )
-    use_weighting: bool = flag(False, "weigh pairs by how likely the policy makes their responses (WPO)", verbs="train")
+    use_weighting: bool = flag(
+        False, "weight pairs by the policy's probability of their responses (WPO)", verbs="train"
+    )
 
 
 def _with_own_parameters(group: type[LossSettings]) -> type[LossSettings]:
@@ -186,13 +188,13 @@ class TrainingSettings:
         says={"sft": "peak learning rate (default: 2e-5, with LoRA 2e-4)"},
     )
     num_train_epochs: float = flag(1.0, "passes over the training data", bound=ABOVE_ZERO)
-    max_steps: int = flag(-1, "stop after N optimizer steps, whatever the epochs", bound=MAX_STEPS)
+    max_steps: int = flag(-1, "stop after N optimizer steps; overrides --num_train_epochs", bound=MAX_STEPS)
     per_device_train_batch_size: int = flag(8, "rows per device and micro-batch", bound=AT_LEAST_ONE)
     per_device_eval_batch_size: int = flag(8, "rows per device in evaluation", bound=AT_LEAST_ONE, verbs=SCORES_ROWS)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bound=AT_LEAST_ONE)
     max_tokens_per_batch: int | None = flag(
         None,
-        "most tokens per micro-batch (whole pairs, as many as fit); the rows per optimizer step stay "
+        "maximum tokens per micro-batch (filled with whole pairs); the rows per optimizer step stay "
         "per_device_train_batch_size x gradient_accumulation_steps",
         bound=AT_LEAST_ONE,
         verbs="train",
@@ -206,7 +208,7 @@ class TrainingSettings:
     engine: str = flag(
         "auto",
         "shared_prefix: each prompt computed once, no padding; padded: plain batches; "
-        "auto: shared_prefix where the model is proven to compute it exactly",
+        "auto: shared_prefix where a check on real pairs shows that the model computes it exactly",
         choices=("auto", "shared_prefix", "padded"),
         verbs=SCORES_PAIRS,
     )
@@ -220,42 +222,42 @@ class TrainingSettings:
         None, "recompute activations in the backward pass to save memory (default: on a GPU yes, on a CPU no)"
     )
     torch_compile: bool = flag(
-        False, "compile the model's layers: less time between the arithmetic, after a minute or two at the start"
+        False, "compile the model's layers: less overhead per step, a minute or two of compiling at the start"
     )
     warmup_steps: float = flag(
-        0.1, "steps of learning-rate warm-up; below 1: a share of all steps", bound=AT_LEAST_ZERO
+        0.1, "learning-rate warm-up steps; below 1: a fraction of all steps", bound=AT_LEAST_ZERO
     )
     skip_bad_batches: int = flag(
         0,
-        "leave out up to N optimizer steps whose loss or gradient is not finite, and go on (their rows: "
+        "skip up to N optimizer steps whose loss or gradient is not finite, and continue (their rows: "
         "bad_pairs.jsonl; default: stop at the first)",
         bound=AT_LEAST_ZERO,
     )
-    lr_scheduler_type: str = flag("linear", "shape of the learning rate over the run: linear, cosine, constant, ...")
-    logging_steps: float = flag(10, "steps between two lines of training metrics", bound=STEPS_OR_SHARE)
+    lr_scheduler_type: str = flag("linear", "learning-rate schedule: linear, cosine, constant, ...")
+    logging_steps: float = flag(10, "steps between lines of training metrics", bound=STEPS_OR_SHARE)
     eval_steps: float | None = flag(
         None,
-        "steps between two evaluations on the held-out data (default: before and after only)",
+        "steps between evaluations on the held-out data (default: before and after only)",
         bound=STEPS_OR_SHARE,
     )
     early_stopping_patience: int | None = flag(
         None,
-        "stop after N evaluations in a row that are no better than the best one, and keep the best one's model "
+        "stop after N evaluations in a row without improvement, and keep the best model "
         "(needs --eval_steps; default: no early stop)",
         bound=AT_LEAST_ONE,
     )
     early_stopping_metric: str = flag(
-        "loss", "what better means: the held-out loss, margin or accuracy", choices=("loss", "margin", "accuracy")
+        "loss", "the held-out metric to improve: loss, margin or accuracy", choices=("loss", "margin", "accuracy")
     )
-    save_steps: float = flag(500, "steps between two checkpoints", bound=STEPS_OR_SHARE)
+    save_steps: float = flag(500, "steps between checkpoints", bound=STEPS_OR_SHARE)
     save_total_limit: int | None = flag(
         None,
-        "keep only the newest N checkpoints (and the best); older ones go once a new one is read back from the disk",
+        "keep only the newest N checkpoints (and the best); older ones are deleted once a new one was read back",
         bound=AT_LEAST_ONE,
     )
     seed: int = flag(
         42,
-        "fixes the split, the order of the data, the adapter's start, and what is sampled or drawn",
+        "random seed of the split, the data order, the adapter's initial weights, sampling and resampling",
         bound=SEED,
         verbs=USES_MODEL,
     )
@@ -301,20 +303,20 @@ class RunSettings:
         says={"merge": "replace the merged model that the output folder holds"},
     )
     resume_from_checkpoint: str | None = flag(
-        None, "auto (the newest whole checkpoint in the output folder), or the path of one"
+        None, "auto (the newest complete checkpoint in the output folder), or the path of one"
     )
     allow_changes: tuple[str, ...] = flag(
         (),
-        "let a resumed run have these otherwise than it began, though it means another run then: data, tokenizer, "
+        "let these differ when resuming, which makes it another run: data, tokenizer, "
         "model, reference, precision, world (rows per optimizer step), settings, or the names of flags",
         many=True,
     )
     sample_during_eval: bool = flag(
-        False, "at each evaluation show and keep (samples.jsonl) what the model writes to the same held-out prompts"
+        False, "at each evaluation, print and save (samples.jsonl) the model's responses to the same held-out prompts"
     )
-    num_eval_samples: int = flag(4, "held-out prompts that are answered with --sample_during_eval", bound=AT_LEAST_ONE)
-    sample_max_new_tokens: int = flag(128, "most tokens of such an answer", bound=AT_LEAST_ONE)
-    dry_run: bool = flag(False, "go through every stage, one training step and one evaluation batch; save nothing")
+    num_eval_samples: int = flag(4, "held-out prompts for --sample_during_eval", bound=AT_LEAST_ONE)
+    sample_max_new_tokens: int = flag(128, "maximum new tokens per sample", bound=AT_LEAST_ONE)
+    dry_run: bool = flag(False, "run every stage with one training step and one evaluation batch; save nothing")
     report_to: tuple[str, ...] = flag(
         (), "trackers: wandb, tensorboard, mlflow, trackio, ... (default: none)", many=True
     )
@@ -325,13 +327,13 @@ class RunSettings:
     wandb_tags: tuple[str, ...] = flag((), "W&B tags (default: none)", many=True)
     max_kl: float | None = flag(
         None,
-        "warn when the held-out KL (chosen_kl) is beyond so many nats (default: no bound)",
+        "warn when the held-out KL (chosen_kl) exceeds this many nats (default: no limit)",
         bound=ABOVE_ZERO,
         verbs="train",
     )
     cost_per_hour: float | None = flag(
         None,
-        "what an hour of one device costs, in any currency; the record and the report then give the run's cost",
+        "cost of one device per hour, in any currency; the record and the report then give the run's cost",
         bound=AT_LEAST_ZERO,
     )
 

@@ -17,7 +17,7 @@ SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp2")
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """comparing: two models answer the same prompts, judges say whose answers are better"""
+    """comparison: two models answer the same prompts, judges pick the better responses"""
 
     baseline: str | None = flag(
         None,
@@ -25,7 +25,7 @@ class ComparisonSettings:
     )
     prompts: str | None = flag(
         None,
-        "what both are asked: a hub name, a folder, a .txt file with a prompt on each line, or .jsonl, .json, .csv, "
+        "prompts for both models: a hub name, a folder, a .txt file with one prompt per line, or .jsonl, .json, .csv, "
         ".parquet; NAME[SPLIT] names a split (default: the prompts that the run held out)",
     )
     judge: tuple[str, ...] | None = flag(
@@ -37,7 +37,7 @@ class ComparisonSettings:
     )
     vote_port: int | None = flag(
         None,
-        "port of the page to vote on, on this machine (default: any free one)",
+        "local port of the voting page (default: any free one)",
         bound=PORT,
     )
 
@@ -55,24 +55,24 @@ class SamplingSettings:
     )
     max_new_tokens: int = flag(
         256,
-        "most tokens of a response",
+        "maximum new tokens per response",
         bound=AT_LEAST_ONE,
-        says={"compare": "most tokens of a response (default: 256, and at most half of a model's context)"},
+        says={"compare": "maximum new tokens per response (default: 256, and at most half of a model's context)"},
     )
     temperature: float = flag(
         1.0,
-        "how freely responses are sampled; 0 takes the likeliest token each time",
+        "sampling temperature; 0 is greedy decoding",
         bound=AT_LEAST_ZERO,
     )
     top_p: float = flag(
         1.0,
-        "sample from the likeliest tokens that have this share of all",
+        "nucleus sampling: the most likely tokens with this total probability",
         bound=SHARE_ABOVE_ZERO,
     )
-    top_k: int = flag(0, "sample from the N likeliest tokens (default: 0, all)", bound=AT_LEAST_ZERO)
+    top_k: int = flag(0, "sample from the N most likely tokens (default: 0, all)", bound=AT_LEAST_ZERO)
     repetition_penalty: float = flag(
         1.0,
-        "above 1, tokens that occurred before, in the prompt too, become less likely",
+        "above 1, tokens that already occurred (in the prompt too) become less likely",
         bound=ABOVE_ZERO,
         usual="1.1 is usual",
     )
@@ -84,9 +84,9 @@ class StatusSettings:
 
     folder: str = flag(
         "runs",
-        "the folder that the runs are in, up to four levels below it; may stand without --folder",
+        "folder with the runs, up to four levels deep; --folder itself may be omitted",
     )
-    json: bool = flag(False, "print everything that is known of each run as JSON")
+    json: bool = flag(False, "print all that is known of each run as JSON")
     report: str | None = flag(
         None,
         "write a page that compares the runs: curves, metrics, and the settings that differ (.html)",
@@ -97,14 +97,14 @@ class StatusSettings:
 class ReportSettings:
     """run"""
 
-    run: str | None = flag(None, "the folder of the run; may stand without --run")
+    run: str | None = flag(None, "the folder of the run; --run itself may be omitted")
 
 
 SITUATIONS = {
-    "cpu_trial": "a look on a CPU, with the model and pairs that come with the script",
+    "cpu_trial": "a trial on a CPU, with the bundled model and pairs",
     "one_24gb_qlora": "7B or 8B on one 24 GB GPU: LoRA on a 4-bit base",
     "one_80gb_lora": "7B to 14B on one 80 GB GPU: LoRA",
-    "eight_gpus_full": "all weights of 7B or 8B on 8 GPUs",
+    "eight_gpus_full": "full fine-tuning of 7B or 8B on 8 GPUs",
 }
 
 
@@ -121,7 +121,7 @@ class InitSettings:
         None,
         "a config of Axolotl, LLaMA-Factory, alignment-handbook, ms-swift or TRL to translate; also --from FILE",
     )
-    output_file: str = flag("config.yaml", "the file to write; one that exists is left alone")
+    output_file: str = flag("config.yaml", "the file to write; an existing file is not overwritten")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class JudgeSettings:
     )
     judge_requests_per_minute: float | None = flag(
         None,
-        "most requests to the endpoint in a minute (default: no limit)",
+        "maximum requests to the endpoint per minute (default: no limit)",
         bound=ABOVE_ZERO,
     )
 
@@ -151,56 +151,56 @@ class PlanSettings:
     )
     gpu_memory: float | None = flag(
         None,
-        "memory of each device in GiB, for a type that is not known",
+        "memory of each device in GiB, for a GPU that is not in the list",
         bound=ABOVE_ZERO,
     )
     gpu_tflops: float | None = flag(
         None,
-        "its 16-bit matrix products in TFLOP/s, for a type that is not known",
+        "its 16-bit matmul rate in TFLOP/s, for a GPU that is not in the list",
         bound=ABOVE_ZERO,
     )
     num_devices: int = flag(1, "devices that train together", bound=AT_LEAST_ONE)
     sharding: str | None = flag(
         None,
-        "what is divided among several devices: none (DDP), zero1, zero2, zero3, fsdp2 (default: the least that fits)",
+        "what is sharded across devices: none (DDP), zero1, zero2, zero3, fsdp2 (default: the least that fits)",
         choices=SHARDINGS,
     )
     offload: str | None = flag(
         None,
-        "what waits in main memory: optimizer (with the gradients; zero2, zero3), weights (of zero3 and fsdp2, and all "
-        "that belongs to them)",
+        "what is offloaded to CPU memory: optimizer (with the gradients; zero2, zero3), weights (zero3 and fsdp2; with "
+        "gradients and optimizer)",
         choices=("optimizer", "weights"),
     )
     efficiency: float = flag(
         0.4,
-        "share of the devices' matrix-product rate that training reaches",
+        "share of the peak matmul rate that training reaches (MFU)",
         bound=CLOSED_UNIT,
     )
     measure: bool = flag(
         False,
-        "take two real steps on the longest pairs here, and correct the plan by them",
+        "take two real steps on the longest pairs here, and correct the estimate with them",
     )
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """how an adapter becomes part of its model"""
+    """merge"""
 
     merge_into: str = flag(
         "base",
-        "what the adapter is added to: base (the base's own weights), or, where it was trained on 4 bits, quantized "
-        "(the 4-bit weights written out, exactly the model that was trained)",
+        "what the adapter is merged into: base (the base's own weights), or, where it was trained on 4 bits, quantized "
+        "(the dequantized 4-bit weights: exactly the model that was trained)",
         choices=("base", "quantized"),
     )
-    safe_merge: bool = flag(False, "let PEFT look for NaN in each matrix before it is replaced")
-    max_shard_size: str = flag("50GB", "most of one file of weights: 5GB, 500MB, ...")
+    safe_merge: bool = flag(False, "let PEFT check each merged matrix for NaN")
+    max_shard_size: str = flag("50GB", "maximum size of one weights file: 5GB, 500MB, ...")
     skip_verification: bool = flag(
         False,
-        "do not compare the merged model with the adapter on its base; merge.json says so",
+        "do not compare the merged model with the adapter on its base; merge.json records that",
     )
     push_to_hub: str | None = flag(
         None,
-        "also upload the merged model to this hub repository, made private if it is new",
+        "also upload the merged model to this hub repository (private if it is new)",
     )
 
 
@@ -208,10 +208,10 @@ class MergeSettings:
 class ChatSettings:
     """the conversation"""
 
-    system_prompt: str | None = flag(None, "what the model is told before the conversation begins")
+    system_prompt: str | None = flag(None, "system prompt of the conversation")
     prompt: str | None = flag(
         None,
-        "one message: the answer alone goes to stdout, then the chat ends (as with a message piped in)",
+        "answer one message on stdout and exit (as with a piped message)",
     )
     compare_with: str | None = flag(
         None,
@@ -226,7 +226,7 @@ class EvaluationSettings:
 
     bootstrap_samples: int = flag(
         2000,
-        "how often the prompts are drawn anew for the 95% intervals and the tests",
+        "bootstrap resamples of the prompts for the 95% intervals and the tests",
         bound=ENOUGH_DRAWS,
         usual="1000 to 10000 is usual",
     )
