@@ -14,12 +14,15 @@ from utils.data.calls import plain_turns
 from utils.data.layouts import LAYOUTS, PAIR_FORMATS, SFT_FORMATS
 from utils.data.loading import load_pairs
 from utils.data.matching import FITS
+from utils.data.prompts import read_prompts
 from utils.data.ranking import EXPANSIONS
 from utils.data.shapes import find_shape
+from utils.data.tools import list_tools
 from utils.errors import UserError
 from utils.settings.data import DataSettings
 
 CASES = {path.stem: path for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
+DEMONSTRATIONS = {path.stem: path for path in sorted((Path(__file__).parent / "cases").glob("demonstrations/*.yaml"))}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def read_case(name: str, folder: Path) -> tuple[dict, str]:
     """The case and a file with its rows."""
-    case = yaml.safe_load(CASES[name].read_text(encoding="utf-8"))
+    case = yaml.safe_load((CASES | DEMONSTRATIONS)[name].read_text(encoding="utf-8"))
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in case["rows"]), encoding="utf-8")
     return case, str(path)
@@ -55,8 +58,19 @@ def expected_pairs(case: dict) -> list[dict]:
         scores = pair.get("scores")
         if scores:
             row |= dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
+        row |= {"tools": pair.get("tools", [])} if tells_tools(case["pairs"]) else {}
         pairs.append(row | {"row": pair["row"]})
     return pairs
+
+
+def tells_tools(rows: list[dict]) -> bool:
+    return any("tools" in row for row in rows)
+
+
+def plain(row: dict, with_tools: bool) -> dict:
+    """A converted row as other programs take it, with its tools as templates take them."""
+    tools = {"tools": list_tools(row["tools"])} if with_tools else {}
+    return {key: plain_turns(value) for key, value in row.items() if key != "tools"} | tools
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,8 +80,8 @@ def test_rows_become_the_expected_pairs(name, tmp_path):
     forced = load(path, dataset_format=case["format"], **flags)
     found = forced if case.get("forced_only") else load(path, **flags)
     for data in (forced, found):
-        pairs = [{key: plain_turns(value) for key, value in row.items() if key != "tools"} for row in data.train]
         expected = expected_pairs(case)
+        pairs = [plain(row, tells_tools(case["pairs"])) for row in data.train]
         if case.get("in_any_order"):
             pairs, expected = (sorted(rows, key=json.dumps) for rows in (pairs, expected))
         assert pairs == expected
@@ -84,6 +98,21 @@ def test_the_chosen_sides_can_be_imitated(name, tmp_path):
     if "strip_citations" not in case.get("flags", {}) and name not in ("several_pairs", "tool_turns"):
         assert wanted <= imitated
     assert data.train.column_names[:2] == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_rows_become_the_expected_demonstrations(name, tmp_path):
+    case, path = read_case(name, tmp_path)
+    expected = [
+        row | {part: written_out(row[part]) for part in ("prompt", "completion")} for row in case["demonstrations"]
+    ]
+    for flags in ({}, {"dataset_format": case["format"]}):
+        data = load(path, "sft", **flags)
+        assert [plain(row, tells_tools(expected)) for row in data.train] == expected
+        assert data.dropped == case.get("dropped", {})
+        assert data.reading.name == case["format"]
+    prompts = read_prompts(DataSettings(dataset_name=path)).rows["prompt"][:]
+    assert list(map(plain_turns, prompts)) == [row["prompt"] for row in expected]
 
 
 def test_every_format_has_a_case_and_a_name():

@@ -25,11 +25,15 @@ from .labels import check_labels, read_number, read_yes_or_no
 from .ranking import EXPANSIONS, NOT_WANTED, SMALL_GAP, add_context
 from .row_cache import map_rows
 from .schemas import Reading
+from .tools import list_tools
 from .unpaired import pair_up
+from .written_calls import read_written
 
 TEXT = datasets.Value("string")
 PLAIN_TURNS = datasets.List({"role": TEXT, "content": TEXT})
 WHOLE_TURNS = datasets.List({"role": TEXT, "content": TEXT, EXTRA: TEXT})
+
+NO_TOOLS: tuple[Any, ...] = (None, "", "[]", [])
 
 
 class NeedsExtra(Exception):
@@ -178,6 +182,8 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
         parts["prompt"] = add_context(parts["prompt"], parts["context"])
     shape, names = reading.shape, reading.names
     sides = [shape.split(parts, reply, names) for reply in reading.replies]
+    if parts.get("tools") not in NO_TOOLS:
+        sides = [(_with_calls(prompt), _with_calls(answer)) for prompt, answer in sides]
     for reply, (_, answer) in zip(reading.replies, sides, strict=True):
         if isinstance(answer, list) and not _is_reply(answer):
             raise BadRow(f"'{names[reply]}' has a turn that is neither the assistant's nor a result of its tools")
@@ -195,6 +201,10 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     if reading.adapter is not None:  # what is read from a table is Unicode already
         _check_unicode(converted)
     return converted
+
+
+def _with_calls(value: Any) -> Any:
+    return read_written(value) if isinstance(value, list) else value
 
 
 def _is_reply(turns: Sequence[Mapping[str, str]]) -> bool:
@@ -238,7 +248,7 @@ def _check_unicode(converted: Mapping[str, Any]) -> None:
 
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
-    extras: dict[str, Any] = {"tools": _tools_text(parts["tools"])} if "tools" in parts else {}
+    extras: dict[str, Any] = {"tools": _tools_text(parts["tools"], reading)} if "tools" in parts else {}
     if reading.scored:
         extras |= {name: read_number(parts.get(name)) for name in ("chosen_score", "rejected_score")}
         gap, chosen, rejected = reading.choice.min_score_gap, extras["chosen_score"], extras["rejected_score"]
@@ -257,11 +267,17 @@ def _group_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def _tools_text(tools: Any) -> str | None:
-    """Tools as a JSON text, key for key."""
-    if tools is None or isinstance(tools, str):
-        return tools or None
-    return json.dumps(tools, ensure_ascii=False) if tools else None
+def _tools_text(tools: Any, reading: Reading) -> str | None:
+    """Tools as a JSON text, key for key. Raises BadRow for others than a chat template takes."""
+    if not tools:
+        return None
+    if not reading.is_text:
+        try:
+            list_tools(tools)
+        except ValueError:
+            name = reading.names.get("tools", "tools")
+            raise BadRow(f"'{name}' is not a list of JSON objects, one for each tool") from None
+    return tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
 
 
 def _list_objects(value: Any) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ..engine.counted import uncount
 from ..errors import UserError, in_one_line
 from .rendering import ADVICE, Rendered, Spans, Turns, render_chat, render_row
+from .tools import list_tools
 
 FRONTS = ("\n", "a", ".")  # what a completion is encoded behind where its beginning would merge into its prompt
 REPLIES = {"chosen": "'chosen'", "rejected": "'rejected'", "completion": "the reply"}
@@ -209,12 +209,10 @@ def read_tools(tools: Any) -> Any:
     Raises:
         UserError: the text is not a list of JSON objects.
     """
-    if not isinstance(tools, str):
-        return tools
     try:
-        read = json.loads(tools)
+        return None if tools is None else list_tools(tools)
     except ValueError:
-        read = None
-    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
-        raise UserError(f"the column 'tools' holds {tools[:60]!r}: must be a list of JSON objects, one for each tool")
-    return read
+        shown = str(tools)[:60]
+        raise UserError(
+            f"the column 'tools' holds {shown!r}: must be a list of JSON objects, one for each tool"
+        ) from None

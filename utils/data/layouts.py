@@ -29,7 +29,7 @@ PAIR_FORMATS = (
     "message_tree",
     "unpaired",
 )
-SFT_FORMATS = ("prompt_completion", "messages", "instruction", "text")
+SFT_FORMATS = ("prompt_completion", "function_calls", "messages", "instruction", "text")
 
 SIGNED_LABELS = ("preference_strength", "overall_preference")  # below 0: the first is better, by so much
 ANY_SHAPE = ("texts with a system prompt", "texts", "messages with a prompt", "messages")
@@ -242,6 +242,14 @@ COMPLETION = Layout(
     (*Layout.optional, "prompt"),
     ("transcripts", *ANY_SHAPE),
 )
+FUNCTION_CALLS = Layout(
+    "function_calls",
+    {"prompt": ("query",), "completion": ("answers",), "tools": ("tools",), "system": SYSTEM["system"]},
+    ("system",),
+    shapes=("messages with a prompt",),
+    expand="calls as the answer",
+    says="a question, answered by the calls of tools",
+)
 DIALOGUE = Layout(
     "messages", {"completion": ("messages", "conversations", "conversation")} | SYSTEM, shapes=("messages",)
 )
@@ -263,6 +271,7 @@ LAYOUTS = {
     "sft": (
         UNPAIRED,
         COMPLETION,
+        FUNCTION_CALLS,
         *PAIRS,
         DIALOGUE,
         ANSWERED,

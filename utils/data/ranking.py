@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from .calls import BadRow
+from .calls import BadRow, read_calls
 from .html_text import html_to_text
 from .labels import find_better, read_number
 from .layouts import SIGNED_LABELS
@@ -288,6 +288,14 @@ def expand_answered(parts: Mapping[str, Any], names: Mapping[str, str], choice: 
     return [dict(parts) | {"prompt": messages[:start], "chosen": messages[start:]}]
 
 
+def expand_calls(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choice) -> list[dict[str, Any]]:
+    """A row whose answer is a list of tool calls."""
+    if parts.get("completion") is None:
+        raise BadRow(f"'{names['completion']}' is missing")
+    calls = read_calls(parts["completion"], names["completion"])
+    return [dict(parts) | {"completion": [{"role": "assistant", "content": None, "tool_calls": calls}]}]
+
+
 # By the names that layouts give them.
 EXPANSIONS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str], Choice], list[dict[str, Any]]]] = {
     "two answers": expand_two,
@@ -296,4 +304,5 @@ EXPANSIONS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str], Choice], l
     "tree of messages": expand_tree,
     "answered dialogue": expand_answered,
     "earlier rounds": expand_history,
+    "calls as the answer": expand_calls,
 }

@@ -37,6 +37,7 @@ from .ranking import EXPANSIONS, Choice
 from .remarks import Remark, find_remarks, find_written_messages, list_unused
 from .shapes import Names, Shape, find_shape
 from .turns import holds_messages
+from .written_calls import holds_written
 
 SAMPLED_ROWS = 100
 SAID = ("prompt", "chosen", "rejected", "completion", "first", "second")  # parts that may be texts or messages
@@ -141,7 +142,7 @@ def find_reading(rows: datasets.Dataset, settings: DataSettings, verb: str) -> R
             continue
         reading = _match(layout, found, replies, sample, settings, verb)
         if reading is not None:
-            return _with_remarks(_with_labels(reading, rows, settings), rows, packed)
+            return _with_remarks(_with_labels(reading, rows, settings), rows, packed, sample)
     if settings.dataset_format is not None:
         raise UserError(*describe_misfit(settings, verb, mapped, columns, sample))
     raise UserError(describe_unknown(settings, verb, mapped, columns, sample))
@@ -168,7 +169,7 @@ def _unpack_sample(row: Mapping[str, Any], packed: Sequence[str]) -> Mapping[str
     return row
 
 
-def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str]) -> Reading:
+def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str], sample: Rows) -> Reading:
     """The reading, with what is read as messages and what is not read said in its description."""
     used = {head for path in (*reading.columns.values(), reading.group) if path for head in list_heads(path)}
     if reading.is_transcript:
@@ -177,6 +178,8 @@ def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str
     says = [reading.description]
     if packed:
         says.append(f"the texts in {', '.join(map(repr, packed))} are message lists")
+    if "tools" in reading.columns and not reading.is_text and any(map(_holds_written, sample)):
+        says.append("tool calls and results in the texts of turns are read as such")
     unused = list_unused(rows, used)
     if unused:
         says.append(f"not used: {list_names(unused)}")
@@ -186,6 +189,14 @@ def _with_remarks(reading: Reading, rows: datasets.Dataset, packed: Sequence[str
         *find_written_messages(rows, [name for name in texts if name not in packed]),
     )
     return replace(reading, description="; ".join(says), packed=packed, remarks=remarks)
+
+
+def _holds_written(value: Any) -> bool:
+    """Whether a text in a value may be a tool call."""
+    if isinstance(value, str):
+        return holds_written(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(map(_holds_written, inner))
 
 
 def _match(

@@ -52,6 +52,8 @@ CARRIED = (
 SAID_BESIDE = (*CARRIED, *(field for field in KEPT if field != "name"))
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_KEYS = ("text", "value", "content")
+# Parts of a turn's content that are no text of it, as LLaMA-Factory v1 writes them -> the field that they are.
+FIELD_PARTS = {"tool_call": "tool_calls", "tool_calls": "tool_calls", "reasoning": "reasoning_content"}
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 # Messages written as text: how they begin, their keys, and what stands between two where NumPy prints no comma.
 WRITTEN_START = re.compile(r"""\s*(?:"\s*|array\(\s*)?[\[(]?\s*\{""")
@@ -162,12 +164,35 @@ def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if said.lower() in CALLING_ROLES:
         return make_turn(role, None, {"tool_calls": read_calls(content, name)})
-    extra = read_extra(message, role, name)
+    content, fields = _take_fields(content, name)
+    extra = read_extra({**message, **fields}, role, name)
     if role in RESULT_ROLES:
         content = result_text(content)
     if content is None and "tool_calls" in extra:
         return make_turn(role, None, extra)
     return make_turn(role, _read_content(content, name), extra)
+
+
+def _take_fields(content: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """The content of a turn without the parts that are fields of it, and these fields."""
+    if not isinstance(content, list):
+        return content, {}
+    kinds = [FIELD_PARTS.get(str(part.get("type"))) if isinstance(part, Mapping) else None for part in content]
+    if not any(kinds):
+        return content, {}
+    taken: dict[str, Any] = {}
+    for part, kind in zip(content, kinds, strict=True):
+        if kind is None:
+            continue
+        value = part.get("value")
+        if kind == "tool_calls":
+            taken[kind] = taken.get(kind, []) + read_calls(value, name)
+        elif not isinstance(value, str):
+            raise BadRow(f"'{name}' has a turn with a part of type {part['type']!r} without text")
+        else:
+            taken[kind] = taken.get(kind, "") + value
+    rest = [part for part, kind in zip(content, kinds, strict=True) if kind is None]
+    return rest or (None if "tool_calls" in taken else ""), taken
 
 
 def role_of(message: Mapping[str, Any]) -> str | None:
