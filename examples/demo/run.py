@@ -98,7 +98,7 @@ def show_comparison(record: dict, picture: Path | None = None) -> None:
     title = f"The same {len(prompts)} openings, never seen in training, continued by both models"
     shares = {
         "positive reviews": (share["before"], share["after"]),
-        "held-out pairs ranked right": (before["accuracy"], after["accuracy"]),
+        "held-out accuracy": (before["accuracy"], after["accuracy"]),
         "reviews that end by themselves": (ends["before"], ends["after"]),
     }
     print(f"\n{title}:\n")

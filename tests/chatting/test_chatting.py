@@ -233,7 +233,7 @@ def test_a_run_on_texts_continues_texts_and_is_compared_with_its_reference(text_
     flags = ("chat", "--model_name_or_path", text_run, "--prompt", "On day 1 we went to the", "--max_new_tokens", 5)
     code, out, err = run_script(*flags)
     assert code == 0, err
-    assert "it continues texts" in err
+    assert "plain text completion" in err
     assert "(cut: --max_new_tokens 5)" in err
     alone = out
     code, out, err = run_script(*flags, "--compare_with", "reference")
@@ -245,7 +245,7 @@ def test_a_run_on_texts_continues_texts_and_is_compared_with_its_reference(text_
     assert out == reference + "\n"
     code, _, err = run_script(*flags, "--system_prompt", "Be kind")
     assert code == 2
-    assert "which have no system prompt" in err
+    assert "which has no system prompt" in err
 
 
 def test_the_same_seed_says_the_same_and_another_something_else(text_run, run_script):

@@ -113,8 +113,8 @@ def test_a_run_has_the_figures_that_it_recorded_when_it_ended(way, train, evalua
     *_, margin, reference, calibration, length, files = out.splitlines()
     labels = [line.split("  ")[1].strip() for line in (margin, calibration, length, files)]
     assert labels == ["margin", "calibration", "length", "all figures"]
-    assert reference.startswith("  vs reference by log-prob alone ")
-    assert "the data are what they were" in out
+    assert reference.startswith("  vs reference by log-prob ")
+    assert "the data are unchanged" in out
 
 
 def test_a_checkpoint_is_evaluated_in_a_folder_of_its_own(train, run_script):
@@ -369,7 +369,7 @@ def test_a_share_of_all_or_none_has_the_exact_interval():
 def test_what_a_single_prompt_says_is_said_with_care(tiny_model, other_model, evaluate, tmp_path):
     data = write_lines(tmp_path / "one.jsonl", make_pairs(1))
     found, _, out = evaluate(tiny_model, "--ref_model_name_or_path", other_model, "--dataset_name", data)
-    assert "of 1 pair ranked right" in out
+    assert "of 1 pair ranked correctly" in out
     assert "warning: a single prompt gives intervals that are too narrow" in out
     assert len(found["warnings"]) == 1
 
@@ -510,7 +510,10 @@ def test_results_replace_earlier_ones_and_nothing_else(train, run_script, tmp_pa
         "evaluation.json", "evaluation_pairs.jsonl", "evaluation.html",
     }  # fmt: skip
     (tmp_path / "mine.txt").write_text("mine")
-    for folder, said in ((run, "not empty, and no evaluation"), (tmp_path / "mine.txt", "a file of that name exists")):
+    for folder, said in (
+        (run, "not empty, and not an evaluation"),
+        (tmp_path / "mine.txt", "a file of that name exists"),
+    ):
         before = sorted(folder.parent.rglob("*"))
         code, _, err = run_script(*flags, "--output_dir", folder)
         assert code == 2
@@ -577,7 +580,7 @@ def test_the_page_says_what_the_record_says_and_runs_nothing(tiny_model, other_m
     found, rows, _ = evaluate(tiny_model, "--ref_model_name_or_path", other_model, "--dataset_name", data)
     page = Reader((tmp_path / "found" / "evaluation.html").read_text(encoding="utf-8"))
     assert not {"script", "img"} & page.tags
-    assert f"{found['measures']['accuracy']['value']:.1%} of 30 pairs ranked right" in page.text
+    assert f"{found['measures']['accuracy']['value']:.1%} of 30 pairs ranked correctly" in page.text
     worst = min(rows, key=lambda row: row["margin"])
     assert worst["margin"] < 0
     assert f"margin {worst['margin']:+.3f}, {worst['place']}" in page.text
@@ -685,7 +688,7 @@ def test_two_processes_find_what_one_finds(way, train, evaluate, tmp_path):
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     one, _, _ = evaluate(run)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
-    assert done.stdout.count("ranked right (95% interval") == 1
+    assert done.stdout.count("ranked correctly (95% interval") == 1
 
 
 def test_a_folder_that_nobody_named_is_not_put_on_a_flag(tmp_path):

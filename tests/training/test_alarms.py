@@ -80,7 +80,7 @@ def test_a_policy_too_far_and_a_margin_without_end(train):
 def test_everything_right_early(train):
     out, folder = train(make_pairs(300), "--learning_rate", 1e-2, "--max_steps", 15, "--eval_steps", 3,
                         "--logging_steps", 1, "--validation_split", 0.3)  # fmt: skip
-    assert_said_once(out, folder, "all 95 held-out pairs are ranked right at step 3 of 15")
+    assert_said_once(out, folder, "all 95 held-out pairs are ranked correctly at step 3 of 15")
 
 
 def test_a_resumed_run_keeps_what_it_was_warned_of_and_says_it_once(train):

@@ -24,10 +24,10 @@ from .terminal import Answer, let_lines_be_edited, read_stdin
 
 HELP = """\
 /help          this
-/reset         begin anew, with the same system prompt
-/system TEXT   set the system prompt from here on; /system shows it, /system - removes it
-/undo          take back the last message with its answer
-/retry         answer the last message again, with other random numbers
+/reset         start over, with the same system prompt
+/system TEXT   set the system prompt from now on; /system shows it, /system - removes it
+/undo          remove the last message and its answer
+/retry         answer the last message again, sampled anew
 /save FILE     write the conversation as JSON
 /quit          end (Ctrl-D too); Ctrl-C stops an answer
 //...          a message that begins with a slash"""
@@ -176,7 +176,7 @@ class Chat:
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            raise UserError("memory is too small for this answer; /reset, or a smaller --max_new_tokens") from None
+            raise UserError("out of memory for this answer; try /reset, or a smaller --max_new_tokens") from None
         speaker.dialogue.answer(answer.text)
         if finished and not written.ended:
             full = shown.room < sampling.max_new_tokens
@@ -199,7 +199,7 @@ class Chat:
     def _set_system(self, text: str) -> None:
         dialogues = [speaker.dialogue for speaker in self.speakers]
         if all(dialogue.is_text for dialogue in dialogues):
-            raise UserError("this model continues texts, which have no system prompt")
+            raise UserError("this model completes plain text, which has no system prompt")
         if text:
             for dialogue in dialogues:
                 dialogue.system = None if text == "-" else text
@@ -217,7 +217,7 @@ class Chat:
     def _retry(self, _: str) -> None:
         text = self._take_back()
         if text is None:
-            raise UserError("nothing to answer again")
+            raise UserError("nothing to retry")
         self._say(text, self.attempt + 1)
 
     def _save(self, name: str) -> None:

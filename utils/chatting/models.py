@@ -53,7 +53,7 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Found:
-    """A model that was found, by the flag that names it; `template` is None where it continues texts."""
+    """A model that was found, by the flag that names it; `template` is None where plain text completion."""
 
     wanted: Wanted
     tokenizer: PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ def load_speakers(settings: Settings) -> list[Speaker]:
     )
     if first.template is None and settings.of(ChatSettings).system_prompt is not None:
         raise UserError(
-            f"--system_prompt: {own.source.name} continues texts, which have no system prompt; leave it out"
+            f"--system_prompt: {own.source.name} completes plain text, which has no system prompt; leave it out"
         )
     found = {_short_name(own): first}
     if other is not None:
@@ -148,11 +148,11 @@ def _describe(found: list[Found], settings: Settings, precision: Precision) -> N
         base = f" (an adapter on {source.base}{bits})" if source.adapter else bits
         say(f"{label}: {source.name}{base}")
         if item.template is None:
-            say("      it continues texts: each message is a text of its own, with nothing in front of it")
+            say("      plain text completion: each message is a separate text, without template or history")
         else:
             say(f"      chat template: {item.template.partition(';')[0]}")
     sampling = settings.of(SamplingSettings)
-    how = f"temperature {sampling.temperature:g}" if sampling.temperature else "the likeliest token each time"
+    how = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy decoding"
     how += f", top_p {sampling.top_p:g}" if sampling.top_p < 1 else ""
     how += f", top_k {sampling.top_k}" if sampling.top_k else ""
     how += f", repetition penalty {sampling.repetition_penalty:g}" if sampling.repetition_penalty != 1 else ""

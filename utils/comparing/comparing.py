@@ -107,7 +107,7 @@ def compare_models(settings: Settings) -> None:
     for line in summarize(record, rows):
         say(line)
     if not judges:
-        say("\nNobody judged them. The page shows them side by side; to judge them blind in a browser:")
+        say("\nNo judge was named. The page shows the responses side by side; to judge them blind in a browser:")
         say(f"  {join_command([*words, '--judge', 'vote'])}")
     say(f"\npage ({PAGE}), rows ({ROWS}) and record ({RECORD}): {folder}")
 
@@ -131,7 +131,7 @@ def _describe(
     for side in sides:
         say(f"{side.name}: {side.source.name}, {side.how}{' (held in 4 bits)' if side.in_4bit else ''}")
     if readers[0].tokenizer is not readers[1].tokenizer:
-        say("      each reads the prompts with its own tokenizer; their numbers of tokens cannot be compared")
+        say("      each uses its own tokenizer, so token counts cannot be compared")
     say(f"prompts: {count:,} of {questions.source}")
     if count < len(questions.prompts):
         left_out = len(questions.prompts) - count
@@ -142,7 +142,7 @@ def _describe(
     for judge in judges:
         say(f"judge: {judge.name}, {judge.how}")
     sampling = settings.of(SamplingSettings)
-    how, drawn = "the likeliest tokens", ""
+    how, drawn = "greedy decoding", ""
     if sampling.temperature > 0:
         how, drawn = f"temperature {sampling.temperature:g}", f", seed {settings.training.seed} for both"
     say(
@@ -200,7 +200,7 @@ def _reward(
     rewards = implicit_rewards(policy, reference, own + other, beta, reader.tokenizer.pad_token_id)
     judgement = by_scores(judge, rewards[: len(own)], rewards[len(own) :])
     if changed:
-        say(f"warning: the model's chat template leaves out a part of {changed:,} responses of the baseline;")
+        say(f"warning: the model's chat template drops a part of {changed:,} responses of the baseline;")
         say("      they are scored without it")
         judgement.details["responses_not_rendered_whole"] = changed
     return judgement

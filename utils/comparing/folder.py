@@ -33,8 +33,8 @@ def find_folder(settings: Settings, model: Side) -> Path:
         folder = run / (FOLDER if source == run else f"{FOLDER}-{source.name}")
     else:
         raise UserError(
-            f"--output_dir is missing: {model.source.name} is no run of this script, in whose folder the results would "
-            "go; name a folder"
+            f"--output_dir is missing: {model.source.name} is not a run of this script, whose folder would hold "
+            "the results; name a folder"
         )
     with named_as_given(settings.run.output_dir):
         _check_content(folder)
@@ -51,5 +51,5 @@ def _check_content(folder: Path) -> None:
     present = [name for name in (RECORD, ROWS, PAGE) if (folder / name).exists()]
     if present and not is_result(folder / RECORD, "compare"):
         raise UserError(
-            f"--output_dir {folder}: its {present[0]} is no comparison of this script; choose another folder"
+            f"--output_dir {folder}: its {present[0]} is not from a comparison of this script; choose another folder"
         )

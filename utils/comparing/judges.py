@@ -55,7 +55,7 @@ def choose_judges(settings: Settings, model: Side) -> list[Judge]:
     trained, names = model.trained, settings.of(ComparisonSettings).judge or ()
     if OWN_REWARD in names and not trained.has_reference:
         raise UserError(
-            f"{FLAG} {OWN_REWARD}: {trained.source.name} is no preference run of this script, so it has no "
+            f"{FLAG} {OWN_REWARD}: {trained.source.name} is not a preference run of this script, so it has no "
             "reference to be measured against; name another judge"
         )
     return list(gather(*(lambda name=name: _find_judge(name, settings, model) for name in names)))
@@ -64,10 +64,10 @@ def choose_judges(settings: Settings, model: Side) -> list[Judge]:
 def _find_judge(name: str, settings: Settings, model: Side) -> Judge:
     if name == OWN_REWARD:
         beta = model.trained.setting("beta")
-        return Judge(name, f"beta {beta:g} times the log-ratio to its reference: the model judged by its own lights")
+        return Judge(name, f"beta {beta:g} times the log-ratio to its reference: the model's own reward")
     if name == VOTE:
         check_port(settings.of(ComparisonSettings).vote_port or 0)
-        return Judge(name, "the person, blind, on a local page")
+        return Judge(name, "blind votes on a local page")
     if is_endpoint(name):
         return Judge(name, f"{settings.of(JudgeSettings).judge_model} at {name}, asked in both orders")
     if FUNCTION.fullmatch(name):

@@ -29,8 +29,8 @@ from .summary import (
 )
 
 NOBODY = (
-    "Nobody judged these responses: read them side by side below, or judge them blind with --judge vote. The model's "
-    "own reward (--judge implicit_reward) judges nothing: it says how far the model has moved."
+    "No judge was named: read the responses side by side below, or judge them blind with --judge vote. The model's "
+    "own reward (--judge implicit_reward) is not a judge: it only says how far the model has moved."
 )
 
 
@@ -75,7 +75,7 @@ def _headline(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("prompts", f"{record['prompts']['count']:,}"),
         ("tokens, model / baseline", " / ".join(f"{side['mean_tokens']:.0f}" for side in both)),
-        ("come to an end", " / ".join(f"{side['ended']:.0%}" for side in both)),
+        ("ended with EOS", " / ".join(f"{side['ended']:.0%}" for side in both)),
         ("refusals", " / ".join(f"{side['refusals']:.0%}" for side in both)),
     ]
 
@@ -99,7 +99,7 @@ def _draw_rates(judges: Sequence[dict[str, Any]]) -> str:
 
 def _describe_sampling(record: dict[str, Any]) -> str:
     sampling = record["sampling"]
-    chosen, drawn = "the likeliest token each time", ""
+    chosen, drawn = "greedy decoding", ""
     if sampling["temperature"] > 0:
         chosen = (
             f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}, top_k {sampling['top_k'] or 'off'}"

@@ -91,7 +91,7 @@ def _read_held_out(trained: TrainedModel) -> tuple[str, list[Prompt]]:
     advice = "name prompts with --prompts"
     if trained.folder is None:
         raise UserError(
-            f"--prompts is missing: {trained.source.name} is no run of this script, so it held out none; {advice}"
+            f"--prompts is missing: {trained.source.name} is not a run of this script, so it held out none; {advice}"
         )
     try:
         data = read_as_run(trained)

@@ -93,12 +93,12 @@ def find_sides(settings: Settings) -> tuple[Side, Side]:
     elif trained.reference is not None:
         reference = TrainedModel(trained.find_reference())
         in_4bit = trained.reference_in_4bit or wish.use_4bit
-        how = "the reference of the run" if trained.has_reference else "what the run began from"
+        how = "the reference of the run" if trained.has_reference else "the initial model of the run"
         side = Side("baseline", "--baseline", reference, in_4bit, how)
     else:
         raise UserError(
-            f"--baseline is missing: {trained.source.name} is no run of this script, so nothing says what to compare "
-            "it with; name a model"
+            f"--baseline is missing: {trained.source.name} is not a run of this script, so nothing says what to "
+            "compare it with; name a model"
         )
     if (model.source, model.in_4bit) == (side.source, side.in_4bit):
         raise UserError(f"--baseline {side.source.name}: is the model itself; name another one to compare with")
@@ -110,7 +110,7 @@ def find_sides(settings: Settings) -> tuple[Side, Side]:
 def _describe(trained: TrainedModel) -> str:
     source, verb = trained.source, trained.record.get("verb")
     bits = " in 4 bits" if trained.in_4bit else ""
-    what = f"an adapter on {source.base}{bits}" if source.adapter is not None else "a whole model"
+    what = f"an adapter on {source.base}{bits}" if source.adapter is not None else "a full model"
     if trained.folder is None:
         return what
     checkpoint = "" if Path(source.name) == trained.folder else "a checkpoint of "
@@ -175,7 +175,7 @@ def choose_fitting(prompts: Sequence[Prompt], readers: tuple[Reader, Reader], ma
     if not fitting:
         context = min(reader.context for reader in readers if reader.context is not None)
         raise UserError(
-            f"--max_new_tokens {max_new_tokens}: not one of {len(prompts):,} prompts leaves room for so many in a "
+            f"--max_new_tokens {max_new_tokens}: none of {len(prompts):,} prompts leaves room for that many in a "
             f"context of {context:,} tokens; lower it"
         )
     return fitting

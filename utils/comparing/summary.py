@@ -16,12 +16,12 @@ STYLE = {
     "mean_tokens": "tokens (mean)",
     "median_tokens": "tokens (median)",
     "mean_words": "words (mean)",
-    "ended": "come to an end",
+    "ended": "ended with EOS",
     "empty": "empty",
     "refusals": "refusals",
-    "repeated": "repeat themselves (4 words)",
-    "distinct_1": "different words",
-    "distinct_2": "different pairs of words",
+    "repeated": "repeated 4-grams of words",
+    "distinct_1": "distinct-1 (words)",
+    "distinct_2": "distinct-2 (word pairs)",
 }
 SHARES = ("ended", "empty", "refusals", "repeated", "distinct_1", "distinct_2")
 JUDGE_HEAD = ("judge", "wins", "ties", "losses", "no verdict", "win rate", "95% interval")
@@ -37,15 +37,15 @@ def describe_result(judged: dict[str, Any]) -> str:
     numbers = f"{rate:.1%} of {_count(count, 'prompt')} (95% interval {low:.1%} to {high:.1%}; ties count half)"
     if judged["judge"] == OWN_REWARD:
         return (
-            f"Not a judgement: by its own reward the model wins {numbers}. That reward judges nothing: it says how far "
-            "the model has moved from its reference, not whether it is better. Name another --judge."
+            f"Not a judgement: by its own reward the model wins {numbers}. It only says how far the model "
+            "has moved from its reference, not whether it is better. Name another --judge."
         )
     if low > 0.5:
         found = "Better than the baseline"
     elif high < 0.5:
         found = "Worse than the baseline"
     else:
-        found = "No difference from the baseline is shown"
+        found = "No significant difference from the baseline"
     return f"{found}: the model wins {numbers}, by {judged['judge']}."
 
 
@@ -58,15 +58,15 @@ def describe_judge(judged: dict[str, Any]) -> Iterator[str]:
         swayed = details["first_in_both_orders"] + details["second_in_both_orders"]
         share = f" ({swayed / both:.1%})" if both else ""
         yield (
-            f"Position bias: of {_count(both, 'match', 'matches')} with a verdict in both orders, the verdict went by "
-            f"the order in {swayed:,}{share}: {details['first_in_both_orders']:,} for whichever stood first, "
-            f"{details['second_in_both_orders']:,} for whichever stood second; these count as ties."
+            f"Position bias: of {_count(both, 'match', 'matches')} with a verdict in both orders, the verdict followed "
+            f"the order in {swayed:,}{share}: {details['first_in_both_orders']:,} for the response shown first, "
+            f"{details['second_in_both_orders']:,} for the one shown second; these count as ties."
         )
         unreadable = details["unreadable_answers"]
         such = f", such as {details['unreadable_example']!r}" if unreadable else ""
         yield f"{_count(details['requests'], 'request')} sent, {unreadable:,} answers without a verdict{such}."
     if details.get("both_bad"):
-        yield f"Of the ties, both responses were bad in {details['both_bad']:,}."
+        yield f"Ties with both responses bad: {details['both_bad']:,}."
     if judged["not_judged"]:
         yield f"{_count(judged['not_judged'], 'prompt')} without a verdict, which count for neither side."
 

@@ -125,7 +125,7 @@ def _check_launcher() -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if launched_with(name):
             raise UserError(
-                f"evaluate holds whole models in each process, and {name} is configured; start it without "
+                f"evaluate loads the full models in every process, and {name} is configured; start it without "
                 "(`accelerate launch` with examples/accelerate/ddp.yaml, torchrun, or plain python for one device)"
             )
 
@@ -293,20 +293,20 @@ def find_warnings(pairs: EvaluatedPairs, trained: TrainedModel, prompts: int) ->
             "may have been trained on some of them"
         )
     if pairs.own and pairs.trained_on is not None and pairs.trained_on.any():
-        warnings.append("some of the held-out prompts were trained on too, with other responses or the same")
+        warnings.append("some of the held-out prompts were also trained on, with the same or other responses")
     elif pairs.trained_on is not None and pairs.trained_on.any():
         share = pairs.trained_on.mean()
-        warnings.append(f"{share:.0%} of these pairs have prompts that the run was trained on: see both kinds apart")
+        warnings.append(f"{share:.0%} of these pairs have prompts that the run was trained on: compare the two groups")
     if not pairs.own and trained.record and pairs.trained_on is None:
-        warnings.append("the data of the run are not what they were or where they were: it may have seen these pairs")
+        warnings.append("the data of the run have changed or moved: the model may have been trained on these pairs")
     if trained.setting("sync_ref_model"):
         warnings.append(
-            "the run moved its reference while it trained (--sync_ref_model), which was not kept: the figures are "
+            "the run updated its reference during training (--sync_ref_model) and did not save it: the figures are "
             "against the reference that it began with"
         )
     if prompts < FEW_PROMPTS:
         what = "a single prompt gives" if prompts == 1 else f"so few prompts ({prompts}) give"
-        warnings.append(f"{what} intervals that are too narrow, but for those of shares of 0% and 100%")
+        warnings.append(f"{what} intervals that are too narrow, except for shares of 0% and 100%")
     return warnings
 
 

@@ -41,5 +41,5 @@ def _check_content(folder: Path) -> None:
     if not folder.is_dir() or not any(folder.iterdir()) or is_result(folder / RECORD, "evaluate"):
         return
     raise UserError(
-        f"--output_dir {folder}: not empty, and no evaluation of this script (no {RECORD}). Choose another folder"
+        f"--output_dir {folder}: not empty, and not an evaluation of this script (no {RECORD}). Choose another folder"
     )

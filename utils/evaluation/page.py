@@ -49,7 +49,7 @@ NAMES = {
     "chosen_kl": "KL along chosen responses (nats)",
     "rejected_kl": "KL along rejected responses (nats)",
     "perplexity": "perplexity of chosen responses",
-    "reference_perplexity": "the same of the reference",
+    "reference_perplexity": "perplexity of the reference",
 }
 SHARES = ("accuracy", "length_controlled_accuracy")
 
@@ -119,9 +119,9 @@ def _show_figures(record: dict[str, Any]) -> str:
     return make_section(
         "Figures",
         make_paragraph(
-            "A reward is beta times how much likelier the model makes a response than its reference does; the margin "
-            "is the reward of the chosen response minus that of the rejected one, and a pair is ranked right where it "
-            "is above 0."
+            "A reward is beta times the log-ratio of a response's probability under the model and under its reference. "
+            "The margin is the reward of the chosen response minus that of the rejected one; a pair is ranked "
+            "correctly where it is above 0."
         ),
         make_table("with 95% intervals", ("figure", "value", "from", "to"), rows),
         make_paragraph(f"Margin: {describe_margin(record)}.", "soft"),
@@ -152,11 +152,11 @@ def _show_comparison(record: dict[str, Any]) -> str:
     return make_section(
         "Against the reference",
         make_paragraph(
-            "A reward already compares with the reference, whose own rewards are 0. What both models can do alone is "
-            "to find the chosen response likelier than the rejected one. The last column counts pairs that only the "
-            "model ranks right, and only the reference."
+            "A reward already compares with the reference, whose own rewards are 0. Here each model is measured alone: "
+            "whether it finds the chosen response more likely than the rejected one. The last column counts pairs that "
+            "only the model ranks correctly, and only the reference."
         ),
-        make_table("share of pairs ranked right", heads, rows),
+        make_table("share of pairs ranked correctly", heads, rows),
     )
 
 
@@ -165,12 +165,12 @@ def _show_margins(record: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     edges = make_edges(margins)
     counts = np.histogram(np.clip(margins, edges[0], edges[-1]), edges)[0].tolist()
     table = make_table(
-        "pairs per bin; the outermost hold what lies beyond",
+        "pairs per bin; the outermost bins are open",
         ("margin from", "to", "pairs"),
         [(f"{low:g}", f"{high:g}", f"{count:,}") for (low, high), count in zip(pairwise(edges), counts, strict=True)],
     )
     title = f"{len(margins):,} pairs, {int((margins < 0).sum()):,} of them below 0"
-    chart = draw_histogram(title, edges, {"pairs": counts}, "margin (right of 0: ranked right)", (0.0, ""))
+    chart = draw_histogram(title, edges, {"pairs": counts}, "margin (right of 0: ranked correctly)", (0.0, ""))
     return make_section("Margins", make_chart(title, chart, table))
 
 
@@ -197,15 +197,15 @@ def _show_calibration(record: dict[str, Any]) -> str:
         points,
         ("confidence: predicted probability of the ranking", "pairs ranked correctly"),
     )
-    heads = ("how sure", "pairs", "on average", "ranked right", "95% interval")
+    heads = ("confidence", "pairs", "mean", "accuracy", "95% interval")
     return make_section(
         "Calibration",
         make_paragraph(
-            "DPO reads a margin as a probability: the chosen response is preferred with sigmoid(margin). Where that is "
-            "calibrated, pairs about which the model is 80% sure are ranked right in 80% of cases, and the dots lie on "
-            "the line. A dot's size goes with its number of pairs, the bars are 95% intervals."
+            "DPO reads a margin as a probability: the chosen response is preferred with probability sigmoid(margin). "
+            "If the model is calibrated, pairs with a confidence of 80% are ranked correctly in 80% of cases, and the "
+            "dots lie on the line. The size of a dot shows its number of pairs, the bars are 95% intervals."
         ),
-        make_chart("Ranked right, by how sure the model is", chart, make_table("by bin", heads, rows)),
+        make_chart("Accuracy by confidence", chart, make_table("by bin", heads, rows)),
         make_paragraph(f"{_first_up(describe_calibration(record))}."),
     )
 
@@ -214,12 +214,12 @@ def _show_length(record: dict[str, Any]) -> str:
     found = record["length"]
     groups = found["by_difference"]
     bars = [_bar_of(group, f"{group['name']} tokens ({group['pairs']:,} pairs)") for group in groups]
-    chart = draw_bars("Share of pairs ranked right by how much longer the chosen response is", bars, 0.5, (0, 1))
+    chart = draw_bars("Share of pairs ranked correctly by how much longer the chosen response is", bars, 0.5, (0, 1))
     return make_section(
         "Length",
         make_paragraph(f"{_first_up(describe_length(record))}."),
         make_chart(
-            "Right, by the length of the chosen response minus that of the rejected one",
+            "Accuracy by the length of the chosen response minus that of the rejected one",
             chart,
             _group_table("by difference of lengths", [*groups, *found["by_longer_side"]]),
         ),
@@ -231,8 +231,8 @@ def _show_groups(heading: str, groups: list[dict[str, Any]]) -> str:
     if not groups:
         return ""
     bars = [_bar_of(group, f"{group['name']} ({group['pairs']:,} pairs)") for group in groups]
-    chart = draw_bars(f"{heading}: share of pairs ranked right", bars, 0.5, (0, 1))
-    return make_section(heading, make_chart("Ranked right", chart, _group_table("", groups)))
+    chart = draw_bars(f"{heading}: share of pairs ranked correctly", bars, 0.5, (0, 1))
+    return make_section(heading, make_chart("Accuracy", chart, _group_table("", groups)))
 
 
 def _group_table(caption: str, groups: list[dict[str, Any]]) -> str:
@@ -246,7 +246,7 @@ def _group_table(caption: str, groups: list[dict[str, Any]]) -> str:
         )
         for group in groups
     ]
-    return make_table(caption, ("group", "pairs", "ranked right", "95% interval", "margin"), rows)
+    return make_table(caption, ("group", "pairs", "accuracy", "95% interval", "margin"), rows)
 
 
 def _show_examples(examples: Sequence[dict[str, Any]]) -> str:
@@ -263,9 +263,9 @@ def _show_examples(examples: Sequence[dict[str, Any]]) -> str:
     if not parts:
         return ""
     note = (
-        "Pairs that the model is surest of and ranks wrongly: what it has not learnt, or labels that are worth a look."
+        "Pairs that the model ranks wrongly with the most confidence: what it has not learnt, or labels worth checking."
     )
-    return make_section("Ranked most wrongly", make_paragraph(note), *parts)
+    return make_section("Worst pairs", make_paragraph(note), *parts)
 
 
 def _show_making(record: dict[str, Any]) -> str:
@@ -282,7 +282,7 @@ def _show_making(record: dict[str, Any]) -> str:
         ("beta, loss", f"{scoring['beta']:g}, {' '.join(scoring['loss_type'])}"),
         (
             "intervals",
-            f"{settings['bootstrap_samples']:,} draws of prompts, seed {settings['seed']}",
+            f"{settings['bootstrap_samples']:,} bootstrap resamples of the prompts, seed {settings['seed']}",
         ),
         ("finished", record["finished"]),
     ]

@@ -19,7 +19,7 @@ LABEL = 13
 def describe_policy(trained: TrainedModel, use_4bit: bool) -> str:
     """What is evaluated, as a line."""
     source = trained.source
-    kind = f"an adapter on {source.base}{' in 4 bits' if use_4bit else ''}" if source.adapter else "a whole model"
+    kind = f"an adapter on {source.base}{' in 4 bits' if use_4bit else ''}" if source.adapter else "a full model"
     verb = trained.record.get("verb")
     made = f" that a run of {verb} made" if verb else ""
     return f"model: {source.name}, {kind}{made}"
@@ -33,7 +33,7 @@ def describe_pairs(pairs: EvaluatedPairs, rows: Rows, trained: TrainedModel) -> 
         yield f"      {source.name}: {source.drawn:,} of {source.good:,} good pairs; {source.reading}"
     count = count_pairs(len(rows.train))
     if pairs.own:
-        state = "the data are what they were" if pairs.unchanged else "but the data have changed since"
+        state = "the data are unchanged" if pairs.unchanged else "but the data have changed since"
         yield f"      {count} that the run held out; {state}"
     else:
         yield f"      {count}{_describe_overlap(pairs)}"
@@ -63,9 +63,9 @@ def describe_verdict(record: dict[str, Any]) -> str:
     """The accuracy with its interval, and what it means, in one sentence."""
     accuracy, margin = record["measures"]["accuracy"], record["measures"]["margin"]
     pairs = count_pairs(record["pairs"], "held-out " if record["data"]["held_out_by_the_run"] else "")
-    text = f"{percent(accuracy)} of {pairs} ranked right (95% interval {between(accuracy)}; chance: 50%)"
+    text = f"{percent(accuracy)} of {pairs} ranked correctly (95% interval {between(accuracy)}; chance: 50%)"
     if margin["value"] == margin["low"] == margin["high"] == 0:
-        return f"{text}: the model gives every response the probability that its reference gives it"
+        return f"{text}: the model gives every response the same probability as its reference"
     if accuracy["low"] > 0.5:
         return f"{text}: the model has moved towards what these pairs prefer"
     if accuracy["high"] < 0.5:
@@ -117,12 +117,12 @@ def describe_auc(record: dict[str, Any]) -> str:
 def describe_comparison(record: dict[str, Any]) -> str:
     """Policy beside reference, by log-prob."""
     texts = []
-    for kind, said in (("summed", "by log-prob alone"), ("per_token", "per token")):
+    for kind, said in (("summed", "by log-prob"), ("per_token", "per token")):
         found = record["against_reference"].get(kind)
         if found is not None:
             gain = {name: 100 * value for name, value in found["difference"].items()}
             texts.append(
-                f"{said} {percent(found['policy'])} right, the reference {percent(found['reference'])}: "
+                f"{said} {percent(found['policy'])} correct, the reference {percent(found['reference'])}: "
                 f"{gain['value']:+.1f} points ({between(gain, '+.1f')}; {chance(found)})"
             )
     return "; ".join(texts)
@@ -138,7 +138,7 @@ def describe_calibration(record: dict[str, Any]) -> str:
     if error["value"] > by_chance:
         much = "overconfident: " if sure > high else "underconfident: " if sure < low else ""
     return (
-        f"{much}{sure:.1%} sure on average, right in {percent(record['measures']['accuracy'])}; expected calibration "
+        f"{much}mean confidence {sure:.1%}, accuracy {percent(record['measures']['accuracy'])}; expected calibration "
         f"error {error['value']:.3f} (a calibrated model: up to {by_chance:.3f}), Brier score "
         f"{found['brier_score']['value']:.3f} (chance: 0.250)"
     )
@@ -149,9 +149,9 @@ def describe_length(record: dict[str, Any]) -> str:
     found, controlled = record["length"], record["measures"].get("length_controlled_accuracy")
     sides = {group["name"]: group for group in found["by_longer_side"]}
     if set(sides) <= {EQUAL}:
-        return "both responses of every pair are equally long"
+        return "both responses of every pair have the same length"
     right = [f"{percent(sides[name]['accuracy'])} where {name}" for name in (LONGER, SHORTER) if name in sides]
-    text = f"right in {' and '.join(right)}"
+    text = f"accuracy {' and '.join(right)}"
     if controlled is not None:
         text += f", length-controlled {percent(controlled)} ({between(controlled)})"
     prefers, data = found["prefers_longer"], found["longer_is_chosen"]
@@ -176,7 +176,7 @@ def describe_distance(record: dict[str, Any]) -> str:
 
 def describe_group(group: dict[str, Any]) -> str:
     """The accuracy of a group of pairs."""
-    return f"{percent(group['accuracy'])} of {group['pairs']:,} right ({between(group['accuracy'])})"
+    return f"{percent(group['accuracy'])} of {group['pairs']:,} correct ({between(group['accuracy'])})"
 
 
 def describe_recorded(record: dict[str, Any]) -> str:

@@ -147,7 +147,7 @@ def _check_record(flag: str, trained: TrainedModel) -> None:
     if start is None:
         return
     adapts = bool(trained.setting("use_lora")) or start.get("adapter") is not None
-    kinds = {True: "an adapter", False: "a whole model"}
+    kinds = {True: "an adapter", False: "a full model"}
     if adapts != (source.adapter is not None):
         raise UserError(
             f"{flag} {source.name}: {kinds[not adapts]}, but its {RECORD} is of a run that trained {kinds[adapts]}; "

@@ -35,7 +35,7 @@ from .run_verdict import describe_run, headline, held_out_of
 
 VERBS = {"train": "DPO run", "sft": "SFT run"}
 MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
-    "accuracy": ("accuracy: pairs ranked right", "{:.1%}"),
+    "accuracy": ("accuracy: pairs ranked correctly", "{:.1%}"),
     "loss": ("loss", "{:.4f}"),
     "margin": ("margin: chosen minus rejected reward", "{:+.3f}"),
     "chosen_reward": ("reward of chosen responses", "{:+.3f}"),
@@ -49,11 +49,11 @@ MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
     "token_accuracy": ("tokens guessed right", "{:.1%}"),
 }
 READING = {  # whether it is a preference run -> how its metrics are read
-    True: "Held out: not trained on. A reward is --beta times how much likelier the model makes a response than the "
-    "reference does. The margin is the chosen response's reward minus the rejected one's; a pair is ranked right where "
-    "it is above 0, and it should grow. Where the reference is the model as it started, all rewards are 0 before "
-    "training, and half of the pairs count as right. KL is how far the model has moved from the reference: less is "
-    "closer.",
+    True: "Held out: not trained on. A reward is --beta times the log-ratio of a response's probability under the "
+    "model and under the reference. The margin is the chosen response's reward minus the rejected one's; a pair is "
+    "ranked correctly where it is above 0, and it should grow. Where the reference is the initial model, all rewards "
+    "are 0 before training, and half of the pairs count as correct. KL is how far the model has moved from the "
+    "reference: lower is closer.",
     False: "Held out: not trained on. The loss is how unlikely the model finds a token of the responses, on average; "
     "perplexity says the same as a number of equally likely tokens to choose from. Both should fall.",
 }

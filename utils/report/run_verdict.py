@@ -134,7 +134,7 @@ def headline(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     used = record.get("resources") or {}
     tiles = []
     for name, label, form in (
-        ("accuracy", "held-out pairs ranked right", "{:.1%}"),
+        ("accuracy", "held-out accuracy", "{:.1%}"),
         ("margin", "margin", "{:+.2f}"),
         ("chosen_kl", "KL, nats", "{:.2f}"),
         ("loss", "held-out loss", "{:.4f}"),

@@ -18,7 +18,7 @@ WINDOW_PAIRS = 64  # a mean over fewer pairs says little
 WINDOW_LINES = 3
 FALLEN_REWARD = -1.0  # below it the chosen responses are that much less likely, in the units of the loss
 EARLY = 0.2  # share of the steps
-EARLY_PAIRS = 200  # training pairs in a row, all ranked right
+EARLY_PAIRS = 200  # training pairs in a row, all ranked correctly
 LARGEST_MARGIN = 20.0  # the sigmoid loss and its gradient are then 2e-9
 OVERFIT = 1.1  # times the best held-out loss
 
@@ -57,7 +57,7 @@ def rewards_falling(lines: Sequence[Line], limits: Limits) -> str | None:
 
 
 def all_right_early(lines: Sequence[Line], limits: Limits) -> str | None:
-    """Every pair ranked right when the run has hardly begun."""
+    """Every pair ranked correctly when the run has hardly begun."""
     step = _last_step(lines)
     if step == 0 or step > EARLY * limits.steps:
         return None
@@ -72,7 +72,7 @@ def all_right_early(lines: Sequence[Line], limits: Limits) -> str | None:
         return None
     which = f"all {unseen[0]['held_out_pairs']:,} held-out pairs" if unseen else f"the last {pairs:,.0f} pairs"
     return (
-        f"{which} are ranked right at step {step:,} of {limits.steps:,}: that is early. The sides may differ in "
+        f"{which} are ranked correctly at step {step:,} of {limits.steps:,}: that is early. The sides may differ in "
         "something shallow, such as length, format or a fixed phrase: look with the verb data (its shallow signs). If "
         "the task is that easy, fewer steps or a larger --beta are enough"
     )
