@@ -163,6 +163,26 @@ def test_a_forced_format_that_does_not_fit_says_what_is_missing_or_wrong(tmp_pat
     )
 
 
+def test_texts_that_begin_alike_are_told_from_replies_whose_prompt_is_elsewhere(tmp_path):
+    rows = [{"chosen": f"The answer is {n}", "rejected": f"The answer is no {n}"} for n in range(20)]
+    path = str(write_lines(tmp_path / "rows.jsonl", rows))
+    assert load(path).train["prompt"][0] == "The answer is"
+    assert "what both begin with, up to a whole word, is the prompt" in load(path).reading.description
+    asked = [row | {"user query": f"Is it {n}?"} for n, row in enumerate(rows)]
+    unlike = [row | ({"rejected": "No"} if n < 3 else {}) for n, row in enumerate(rows)]
+    for odd in (asked, unlike):
+        (line,) = refusal(odd, tmp_path)
+        assert line.startswith(
+            "--prompt_column is missing: no column is known as the prompt of 'chosen' and 'rejected'"
+        )
+        assert "--dataset_format implicit_prompt" in line
+        assert load(path, dataset_format="implicit_prompt").train["prompt"][0] == "The answer is"
+    (line,) = refusal(unlike, tmp_path, dataset_format="implicit_prompt", on_bad_rows="error")
+    assert line.startswith(
+        "'chosen' and 'rejected' do not begin alike: there is no prompt in 3 rows (rows.jsonl line 1, 2"
+    )
+
+
 def test_flags_without_effect_are_refused(tmp_path):
     flags = {"pairs_per_prompt": 2, "min_score_gap": 1.0, "min_score_ratio": 2.0, "strip_citations": True}
     lines = refusal([PAIR], tmp_path, **flags)

@@ -221,7 +221,7 @@ def test_unknown_shapes_say_which_flags_to_use():
         "and --rejected_column (dots reach into nested fields), or read them with a function of your own "
         "(--dataset_adapter file.py:function); the data has: a, b"
     )
-    plain = fault({"chosen": "a long text, good", "rejected": "a long text, bad", "topic": "x"})
+    plain = fault({"chosen": "a long text, good", "rejected": "something else", "topic": "x"})
     assert plain.startswith("--prompt_column is missing: no column is known as the prompt of 'chosen' and 'rejected'")
     numbers = fault({"prompt": "q", "chosen": 1, "rejected": 2})
     assert "'chosen' holds values that are not text" in numbers

@@ -8,7 +8,7 @@ name what `shapes.py` and `ranking.py` do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 # What --dataset_format takes, in the order in which it is told to people: forms of pairs, and what else sft reads.
@@ -42,6 +42,7 @@ class Layout:
     `shapes` are the ways in which the values may be written. Where `expand` is given, it makes simple rows (`prompt`,
     `chosen`, `rejected`) of one that holds several answers; those are then read by their shape. `fits` looks at the
     first rows where names alone do not tell. `pairs_up`: pairs are made of several rows (those with a `label`).
+    `both_sides`: where one reply alone is read (sft), the other one's column is needed as well.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Layout:
     fits: str | None = None
     strips_citations: bool = False
     pairs_up: bool = False
+    both_sides: bool = False
 
     def is_scored(self, names: Mapping[str, str]) -> bool:
         """Whether the rows say how good each answer is."""
@@ -82,6 +84,10 @@ TRANSCRIPTS = Layout(
 )  # the prompt is in the transcripts; a column of its own is not needed
 EXPLICIT = Layout("explicit_prompt", PROMPT | REPLIES | SCORES, shapes=ANY_SHAPE[:3])
 IMPLICIT = Layout("implicit_prompt", SYSTEM | REPLIES | SCORES, shapes=("messages",))
+ALIKE = Layout(
+    "implicit_prompt", REPLIES | SCORES, shapes=("texts that begin alike",), fits="begin alike", both_sides=True
+)
+ASSUMED_ALIKE = replace(ALIKE, fits=None)  # as it is told to be; other columns or rows may speak against it
 OPENAI = Layout(
     "openai",
     {
@@ -264,10 +270,11 @@ DEMONSTRATION_HISTORY = Layout(
 DEMONSTRATION = Layout("instruction", TASK, shapes=ANY_SHAPE[:2])
 WHOLE_TEXT = Layout("text", {"text": ("text",)}, shapes=("whole texts",))
 
-PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STACK_PAIRED)
+PAIRS = (TRANSCRIPTS, EXPLICIT, IMPLICIT, OPENAI, SHAREGPT, HISTORY, ALPACA, STACK_PAIRED, ALIKE)
 RATED = (WEBGPT, SHP, STACK_EXCHANGE, SCORE_LIST, RANK_LIST, SCORED, TREE, *TWO_ANSWERS)
+ONLY_ASKED_FOR = (RANKED, ASSUMED_ALIKE)
 LAYOUTS = {
-    "train": (*PAIRS, ANSWERED, *RATED, UNPAIRED, RANKED),
+    "train": (*PAIRS, ANSWERED, *RATED, UNPAIRED, *ONLY_ASKED_FOR),
     "sft": (
         UNPAIRED,
         COMPLETION,
@@ -279,10 +286,9 @@ LAYOUTS = {
         DEMONSTRATION,
         *RATED,
         WHOLE_TEXT,
-        RANKED,
+        *ONLY_ASKED_FOR,
     ),
 }
-ONLY_ASKED_FOR = (RANKED,)
 FLAGS = {"train": ("prompt", "chosen", "rejected"), "sft": ("prompt", "chosen", "completion", "text")}
 
 

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import UserError
 from ..settings.data import DataSettings
+from .beginnings import find_prompt
 from .columns import KIND_NAMES, TEXT, Rows, kind_of_column, list_names, reach
 from .labels import read_yes_or_no
 from .layouts import FLAGS, LAYOUTS, ONLY_ASKED_FOR, PROMPT, Layout, sft_reply
 from .ranking import RANK_KEYS, SCORE_KEYS
 from .shapes import Names, find_shape
+
+ALIKE = 0.9  # of the first rows: replies to a prompt that stands elsewhere often share their first words
 
 
 def list_layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:
@@ -37,7 +40,8 @@ def find_columns(
     missing = [part for part in mapped if part not in layout.parts]
     found: dict[str, str] = {}
     for part, candidates in layout.parts.items():
-        if part.removesuffix("_score") in ("chosen", "rejected") and part not in replies and len(replies) == 1:
+        is_side = part.removesuffix("_score") in ("chosen", "rejected")
+        if is_side and part not in replies and len(replies) == 1 and not layout.both_sides:
             continue
         taken = (*mapped.values(), *found.values())
         path = mapped.get(part) or _find_column(candidates, columns, taken)
@@ -84,7 +88,10 @@ def describe_unknown(settings: DataSettings, verb: str, mapped: Names, columns: 
     no_prompt = "prompt" not in mapped and not any(name in columns for name in PROMPT["prompt"])
     if replies and no_prompt and all(kind in (*TEXT, "message", "replies") for kind in kinds.values()):
         names = " and ".join(f"'{path}'" for path in replies)
-        return f"--prompt_column is missing: no column is known as the prompt of {names}; {has}"
+        told = ""
+        if verb == "train" and all(kind == "text" for kind in kinds.values()):
+            told = " (or pass --dataset_format implicit_prompt if it is what both texts begin with)"
+        return f"--prompt_column is missing: no column is known as the prompt of {names}{told}; {has}"
     flags = "--prompt_column, --chosen_column and --rejected_column (dots reach into nested fields)"
     if verb == "sft":
         flags = "--prompt_column and --completion_column, --chosen_column, or --text_column"
@@ -107,6 +114,20 @@ def _holds_rated_answers(sample: Rows, names: Names) -> bool:
     return any(isinstance(answer, Mapping) and keys & set(answer) for answers in lists for answer in answers)
 
 
+def _begin_alike(sample: Rows, names: Names) -> bool:
+    """Whether nearly all texts begin with a prompt, and no other column holds what may be one."""
+    sides = [[reach(row, names[part]) for part in ("chosen", "rejected")] for row in sample]
+    alike = [all(isinstance(side, str) for side in pair) and bool(find_prompt(*pair)) for pair in sides]
+    others = [name for name in (sample[0] if sample else ()) if name not in names.values()]
+    return sum(alike) >= ALIKE * len(sample) and not any(_holds_prose(sample, name) for name in others)
+
+
+def _holds_prose(sample: Rows, name: str) -> bool:
+    """Whether the texts of a column differ from row to row and have several words."""
+    texts = {value for row in sample if isinstance(value := row.get(name), str) and " " in value.strip()}
+    return 2 * len(texts) > len(sample)
+
+
 def _labels_are_yes_or_no(sample: Rows, names: Names) -> bool:
     return any(read_yes_or_no(reach(row, names["label"])) is not None for row in sample)
 
@@ -118,6 +139,7 @@ def _label_is_no_text_of_its_own(sample: Rows, names: Names) -> bool:
 
 # By the names that layouts give them: whether the first rows are such as the layout means, where columns do not tell.
 FITS: dict[str, Callable[[Rows, Names], bool]] = {
+    "begin alike": _begin_alike,
     "lists": _holds_lists,
     "rated answers": _holds_rated_answers,
     "yes or no": _labels_are_yes_or_no,

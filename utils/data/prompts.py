@@ -87,7 +87,7 @@ def read_prompts(settings: DataSettings, flag: str = "--dataset_name") -> Prompt
             continue
         if settings.prompt_column is not None and reading.is_transcript:
             continue  # the prompts in the transcripts are others than those of the column that was named
-        if reading.adapter or "prompt" in reading.columns or not reading.is_text:
+        if reading.adapter or "prompt" in reading.columns or reading.layout.both_sides or not reading.is_text:
             prompts = _keep_prompts(convert_rows(source.rows, reading), source, reading.description)
             if len(prompts.rows):
                 return prompts

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .beginnings import find_prompt
 from .calls import BadRow
 from .columns import MESSAGES, TEXT
 from .turns import prepend_system, read_turns, split_reply, split_transcript, take_reply
@@ -81,6 +82,20 @@ def _split_transcripts(row: Mapping[str, Any], reply: str, names: Names) -> Side
     return prepend_system(row.get("system"), turns), answer
 
 
+def _split_alike(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
+    """A text whose prompt is what the text of the other side begins with too."""
+    chosen, rejected = (row.get(part) for part in ("chosen", "rejected"))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        wrong = next((part for part in ("chosen", "rejected") if not isinstance(row.get(part), str | None)), None)
+        if wrong is not None:
+            raise BadRow(f"'{names[wrong]}' is not text")
+        return None, row[reply]
+    prompt = find_prompt(chosen, rejected)
+    if not prompt:
+        raise BadRow(f"'{names['chosen']}' and '{names['rejected']}' do not begin alike: there is no prompt")
+    return prompt, row[reply][len(prompt) :]
+
+
 def _split_whole_text(row: Mapping[str, Any], reply: str, names: Names) -> Sides:
     if not isinstance(row[reply], str | None):
         raise BadRow(f"'{names[reply]}' is not text")
@@ -112,6 +127,13 @@ SHAPES = (
         _split_transcripts,
         is_transcript=True,
         passes_over=("prompt",),
+    ),
+    Shape(
+        "texts that begin alike",
+        "texts that begin alike; what both begin with, up to a whole word, is the prompt",
+        lambda kinds, replies: "prompt" not in kinds and _all(kinds, ("chosen", "rejected"), ("text",)),
+        _split_alike,
+        is_text=True,
     ),
     Shape(
         "texts with a system prompt",
