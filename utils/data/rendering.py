@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from .calls import REASONING, RESULT_ROLES, extra_of, functions_of, reasoning_of, whole_message
+from .think_tags import CLOSING, KINDS, TAG, Tags
 
 Turns = list[dict[str, Any]]
 Render = Callable[..., str]  # (turns, add_generation_prompt=False) -> text
@@ -28,29 +28,6 @@ Spans = tuple[tuple[int, int], ...]  # begin and end of parts of a text, in char
 
 # Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
 ANY_REPLY = "\ue000"
-
-
-class Tags:
-    """The tags around thoughts that go by one name; `more_open`, `more_close` are further spellings (no groups)."""
-
-    def __init__(self, name: str, more_open: str = "", more_close: str = "") -> None:
-        self.open = rf"(?:<\|?(?:\w+:)?{name}\|?>|<\|(?i:start|begin(?:_of)?)_{name}\|>{more_open})"
-        self.close = rf"(?:<(?:/\|?|\|/)(?:\w+:)?{name}\|?>|<\|(?i:end(?:_of)?)_{name}\|>{more_close})"
-        self.opening = re.compile(rf"\s*{self.open}")  # a text that begins with a think block
-        self.closing = re.compile(self.close)
-        self.opened = re.compile(rf"{self.open}(\s*)\Z")  # a prompt that ends inside a think block
-        self.empty_block = re.compile(rf"{self.open}\s*{self.close}\s*\Z")  # or with one without thoughts
-        self.empty = re.compile(rf"{self.open}\s*{self.close}\s*")
-        self.own_block = re.compile(rf"\s*{self.open}(?!\s*{self.close})")  # a text that begins with thoughts
-
-
-# A reply may have tags of one kind behind a prompt that ends with the other's.
-KINDS = (
-    Tags("(?i:think(?:ing)?)", r"|\[THINK\]|\u25c1think\u25b7", r"|\[/THINK\]|\u25c1/think\u25b7"),
-    Tags("(?i:thoughts?|reason(?:ing)?|reflection|scratchpad)"),
-)
-TAG = re.compile("|".join(f"{kind.open}|{kind.close}" for kind in KINDS))
-CLOSING = re.compile("|".join(kind.close for kind in KINDS))
 SHORT = 3  # letters, which stand in other words too
 TAIL = 80  # characters at the end of a prompt in which its last tags stand
 
