@@ -77,6 +77,7 @@ BOUNDS = {  # name -> values at its ends that hold, and those beyond
     "PORT": ((1, 65535), (0, 65536)),
     "SEED": ((0, 2**32 - 1), (-1, 2**32)),
     "MAX_STEPS": ((-1, 1), (0, -2)),
+    "TEMPLATE_KWARGS": (({"enable_thinking": False}, {"documents": []}, {}), ({"tools": [], "x": 1}, {"messages": 1})),
 }
 
 

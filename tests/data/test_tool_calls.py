@@ -15,7 +15,8 @@ from data.test_tokenizing import MADE
 
 from utils.data.calls import plain_turns
 from utils.data.encoding import PromptEncoder
-from utils.data.rendering import Rendered
+from utils.data.rendering import Rendered, held_moment
+from utils.data.rendering import _clock_at as clock_at
 from utils.data.turns import read_turns
 from utils.engine.counted import plain_ids
 from utils.errors import UserError
@@ -113,6 +114,47 @@ def test_calls_and_reasoning_under_the_templates_of_real_models(name, tokenizer)
         assert ("cold" in row.completions[0]) == any(turn["role"] == "tool" for turn in reply)
         if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
             assert _words(counted) == _words(_marked(tokenizer, messages, whole, row))
+
+
+TOLD = {  # what real templates are given, each with a mark that it leaves in a text
+    "qwen3": ({"enable_thinking": False}, "<think>\n\n</think>"),
+    "qwen3_5_nothink": ({"enable_thinking": True}, "<think>\n"),
+    "gptoss": ({"reasoning_effort": "high"}, "Reasoning: high"),
+    "glm4moe": ({"enable_thinking": False}, "/nothink"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_templates_are_told_what_is_given_and_render_as_apply_chat_template_does(name, tokenizer):
+    tokenizer.chat_template = TEMPLATES[name].read_text(encoding="utf-8")
+    given, mark = TOLD[name]
+    for arguments in (None, given):
+        said = set_chat_template(tokenizer, None, transcript=False, arguments=arguments)
+        assert ("with " in said.partition(", which")[0]) == (arguments is not None)
+        for prompt, reply in (
+            (ASKED, [SAID]),
+            ([{"role": "system", "content": "Be brief."}, *ASKED], [SAID]),
+            ([*ASKED, SAID, *ASKED], [SAID]),
+            ROWS["after a result"],
+        ):
+            row, start, ids = render(tokenizer, prompt, reply)
+            moment = held_moment(tokenizer)
+            options = {"tools": TOOLS, "tokenize": False, **(arguments or {})}
+            with clock_at(moment):
+                asked, whole = (
+                    [
+                        tokenizer.apply_chat_template(messages, add_generation_prompt=last, **options)
+                        for messages in ways_to_say(tokenizer, turns)
+                    ]
+                    for turns, last in ((prompt, True), ([*prompt, *reply], False))
+                )
+            assert row.fault is None
+            assert row.prompt in asked
+            assert any(text.endswith(row.completions[0]) for text in whole)
+            assert start == tokenizer(row.prompt, add_special_tokens=False)["input_ids"]
+            assert tokenizer.decode(ids).startswith(row.completions[0].rstrip())
+            assert (mark in row.prompt + row.completions[0]) or arguments is None
+    set_chat_template(tokenizer, None, transcript=False)
 
 
 def ways_to_say(tokenizer, messages: list[dict]) -> Iterator[list[dict]]:

@@ -1,7 +1,9 @@
-"""What chat templates and the limit of tokens do to whole runs: said, counted, refused; and the date they write."""
+"""What chat templates and the limit of tokens do to whole runs: said, counted, refused; the date that they write, and
+what they are given."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from datetime import datetime
 from pathlib import Path
@@ -10,11 +12,12 @@ import datasets
 import pytest
 from shared.pairs import make_pairs, write_lines
 from shared.runs import read_record
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.data.rendering import hold_moment, render_chat
 from utils.models.templates import set_chat_template
 from utils.run.state import read_kept
+from utils.settings.flags import NAMES_TAKEN
 from utils.training.differences import find_changes
 
 LOOP = "{%- for m in messages -%}"
@@ -29,6 +32,7 @@ NO_SYSTEM = (
     + PLAIN.removeprefix(LOOP).replace("{%- endfor -%}", "{%- endif -%}{%- endfor -%}")
 )
 OPENS = CUTS.replace("'assistant:'", "'assistant: <think>\n'")
+TOLD = "{{ 'Mood: ' + mood | default('plain') + '\n' }}" + PLAIN
 DATED = "{{ 'Now: ' + strftime_now('%d %b %Y %H:%M') + '\n' }}" + PLAIN
 
 
@@ -295,3 +299,59 @@ def test_record_with_a_date_that_is_none_is_refused(train):
     code, _, err = train(make_rows(8), DATED, save_steps=1, max_steps=3, resume_from_checkpoint="auto")
     assert code == 2
     assert "data.template_date is 'tomorrow': must be a date such as 2026-12-01T00:00:00" in err
+
+
+# What a template is given
+
+
+def test_arguments_of_a_template_go_with_the_run_that_they_were_given_to(train, run_script, forget_rows, tmp_path):
+    flags = {"max_steps": 4, "save_steps": 2, "validation_split": "0.2"}
+    merry = {"chat_template_kwargs": '{"mood": "merry"}'}
+    code, out, err = train(make_rows(24), TOLD, **merry, **flags)
+    assert code == 0, err
+    assert 'as given with --chat_template with mood "merry"' in out
+    record = read_record(train.folder)
+    assert record["settings"]["chat_template_kwargs"] == {"mood": "merry"}
+    assert record["data"]["chat_template"] == 'as given with --chat_template with mood "merry"'
+    code, _, err = train(make_rows(24), TOLD, resume_from_checkpoint=train.folder / "checkpoint-2", **flags)
+    assert code == 2
+    assert '--chat_template_kwargs was {"mood": "merry"}, is not given' in err
+    # Other rows, not those that are kept for the other mood.
+    code, out, err = train(make_rows(24), TOLD, output_dir=tmp_path / "plain", **flags)
+    assert code == 0, err
+    assert ids_of(tmp_path / "plain") != ids_of(train.folder)
+
+    said = 'with mood "merry"'
+    evaluate = ("evaluate", "--model_name_or_path", train.folder, "--output_dir", tmp_path / "figures")
+    code, out, err = run_script(*evaluate)
+    assert code == 0, err
+    evaluated = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
+    assert (evaluated["data"]["chat_template"].endswith(said), evaluated["recorded"]["same"]) == (True, True)
+    few = ("--max_new_tokens", 2)
+    code, out, err = run_script("chat", "--model_name_or_path", train.folder, "--prompt", "Hello", *few)
+    assert (code, said in err) == (0, True), err
+    folder = tmp_path / "compared"
+    code, out, err = run_script("compare", train.folder, "--num_prompts", 2, "--output_dir", folder, *few)
+    assert code == 0, err
+    compared = json.loads((folder / "comparison.json").read_text())
+    assert all(template.endswith(said) for template in compared["chat_templates"])
+
+
+def test_argument_that_the_template_does_not_read_is_refused(train):
+    code, _, err = train(make_rows(8), TOLD, chat_template_kwargs='{"moood": "merry", "mood": "sad"}')
+    assert code == 2
+    assert "--chat_template_kwargs: the chat template reads no moood; it reads mood" in err
+    code, _, err = train(make_pairs(8), chat_template_kwargs='{"mood": "merry"}')
+    assert code == 2
+    assert "--chat_template_kwargs: these rows are plain texts" in err
+
+
+@pytest.mark.parametrize("given", ["{mood: 1}", "[1]", "3", '{"messages": []}', '{"add_generation_prompt": true}'])
+def test_arguments_that_are_no_object_or_are_given_anyway_are_refused_at_once(given, train):
+    code, _, err = train(make_rows(8), TOLD, chat_template_kwargs=given)
+    assert (code, "--chat_template_kwargs is" in err) == (2, True), err
+
+
+def test_names_that_are_given_anyway_are_all_that_transformers_takes_itself():
+    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"}
+    assert own - {"documents"} <= {*NAMES_TAKEN}

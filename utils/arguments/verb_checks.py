@@ -45,7 +45,9 @@ def inspection_needs(candidate: Candidate) -> Iterator[str]:
     if candidate["generate"]:
         return
     if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
-        names = candidate.given("max_length", "model_revision", "trust_remote_code", "chat_template")
+        names = candidate.given(
+            "max_length", "model_revision", "trust_remote_code", "chat_template", "chat_template_kwargs"
+        )
         labels = [candidate.label(name) for name in names if candidate[name] is not False]
         if "too_long" in removed:
             labels.append(f"{candidate.label('remove')} too_long")

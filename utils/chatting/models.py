@@ -14,7 +14,7 @@ from ..errors import UserError, gather
 from ..models.loading import check_4bit, check_embeddings, context_length, load_tokenizer
 from ..models.side_by_side import Contender, Wanted, load_side_by_side
 from ..models.sources import read_end_ids
-from ..models.templates import recorded_moment, set_chat_template
+from ..models.templates import arguments_read, check_no_template, recorded_moment, set_chat_template
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..responses.generation import Continuation, stream_continuation
 from ..runtime import Precision, choose_precision, device_name, find_device, say
@@ -23,6 +23,7 @@ from ..settings.verbs import ChatSettings, SamplingSettings
 from .dialogue import Dialogue, Shown
 
 FLAG, OTHER = "--model_name_or_path", "--compare_with"
+FROM_THE_RUN = ("dtype", "attn_implementation", "bnb_4bit_quant_type", "chat_template_kwargs")
 REFERENCE = "reference"
 
 
@@ -70,7 +71,7 @@ def load_speakers(settings: Settings) -> list[Speaker]:
     """
     model = settings.model
     trained = find_trained(FLAG, model.model_name_or_path, model.model_revision)
-    settings = as_in_run(settings, trained, ["dtype", "attn_implementation", "bnb_4bit_quant_type"])
+    settings = as_in_run(settings, trained, FROM_THE_RUN)
     in_4bit = model.use_4bit if "use_4bit" in settings.given else trained.in_4bit
     own = Wanted(FLAG, trained.source, in_4bit)
     other = _find_other(settings, trained, in_4bit)
@@ -128,7 +129,11 @@ def _prepare(wanted: Wanted, trained: TrainedModel | None, settings: Settings) -
     trained_on_texts = "chat_template" in record and record["chat_template"] is None
     template = None
     if settings.model.chat_template is not None or (tokenizer.chat_template and not trained_on_texts):
-        template = set_chat_template(tokenizer, settings.model.chat_template, transcript=False, moment=moment)
+        wish, arguments = settings.model.chat_template, settings.model.chat_template_kwargs
+        arguments = arguments_read(tokenizer, arguments) if trained is None and wish is None else arguments
+        template = set_chat_template(tokenizer, wish, transcript=False, moment=moment, arguments=arguments)
+    elif trained is not None:
+        check_no_template(settings.model, f"what {source.name} completes")
     ends = read_end_ids(source.base, source.revision, tokenizer)
     return Found(wanted, tokenizer, template, ends, context_length(source, settings.model))
 

@@ -44,7 +44,7 @@ from .sides import (
 )
 from .summary import OWN_REWARD, summarize
 
-FROM_THE_RUN = ("dtype", "attn_implementation", "bnb_4bit_quant_type")
+FROM_THE_RUN = ("dtype", "attn_implementation", "bnb_4bit_quant_type", "chat_template_kwargs")
 Sides = tuple[Side, Side]
 Readers = tuple[Reader, Reader]
 Written = tuple[list[Continuation], list[Continuation]]

@@ -16,7 +16,7 @@ from ..errors import UserError, gather
 from ..models.loading import check_4bit, context_length, load_tokenizer
 from ..models.side_by_side import Contender, Wanted
 from ..models.sources import ModelSource, read_end_ids
-from ..models.templates import recorded_moment, set_chat_template
+from ..models.templates import arguments_read, check_no_template, recorded_moment, set_chat_template
 from ..models.trained import TrainedModel, find_trained
 from ..responses.generation import Continuation, find_fitting, sample_continuations
 from ..responses.scorers import Prompt
@@ -127,9 +127,9 @@ def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bo
         UserError: a tokenizer or template cannot be used, or a template is wished for plain text.
     """
     model, baseline = sides
-    wish = settings.model.chat_template
-    if wish is not None and not with_messages:
-        raise UserError("--chat_template: these prompts are plain texts, which no template renders; leave it out")
+    wish, arguments = settings.model.chat_template, settings.model.chat_template_kwargs
+    if not with_messages:
+        check_no_template(settings.model, "these prompts")
     tokenizers = [load_tokenizer(side.source, settings.model) for side in sides]
     same = tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     of_the_run = baseline.source in (model.trained.reference, model.trained.start)
@@ -140,7 +140,9 @@ def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bo
         # Both are told the same date; that of a run is the model's, whose reward is then as it was in training.
         moment = recorded_moment(model.trained.record) or recorded_moment(baseline.trained.record) or datetime.now()
         for place in (0,) if shared else (0, 1):
-            templates[place] = set_chat_template(tokenizers[place], wish, transcript=False, moment=moment)
+            tokenizer = tokenizers[place]
+            own = arguments_read(tokenizer, arguments) if place and wish is None else arguments
+            templates[place] = set_chat_template(tokenizer, wish, transcript=False, moment=moment, arguments=own)
     if shared:
         tokenizers[1], templates[1] = tokenizers[0], templates[0]
     readers = [

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+from jinja2 import meta
 from markupsafe import escape
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
@@ -280,6 +282,7 @@ def _find(text: str, said: str, begin: int) -> int:
 
 FORM = "chat_template_call_form"  # attribute of a tokenizer: its template, and how that wants a call
 HELD = "chat_template_moment"  # attribute of a tokenizer: the moment that its template is told, whenever it asks
+ARGUMENTS = "chat_template_arguments"  # attribute of a tokenizer: what its template is given beside the messages
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -294,19 +297,47 @@ def held_moment(tokenizer: PreTrainedTokenizerBase) -> datetime | None:
 
 def hold_moment(tokenizer: PreTrainedTokenizerBase, moment: datetime | None) -> None:
     """From now on the template is told this moment; it is part of the tokenizer, and so of the key of cached rows."""
-    if moment is not None:
-        setattr(tokenizer, HELD, moment)
-    elif hasattr(tokenizer, HELD):
-        delattr(tokenizer, HELD)
+    _hold(tokenizer, HELD, moment)
+
+
+def held_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the template is given beside the messages, by name."""
+    return getattr(tokenizer, ARGUMENTS, {})
+
+
+def hold_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None) -> None:
+    """From now on the template is given these, as part of the tokenizer."""
+    _hold(tokenizer, ARGUMENTS, dict(arguments) if arguments else None)
+
+
+def _hold(tokenizer: PreTrainedTokenizerBase, name: str, value: Any) -> None:
+    if value is not None:
+        setattr(tokenizer, name, value)
+    elif hasattr(tokenizer, name):
+        delattr(tokenizer, name)
+
+
+def names_read(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The names that the chat template reads and does not set itself."""
+    template = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [str(template)]
+    return frozenset().union(*map(_names_in, texts))
+
+
+@lru_cache
+def _names_in(template: str) -> frozenset[str]:
+    environment = chat_template_utils._compile_jinja_template(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, **options: Any) -> str:
-    """What the tokenizer's chat template makes of turns, at the moment that is held for it."""
+    """What the tokenizer's chat template makes of turns, at the moment and with the arguments that are held for it;
+    `options` come first."""
     messages = list(map(whole_message, turns))
     with _clock_at(held_moment(tokenizer)):
         if any(map(extra_of, turns)):
             messages = _fit_messages(tokenizer, messages)
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **{**held_arguments(tokenizer), **options})
 
 
 @dataclass(frozen=True)
@@ -350,7 +381,7 @@ def _as_json(arguments: Any) -> str:
 def _form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
     """The first of FORMS in which the template renders a call whole, with the fields of reasoning that it renders; kept
     with the tokenizer until that has another template."""
-    template = str(tokenizer.chat_template)
+    template = (str(tokenizer.chat_template), held_arguments(tokenizer))
     known = getattr(tokenizer, FORM, None)
     if known is None or known[0] != template:
         form = next((form for form in FORMS if _renders_call(tokenizer, form)), FORMS[1])
@@ -363,7 +394,7 @@ def _form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
 def _renders_reasoning(tokenizer: PreTrainedTokenizerBase, field: str) -> bool:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi", field: ANY_REPLY}]
     try:
-        return ANY_REPLY in tokenizer.apply_chat_template(turns, tokenize=False)
+        return ANY_REPLY in tokenizer.apply_chat_template(turns, tokenize=False, **held_arguments(tokenizer))
     except Exception:  # a template can make Python raise anything
         return False
 
@@ -377,7 +408,7 @@ def _renders_call(tokenizer: PreTrainedTokenizerBase, form: Form) -> bool:
     ]
     messages = [_fit_message(turn, form) for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **held_arguments(tokenizer))
     except Exception:  # a template can make Python raise anything
         return False
     return "look_up" in text and "tree" in text and "None" not in text and '\\"word' not in text

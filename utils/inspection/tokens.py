@@ -68,8 +68,8 @@ def load_encoder(subject: Subject, settings: Settings) -> tuple[PromptEncoder, s
         ) from None
     max_length = choose_max_length(settings.data.max_length, _context_length(name, options))
     encoder = PromptEncoder(tokenizer, read_end_ids(name, revision, tokenizer))
-    wish, transcript = settings.model.chat_template, subject.reading.is_transcript
-    return encoder, choose_template(subject.pairs, transcript, tokenizer, wish), max_length
+    transcript = subject.reading.is_transcript
+    return encoder, choose_template(subject.pairs, transcript, tokenizer, settings.model), max_length
 
 
 def _context_length(name: str, options: dict[str, Any]) -> int | None:

@@ -21,7 +21,7 @@ from ..models.templates import choose_template, recorded_moment
 from ..models.trained import TrainedModel, as_in_run
 from ..run.names import PAIRS
 from ..run.records import ROW, read_lines
-from ..settings.training import Settings
+from ..settings.training import ModelSettings, Settings
 from ..training.run_data import read_as_run
 
 DEFAULT_ROWS = 64
@@ -62,7 +62,8 @@ def load_texts(settings: Settings, trained: TrainedModel, tokenizer: PreTrainedT
     rows = data.held_out if held_out else data.train
     rows = rows.select(range(min(wanted, len(rows))))
     max_length = as_in_run(settings, trained, ["max_length"]).data.max_length
-    choose_template(rows, data.reading.is_transcript, tokenizer, None, recorded_moment(trained.record))
+    model = ModelSettings(chat_template_kwargs=trained.setting("chat_template_kwargs"))
+    choose_template(rows, data.reading.is_transcript, tokenizer, model, recorded_moment(trained.record))
     encoder = PromptEncoder(tokenizer, read_end_ids(trained.source.base, trained.source.revision, tokenizer))
     columns = PAIR_COLUMNS if verb == "train" else SFT_COLUMNS
     limit = choose_max_length(max_length, context_length(trained.source, settings.model))

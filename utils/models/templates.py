@@ -6,6 +6,7 @@ A template that writes the date is told one moment throughout a run, which the r
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from os.path import expanduser
@@ -16,9 +17,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import read_tools
-from ..data.rendering import held_moment, hold_moment, reads_clock, render_chat
+from ..data.rendering import held_moment, hold_arguments, hold_moment, names_read, reads_clock, render_chat
 from ..errors import UserError
 from ..run.record import seconds_at
+from ..settings.flags import NAMES_TAKEN
+from ..settings.training import ModelSettings
 from .bounds import TimeIsUp, bounded
 
 # Turns as in Anthropic's HH-RLHF transcripts: rendering their turns gives the transcript back.
@@ -69,23 +72,31 @@ def choose_template(
     rows: Dataset,
     transcript: bool,
     tokenizer: PreTrainedTokenizerBase,
-    wish: str | None,
+    model: ModelSettings,
     moment: datetime | None = None,
 ) -> str | None:
     """Sets the chat template that converted rows need; returns it as a phrase, None for rows of plain text.
 
-    `moment` is what a template that writes the date is told; None for now.
+    `model` says which template, and what it is given; `moment` is what one that writes the date is told; None for now.
 
     Raises:
         UserError: a template is wished for plain texts, or it cannot be used.
     """
     if isinstance(rows[0]["prompt"], str):
-        if wish is not None:
-            raise UserError("--chat_template: these rows are plain texts, which no template renders; leave it out")
+        check_no_template(model, "these rows")
         return None
     listed = rows["tools"] if "tools" in rows.column_names else []
     tools = next((read_tools(text) for text in listed if text), None)
-    return set_chat_template(tokenizer, wish, transcript, tools, moment)
+    return set_chat_template(tokenizer, model.chat_template, transcript, tools, moment, model.chat_template_kwargs)
+
+
+def check_no_template(model: ModelSettings, what: str) -> None:
+    """Raises UserError where the settings wish something of a chat template for `what`, which are plain texts."""
+    wishes = [name for name in ("chat_template", "chat_template_kwargs") if getattr(model, name) is not None]
+    if wishes:
+        raise UserError(
+            *(f"--{name}: {what} are plain texts, which no template renders; leave it out" for name in wishes)
+        )
 
 
 def set_chat_template(
@@ -94,6 +105,7 @@ def set_chat_template(
     transcript: bool,
     tools: list[dict[str, Any]] | None = None,
     moment: datetime | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """Gives the tokenizer the chat template to use, and returns a phrase that says which one it is.
 
@@ -101,12 +113,16 @@ def set_chat_template(
         transcript: whether the data are "Human: / Assistant:" transcripts, whose own form is then the default.
         tools: those of a row, where rows list any.
         moment: what a template that writes the date is told; None for now.
+        arguments: what the template is given beside the messages, by name.
 
     Raises:
-        UserError: the template cannot be read, does not render a conversation, or leaves out the tools.
+        UserError: the template cannot be read, does not render a conversation, leaves out the tools, or does not read
+            an argument.
     """
     hold_moment(tokenizer, None)
-    said = _set_template(tokenizer, wish, transcript) + _hold_date(tokenizer, moment or datetime.now())
+    hold_arguments(tokenizer, arguments)
+    said = _set_template(tokenizer, wish, transcript) + _describe_arguments(tokenizer, arguments or {})
+    said += _hold_date(tokenizer, moment or datetime.now())
     if tools and _render(tokenizer, tools=tools) == _render(tokenizer):
         raise UserError(
             f"the chat template ({said.partition(';')[0]}) leaves out the tools that the rows list; pass a "
@@ -127,6 +143,25 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, wish: str | None, transcri
     tokenizer.chat_template = begin + (TRANSCRIPT_TEMPLATE if transcript else PLAIN_TEMPLATE)
     form = "Human: / Assistant:" if transcript else "User: / Assistant:"
     return f"the tokenizer has none; using plain '{form}' turns, saved with it (--chat_template sets another)"
+
+
+def arguments_read(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those that the template that a tokenizer has reads: for a model beside the one that they are for."""
+    read = names_read(tokenizer)
+    return {name: value for name, value in (arguments or {}).items() if name in read}
+
+
+def _describe_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    read = names_read(tokenizer)
+    unread = [name for name in arguments if name not in read]
+    if unread:
+        others = sorted(read - {*NAMES_TAKEN, "raise_exception", "strftime_now"})
+        raise UserError(
+            f"--chat_template_kwargs: the chat template reads no {' and no '.join(unread)}; "
+            + (f"it reads {', '.join(others)}" if others else "it takes none")
+        )
+    given = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
+    return f" with {given}" if given else ""
 
 
 def _hold_date(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> str:

@@ -32,7 +32,7 @@ from ..errors import UserError
 from ..interruptions import stop_if_asked
 from ..models.loading import context_length, load_policy, load_tokenizer
 from ..models.sources import ModelSource, find_policy, read_end_ids
-from ..models.templates import TEMPLATE_DATE, set_chat_template, template_date
+from ..models.templates import TEMPLATE_DATE, check_no_template, set_chat_template, template_date
 from ..run.manifests import hash_file
 from ..run.names import COMPARISON_FILES, EVALUATION_FILES, RECORD
 from ..run.paths import read_path
@@ -75,7 +75,11 @@ def make_pairs(settings: Settings) -> None:
     kept = output.with_name(output.name + ".samples.jsonl")
     if not isinstance(prompts[0], str):
         wish, moment = settings.model.chat_template, _moment_of(kept)
-        say(f"chat template: {set_chat_template(tokenizer, wish, transcript=False, moment=moment)}")
+        arguments = settings.model.chat_template_kwargs
+        template = set_chat_template(tokenizer, wish, transcript=False, moment=moment, arguments=arguments)
+        say(f"chat template: {template}")
+    else:
+        check_no_template(settings.model, "these prompts")
     precision = choose_precision("auto", find_device())
     model = load_policy(source, settings, precision).to(precision.device, precision.dtype).eval()
     count = settings.of(GenerationSettings).num_generations
@@ -141,7 +145,8 @@ def _describe_run(settings: Settings, source: ModelSource) -> dict[str, Any]:
         "adapter_content": _hash_files("--model_name_or_path", source.adapter),
         "chat_template_content": _hash_files("--chat_template", settings.model.chat_template),
     }
-    kept = ("scorer", "num_generations", "judge_model", *SAMPLED_BY, "seed")
+    kept: tuple[str, ...] = ("scorer", "num_generations", "judge_model", *SAMPLED_BY, "seed")
+    kept += ("chat_template_kwargs",) if settings.model.chat_template_kwargs else ()
     return {name: value for name, value in settings.flat().items() if name in kept} | model | contents
 
 

@@ -31,6 +31,16 @@ STEPS_OR_SHARE = Bound(
 PORT = Bound("between 1 and 65535", lambda value: 1 <= value <= 65535)
 SEED = Bound("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 MAX_STEPS = Bound("above 0 (or -1 for no limit)", lambda value: value > 0 or value == -1)
+# What is handed to a chat template by this script, or by transformers as it renders.
+NAMES_TAKEN = (
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "sanitize_control_tokens"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "bos_token", "eos_token", "unk_token", "pad_token"),
+)
+TEMPLATE_KWARGS = Bound(
+    f"without the names that templates are given anyway: {', '.join(NAMES_TAKEN[:4])} and the like",
+    lambda given: not set(given) & set(NAMES_TAKEN),
+)
 
 # What a verb does, as its row in registry.py says: a flag names the verbs that know it by this, or by their names.
 USES_MODEL = "uses a model"

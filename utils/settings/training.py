@@ -31,6 +31,7 @@ from .flags import (
     SCORES_ROWS,
     SEED,
     STEPS_OR_SHARE,
+    TEMPLATE_KWARGS,
     TRAINS,
     USES_MODEL,
     Bound,
@@ -85,6 +86,12 @@ class ModelSettings:
     chat_template: str | None = flag(
         None,
         "a Jinja file or text to use as chat template (default: the tokenizer's own, else a plain one)",
+        verbs=RENDERS,
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(  # noqa: RUF009 (a field, whose default is None)
+        None,
+        """what the chat template is given beside the messages, as a JSON object: '{"enable_thinking": false}'""",
+        bound=TEMPLATE_KWARGS,
         verbs=RENDERS,
     )
 

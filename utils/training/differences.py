@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..settings.training import GROUPS_OF_RUN
 PLACES = {"dataset_name", "model_name_or_path", "model_revision", "adapter_name_or_path", "ref_model_name_or_path"}
 PLACES |= {"chat_template"}
 # Settings from which other token ids of the same rows follow, and those from which other rows do.
-OF_IDS = {"max_length", "truncation"}
+OF_IDS = {"max_length", "truncation", "chat_template_kwargs"}
 OF_ROWS = {field.name for field in dataclasses.fields(DataSettings)} - OF_IDS | {"seed"}
 # As JSON holds them.
 DEFAULTS = {
@@ -58,6 +59,8 @@ def _written(value: Any) -> str:
     """A setting as it is written on the command line."""
     if value is None:
         return "not given"
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

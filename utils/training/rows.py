@@ -73,9 +73,7 @@ def prepare_rows(
             the chat template does not render whole.
     """
     template, max_length, end_ids, _, _ = gather(
-        lambda: choose_template(
-            data.train, data.reading.is_transcript, tokenizer, settings.model.chat_template, moment
-        ),
+        lambda: choose_template(data.train, data.reading.is_transcript, tokenizer, settings.model, moment),
         lambda: choose_max_length(settings.data.max_length, context_length(source, settings.model)),
         lambda: read_end_ids(source.base, source.revision, tokenizer),
         lambda: _check_adapter_settings(source, settings),
