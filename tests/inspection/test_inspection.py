@@ -360,7 +360,7 @@ def test_json_alone_on_standard_output(run_script, tmp_path):
         (["--dataset_name", "x.jsonl", "--report_file", "x.txt"], "--report_file is x.txt: must end in .html or .htm"),
         (
             ["--dataset_name", "x.jsonl", "--output_file", "x.jsonl"],
-            "--output_file is x.jsonl: is the data that is read",
+            "--output_file is x.jsonl: is the input data",
         ),
         (["--dataset_name", "x.jsonl", "--remove", "ties"], "--remove: has no effect without --output_file"),
         (

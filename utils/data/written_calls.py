@@ -20,12 +20,19 @@ ACTION = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-MARKS = ("<tool_call>", "<TOOLCALL>", "Action Input:", "<tool_response>")
+CALL_MARKS = ("<tool_call>", "<TOOLCALL>", "Action Input:")
+RESULT_MARK = "<tool_response>"
 
 
 def holds_written(text: str) -> bool:
-    """Whether a text may hold such calls."""
-    return any(mark in text for mark in MARKS)
+    """Whether a text may hold such calls or results."""
+    return any(mark in text for mark in (*CALL_MARKS, RESULT_MARK))
+
+
+def holds_call(text: str) -> bool:
+    """Whether a text has the form of such a call."""
+    may = any(mark in text for mark in CALL_MARKS)
+    return may and any(form.search(text) is not None for form in (CALL, ACTION))
 
 
 def read_written(turns: Sequence[Turn]) -> list[Turn]:

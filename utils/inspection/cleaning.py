@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.call_faults import CALL_FAULTS
 from .findings import Finding
 from .subject import Subject
 
@@ -16,6 +17,7 @@ REMOVES = {
     "score_contradictions": ("score_contradiction",),
     "near_duplicates": ("near_duplicate",),
     "broken_text": ("control", "encoding"),
+    "bad_calls": tuple(CALL_FAULTS),
     "held_out_prompts": ("held_out_prompt",),
     "overlap": ("overlap", "near_overlap"),
     "too_long": ("too_long", "equal_when_cut", "equal_as_tokens", "template_refuses", "template_loses"),

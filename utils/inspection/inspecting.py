@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..run.paths import read_path
 from ..settings.data import InspectionSettings
 from ..settings.training import Settings
+from .call_checks import check_calls
 from .classifier import measure_words
 from .cleaning import choose_clean
 from .findings import NOTE, PROBLEM, Finding, count_problems
@@ -93,6 +94,7 @@ def _look_at_pairs(subject: Subject, scan: Scan, settings: Settings) -> tuple[li
         *check_ends(subject, scan),
         *check_held_out(subject, scan),
         *check_stains(subject, scan),
+        *check_calls(subject, scan),
         *check_rules(rules, len(scan)),
     ]
     if settings.of(InspectionSettings).compare is not None:

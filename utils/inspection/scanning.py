@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from ..data.call_faults import CALL_FAULTS, calls_undeclared, find_call_faults, has_reasoning, lists_tools_twice
 from ..data.calls import said_by
 from ..data.files import quiet
 from ..data.splitting import prompt_key
@@ -52,6 +53,10 @@ class Scan:
     nearly_equal: np.ndarray
     repeats_prompt: np.ndarray  # a reply begins with the prompt
     answered_prompt: np.ndarray  # the prompt ends with an answer
+    call_faults: np.ndarray  # a bit for each of CALL_FAULTS, then one for each that is in the rejected reply alone
+    reasoning: np.ndarray  # 1: in the chosen reply alone, 2: in the rejected one alone, 0: in both or none
+    calls_without_tools: np.ndarray
+    tools_twice: np.ndarray
     starts: dict[str, pa.ChunkedArray]
     pair_signatures: np.ndarray  # (pairs, HASHES)
     prompt_signatures: np.ndarray  # (pairs, HASHES)
@@ -68,7 +73,7 @@ def choose_processes(count: int) -> int | None:
 
 def scan_pairs(pairs: datasets.Dataset) -> Scan:
     """One pass over converted pairs without faults (`prompt`, `chosen`, `rejected`, `row`)."""
-    columns = pairs.select_columns([*SIDES, "row"])
+    columns = pairs.select_columns([name for name in (*SIDES, "row", "tools") if name in pairs.column_names])
     if len(columns) == 0:
         return _read_scan(_scan_batch({name: [] for name in (*SIDES, "row")}))
     with tempfile.TemporaryDirectory() as folder, quiet(columns.data.nbytes):
@@ -107,6 +112,7 @@ def _scan_batch(batch: dict[str, list[Any]]) -> pa.Table:
         ),
         "prompt_signature": _as_binary(sign_texts(texts["prompt"])),
     }
+    columns |= _look_at_calls(batch)
     for side in SIDES:
         columns[f"{side}_characters"] = np.fromiter(map(len, texts[side]), dtype=np.int64)
         columns[f"{side}_words"] = np.fromiter((len(text.split()) for text in texts[side]), dtype=np.int64)
@@ -116,6 +122,28 @@ def _scan_batch(batch: dict[str, list[Any]]) -> pa.Table:
         columns[f"{side}_forms"] = _bits([test for _, test in FORMS.values()], texts[side])
         columns[f"{side}_start"] = pa.array([first_words(text) for text in texts[side]], type=pa.string())
     return pa.table(columns)
+
+
+def _look_at_calls(batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+    tools = batch.get("tools") or [None] * len(batch["row"])
+    rows = list(zip(*(batch[side] for side in SIDES), tools, strict=True))
+    reasons = [(has_reasoning(chosen), has_reasoning(rejected)) for _, chosen, rejected, _ in rows]
+    return {
+        "call_faults": np.array([_number_faults(*row) for row in rows], dtype=np.uint16),
+        "reasoning": np.array([0 if one == other else 1 if one else 2 for one, other in reasons], dtype=np.uint8),
+        "calls_without_tools": np.array(
+            [calls_undeclared(prompt, chosen, own) for prompt, chosen, _, own in rows], bool
+        ),
+        "tools_twice": np.array([lists_tools_twice(prompt, own) for prompt, _, _, own in rows], bool),
+    }
+
+
+def _number_faults(prompt: Value, chosen: Value, rejected: Value, tools: str | None) -> int:
+    of_prompt, of_chosen = find_call_faults(prompt, chosen, tools)
+    concerned = of_prompt | of_chosen
+    of_rejected = find_call_faults(prompt, rejected, tools)[1] - concerned
+    bits = [name in found for found in (concerned, of_rejected) for name in CALL_FAULTS]
+    return sum(1 << place for place, bit in enumerate(bits) if bit)
 
 
 def _with_roles(prompt: Value) -> str:
@@ -169,6 +197,10 @@ def _read_scan(table: pa.Table) -> Scan:
         nearly_equal=column("nearly_equal"),
         repeats_prompt=column("repeats_prompt"),
         answered_prompt=column("answered_prompt"),
+        call_faults=column("call_faults"),
+        reasoning=column("reasoning"),
+        calls_without_tools=column("calls_without_tools"),
+        tools_twice=column("tools_twice"),
         starts={side: table[f"{side}_start"] for side in ("chosen", "rejected")},
         pair_signatures=signatures("pair_signature"),
         prompt_signatures=signatures("prompt_signature"),

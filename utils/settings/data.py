@@ -109,6 +109,7 @@ REMOVABLE = (
     "score_contradictions",
     "near_duplicates",
     "broken_text",
+    "bad_calls",
     "held_out_prompts",
     "overlap",
     "too_long",
