@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Full fine-tuning; the reference is a frozen copy of the starting weights.
+# Full fine-tuning; the reference is a frozen copy of the initial weights.
 # --precompute_ref_log_probs lets go of it before training starts; with --use_4bit no second model is held at all.
 #
 #   examples/full.sh

@@ -155,9 +155,12 @@ def test_a_locale_without_characters_and_names_that_are_not_text(
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0': must be a whole number of 1 or more"),
         (
             {"WORLD_SIZE": "2"},
-            "WORLD_SIZE is 2, and what a launcher sets beside it is missing (RANK, LOCAL_RANK, MASTER",
+            "WORLD_SIZE is 2, and the variables that a launcher sets with it are missing (RANK, LOCAL_RANK, MASTER",
         ),
-        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is 0, and what a launcher sets beside it is missing (WORLD_SIZE, RANK"),
+        (
+            {"LOCAL_RANK": "0"},
+            "LOCAL_RANK is 0, and the variables that a launcher sets with it are missing (WORLD_SIZE, RANK",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK is 'x': must be a whole number of 0 or more"),
         ({"WORLD_SIZE": "x", "RANK": "1"}, "WORLD_SIZE is 'x': must be a whole number of 1 or more"),
     ],

@@ -284,7 +284,7 @@ def test_code_in_a_model_folder_does_not_run(where, run_script, model, pairs_fil
         assert code in (0, 2, 3), errors
         assert "Traceback" not in errors
         if where == "config.json" and argv[0] in ("train", "chat"):
-            assert "Python code of its own, which is not run" in errors
+            assert "its own Python code, which is not run" in errors
             assert "--trust_remote_code" in errors
         assert not owned.exists(), argv[0]
 
@@ -319,8 +319,8 @@ def test_trusted_code_is_announced(run_script, tiny_model, pairs_file, tmp_path)
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("attn_implementation", "someone/kernel", "a kernel that would be fetched and run"),
-        ("_attn_implementation", {"": "someone/kernel"}, "a kernel that would be fetched and run"),
+        ("attn_implementation", "someone/kernel", "a kernel that would be downloaded and run"),
+        ("_attn_implementation", {"": "someone/kernel"}, "a kernel that would be downloaded and run"),
     ],
 )
 def test_a_kernel_that_a_config_names_is_not_fetched(key, value, said, run_script, model):
@@ -348,7 +348,7 @@ def test_a_kernel_that_a_record_names_is_not_inherited(run_script, run):
     record = json.loads((run / "run.json").read_text())
     edit(run / "run.json", settings=record["settings"] | {"attn_implementation": "someone/kernel"})
     said = refused(run_script, "chat", "--model_name_or_path", run, "--prompt", "x")
-    assert "run.json: attn_implementation is 'someone/kernel', a kernel that would be fetched and run" in said
+    assert "run.json: attn_implementation is 'someone/kernel', a kernel that would be downloaded and run" in said
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_chat_templates_are_not_saved_by_names_that_are_paths(run_script, model,
     templates = [{"name": "default", "template": "{{ messages }}"}, {"name": "../../evil", "template": "x"}]
     edit(model / "tokenizer_config.json", chat_template=templates)
     said = refused(run_script, *training(model, pairs_file, tmp_path / "out"))
-    assert "'../../evil' is no name for a chat template" in said
+    assert "'../../evil' is not a valid name for a chat template" in said
 
 
 def test_a_record_does_not_name_code(run_script, run, tmp_path, owned):

@@ -608,7 +608,7 @@ def test_bins_of_margins_have_round_edges_and_one_at_0():
         ("", ["--output_dir is missing", "--ref_model_name_or_path is missing", "--dataset_name is missing"]),
         ("--ref_model_name_or_path OTHER --dataset_name DATA --output_dir OUT --max_length 9 --truncation error",
          ["--max_length 9 is too short for 60 of 60 rows"]),
-        ("--ref_model_name_or_path ALIEN --dataset_name DATA --output_dir OUT", ["another tokenizer"]),
+        ("--ref_model_name_or_path ALIEN --dataset_name DATA --output_dir OUT", ["differs from the policy's"]),
         ("--ref_model_name_or_path OTHER --dataset_name BAD --output_dir OUT", ["'chosen' is empty in 1 row (bad"]),
         ("--ref_model_name_or_path OTHER --dataset_name EMPTY --output_dir OUT", ["EMPTY"]),
         ("--max_samples 3", ["--max_samples: says how --dataset_name is read; add it"]),

@@ -400,7 +400,7 @@ def test_nothing_left_to_write_is_said(run_script, tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", rows)
     code, out, err = run_script("data", "--dataset_name", path, "--output_file", tmp_path / "clean.jsonl")
     assert code == 2
-    assert err.endswith("clean.jsonl: not written, for no pair is left to write\n")
+    assert err.endswith("clean.jsonl: not written, as no pair is left\n")
     assert "left out: both ways 2" in out
     assert not (tmp_path / "clean.jsonl").exists()
 

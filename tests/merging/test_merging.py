@@ -271,7 +271,7 @@ def test_a_merge_without_the_adapter_is_refused_in_any_format():
     coarse = without + 0.1 * torch.randn(1000)  # rounding that would hide the difference
     verdict = judge(adapted, without, without, coarse)
     assert verdict.difference.mean < verdict.bound.mean
-    assert "smaller than the steps of the saved weights" in verdict.faults()[0]
+    assert "smaller than the resolution of the saved weights" in verdict.faults()[0]
     assert judge(adapted, without, adapted, coarse).faults() == []
     assert judge(adapted, without, adapted * torch.nan, coarse).faults()
 
@@ -307,12 +307,12 @@ def test_weights_beyond_the_format_are_refused(tied_model, pairs_file, run_scrip
     flags = ("merge", "--model_name_or_path", adapter, "--output_dir", tmp_path / "m", "--dataset_name", pairs_file)
     code, _, err = run_script(*flags, "--dtype", "float16")
     assert code == 2
-    assert "--dtype float16: reaches to 65504, and model.layers.0" in err
+    assert "--dtype float16: has a maximum of 65504, and model.layers.0" in err
     broken = make_adapter(tied_model, tmp_path / "broken", scale=float("nan"))
     for safe in ([], ["--safe_merge"]):
         code, _, err = run_script(*flags[:2], broken, *flags[3:], *safe)
         assert code == 2
-        assert ("NaNs detected" if safe else "weights that are no finite numbers") in err
+        assert ("NaNs detected" if safe else "weights that are not finite") in err
     assert not (tmp_path / "m").exists()
 
 
@@ -322,7 +322,7 @@ def test_an_adapter_without_weights_to_add_is_refused(tied_model, pairs_file, ru
     flags = ("--output_dir", tmp_path / "m", "--dataset_name", pairs_file)
     code, _, err = run_script("merge", "--model_name_or_path", tmp_path / "adapter", *flags)
     assert code == 2
-    assert "PROMPT_TUNING has no weights that could be added to those of its base" in err
+    assert "PROMPT_TUNING has no weights that can be merged into its base" in err
     assert not (tmp_path / "m").exists()
 
 
@@ -340,7 +340,7 @@ def test_only_an_earlier_merge_is_replaced(runs, run_script, tmp_path):
     (tmp_path / "m" / "notes.txt").write_text("mine")
     code, _, err = run_script(*flags, tmp_path / "m", "--overwrite_output_dir")
     assert code == 2
-    assert "notes.txt came from elsewhere" in err
+    assert "notes.txt were not written by a merge" in err
     (tmp_path / "m" / "notes.txt").unlink()
     before = read_merge(tmp_path / "m")
     code, _, err = run_script(*flags, tmp_path / "m", "--overwrite_output_dir", "--dtype", "bfloat16")
@@ -377,13 +377,11 @@ def test_what_cannot_be_merged_is_refused_in_a_line(moved, tied_model, runs, run
         assert not (tmp_path / "m").exists()
         return err
 
-    assert "a whole model, not an adapter" in refused(tied_model)
-    assert "lies in" in refused(moved, output=moved / "merged")
-    assert "lies in" in refused(moved, output=moved)
+    assert "a full model, not an adapter" in refused(tied_model)
+    assert "is inside" in refused(moved, output=moved / "merged")
+    assert "is inside" in refused(moved, output=moved)
     assert "its run did not hold its base in 4 bits" in refused(moved, "--merge_into", "quantized")
-    assert "--validation_split: the run's own data are read as it read them" in refused(
-        moved, "--validation_split", 0.5
-    )
+    assert "--validation_split: the run's own data are read as in the run" in refused(moved, "--validation_split", 0.5)
     assert "--max_samples: has no effect with --skip_verification" in refused(
         moved, "--skip_verification", "--max_samples", 3
     )
@@ -544,7 +542,7 @@ def test_what_a_killed_merge_left_is_removed_and_other_folders_stay(runs, run_sc
     flags = ("merge", "--model_name_or_path", runs["lora"], "--output_dir", tmp_path / "m", "--skip_verification")
     code, out, err = run_script(*flags, "--overwrite_output_dir")
     assert code == 0, err
-    assert f"removed {tmp_path / places[0]}, which a merge that was killed left behind" in out
+    assert f"removed {tmp_path / places[0]}, left behind by a killed merge" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["m", *places[1:]])
     assert read_merge(tmp_path / "m")["adapter"] == str(runs["lora"])
     assert "run.lock" not in read_merge(tmp_path / "m")["files"]
@@ -585,7 +583,7 @@ def test_a_merge_that_cannot_be_flushed_leaves_what_was_there(tmp_path, monkeypa
         (folder / "model").write_text("the former one")
     monkeypatch.setattr("utils.merging.folder.flush_folder", fail)
     with (
-        pytest.raises(UserError, match="the disk fails; nothing of the merge is left"),
+        pytest.raises(UserError, match="disk error; nothing of the merge was kept"),
         folder_beside(folder) as beside,
     ):
         (beside / "model").write_text("the next one")

@@ -75,7 +75,7 @@ def test_a_finished_model_that_was_damaged_is_used_by_no_verb(run_script, place,
     flip(place / "full" / "model.safetensors")
     code, _, err = run_script(*uses(place / "full", tmp_path)[verb])
     assert code == 2
-    assert "model.safetensors has other content than was saved (its SHA-256 differs)" in err
+    assert "model.safetensors has changed since it was saved (its SHA-256 differs)" in err
 
 
 @pytest.mark.parametrize("verb", ["merge", "chat", "evaluate", "compare"])
@@ -86,7 +86,7 @@ def test_a_base_that_was_changed_in_place_is_not_taken_for_the_one_of_the_run(ru
     save_file(weights, path, {"format": "pt"})
     code, _, err = run_script(*uses(place / "lora", tmp_path)[verb])
     assert code == 2
-    assert f"{place / 'base'}, has other weights than when the run began; put back those that it had" in err
+    assert f"{place / 'base'}, has different weights than when the run began; restore the original ones" in err
     assert not (tmp_path / "merged").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_reference_that_was_replaced_is_not_measured_against(run_script, place
     save_tiny_model(place / "base", seed=5)
     code, _, err = run_script(*uses(place / "full", tmp_path)[verb])
     assert code == 2
-    assert f"{place / 'base'}, has other weights than when the run began; put back those that it had" in err
+    assert f"{place / 'base'}, has different weights than when the run began; restore the original ones" in err
     # Of another model it is not said to be the reference of the run, and may be named.
     flag = {"evaluate": "--ref_model_name_or_path", "compare": "--baseline"}[verb]
     judge = ("--judge", f"{ROOT / 'examples' / 'demo' / 'judge.py'}:sentiment") if verb == "compare" else ()
@@ -120,7 +120,7 @@ def test_what_may_be_meant_is_said_and_used(run_script, place, tmp_path):
         path.write_text(json.dumps(content | {key: 3}), encoding="utf-8")
     code, out, err = run_script(*uses(run, tmp_path)["chat"])
     assert code == 0, err
-    assert "its config.json says other things than when the run began" in out + err
+    assert "its config.json has changed since the run began" in out + err
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "added_tokens.json"])
@@ -129,7 +129,7 @@ def test_a_file_that_was_put_beside_a_finished_model_is_said(run_script, place, 
     for verb, call in uses(place / "lora", tmp_path).items():
         code, out, err = run_script(*call)
         assert code == 0, (verb, err)
-        assert f"note: lora: {file} was not saved by its run, and is read" in out + err
+        assert f"note: lora: {file} was not saved by its run, but is loaded" in out + err
 
 
 def test_a_run_that_is_moved_with_its_base_is_what_it_was(run_script, place, tmp_path):
@@ -148,7 +148,7 @@ def test_a_copy_of_the_base_elsewhere_serves_as_well(run_script, place, tmp_path
     flip(place / "copy" / "model.safetensors")
     code, _, err = run_script(*uses(place / "lora", tmp_path / "again")[verb])
     assert code == 2
-    assert f"{place / 'copy'}, has other weights than when the run began" in err
+    assert f"{place / 'copy'}, has different weights than when the run began" in err
 
 
 def test_the_record_holds_the_files_of_the_finished_model_and_what_it_began_from(made):

@@ -122,7 +122,7 @@ def test_a_base_that_is_stored_in_4_bits_is_trained_merged_and_evaluated(run_scr
     assert "4-bit base" in out
     code, out, err = run_script("merge", "--model_name_or_path", run, "--output_dir", merged)
     assert code == 0, err
-    assert "in 4 bits (bitsandbytes), written out" in out
+    assert "in 4 bits (bitsandbytes), dequantized" in out
     model = transformers.AutoModelForCausalLM.from_pretrained(merged)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -213,7 +213,7 @@ def test_a_model_that_reads_no_plain_texts_is_named_by_its_kind(run_script, pair
     for verb, rest in (("train", ["--dataset_name", pairs_file, "--output_dir", tmp_path / "run"]), ("plan", [])):
         code, _, err = run_script(verb, "--model_name_or_path", model, *rest)
         assert code == 2
-        assert "Llava is no causal language model that transformers can load for texts" in err
+        assert "Llava is not a causal language model that transformers can load for text" in err
 
 
 @pytest.mark.parametrize("changes", [{"output_attentions": True}, {"return_dict": False}], ids=["attentions", "tuple"])

@@ -18,8 +18,8 @@ ADAPTER = ModelSource("base", "stage1", None, "base")
 OTHER = ModelSource("other", None, None, "other")
 B16, F32 = torch.bfloat16, torch.float32
 NAMED, AHEAD = "--ref_model_name_or_path other", ", scored once before training"
-OFF = "the base model, with the adapter switched off"
-COPY = "a frozen copy of the starting weights"
+OFF = "the base model, with the adapter disabled"
+COPY = "a frozen copy of the initial weights"
 OF_STAGE1 = "a frozen copy of the adapter that training starts from (stage1)"
 NOT_AHEAD = "--precompute_ref_log_probs false"
 
@@ -44,8 +44,8 @@ PLANS = [
     ("--max_steps 99", BASE, ("start", BASE, COPY, False, True, F32, False)),
     ("--dry_run", BASE, ("start", BASE, COPY, False, True, F32, False)),
     ("--sync_ref_model", BASE, ("start", BASE, COPY, False, True, F32, False)),
-    ("--use_4bit", BASE, ("start", BASE, "the starting weights" + AHEAD, False, False, F32, True)),
-    ("--use_4bit --max_steps 1", BASE, ("start", BASE, "the starting weights" + AHEAD, False, False, F32, True)),
+    ("--use_4bit", BASE, ("start", BASE, "the initial weights" + AHEAD, False, False, F32, True)),
+    ("--use_4bit --max_steps 1", BASE, ("start", BASE, "the initial weights" + AHEAD, False, False, F32, True)),
     (f"--use_4bit {NOT_AHEAD}", BASE, ("start", BASE, COPY + " in 4 bits", True, True, B16, False)),
     ("--use_lora", BASE, ("base", BASE, OFF, False, False, None, False)),
     ("--use_lora --num_train_epochs 2", BASE, ("base", BASE, OFF + AHEAD, False, False, None, True)),
@@ -120,7 +120,7 @@ RUN = {"verb": "train", "settings": {}, "reference_model": {"base": "base", "in_
 @pytest.mark.parametrize(
     ("policy", "record", "flags", "reference", "planned"),
     [
-        (TUNED, RUN, "", BASE, ("base", "the base model base, with the adapter switched off", False, False, None)),
+        (TUNED, RUN, "", BASE, ("base", "the base model base, with the adapter disabled", False, False, None)),
         (TUNED, RUN, "--use_4bit", ADAPTER, ("adapter", STAGE1 + " in 4 bits", True, False, None)),
         (TUNED, RUN, "", OTHER, ("model", "other", False, True, B16)),
         (TUNED, RUN, "", replace(BASE, revision="v2"), ("model", "base", False, True, B16)),

@@ -75,7 +75,7 @@ def test_any_other_model_has_no_record(tiny_model):
     ("change", "said"),
     [
         ({"status": "interrupted"}, "did not finish (interrupted); name its newest checkpoint, "),
-        ({"settings": None}, "run.json is no record of a run"),
+        ({"settings": None}, "run.json is not a valid record of a run"),
         ({"start": {"base": "/tmp", "adapter": None}, "identity": {}}, "but its run trained it on /tmp"),
         ({"settings": {"use_lora": False}}, "the files of two runs are mixed"),
     ],

@@ -243,11 +243,11 @@ def test_the_plan_of_a_large_model_needs_its_config_alone(run_script, tmp_path):
     assert not asked["fits"]
     assert asked["parts"]["weights"] == pytest.approx(8_030_261_248 * 4, rel=0.001)
     assert any(choice["fits"] and choice["name"].startswith("LoRA on 4 bits") for choice in others)
-    assert "without --dataset_name every pair is taken to be as long as --max_length (1,024)" in out
+    assert "without --dataset_name every pair is assumed to be as long as --max_length (1,024)" in out
     (best,) = (choice for choice in others if choice["best"])
     (starred,) = (line for line in out.splitlines() if line.startswith("* ") and " x " in line)
     assert starred[2:].startswith(best["name"])
-    assert f"the best that fits: {best['name']} (nothing that trains as asked (full) fits; " in out
+    assert f"the best that fits: {best['name']} (nothing that trains as requested (full) fits; " in out
     settings = parse_arguments(record["command"].split()[2:])
     assert (settings.verb, settings.lora.use_lora, settings.model.use_4bit) == ("train", True, True)
 
@@ -269,17 +269,17 @@ def test_the_command_is_of_a_row_and_the_reason_is_said():
 
     assert explain(0, ("LoRA", 8, 9)) == "the best that fits: as asked: LoRA (it fits)"
     slower = ("LoRA, checkpointing", 8, 5)
-    assert explain(0, ("LoRA", 8, 9), slower).endswith("(it fits, and no other row that trains the same is faster)")
+    assert explain(0, ("LoRA", 8, 9), slower).endswith("(it fits, and no equivalent row is faster)")
     assert explain(1, slower, ("LoRA", 8, 9)).endswith(
-        "LoRA (as asked fits too, and this trains the same with less computing)"
+        "LoRA (the requested settings fit too, and this is equivalent with less compute)"
     )
     assert explain(1, ("LoRA", 8, 11), ("LoRA", 4, 9)).endswith(
-        "LoRA (as asked does not fit; this trains the same, 4 pairs at a time and fits)"
+        "LoRA (the requested settings do not fit; this is equivalent, 4 pairs at a time and fits)"
     )
     assert explain(1, ("full", 8, 11), ("LoRA", 8, 9)).endswith(
-        "(nothing that trains as asked (full) fits; of what fits, it takes the least computing)"
+        "(nothing that trains as requested (full) fits; of what fits, it needs the least compute)"
     )
-    assert explain(None, ("full", 8, 11)).startswith("nothing of this fits; take a larger device")
+    assert explain(None, ("full", 8, 11)).startswith("nothing fits; use a larger device")
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_a_reference_that_was_scored_ahead_leaves_its_head_in_main_memory(planne
 def test_without_a_gpu_nothing_is_moved_from_one(run_script, tiny_model, flags):
     code, _, err = run_script("plan", "--model_name_or_path", tiny_model, *flags)
     assert code == 2
-    assert f"{flags[0]}: moves from a GPU to main memory" in err
+    assert f"{flags[0]}: moves from a GPU to CPU memory" in err
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -319,9 +319,9 @@ def test_the_command_on_the_page_is_one_that_a_shell_takes():
 @pytest.mark.parametrize(
     ("margins", "groups"),
     [
-        ([-0.99, -0.5, 0.04, 0.1], ["2 pairs ranked most wrongly: margin -0.99 to -0.50",
+        ([-0.99, -0.5, 0.04, 0.1], ["2 pairs most confidently wrong: margin -0.99 to -0.50",
                                     "2 pairs ranked correctly, with the smallest margins: margin +0.04 to +0.10"]),
-        ([-1.0], ["1 pair ranked most wrongly: margin -1.00"]),
+        ([-1.0], ["1 pair most confidently wrong: margin -1.00"]),
         ([0.0, 2.0], ["2 pairs ranked correctly, with the smallest margins: margin +0.00 to +2.00"]),
     ],
 )  # fmt: skip

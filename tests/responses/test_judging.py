@@ -66,7 +66,7 @@ def test_lasting_failures_are_said_at_once_and_without_the_key(endpoint, tmp_pat
 def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(endpoint, tmp_path, code):
     elsewhere = endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"
     endpoint.failures = [(code, {"Location": f"{elsewhere}?key={KEY}"})]
-    with pytest.raises(UserError, match=f"sends elsewhere .*{elsewhere}.*give the URL that answers") as caught:
+    with pytest.raises(UserError, match=f"redirects .*{elsewhere}.*give the final URL") as caught:
         make_judge(endpoint, tmp_path).prefer("p", "longer", "short")
     assert KEY not in str(caught.value)
     assert [path for path, *_ in endpoint.seen] == ["/v1/chat/completions"]
@@ -190,8 +190,8 @@ DEEP = b"[" * 100_000
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nno", "no answer in 6 attempts (DecodingError"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", "no answer in 6 attempts (RemoteProtocolError"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 100_000 + b"\r\n", "no answer in 6 attempts (RemoteProtocolError"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + DEEP, "no answer in 6 attempts (ValueError: no chat completion but '[[["),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + b'{"no": "' + SECRET + b'"}', 'no chat completion but \'{"no": "..."}\''),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + DEEP, "no answer in 6 attempts (ValueError: not a chat completion: '[[["),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b'{"no": "' + SECRET + b'"}', 'not a chat completion: \'{"no": "..."}\''),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (2**23 + 1), "an answer of more than 8 MiB"),
         (b"HTTP/1.1 429 Later\r\nRetry-After: -1\r\n\r\n", "no answer in 6 attempts (429 Later)"),
         (b"HTTP/1.1 429 Later\r\nRetry-After: nan\r\n\r\n", "no answer in 6 attempts (429 Later)"),
@@ -283,7 +283,7 @@ def test_the_key_is_masked_in_parts_too_and_other_words_are_left():
 def test_a_key_that_no_header_can_hold_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
     for key in ("sk-one\nsk-two", "sk-schl\u00fcssel"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(UserError, match="OPENAI_API_KEY: holds a line break") as caught:
+        with pytest.raises(UserError, match="OPENAI_API_KEY: contains a line break") as caught:
             EndpointJudge("http://127.0.0.1:9", "m", tmp_path, JudgeLimits())
         assert "sk-" not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", " sk-from-a-file\n")
@@ -303,12 +303,12 @@ def test_answers_that_cannot_be_kept_are_used_all_the_same(endpoint, tmp_path, c
     (tmp_path / "file").write_text("", encoding="utf-8")
     judge = make_judge(endpoint, tmp_path / "file" / "judge_answers")
     assert judge.weigh_all([("p", "longer", "short"), ("p", "one", "another")]) == [(1.0, 1.0), (0.0, 0.0)]
-    assert capsys.readouterr().out.count("warning: the judge's answers cannot be kept in") == 1
+    assert capsys.readouterr().out.count("warning: the judge's answers cannot be cached in") == 1
 
 
 @pytest.mark.parametrize(
     "url", ["http://[::1", "http://h:port/v1", "http://127.0.0.1:99999/v1", "http://", "http://x\0y"]
 )
 def test_an_address_that_is_no_url_is_one_message_before_anything_is_asked(url, tmp_path):
-    with pytest.raises(UserError, match=r"--scorer http://.*: no URL that can be asked"):
+    with pytest.raises(UserError, match=r"--scorer http://.*: not a usable URL"):
         EndpointJudge(url, "judge-1", tmp_path, JudgeLimits())

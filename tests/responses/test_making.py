@@ -72,12 +72,12 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_pairs(run_script, tmp_p
     (tmp_path / "parted.jsonl.samples.jsonl").write_text(cut, encoding="utf-8")
     code, out, err = generate(run_script, tiny_model, data, parted, *scorer)
     assert code == 0, err
-    assert "going on after 8 prompts" in out
+    assert "resuming after 8 prompts" in out
     assert parted.read_bytes() == whole.read_bytes()
     samples = (tmp_path / "whole.jsonl.samples.jsonl").read_bytes()
     code, out, err = generate(run_script, tiny_model, data, whole, *scorer)
     assert code == 0, err
-    assert "going on after 20 prompts" in out
+    assert "resuming after 20 prompts" in out
     assert (tmp_path / "whole.jsonl.samples.jsonl").read_bytes() == samples
     code, _, err = generate(run_script, tiny_model, data, parted, *scorer, "--temperature", 0.5)
     assert code == 2
@@ -123,7 +123,7 @@ def test_samples_are_gone_on_with_on_the_date_of_the_first(run_script, tmp_path,
     code, out, err = generate(run_script, tiny_model, data, output, *scorer)
     assert code == 0, err
     assert "which writes the date: 2026-02-03 throughout" in out
-    assert "going on after 8 prompts" in out
+    assert "resuming after 8 prompts" in out
     assert samples.read_bytes() == written
 
 
@@ -174,7 +174,7 @@ def test_rows_without_a_prompt_are_counted_by_reason(run_script, tmp_path, tiny_
     assert code == 0, err
     assert "2 left out: 'prompt' is empty (the first: prompts.jsonl line 2)" in out
     assert "1 left out: invalid JSON" in out
-    assert "1 ask what an earlier one asks" in out
+    assert "1 are duplicates of an earlier prompt" in out
     assert "2 prompts of" in out
 
 
@@ -264,7 +264,7 @@ def test_a_sample_that_was_changed_is_named_and_nothing_behind_it_is_lost(tmp_pa
     lines[4] = json.dumps(json.loads(lines[4]) | changed)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     before = path.read_bytes()
-    fault = "holds samples of other prompts" if "prompt" in changed else "line 5: holds no sample of this script"
+    fault = "holds samples of other prompts" if "prompt" in changed else "line 5: is not a sample of this script"
     with pytest.raises(UserError, match=fault):
         Samples(path, {"num_generations": 3}, prompts)
     assert path.read_bytes() == before
@@ -381,7 +381,7 @@ def test_a_whole_run_with_a_judge_writes_no_key(run_script, tmp_path, tiny_model
         ),
         (["--generate", "--scorer", "http://SECRET@x/v1", "--judge_model", "m"], "--scorer is a URL with a user"),
         (["--generate", "--scorer", "x.py:f", "--judge_model", "m"], "--judge_model: is for an endpoint"),
-        (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs and checks none"),
+        (["--generate", "--scorer", "x.py:f", "--report_file", "x.html"], "--generate: makes pairs, checks none"),
         (["--generate", "--group_by", "x"], "--generate: reads only the prompts, so --group_by has no effect"),
         (["--generate", "--strip_citations"], "--generate: reads only the prompts, so --strip_citations has no"),
         (["--generate", "--pairs_per_prompt", "2"], "--generate: reads only the prompts, so --pairs_per_prompt has"),

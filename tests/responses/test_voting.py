@@ -232,7 +232,7 @@ def test_the_last_vote_counts_though_the_browser_went_away(voting, capfd):
 @pytest.mark.parametrize("name", ["ballots.jsonl", "votes.jsonl"])
 def test_a_file_of_something_else_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("my shopping list\n")
-    with pytest.raises(UserError, match="holds no votes"):
+    with pytest.raises(UserError, match="has no votes"):
         collect_votes(MATCHES, tmp_path, 1)
     assert (tmp_path / name).read_text() == "my shopping list\n"
 

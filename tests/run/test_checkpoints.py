@@ -138,7 +138,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_damaged_ones_are_set
                                "checkpoint-8.damaged"}  # fmt: skip
     said = capsys.readouterr().out.splitlines()
     assert said[0] == (
-        "checkpoint-8 is damaged: model.safetensors has other content than was saved (its SHA-256 differs); "
+        "checkpoint-8 is damaged: model.safetensors has changed since it was saved (its SHA-256 differs); "
         "it is renamed to checkpoint-8.damaged"
     )
     assert "optimizer.safetensors has 10 bytes instead of" in said[1]
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_reason(tmp_path)
     flip(tmp_path / "checkpoint-4" / "optimizer.safetensors")
     with pytest.raises(UserError) as caught:
         find_resume_point(tmp_path, str(tmp_path / "checkpoint-4"))
-    assert "optimizer.safetensors has other content than was saved" in str(caught.value)
+    assert "optimizer.safetensors has changed since it was saved" in str(caught.value)
     assert str(caught.value).endswith(f"the newest good one in {tmp_path} is checkpoint-2")
     assert (tmp_path / "checkpoint-4").is_dir()
 
@@ -163,7 +163,7 @@ def test_one_whose_best_model_is_lost_comes_after_one_that_has_its_own(tmp_path)
     flip(tmp_path / "checkpoint-6" / "model.safetensors")
     point = find_resume_point(tmp_path, "auto")
     assert point.checkpoint == tmp_path / "checkpoint-4"
-    assert "checkpoint-8 is good, but the best model it relies on is lost" in point.notes
+    assert "checkpoint-8 is good, but the best model it refers to is missing" in point.notes
     for step in (2, 4):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     assert find_resume_point(tmp_path, "auto").checkpoint == tmp_path / "checkpoint-8", "better than nothing"
@@ -200,7 +200,9 @@ def test_old_checkpoints_go_once_the_new_one_is_read_back(tmp_path):
     (tmp_path / "checkpoint-1-mine").mkdir()
     newest, best = tmp_path / "checkpoint-8", tmp_path / "checkpoint-2"
     os.truncate(newest / "optimizer.safetensors", 10)
-    with pytest.raises(OSError, match=r"checkpoint-8 was written, but reads otherwise: optimizer.safetensors has 10"):
+    with pytest.raises(
+        OSError, match=r"checkpoint-8 was written, but reads back differently: optimizer.safetensors has 10"
+    ):
         prune_checkpoints(newest, 2, best)
     assert len(find_checkpoints(tmp_path)) == 3
     newest = save_checkpoint(tmp_path, 8)
@@ -283,7 +285,7 @@ def test_a_checkpoint_of_before_there_were_manifests_is_taken_where_its_files_ar
     size = (checkpoint / "model.safetensors").stat().st_size
     for length in (0, 5, size - 1):
         os.truncate(checkpoint / "model.safetensors", length)
-        assert "model.safetensors is cut off" in find_fault(checkpoint)
+        assert "model.safetensors is truncated" in find_fault(checkpoint)
         assert find_resume_point(tmp_path, "auto").checkpoint is None
 
 
@@ -379,7 +381,7 @@ def test_of_many_damaged_files_three_are_named_and_the_others_counted(tmp_path):
     write_manifest(tmp_path, 1)
     for name in "abcde":
         (tmp_path / name).write_text("other")
-    other = "has other content than was saved (its SHA-256 differs)"
+    other = "has changed since it was saved (its SHA-256 differs)"
     assert find_damage(tmp_path, 1) == ", ".join(f"{name} {other}" for name in "abc") + ", and 2 more files"
     (tmp_path / "d").write_text("whole")
     (tmp_path / "e").write_text("whole")

@@ -134,7 +134,7 @@ def test_a_folder_is_made_for_the_lock_and_goes_with_it_when_nothing_is_in_it(tm
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "note"]
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "the disk fails"),
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "disk error"),
                                               (errno.ENOTCONN, "transport endpoint is not connected")])  # fmt: skip
 def test_a_disk_that_takes_no_lock_is_one_message(number, said, tmp_path, monkeypatch):
     def fail(handle):
@@ -327,7 +327,7 @@ def test_an_owner_on_another_machine_is_respected_and_described(tmp_path):
     text = refusal(tmp_path)
     assert "process 77 on node7 writes into it since 20" in text
     assert "cannot be seen from here" in text
-    assert f"if it is surely gone, remove {tmp_path / LOCK}" in text
+    assert f"if the run is dead, remove {tmp_path / LOCK}" in text
     assert "probably gone" not in text
 
 
@@ -339,8 +339,8 @@ def test_an_owner_that_was_silent_for_long_is_probably_gone_and_respected_still(
     record.write_to(tmp_path)
     leave_lock(tmp_path, lock)
     text = refusal(tmp_path)
-    assert "last heard of 1:23:2" in text
-    assert "never silent for longer than 0:30 before: it is probably gone" in text
+    assert "last heartbeat was 1:23:2" in text
+    assert "its longest gap before was 0:30: it is probably dead" in text
     record.update(step=3)
     assert "probably gone" not in refusal(tmp_path)
 
@@ -359,7 +359,7 @@ def test_a_lock_that_cannot_be_read_holds_while_it_may_be_in_the_making(content,
     leave_lock(tmp_path, content)
     for seconds in (0, 20, -20):  # the clocks of two machines may differ
         os.utime(tmp_path / LOCK, (0, time.time() - seconds))
-        assert "another run begins there just now" in refusal(tmp_path)
+        assert "another run is just starting there" in refusal(tmp_path)
     os.utime(tmp_path / LOCK, (0, time.time() - 40))
     with FolderLock() as lock:
         lock.take(tmp_path)
@@ -391,7 +391,7 @@ def test_status_shows_a_run_that_loads_before_it_goes_on(run_script, tmp_path):
     leave_lock(tmp_path, owner(**of_parent()))
     out = run_script("status", tmp_path)[1]
     assert "running" in out
-    assert f"process {os.getppid()} has the folder" in out
+    assert f"process {os.getppid()} has locked the folder" in out
     assert "to resume" not in out
     leave_lock(tmp_path, elsewhere(pid=77, started=1.0))
     out = run_script("status", tmp_path)[1]

@@ -99,11 +99,14 @@ def shards_outside(base: Path) -> None:
 
 
 HOSTILE_BASES = {
-    "a kernel": (lambda base: edit(base / "config.json", _attn_implementation="x/y"), "a kernel that would be fetched"),
+    "a kernel": (
+        lambda base: edit(base / "config.json", _attn_implementation="x/y"),
+        "a kernel that would be downloaded",
+    ),
     "a kernel of experts": (lambda base: edit(base / "config.json", experts_implementation="x/y"), "a kernel that"),
     "a pickle": (pickle_as_weights, "transformers_weights is"),
     "shards outside": (shards_outside, "only .safetensors files in the same folder"),
-    "a pipe": (lambda base: os.mkfifo(base / "added_tokens.json"), "no regular file"),
+    "a pipe": (lambda base: os.mkfifo(base / "added_tokens.json"), "not a regular file"),
 }
 
 
@@ -253,7 +256,7 @@ def test_a_command_is_built_of_our_script_and_known_launchers(run_script, run):
         assert Path(ROOT, script).resolve() == ROOT / "advanced_dpo_script.py"
         assert words[words.index(script) - 4 : words.index(script)] == ["accelerate", "launch", "--num_processes", "2"]
         assert "evil" not in command
-        assert any("names another launcher, which is not repeated" in line for line in lines)
+        assert any("names another launcher, which is not shown" in line for line in lines)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "accelerate launch --num_processes=2"])
@@ -356,7 +359,7 @@ def test_a_config_for_a_library_is_bounded(flag, run_script, tiny_model, pairs_f
     argv = ["--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "o"]
     code, _, err = run_script("train", *argv, f"--{flag}", tmp_path / "c.json")
     assert code == 2
-    assert f"--{flag} {tmp_path / 'c.json'}: is no regular file" in err
+    assert f"--{flag} {tmp_path / 'c.json'}: is not a regular file" in err
 
 
 def test_what_is_unreadable_is_no_system_error():

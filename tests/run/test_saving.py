@@ -439,7 +439,7 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     kept = {"run.json", "data", "checkpoint-best", "my-checkpoint-3", "checkpoint-7", LOCK}  # the lock is its own
     assert names(tmp_path) == {*foreign, *kept}
     assert read_record(tmp_path)["status"] == "failed", "its record stays, for the next one to replace"
-    assert "another run was to replace it" in read_record(tmp_path)["failure"]
+    assert "another run was replacing it" in read_record(tmp_path)["failure"]
     assert all((tmp_path / name / "run.json").read_text() == "mine" for name in ("data", "checkpoint-best"))
 
 

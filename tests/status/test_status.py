@@ -181,7 +181,7 @@ def test_what_is_not_ours_is_said_in_a_line(finished, tmp_path, run_script):
     others = lines[lines.index("not counted:") + 1 :]
     assert [line.split(":")[0].strip() for line in others] == ["binary", "deep", "half", "list", "odd", "other", "trl"]
     assert others[-1].endswith("by its checkpoint-30/trainer_state.json another trainer's run, at step 30 of 900")
-    assert "half of one, or not written by this script" in others[2]
+    assert "incomplete, or not written by this script" in others[2]
 
 
 def test_folders_without_runs(tmp_path, run_script, monkeypatch):

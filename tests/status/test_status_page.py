@@ -110,7 +110,7 @@ def test_what_does_not_compare_is_said(compared, page, tmp_path):
     record = read_record(tmp_path / "b")
     record["settings"]["loss_type"] = ["ipo"]
     (tmp_path / "b" / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    assert "The losses differ in kind (<code>--loss_type</code>)" in make_page(read_runs(tmp_path))
+    assert "The losses are of different types (<code>--loss_type</code>)" in make_page(read_runs(tmp_path))
 
 
 def test_only_settings_that_differ_are_shown(page):
@@ -138,7 +138,7 @@ def test_settings_left_to_the_script_are_compared_by_the_values_used(compared, t
     # Records of older versions do not say: then it is what was given that is compared.
     del record["used"]
     (tmp_path / "b" / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    assert "They are the same in all that is recorded of them." in make_page(read_runs(tmp_path))
+    assert "They do not differ in any recorded setting." in make_page(read_runs(tmp_path))
 
 
 def test_what_the_runs_write_stands_beside_one_another(compared, page):
@@ -182,7 +182,7 @@ def test_many_runs_are_all_listed_and_the_newest_charted(compared, tmp_path):
     text = make_page(read_runs(tmp_path))
     assert len(Tables(text).found["by run"]) == 9
     assert "The 6 newest of the 8 runs." in text
-    assert "They are the same in all that is recorded of them." in text
+    assert "They do not differ in any recorded setting." in text
     assert "run6 follows with " in text
     assert ", the same." in text
 
@@ -196,7 +196,7 @@ def test_runs_on_other_data_are_not_ranked_together(compared, tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     text = make_page(read_runs(tmp_path))
     assert "Highest held-out accuracy of 2 runs on the same data: b, 90.0%" in text
-    assert "1 more was measured on other data and cannot be compared." in text
+    assert "1 more was evaluated on other data and cannot be compared." in text
 
 
 def test_where_the_page_may_not_be_written(compared, tmp_path, run_script):

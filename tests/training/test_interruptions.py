@@ -378,7 +378,7 @@ def test_a_damaged_model_is_not_evaluated(run_script, whole, tmp_path):
     path.write_bytes(content)
     code, _, err = run_script("evaluate", "--model_name_or_path", part / "checkpoint-8")
     assert code == 2
-    assert "a damaged checkpoint: model.safetensors has other content than was saved" in err
+    assert "a damaged checkpoint: model.safetensors has changed since it was saved" in err
     assert f"its newest complete one is {part / 'checkpoint-12'}" in err
 
 

@@ -242,7 +242,7 @@ def test_all_weights_with_4_bits_are_measured_against_themselves(run_script, tin
 def test_a_reference_that_stays_in_4_bits_is_said_to_be_another(run_script, tiny_model, pairs_file, tmp_path):
     flags = ("--use_4bit", "--precompute_ref_log_probs", "false")
     record = train(run_script, tiny_model, pairs_file, tmp_path / "run", *flags)
-    assert record["reference"] == "a frozen copy of the starting weights in 4 bits"
+    assert record["reference"] == "a frozen copy of the initial weights in 4 bits"
     (warning,) = record["warnings"]
     assert "the reference in 4 bits is not quite the policy: before the first step the first loss is 0." in warning
     assert " in place of 0.6931, and log-probs of a response differ by " in warning

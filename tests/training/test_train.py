@@ -204,7 +204,7 @@ def test_evaluation_leaves_4_bit_weights_as_they_are(tiny_model, pairs_file, tmp
 def test_full_training_with_4_bits_holds_a_reference_that_stays_in_them(train, run_script, tiny_model):
     folder = train("--use_4bit", "--num_train_epochs", 2, "--precompute_ref_log_probs", "false")
     record = read_record(folder)
-    assert record["reference"].startswith("a frozen copy of the starting weights in 4 bits")
+    assert record["reference"].startswith("a frozen copy of the initial weights in 4 bits")
     assert record["model"]["trainable_parameters"] == record["model"]["parameters"]
     assert record["metrics"]["held_out_before"]["margin"] != 0, "a quantized reference is not quite the policy"
     assert record["metrics"]["held_out"]["accuracy"] > 0.8

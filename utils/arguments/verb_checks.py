@@ -196,7 +196,7 @@ def planned_sharding(candidate: Candidate) -> Iterator[str]:
         yield f"{candidate.label('offload')} {offload}{where}: needs --sharding {' or '.join(able)}, not {sharding}"
 
 
-# What can hold in main memory what --offload names.
+# What can offload to CPU memory what --offload names.
 OFFLOADING = {"optimizer": ("zero2", "zero3"), "weights": ("zero3", "fsdp2")}
 
 

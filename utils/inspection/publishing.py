@@ -27,7 +27,7 @@ def publish(record: dict[str, Any], settings: InspectionSettings) -> None:
     _write("report_file", settings.report_file, lambda path: write_text(path, make_page(record)))
     _print(record, settings)
     if record.get("output", {}).get("pairs") == 0:
-        raise UserError(f"--output_file {settings.output_file}: not written, for no pair is left to write")
+        raise UserError(f"--output_file {settings.output_file}: not written, as no pair is left")
 
 
 def _print(record: dict[str, Any], settings: InspectionSettings) -> None:

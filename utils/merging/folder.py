@@ -47,7 +47,7 @@ def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -
     places = [trained.folder, *(Path(name) for name in (trained.source.name, trained.source.base))]
     for place in places:
         if place is not None and place.is_dir() and (place == folder or place in folder.parents):
-            raise UserError(f"--output_dir {folder}: lies in {place}, which is read; choose a folder of its own")
+            raise UserError(f"--output_dir {folder}: is inside {place}, which is an input; choose another folder")
     check_not_held(folder)
     check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -68,7 +68,7 @@ def find_merge_folder(output_dir: str, trained: TrainedModel, overwrite: bool) -
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
             f"--output_dir {folder}: --overwrite_output_dir replaces the merged model, but "
-            f"{', '.join(others[:3])}{more} came from elsewhere; move that away, or choose another folder"
+            f"{', '.join(others[:3])}{more} were not written by a merge; move them away, or choose another folder"
         )
     return folder
 
@@ -112,7 +112,7 @@ def folder_beside(folder: Path) -> Iterator[Path]:
         what, remedy = explain_fault(fault)
         read = Path(str(fault.filename or ""))
         place = read if read.is_absolute() and folder.parent not in read.parents else f"--output_dir {folder}"
-        raise UserError(f"{place}: {what}; nothing of the merge is left. {remedy}, then run again") from None
+        raise UserError(f"{place}: {what}; nothing of the merge was kept. {remedy}, then run again") from None
 
 
 def _tidy(folder: Path) -> None:
@@ -123,15 +123,15 @@ def _tidy(folder: Path) -> None:
         if half is not None and half[1] == folder.name and (path / LOCK).is_file() and read_owner(path) is None:
             try:
                 shutil.rmtree(path)
-                say(f"removed {path}, which a merge that was killed left behind")
+                say(f"removed {path}, left behind by a killed merge")
             except OSError as error:  # it is another person's, perhaps
-                say(f"note: {path}, which a merge that was killed left behind, cannot be removed ({error.strerror})")
+                say(f"note: {path}, left behind by a killed merge, cannot be removed ({error.strerror})")
         if former is not None and former[1] == folder.name and read_merge_record(path) is not None:
             if folder.exists():
                 shutil.rmtree(path)
             else:
                 os.replace(path, folder)
-                say(f"put back {folder}, which a merge that was killed had moved aside")
+                say(f"restored {folder}, which a killed merge had moved aside")
 
 
 def _replace(beside: Path, folder: Path) -> None:

@@ -111,7 +111,7 @@ def _find_adapter(settings: Settings) -> TrainedModel:
     former = read_merge_record(Path(trained.source.base))
     if former is not None:
         raise UserError(f"{FLAG} {name}: is merged already (of {former.get('adapter')}); it can be used as it is")
-    raise UserError(f"{FLAG} {name}: a whole model, not an adapter; there is nothing to merge, use it as it is")
+    raise UserError(f"{FLAG} {name}: a full model, not an adapter; there is nothing to merge, use it as it is")
 
 
 def _check_quantized(trained: TrainedModel, into_quantized: bool) -> None:
@@ -135,12 +135,12 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
     bits = ", trained on 4 bits" if plan.trained.in_4bit else ""
     say(f"adapter: {source.name} ({_name_kind(config)}{bits})")
     stored = source.stored()
-    into = "its 4-bit weights, written out" if plan.into_quantized else "its own weights"
-    into = f"the weights of its files, in {stored}, written out" if stored is not None else into
+    into = "its 4-bit weights, dequantized" if plan.into_quantized else "its own weights"
+    into = f"the weights of its files, in {stored}, dequantized" if stored is not None else into
     reason = "the format of its files" if settings.model.dtype == "auto" else "as asked with --dtype"
-    say(f"base: {source.base}: {into}; added in float32, saved as {_name(plan.saved)} ({reason})")
+    say(f"base: {source.base}: {into}; merged in float32, saved as {_name(plan.saved)} ({reason})")
     if plan.texts is None:
-        say("warning: --skip_verification: the merged model is not compared with the adapter on its base")
+        say("warning: --skip_verification: the merged model is not compared with base and adapter")
         return
     say(f"checked on: {plan.texts.name}, {plan.texts.description} ({plan.texts.tokens:,} response tokens)")
     say(f"device: {device_name(plan.computing.device)}; comparing in {plan.computing.name}")
@@ -173,7 +173,7 @@ def write_merged(plan: Plan, folder: Path, settings: Settings) -> dict[str, Any]
     merged = merge_adapter(model, plan.trained.source, plan.saved, settings.of(MergeSettings).safe_merge)
     code = save_merged(merged, plan.tokenizer, plan.trained.source, folder, settings.of(MergeSettings).max_shard_size)
     if code:
-        say(f"warning: the base's own Python code goes with it ({', '.join(code)}): whoever loads it runs that code")
+        say(f"warning: the base's Python code is copied along ({', '.join(code)}): loading the merged model runs it")
     del model, merged
     record = _describe_merge(plan, folder, settings)
     if plan.texts is None:
@@ -182,7 +182,7 @@ def write_merged(plan: Plan, folder: Path, settings: Settings) -> dict[str, Any]
         plan, folder, adapted, without, None if plan.saved != plan.stored else modules, settings
     )
     say(f"merged: log-probs differ from those of the adapter on its base by {verdict.difference}")
-    say(f"        allowed: {verdict.bound} (as far as rounding to {_name(plan.saved)} moves this model, measured)")
+    say(f"        allowed: {verdict.bound} (the measured effect of rounding this model to {_name(plan.saved)})")
     say(f"        the adapter itself changes them by {verdict.effect}{_say_lost(verdict)}")
     record["verification"] = verdict.record() | _describe_texts(plan)
     if plan.trained.in_4bit:

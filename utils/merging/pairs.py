@@ -102,7 +102,7 @@ def _load_of_run(trained: TrainedModel) -> tuple[str, PreferenceData]:
         first = error.faults[0]
         raise UserError(f"the data of the run cannot be read again ({first}); {ADVICE}") from None
     if data.fingerprint != trained.record.get("data", {}).get("fingerprint", data.fingerprint):
-        data = dataclasses.replace(data, source=f"{data.source} (its rows are others than when the run read it)")
+        data = dataclasses.replace(data, source=f"{data.source} (its rows have changed since the run)")
     return trained.record["verb"], data
 
 

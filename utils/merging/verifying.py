@@ -71,8 +71,8 @@ class Verdict:
             ]
         if apart.mean > MEAN and self.lost > MOST_OF_EFFECT:
             return [
-                f"the adapter's changes are smaller than the steps of the saved weights: merged, log-probs are off by "
-                f"{apart}, where the adapter itself changes them by {self.effect}; pass --dtype float32"
+                "the adapter's changes are smaller than the resolution of the saved weights: merged, log-probs are "
+                f"off by {apart}, where the adapter itself changes them by {self.effect}; pass --dtype float32"
             ]
         return []
 

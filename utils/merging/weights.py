@@ -59,7 +59,7 @@ def count_parameters(config: PretrainedConfig, settings: ModelSettings) -> int:
     """The parameters of a model with this config, without making it."""
     with torch.device("meta"):
         model = translating(
-            f"{FLAG}: its config makes no model",
+            f"{FLAG}: no model can be built from its config",
             lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code),
         )
     return sum(parameter.numel() for parameter in model.parameters())
@@ -102,7 +102,7 @@ def adapt(model: PreTrainedModel, source: ModelSource) -> PeftModel:
     model = put_adapter(model, source).requires_grad_(False).eval()
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         kind = source.adapter_config().get("peft_type", "adapter")
-        raise UserError(f"{FLAG} {source.name}: {kind} has no weights that could be added to those of its base")
+        raise UserError(f"{FLAG} {source.name}: {kind} has no weights that can be merged into its base")
     return model
 
 
@@ -131,7 +131,7 @@ def merge_adapter(model: PeftModel, source: ModelSource, dtype: torch.dtype, saf
         for parameter in base.parameters(recurse=False):
             if not torch.isfinite(parameter).all():
                 raise UserError(
-                    f"{FLAG} {source.name}: merging gives weights that are no finite numbers, in {plain_name(name)}; "
+                    f"{FLAG} {source.name}: merging gives weights that are not finite, in {plain_name(name)}; "
                     "the adapter is broken"
                 )
             parameter.data = _rounded(parameter.data, dtype, plain_name(name))
@@ -173,7 +173,7 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     if torch.isinf(rounded).any() and torch.isfinite(values).all():
         largest, most = values.abs().max().item(), torch.finfo(dtype).max
         raise UserError(
-            f"--dtype {str(dtype).removeprefix('torch.')}: reaches to {most:.0f}, and {name} has {largest:.3g}; "
+            f"--dtype {str(dtype).removeprefix('torch.')}: has a maximum of {most:.0f}, and {name} has {largest:.3g}; "
             "pass --dtype bfloat16 or float32"
         )
     return rounded

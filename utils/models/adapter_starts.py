@@ -38,7 +38,7 @@ def check_start(flag: str, name: str, config: Mapping[str, Any]) -> None:
         return
     raise UserError(
         f"{flag} {name}: init_lora_weights in its adapter_config.json is {start!r:.60}: PEFT changed the base when it "
-        "made this adapter, and loading cannot repeat that, so the model would be another one. Convert it where it was "
+        "made this adapter, and loading cannot repeat that, so the model would differ. Convert it where it was "
         "made: save_pretrained with path_initial_model_for_weight_conversion makes a plain LoRA adapter of it, "
         "merge_and_unload a whole model"
     )

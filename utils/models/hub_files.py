@@ -20,7 +20,7 @@ def read_json_file(name: str, file: str, revision: str | None) -> dict[str, Any]
     except (OSError, Unreadable) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return content
 
 

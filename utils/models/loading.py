@@ -137,8 +137,8 @@ def check_token_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource, set
     other = load_tokenizer(source, settings)
     if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"--ref_model_name_or_path {source.name}: another tokenizer ({len(other)} tokens) than the policy's "
-            f"({len(tokenizer)}); the reference must read the same token ids"
+            f"--ref_model_name_or_path {source.name}: its tokenizer ({len(other)} tokens) differs from the policy's "
+            f"({len(tokenizer)}); the reference must use the same token ids"
         )
 
 
@@ -236,7 +236,7 @@ def check_embeddings(
     if len(tokenizer) > size:
         raise UserError(
             f"--model_name_or_path {source.name}: its tokenizer has {len(tokenizer)} tokens, the model {size}; "
-            "they do not belong together (or the model's embeddings were not resized when tokens were added)"
+            "they do not match (or the model's embeddings were not resized when tokens were added)"
         )
 
 
@@ -306,12 +306,12 @@ def check_target_modules(targets: list[str], model: PreTrainedModel) -> None:
         if any(
             name == target or name.endswith(f".{target}") for name, module in model.named_modules() if module is head
         ):
-            faults.append(f"--lora_target_modules: {target} is the output head, whose adapter would never be trained")
+            faults.append(f"--lora_target_modules: {target} is the output head, which LoRA does not adapt here")
         elif target in named:
             continue
         elif not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
             names = ", ".join(sorted(linear | fused))
-            faults.append(f"--lora_target_modules: no module is called {target}; this model has {names}")
+            faults.append(f"--lora_target_modules: no module is named {target}; this model has {names}")
     if faults:
         raise UserError(*faults)
 
@@ -357,13 +357,13 @@ def _load_base(
         more = f" (and {len(odd) - 1} more of another shape)" if len(odd) > 1 else ""
         raise UserError(
             f"{flag} {source.base}: {name} is {list(found)} in its files and {list(wanted)} by its config.json{more}; "
-            "the two do not belong together, copy the folder again"
+            "the two do not match; copy the folder again"
         )
     absent = sorted(report["missing_keys"])
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UserError(
-            f"{flag} {source.base}: its weights lack {', '.join(absent[:3])}{more} of a {type(model).__name__}; "
+            f"{flag} {source.base}: its weights are missing {', '.join(absent[:3])}{more} of a {type(model).__name__}; "
             "name a folder with the whole causal language model"
         )
     model.left_out = sorted(report["unexpected_keys"])  # for whoever describes it
@@ -421,8 +421,8 @@ def put_adapter(
     check_start("the adapter", str(source.adapter), config)
     if rewrites_weights(config) and getattr(model, "hf_quantizer", None) is not None:
         raise UserError(
-            f"the adapter {source.adapter} takes parts out of its base's weights (its adapter_config.json says so), "
-            "which are others in 4 or 8 bits; leave --use_4bit out, or merge it first (the verb merge) and use that"
+            f"the adapter {source.adapter} subtracts a part from its base's weights (see its adapter_config.json), "
+            "which differ in 4 or 8 bits; leave --use_4bit out, or merge it first (the verb merge) and use that"
         )
     others = [other.to_dict() for other in model.peft_config.values()] if isinstance(model, PeftModel) else []
     if others and any(map(changes_base, [config, *others])):
@@ -439,7 +439,7 @@ def put_adapter(
         _check_adapter_complete(adapted.load_adapter(source.adapter, name, revision=revision, **options), source)
         return adapted
 
-    adapted = translating(f"the adapter {source.adapter} cannot be put on {model.config._name_or_path}", put)
+    adapted = translating(f"the adapter {source.adapter} does not fit {model.config._name_or_path}", put)
     keep_dora_norms(adapted)
     return adapted
 
@@ -459,7 +459,7 @@ def _check_adapter_complete(report: Any, source: ModelSource) -> None:
         f"is the model it was trained on (here {source.base})"
         for keys, what, why in (
             (lacking, "lacks", "its adapter_config.json puts weights there"),
-            (unplaced, "holds", "its base and adapter_config.json have no place for them"),
+            (unplaced, "holds", "neither its base nor its adapter_config.json has a place for them"),
         )
         if keys
     ]
@@ -488,7 +488,7 @@ def _check_token_rows(model: PreTrainedModel | PeftModel, source: ModelSource) -
             if rows != own:
                 raise UserError(
                     f"the adapter {source.adapter} was trained with {rows} tokens, its base {source.base} has {own}: "
-                    "give the base its tokens (resize_token_embeddings), save it, and name that one as "
+                    "resize the base (resize_token_embeddings), save it, and name that one as "
                     "base_model_name_or_path in the adapter's adapter_config.json"
                 )
 

@@ -53,7 +53,7 @@ def check_trainable(flag: str, name: str, stored: Stored | None, adapts: bool, u
     if not adapts:
         faults.append(
             f"{flag} {name}: its files hold the weights in {stored}, which cannot be trained; add --use_lora to train "
-            "an adapter on them, or name the model that they were made from"
+            "an adapter on them, or name the unquantized model"
         )
     if use_4bit and stored.method != CAN_BE_WRITTEN_OUT:
         faults.append(f"--use_4bit: the files of {name} hold the weights in {stored} already; leave it out")
@@ -71,8 +71,8 @@ def check_mergeable(flag: str, name: str, base: str, stored: Stored | None) -> N
     """
     if stored is not None and stored.method != CAN_BE_WRITTEN_OUT:
         raise UserError(
-            f"{flag} {name}: the files of its base {base} hold the weights in {stored}, to which nothing can be added; "
-            "to merge into the model that they were made from, name that one as base_model_name_or_path in a copy of "
+            f"{flag} {name}: the files of its base {base} hold the weights in {stored}, which cannot be merged into; "
+            "to merge into the unquantized model, name that one as base_model_name_or_path in a copy of "
             "the adapter's adapter_config.json"
         )
 

@@ -112,11 +112,11 @@ def choose_reference(
         how = f"a frozen copy of the adapter that training starts from ({source.adapter})"
         plan = ReferencePlan("adapter", source, how, quantize)
     elif adapts:
-        plan = ReferencePlan("base", source, "the base model, with the adapter switched off", quantize)
+        plan = ReferencePlan("base", source, "the base model, with the adapter disabled", quantize)
     elif quantize and ahead:
-        plan = ReferencePlan("start", source, "the starting weights", own_model=sharded, dtype=torch.float32)
+        plan = ReferencePlan("start", source, "the initial weights", own_model=sharded, dtype=torch.float32)
     else:
-        how = f"a frozen copy of the starting weights{' in 4 bits' if quantize else ''}"
+        how = f"a frozen copy of the initial weights{' in 4 bits' if quantize else ''}"
         plan = ReferencePlan("start", source, how, quantize, own_model=True, dtype=held)
     if not ahead:
         return plan
@@ -175,7 +175,7 @@ def choose_reference_of_run(
         if reference.adapter is not None:
             how = f"the adapter {reference.adapter} on the same base{on_bits}"
             return ReferencePlan("adapter", reference, how, quantize)
-        how = f"the base model {reference.base}{on_bits}, with the adapter switched off"
+        how = f"the base model {reference.base}{on_bits}, with the adapter disabled"
         return ReferencePlan("base", reference, how, quantize)
     how = f"{reference.name}{' in 4 bits' if quantize else ''}"
     held = held_in(dtype, adapts or not trained.record, quantize)  # full weights of a run are as it trained them

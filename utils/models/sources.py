@@ -122,10 +122,10 @@ def check_unchanged(place: str, source: ModelSource, recorded: Mapping[str, Any]
     now = identify_model(source)
     if known.get("weights") != now["weights"]:
         raise UserError(
-            f"{place}, {source.name}, has other weights than when the run began; put back those that it had"
+            f"{place}, {source.name}, has different weights than when the run began; restore the original ones"
         )
     if known.get("config") != now["config"]:
-        say(f"note: {place}, {source.name}: its config.json says other things than when the run began")
+        say(f"note: {place}, {source.name}: its config.json has changed since the run began")
 
 
 def read_identities(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -168,7 +168,7 @@ def _check_saved(flag: str, folder: Path) -> None:
         say(f"note: {folder.name}: {fault}")
     for name in ADDED if saved else ():
         if name not in saved and (folder / name).is_file():
-            say(f"note: {folder.name}: {name} was not saved by its run, and is read")
+            say(f"note: {folder.name}: {name} was not saved by its run, but is loaded")
 
 
 def _record_of(run: Path) -> Mapping[str, Any]:

@@ -126,7 +126,7 @@ def set_chat_template(
     if tools and _render(tokenizer, tools=tools) == _render(tokenizer):
         raise UserError(
             f"the chat template ({said.partition(';')[0]}) leaves out the tools that the rows list; pass a "
-            "--chat_template that shows them, or remove the column"
+            "--chat_template that renders them, or remove the column"
         )
     return said
 

@@ -118,7 +118,9 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
     try:
         record = read_run(run / RECORD)
     except (OSError, Unreadable) as error:
-        raise UserError(f"{flag} {name}: {run / RECORD} is no record of a run ({error}); remove or fix it") from None
+        raise UserError(
+            f"{flag} {name}: {run / RECORD} is not a valid record of a run ({error}); remove or fix it"
+        ) from None
     if run == folder and record.get("status") != "finished":
         raise UserError(f"{flag} {name}: {_unfinished(folder, record)}")
     fault = find_fault(folder, reads=is_of_model) if run != folder else None
@@ -177,7 +179,7 @@ def as_in_run(settings: Settings, trained: TrainedModel, names: Iterable[str]) -
         try:
             values[name] = _recorded(trained, name, recorded[name])
         except (ValueError, KeyError, TypeError, UserError) as error:
-            said = "is no setting of its verb" if isinstance(error, KeyError | TypeError) else str(error)
+            said = "is not a setting of its verb" if isinstance(error, KeyError | TypeError) else str(error)
             faults.append(f"{trained.folder / RECORD if trained.folder else RECORD}: {name} {said}")
     if faults:
         raise UserError(*faults)
@@ -188,6 +190,6 @@ def _recorded(trained: TrainedModel, name: str, value: Any) -> Any:
     made = read_recorded(trained.record.get("verb"), name, value)
     if name == "attn_implementation" and "/" in str(made):
         raise ValueError(
-            f"is {made!r:.80}, a kernel that would be fetched and run; if you trust it, pass it as --{name} yourself"
+            f"is {made!r:.80}, a kernel that would be downloaded and run; if you trust it, pass it as --{name} yourself"
         )
     return made

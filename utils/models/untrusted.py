@@ -32,8 +32,8 @@ PROBABILITIES = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
 # What PEFT does for a value in an adapter's config, beyond building layers.
 REACHES_OUT = {
     "megatron_config": "lets PEFT import the Python module that megatron_core names",
-    "tokenizer_kwargs": "is handed to the loading of a tokenizer, trust_remote_code among it",
-    "prompt_tuning_init_state_dict_path": "names a file elsewhere to start from",
+    "tokenizer_kwargs": "is passed on to the tokenizer's loader, including trust_remote_code",
+    "prompt_tuning_init_state_dict_path": "names a file elsewhere to load",
     "adapters": "names further adapters to load",
     "shadow_model": "names a further model to load",
 }
@@ -100,18 +100,18 @@ def explain_library(error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     if "trust_remote_code" in text:
         return (
-            "it comes with Python code of its own, which is not run; read that code, and pass --trust_remote_code if "
+            "it comes with its own Python code, which is not run; read that code, and pass --trust_remote_code if "
             "you trust it"
         )
     if "ignore_mismatched_sizes" in text:  # the library names no tensor here
-        return "its weights are of other shapes than its config.json says (vocab_size, hidden_size and the like)"
+        return "its weights have other shapes than its config.json says (vocab_size, hidden_size and the like)"
     kind = re.match(
         r"Unrecognized configuration class <class '(?:.*\.)?(\w+?)(?:Config)?'>.*AutoModelForCausalLM", text
     )
     if kind:
         return (
-            f"{kind[1]} is no causal language model that transformers can load for texts (models of images, sounds or "
-            "encoders are not); name a causal language model, such as the text part of it saved by itself"
+            f"{kind[1]} is not a causal language model that transformers can load for text (models of images, sounds "
+            "or encoders are not); name a causal language model, such as the text part of it saved by itself"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "it asks for more memory than there is"
@@ -135,7 +135,7 @@ def _odd_files(name: str) -> Iterator[str]:
         except OSError:  # a link to nothing
             continue
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            yield f"{entry.name} is no regular file (a pipe or a device); remove it"
+            yield f"{entry.name} is not a regular file (a pipe or a device); remove it"
 
 
 def _shard_faults(index: dict[str, Any]) -> Iterator[str]:
@@ -155,8 +155,8 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
     for key, value in _items(config):
         if key.endswith(KERNELS) and "/" in json.dumps(value):
             yield (
-                f"config.json: {key} is {json.dumps(value)[:80]}, a kernel that would be fetched and run; remove the "
-                "line, and name an implementation that you trust with --attn_implementation"
+                f"config.json: {key} is {json.dumps(value)[:80]}, a kernel that would be downloaded and run; remove "
+                "the line, and name an implementation that you trust with --attn_implementation"
             )
         if key == "transformers_weights":
             yield (
@@ -194,7 +194,7 @@ def _tokenizer_faults(config: dict[str, Any]) -> Iterator[str]:
     named += list(templates) if isinstance(templates, dict) else []
     for name in named:
         if not isinstance(name, str) or not _is_plain_name(name, ""):
-            yield f"tokenizer_config.json: {name!r:.80} is no name for a chat template, which is saved as a file"
+            yield f"tokenizer_config.json: {name!r:.80} is not a valid name for a chat template, which becomes a file"
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

@@ -49,7 +49,7 @@ SHARDED = {
     "fsdp2": (OPTIMIZER, GRADIENTS, WEIGHTS, REFERENCE, ADAPTER),
 }
 DEEPSPEED = ("zero1", "zero2", "zero3")
-# What waits in main memory: of ZeRO the gradients go there with the optimizer.
+# What is offloaded to CPU memory: of ZeRO the gradients go there with the optimizer.
 OFFLOADED = {"optimizer": (OPTIMIZER, GRADIENTS), "weights": (OPTIMIZER, GRADIENTS, WEIGHTS, REFERENCE, ADAPTER)}
 
 
@@ -61,7 +61,7 @@ class Estimate:
     batch: int  # pairs of a micro-batch; of sft, rows
     micro_batches: int  # of an optimizer step, on each device
     parts: Mapping[str, int]
-    host: Mapping[str, int]  # of what waits in main memory instead, for each device
+    host: Mapping[str, int]  # of what is offloaded to CPU memory instead, for each device
     base: int  # what is held beside: the process, or the device's context
     spare: int  # what an allocator holds and nothing uses
     flops: int
@@ -98,7 +98,7 @@ def estimate(
 
     Args:
         base: bytes that are held beside the model.
-        offload: what waits in main memory, a key of OFFLOADED.
+        offload: what is offloaded to CPU memory, a key of OFFLOADED.
         kept: bytes that a reference leaves behind when it was scored ahead.
 
     Raises:
@@ -109,7 +109,7 @@ def estimate(
     parts = max((parts for parts, _ in shares), key=lambda parts: sum(parts.values()))
     host = {part: max(waiting[part] for _, waiting in shares) for part in shares[0][1]}
     if kept:
-        parts["kept of the reference"] = kept
+        parts["reference log-probs"] = kept
     flops = walk.flops + (padded_attention_flops if way.imitates else attention_flops)(way.config, pairs)
     spare = (
         round(sum(parts.values()) * (MARGIN - 1)) if way.on_gpu else _unused_by_heap(way, pairs, micro_batches, walk)
@@ -121,7 +121,7 @@ def estimate(
 def _share_of_device(
     parts: Mapping[str, int], way: Way, walk: Walk, sharding: str, devices: int, offload: str | None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What one device holds of the parts of a step at some moment, and what waits for it in main memory."""
+    """What one device holds of the parts of a step at some moment, and what waits for it in CPU memory."""
     parts = dict(parts)
     host = {ACTIVATIONS: walk.offloaded} if walk.offloaded else {}
     if sharding in DEEPSPEED and way.dtype != torch.float32 and not way.use_lora:

@@ -47,7 +47,7 @@ class Way:
     reference: str
     optim: str = "adamw_torch_fused"
     on_gpu: bool = False
-    offloads_activations: bool = False  # to main memory, as --activation_offloading does
+    offloads_activations: bool = False  # to CPU memory, as --activation_offloading does
     reference_config: PretrainedConfig | None = None  # of a reference that is another model; None: the policy's
     whole_last_layer: bool = False  # it computes prompts and padding, too, as in padded batches
 

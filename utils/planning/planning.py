@@ -123,7 +123,7 @@ def choose_device(settings: Settings) -> tuple[Device, torch.dtype]:
         }
         given = [f"--{name}" for name, value in offloading.items() if value]
         if given and not device.is_gpu:
-            why = "moves from a GPU to main memory; there is no GPU here, plan for one with --gpu"
+            why = "moves from a GPU to CPU memory; there is no GPU here, plan for one with --gpu"
             raise UserError(*(f"{name}: {why}" for name in given))
         return device, dtype
     if plan.gpu is not None:
@@ -185,7 +185,7 @@ class _Planner:
 
     def _kept(self, way: Way) -> int:
         """Bytes of a reference that was scored ahead: its output head, and its hidden states of held-out pairs. They
-        wait in main memory; of a policy that is its own reference, the head is there anyway."""
+        are offloaded to CPU memory; of a policy that is its own reference, the head is there anyway."""
         if way.reference != "ahead" or self.device.is_gpu or not self.work.held_out_tokens:
             return 0
         text, width = (way.reference_config or way.config).get_text_config(), torch.finfo(way.dtype).bits // 8

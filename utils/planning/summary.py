@@ -26,18 +26,18 @@ def summarize(plan: Plan, price: float | None, devices: int) -> list[str]:
         f"  {'':{width}}{f'{work.kind} x micro-batches':>22}{'memory':>11}{'fits':>6}{'time':>16}"
         + (f"{'cost':>10}" if price else ""),
         *(_line(name.ljust(width), choice, plan, price, devices) for name, choice in choices.items()),
-        *(["", "* the row that the command below is of"] if plan.best else []),
+        *(["", "* the row of the command below"] if plan.best else []),
         "",
         "as asked, by part: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in _parts(asked) if size),
     ]
     for of, choice in (("as asked", asked), ("the best that fits", plan.best)):
         if choice is not None and choice.needs.host and (choice is not asked or of == "as asked"):
             host = ", ".join(f"{name} {readable_bytes(size)}" for name, size in choice.needs.host.items() if size)
-            lines.append(f"{of}, in main memory for each device: {host}")
+            lines.append(f"{of}, in CPU memory for each device: {host}")
     lines += _left_out(plan, devices)
     if not work.known:
         lines.append(
-            f"without --dataset_name every {work.kind[:-1]} is taken to be as long as --max_length "
+            f"without --dataset_name every {work.kind[:-1]} is assumed to be as long as --max_length "
             f"({sum(work.lengths[0][:2]):,})"
         )
     return lines
@@ -47,18 +47,18 @@ def explain_best(plan: Plan) -> str:
     """Which row the command is of, and why."""
     best, asked = plan.best, plan.asked
     if best is None:
-        return "nothing of this fits; take a larger device, more of them, a smaller --max_length or a smaller model"
+        return "nothing fits; use a larger device, more devices, a smaller --max_length or a smaller model"
     rest = [choice for choice in (asked, *plan.others) if choice is not best and choice.needs.fits(plan.device)]
     same_kind = [choice for choice in rest if _kind(choice) == _kind(asked)]
     if best is asked:
-        why = "it fits, and no other row that trains the same is faster" if same_kind else "it fits"
+        why = "it fits, and no equivalent row is faster" if same_kind else "it fits"
     elif _kind(best) != _kind(asked):
-        why = f"nothing that trains as asked ({_kind(asked)}) fits; of what fits, it takes the least computing"
+        why = f"nothing that trains as requested ({_kind(asked)}) fits; of what fits, it needs the least compute"
     elif asked in rest:
-        why = "as asked fits too, and this trains the same with less computing"
+        why = "the requested settings fit too, and this is equivalent with less compute"
     else:
         smaller = f", {best.needs.batch} {plan.work.kind} at a time" if best.batch != asked.batch else ""
-        why = f"as asked does not fit; this trains the same{smaller} and fits"
+        why = f"the requested settings do not fit; this is equivalent{smaller} and fits"
     return f"the best that fits: {_name(best)} ({why})"
 
 
@@ -73,8 +73,7 @@ def _left_out(plan: Plan, devices: int) -> list[str]:
     lines = []
     if training.engine == "auto":
         lines.append(
-            "batches: each prompt once, no padding; a model that does not compute that exactly is trained on padded "
-            "rows, which --engine padded plans"
+            "batches: each prompt once, no padding; for a model that needs padded batches, plan with --engine padded"
         )
     left_out = []
     if training.per_device_eval_batch_size > training.per_device_train_batch_size and plan.work.held_out_tokens:
@@ -83,18 +82,18 @@ def _left_out(plan: Plan, devices: int) -> list[str]:
             "(--per_device_eval_batch_size)"
         )
     if devices > 1:
-        left_out.append("the time that devices spend talking; whole weights in main memory when a sharded run is saved")
+        left_out.append("communication between devices; the full weights in CPU memory when a sharded run is saved")
     if plan.asked.needs.host:
-        left_out.append("the time that moving to and from main memory takes")
+        left_out.append("transfers to and from CPU memory")
     if data.streaming:
-        left_out.append("the rows that --streaming shuffles, in main memory")
+        left_out.append("the shuffle buffer of --streaming in CPU memory")
     return [*lines, *([f"not counted: {'; '.join(left_out)}"] if left_out else [])]
 
 
 def _describe_work(plan: Plan) -> str:
     work = plan.work
     if not work.known:
-        return "none named"
+        return "none given"
     count = len(work.lengths)
     return (
         f"{count:,} {work.kind} to train on, {work.tokens / count:,.0f} tokens each (the longest "

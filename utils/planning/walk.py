@@ -62,7 +62,7 @@ class Walk:
     parameters: int  # of the model without its adapter
     trainable: int
     largest_layer: int  # parameters of the largest module whose weights are whole at once under sharding
-    offloaded: int = 0  # bytes of activations that wait in main memory, apart from `moments`
+    offloaded: int = 0  # bytes of activations that are offloaded to CPU memory, apart from `moments`
 
     @property
     def parts(self) -> Mapping[str, int]:
@@ -208,8 +208,8 @@ def _walk(
     except Exception as error:  # what a model's code does with tensors on paper has no end
         first = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise UserError(
-            f"--model_name_or_path: a step of {way.config.model_type} cannot be planned on paper ({first:.200}); "
-            f"{'sft' if way.imitates else 'train'} --dry_run takes a real one"
+            f"--model_name_or_path: a step of {way.config.model_type} cannot be estimated without running it "
+            f"({first:.200}); {'sft' if way.imitates else 'train'} --dry_run runs a real one"
         ) from None
     return flops
 

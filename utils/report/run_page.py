@@ -46,7 +46,7 @@ MEANINGS = {  # held-out metric -> its name for a reader, and how it is written
     "rejected_kl": ("KL along rejected responses, nats", "{:.2f}"),
     "chosen_end_prob": ("probability of ending where the response ends", "{:.3f}"),
     "perplexity": ("perplexity", "{:.3f}"),
-    "token_accuracy": ("tokens guessed right", "{:.1%}"),
+    "token_accuracy": ("token accuracy", "{:.1%}"),
 }
 READING = {  # whether it is a preference run -> how its metrics are read
     True: "Held out: not trained on. A reward is --beta times the log-ratio of a response's probability under the "
@@ -63,7 +63,7 @@ SHOWN_PROMPTS = 6  # of the samples
 MAIN_SETTINGS = {  # name for a reader -> setting -> how its value is written
     "learning rate": {"learning_rate": "{}", "lr_scheduler_type": "{} schedule", "warmup_steps": "warm-up steps {}"},
     "batch": {"rows_per_step": "{} rows per step", "per_device_train_batch_size": "{} at a time on each device"},
-    "epochs, steps": {"num_train_epochs": "{} epochs wanted", "max_steps": "{} steps"},
+    "epochs, steps": {"num_train_epochs": "{} epochs requested", "max_steps": "{} steps"},
     "loss": {"loss_type": "{}", "beta": "beta {}"},
     "LoRA": {"lora_r": "r {}", "lora_alpha": "alpha {}", "lora_dropout": "dropout {}"},
     "optimizer": {"optim": "{}", "weight_decay": "weight decay {}", "max_grad_norm": "gradients clipped at norm {}"},
@@ -104,8 +104,8 @@ def _when(record: Mapping[str, Any]) -> str:
     started, updated = (_clock(record.get(name)) for name in ("started", "updated"))
     if record.get("status") == "running":
         return (
-            f"Started {started}. This page is of {updated}; it is rewritten while the run goes on (whether it does, "
-            "the verb status says)."
+            f"Started {started}. This page is of {updated}; it is rewritten while the run continues (status shows "
+            "whether it does)."
         )
     return f"Started {started}, ended {updated}."
 
@@ -168,7 +168,7 @@ def _show_samples(samples: list[dict[str, Any]]) -> str:
 
 
 def _show_answer(sample: Mapping[str, Any]) -> str:
-    end = "" if sample.get("ended", True) else ", not ended"
+    end = "" if sample.get("ended", True) else ", not finished"
     return f"<dt>at step {show(sample.get('step', '?'))}{end}</dt><dd>{_clip(_as_text(sample.get('response')))}</dd>"
 
 
@@ -198,7 +198,7 @@ def group_examples(examples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str,
     """The held-out rows that are shown with their texts, in groups: what they have in common, and the rows."""
     worst, best = ([row for row in examples if row.get("kind") == kind] for kind in ("worst", "best"))
     for of, rows in (
-        ("ranked most wrongly", [row for row in worst if row.get("margin", 0.0) < 0]),
+        ("most confidently wrong", [row for row in worst if row.get("margin", 0.0) < 0]),
         ("ranked correctly, with the smallest margins", [row for row in worst if row.get("margin", -1.0) >= 0]),
         ("with the largest margins", [row for row in best if "margin" in row]),
     ):
@@ -248,12 +248,12 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
     facts += [
         ("length limit", f"{data.get('max_length', 0):,} tokens (--max_length)"),
         ("shortened to fit", f"{data.get('truncated', 0):,}"),
-        ("chat template", data.get("chat_template") or "none: texts are taken as they are"),
+        ("chat template", data.get("chat_template") or "none: plain texts"),
         ("fingerprint", data.get("fingerprint")),
         *([] if data.get("dropped") else [("dropped", "nothing")]),
     ]
     if data.get("shared_prompts"):
-        facts.append(("prompts on both sides", f"{data['shared_prompts']:,}: held-out numbers are too good"))
+        facts.append(("prompts on both sides", f"{data['shared_prompts']:,}: held-out metrics are too optimistic"))
     yield make_facts(facts)
     dropped = data.get("dropped") or {}
     if dropped:

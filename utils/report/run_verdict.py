@@ -139,7 +139,7 @@ def headline(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("chosen_kl", "KL, nats", "{:.2f}"),
         ("loss", "held-out loss", "{:.4f}"),
         ("perplexity", "perplexity", "{:.2f}"),
-        ("token_accuracy", "tokens guessed right", "{:.1%}"),
+        ("token_accuracy", "token accuracy", "{:.1%}"),
     ):
         if (after or {}).get(name) is not None:
             tiles.append((label, form.format(after[name])))

@@ -68,7 +68,7 @@ def read_ballots(folder: Path) -> dict[str, Ballot]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         if (folder / VOTES).exists():
-            raise UserError(f"{folder / VOTES}: holds no votes of this script (no {BALLOTS}); {advice}") from None
+            raise UserError(f"{folder / VOTES}: has no votes of this script (no {BALLOTS}); {advice}") from None
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {advice}") from None
@@ -81,7 +81,7 @@ def read_ballots(folder: Path) -> dict[str, Ballot]:
                 raise ValueError(outcome)
             ballots[match.key] = Ballot(match, outcome, row.get("both_bad") is True)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: holds no votes of this script; {advice}") from None
+        raise UserError(f"{path}: has no votes of this script; {advice}") from None
     return ballots
 
 

@@ -226,8 +226,8 @@ class EndpointJudge:
         except OSError as error:
             self._keeps = False
             say(
-                f"warning: the judge's answers cannot be kept in {self._file.parent} ({error.strerror}): "
-                "another run would ask for them again"
+                f"warning: the judge's answers cannot be cached in {self._file.parent} ({error.strerror}): "
+                "the next run will ask again"
             )
 
     async def _request(self, client: httpx.AsyncClient, question: str) -> str:
@@ -272,12 +272,11 @@ class EndpointJudge:
         code = response.status_code
         said = self._shown(f"{code} {response.reason_phrase}")
         if code in (401, 403):
-            raise UserError(f"{self._flag}: refused ({said}); set {KEY} to a key that it takes")
+            raise UserError(f"{self._flag}: refused ({said}); set {KEY} to a valid key")
         if 300 <= code < 400:
             place = self._shown(response.headers.get("Location", "nowhere").partition("?")[0])
             raise UserError(
-                f"{self._flag}: sends elsewhere ({said}, to {place}), where the key is not sent; give "
-                "the URL that answers itself"
+                f"{self._flag}: redirects ({said}, to {place}), where the key is not sent; give the final URL"
             )
         if code not in PASSING:
             raise UserError(f"{self._flag}: {said}: {self._shown(body.decode('utf-8', 'replace'))}")
@@ -335,14 +334,14 @@ def _check_url(flag: str, url: str) -> None:
     except (httpx.InvalidURL, ValueError) as error:
         fault = str(error)
     if fault:
-        raise UserError(f"{flag}: no URL that can be asked ({fault})")
+        raise UserError(f"{flag}: not a usable URL ({fault})")
 
 
 def _read_key() -> str:
     """The key in the environment, "" for none."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{KEY}: holds a line break or another character that no key has; set it again")
+        raise UserError(f"{KEY}: contains a line break or another character that cannot be in a key; set it again")
     return key
 
 
@@ -355,7 +354,7 @@ def _read_content(body: bytes) -> str:
     try:
         content = json.loads(body)["choices"][0]["message"]["content"] or ""
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"no chat completion but {body[:SHOWN_CHARACTERS].decode('utf-8', 'replace')!r}") from None
+        raise ValueError(f"not a chat completion: {body[:SHOWN_CHARACTERS].decode('utf-8', 'replace')!r}") from None
     return str(content).rpartition(THOUGHTS_END)[2].strip()
 
 

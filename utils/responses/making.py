@@ -90,7 +90,7 @@ def make_pairs(settings: Settings) -> None:
         run[TEMPLATE_DATE] = template_date(tokenizer)
     samples = Samples(kept, run, prompts)
     if samples.count:
-        say(f"going on after {samples.count:,} prompts that {samples.path.name} holds")
+        say(f"resuming after {samples.count:,} prompts in {samples.path.name}")
     room, end_ids = context_length(source, settings.model), read_end_ids(source.base, source.revision, tokenizer)
     for start in range(samples.count, len(prompts), PROMPTS_PER_BATCH):
         batch = prompts[start : start + PROMPTS_PER_BATCH]
@@ -117,7 +117,7 @@ def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
             if len(distinct) == settings.of(SamplingSettings).num_prompts:
                 return prompts.source, list(distinct.values())
     if len(distinct) < len(prompts.rows):
-        say(f"      {len(prompts.rows) - len(distinct):,} ask what an earlier one asks")
+        say(f"      {len(prompts.rows) - len(distinct):,} are duplicates of an earlier prompt")
     return prompts.source, list(distinct.values())
 
 
@@ -253,11 +253,11 @@ class Samples:
                 damaged = damaged or (sampled is None and count + 2)  # the number of its line
                 if damaged and count >= whole + PROMPTS_PER_BATCH:
                     raise UserError(
-                        f"{self.path} line {damaged}: holds no sample of this script, and more follow; restore that "
-                        "line, or remove the file to start afresh"
+                        f"{self.path} line {damaged}: is not a sample of this script, and more lines follow; "
+                        "restore that line, or remove the file to start over"
                     )
                 if sampled is not None and sampled.prompt != self.prompts[count]:
-                    raise UserError(f"{self.path} holds samples of other prompts; remove it to start afresh")
+                    raise UserError(f"{self.path} holds samples of other prompts; remove it to start over")
                 count += 1
                 if count % PROMPTS_PER_BATCH == 0 and not damaged:
                     whole, end = count, file.tell()
@@ -277,7 +277,7 @@ class Samples:
             raise UserError(f"{self.path} holds no samples of this script; move it away") from None
         if other:
             raise UserError(
-                f"{self.path} holds samples made with another {', '.join(other)}; remove it to start afresh, or give "
+                f"{self.path} holds samples made with another {', '.join(other)}; remove it to start over, or give "
                 "the same flags to resume"
             )
 
@@ -355,7 +355,7 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
         if judge.unreadable:
             say(f"      such as: {judge.unreadable_example[:100]!r}; they count as ties")
     if not pairs:
-        raise UserError(f"--output_file {output}: not written, for not one pair came of {samples.count:,} prompts")
+        raise UserError(f"--output_file {output}: not written, as no pair came of {samples.count:,} prompts")
     try:
         with tempfile.TemporaryDirectory() as folder, quiet(0):
             made = datasets.Dataset.from_generator(
@@ -365,7 +365,7 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"--output_file {output}: not written, for temporary files cannot be written in {tempfile.gettempdir()} "
+            f"--output_file {output}: not written, as temporary files cannot be written in {tempfile.gettempdir()} "
             f"({getattr(cause, 'strerror', None) or cause}); the samples are kept: run again"
         ) from None
     say(f"wrote {pairs:,} pairs to {output}; all responses and scores are in {samples.path.name}")

@@ -91,7 +91,7 @@ def _translating_reason(flag: str, load: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # what a file from elsewhere makes a library stumble over has no end
         raise UserError(
-            f"{flag}: is no file.py:function and no URL, and no reward model can be loaded from it "
+            f"{flag}: is neither a file.py:function nor a URL, and no reward model can be loaded from it "
             f"({explain_library(error)})"
         ) from None
 

@@ -96,7 +96,7 @@ def _serve(ballots: Ballots, port: int) -> None:
         count = len(ballots.shown)
         say(f"{len(ballots.waiting()):,} of {count:,} matches to vote on; open this page in a browser:")
         say(f"  http://127.0.0.1:{server.server_address[1]}{path}")
-        say("Ctrl-C ends the voting; what was voted counts, and the same command continues.")
+        say("Ctrl-C ends the voting; votes so far count, and the same command continues.")
         try:
             done.wait()
         except KeyboardInterrupt:
@@ -133,7 +133,7 @@ class Voting:
         before = ""
         if place:
             address = f"{escape(self.path)}?at={place - 1}"
-            before = f' <a href="{address}" aria-keyshortcuts="b">the one before</a><kbd>b</kbd>'
+            before = f' <a href="{address}" aria-keyshortcuts="b">previous</a><kbd>b</kbd>'
         count = len(ballots.shown)
         voted = count - len(ballots.waiting())
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
@@ -152,8 +152,8 @@ class Voting:
             return OVER
         first, count = min(self.skipped), len(self.skipped)
         content = (
-            f"<h1>{count} skipped</h1><p>All others have their vote. Those that were skipped count for neither.</p>"
-            f'<p><a href="{escape(self.path)}?at={first}" aria-keyshortcuts="b">Vote on the first of them</a></p>'
+            f"<h1>{count} skipped</h1><p>All other matches are voted on. Skipped ones count for neither side.</p>"
+            f'<p><a href="{escape(self.path)}?at={first}" aria-keyshortcuts="b">Vote on the first one</a></p>'
             f'<form method="post" action="{escape(self.path)}" class="choices">'
             f'<button name="choice" value="{END}" aria-keyshortcuts="e">End the voting<kbd>e</kbd></button></form>'
         )
@@ -222,7 +222,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
         try:
             over = self._voting.take(urllib.parse.parse_qs(body))
         except LookupError:
-            self._send(400, make_document("Not understood", "<p>This vote could not be understood; go back.</p>"))
+            self._send(400, make_document("Invalid vote", "<p>This vote is not valid; go back.</p>"))
             return
         except OSError as error:
             say(f"warning: a vote could not be written ({error}); fix that, then vote again")

@@ -26,7 +26,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """The content of a file.
 
     Raises:
-        Unbounded: it is no regular file (a pipe would be waited for, a device has no end), or has more than `most`
+        Unbounded: it is not a regular file (a pipe would be waited for, a device has no end), or has more than `most`
             bytes.
         OSError: the system refuses it.
     """
@@ -34,14 +34,14 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise Unbounded("is no regular file (a pipe or a device)")
+        raise Unbounded("is not a regular file (a pipe or a device)")
     if found.st_size > most:
         raise Unbounded(f"has {found.st_size:,} bytes; at most {most:,} are read")
     # Without waiting: a file of /proc may have no end, and another may have been put in its place since.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         content = file.read(most + 1)
     if content is None:
-        raise Unbounded("is no regular file (its content is still to come)")
+        raise Unbounded("is not a regular file (its content is still to come)")
     if len(content) > most:  # a file of /proc, which has no size
         raise Unbounded(f"has more than {most:,} bytes")
     return content
@@ -66,7 +66,7 @@ def parse_json(content: bytes) -> Any:
     except RecursionError:
         raise Unbounded("is nested too deeply") from None
     except ValueError as error:  # also for a number of thousands of digits
-        raise Unreadable(f"is no JSON ({error})") from None
+        raise Unreadable(f"is not valid JSON ({error})") from None
     if is_deep(value):
         raise Unbounded(f"is nested more than {MOST_DEPTH} levels deep")
     return value

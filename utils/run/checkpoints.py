@@ -97,7 +97,7 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
     if not checkpoint.is_dir():
         return "there is no such folder"
     if SET_ASIDE.fullmatch(checkpoint.name):
-        return "it was found damaged before, and renamed"
+        return "it was found damaged earlier, and renamed"
     if (name := CHECKPOINT.fullmatch(checkpoint.name)) is None:
         return "its name is not that of a checkpoint (checkpoint-N)"
     if (checkpoint / MANIFEST).exists():
@@ -135,9 +135,9 @@ def _find_end(path: Path) -> str | None:
                 parts = json.loads(file.read(length))
             ends = [part["data_offsets"][1] for name, part in parts.items() if name != "__metadata__"]
             if path.stat().st_size != 8 + length + max(ends, default=0):
-                return f"{path.name} is cut off"
+                return f"{path.name} is truncated"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return f"{path.name} is cut off or cannot be read"
+        return f"{path.name} is truncated or cannot be read"
     return None
 
 
@@ -177,13 +177,11 @@ def _find_newest(folder: Path) -> ResumePoint:
             continue
         best = _find_best(path)
         if best is None or best == path or find_fault(best) is None:
-            skipped = [f"{one.name} is good, but the best model it relies on is lost" for one in without_best]
+            skipped = [f"{one.name} is good, but the best model it refers to is missing" for one in without_best]
             return ResumePoint(path, tuple(damaged), (*notes, *skipped, *_note_manifest(path)))
         without_best.append(path)
     if without_best:
-        lost = (
-            f"the best model that {without_best[0].name} relies on is lost, and no older one is left to make it again"
-        )
+        lost = f"the best model that {without_best[0].name} refers to is missing, and so is any older one"
         return ResumePoint(without_best[0], tuple(damaged), (*notes, lost))
     return ResumePoint(None, tuple(damaged), tuple(notes))
 
@@ -266,7 +264,7 @@ def prune_checkpoints(newest: Path, most: int | None, best: Path | None, stops: 
     forget_cached(newest)
     fault = find_fault(newest)
     if fault is not None:
-        raise OSError(errno.EIO, f"{newest.name} was written, but reads otherwise: {fault}", str(newest))
+        raise OSError(errno.EIO, f"{newest.name} was written, but reads back differently: {fault}", str(newest))
     for path in excess:
         remove_checkpoint(path)
 

@@ -136,7 +136,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
     if record is not None and record.get("status") == "finished":
         left = {
             "status": "failed",
-            "failure": "another run was to replace it, and was stopped while it removed this one",
+            "failure": "another run was replacing it, and was stopped while it removed this one",
         }
         write_json(output_dir / RECORD, record | left)
     for path in list(output_dir.iterdir()):
@@ -149,9 +149,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
             _clear_results(path)
         elif is_own(path.name) and path.name not in (RECORD, LOCK):
             if path.is_dir() and not path.is_symlink():
-                raise UserError(
-                    f"--output_dir {output_dir}: {path.name} is a folder there, and no run made it; move it"
-                )
+                raise UserError(f"--output_dir {output_dir}: its {path.name} is a folder that no run made; move it")
             path.unlink()
     remove_leftovers(output_dir)
 

@@ -81,7 +81,7 @@ def _check(value: Any, kind: Kind, place: str) -> Any:
         raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}")
     if isinstance(value, int | float):
         if not kind.low <= value <= kind.high:
-            raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}, and none so large or small")
+            raise Unreadable(f"{name} is {_shown(value)}: must be {kind.said}, and not so large or small")
         return 0.0 if 0 < abs(value) < SMALLEST else value
     if isinstance(value, dict):
         return _check_mapping(value, kind, place)

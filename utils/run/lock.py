@@ -67,7 +67,7 @@ class FolderLock:
             what, remedy = explain_fault(error)
             raise UserError(
                 f"--output_dir {folder}: {what}; nothing in it was changed. {remedy}, then run again; a run that had "
-                "begun there goes on with --resume_from_checkpoint auto"
+                "started there resumes with --resume_from_checkpoint auto"
             ) from None
         self._path = folder / LOCK
         if former is not None:
@@ -101,7 +101,7 @@ def check_not_held(folder: Path) -> None:
     path = folder / LOCK
     owner = _read(path)
     if owner is None and _is_fresh(path):
-        raise UserError(f"--output_dir {folder}: another run begins there just now; choose another folder")
+        raise UserError(f"--output_dir {folder}: another run is just starting there; choose another folder")
     if owner is not None and not _is_gone(folder, owner):
         raise UserError(f"--output_dir {folder}: {_describe(folder, owner)}")
 
@@ -265,19 +265,17 @@ def _describe(folder: Path, owner: Mapping[str, Any]) -> str:
         stop = f"kill -TERM {pid}" if os.name == "posix" else f"taskkill /PID {pid}"
         return (
             f"{who}. Two runs cannot write into one folder: choose another, wait for that one, or end it ({stop}: it "
-            f"saves its state first). How far it is: status {shlex.quote(str(folder))}"
+            f"saves its state first). Its progress: status {shlex.quote(str(folder))}"
         )
     at, usual = _last_heard(folder, owner)
     silence = time.time() - at if at is not None else None
-    heard = (
-        f"it was last heard of {readable_seconds(silence)} ago" if silence is not None else "nothing was heard of it"
-    )
+    heard = f"its last heartbeat was {readable_seconds(silence)} ago" if silence is not None else "it left no heartbeat"
     if silence is not None and silence > patience_seconds(usual):
-        before = f", and never silent for longer than {readable_seconds(usual)} before" if usual is not None else ""
-        heard += f"{before}: it is probably gone"
+        before = f", and its longest gap before was {readable_seconds(usual)}" if usual is not None else ""
+        heard += f"{before}: it is probably dead"
     return (
-        f"{who}. Whether it still runs cannot be seen from here; {heard}. Look there; if it is surely gone, remove "
-        f"{folder / LOCK} and start again; else choose another folder"
+        f"{who}. Whether it still runs cannot be seen from here; {heard}. Check that machine; if the run is dead, "
+        f"remove {folder / LOCK} and start again; else choose another folder"
     )
 
 

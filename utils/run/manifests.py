@@ -105,9 +105,9 @@ def _find_fault(path: Path, name: str, size: int, sha256: str, reads: bool) -> s
         if found != size:
             return f"{name} has {found:,} bytes instead of {size:,}"
         if not path.is_file():
-            return f"{name} is no file"
+            return f"{name} is not a file"
         if reads and hash_file(path) != sha256:
-            return f"{name} has other content than was saved (its SHA-256 differs)"
+            return f"{name} has changed since it was saved (its SHA-256 differs)"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:

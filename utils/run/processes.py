@@ -195,8 +195,9 @@ def check_launch_variables(several: bool) -> None:
     missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise LocalError(
-            f"{given} is {numbers[given]}, and what a launcher sets beside it is missing ({', '.join(missing)}): start "
-            f"several processes with accelerate launch or torchrun, or unset {given} to run one"
+            f"{given} is {numbers[given]}, and the variables that a launcher sets with it are missing "
+            f"({', '.join(missing)}): start several processes with accelerate "
+            f"launch or torchrun, or unset {given} to run one"
         )
     if int(numbers["RANK"]) >= count_processes():
         raise LocalError(f"RANK is {numbers['RANK']}: must be below WORLD_SIZE, which is {count_processes()}")

@@ -213,7 +213,7 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path, kind: Kind | None = None) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines. One that is no object of this kind is passed over: a line may be half
-    written while a run goes on. Nothing where there is no regular file."""
+    written while a run goes on. Nothing where there is not a regular file."""
     if not path.is_file():
         return
     with open(path, "rb") as file:

@@ -54,7 +54,7 @@ def restoring(folder: Path, name: str) -> Iterator[None]:
     except Exception as error:  # files that were changed may hold anything
         said = f"{type(error).__name__}: {in_one_line(error, 200)}"
         raise UserError(
-            f"{folder}: its {name} cannot be read back ({said}); resume from an earlier checkpoint, or start anew"
+            f"{folder}: its {name} cannot be read back ({said}); resume from an earlier checkpoint, or start over"
         ) from error
 
 

@@ -22,13 +22,13 @@ from .names import LOCK
 MEANINGS = {
     errno.ENOSPC: ("the disk is full", "Make room there"),
     errno.EDQUOT: ("the disk quota is used up", "Make room there"),
-    errno.EROFS: ("the disk can only be read now", "Make it writable"),
+    errno.EROFS: ("the disk is read-only now", "Make it writable"),
     errno.EACCES: ("writing is no longer allowed", "Allow it"),
     errno.EPERM: ("writing is no longer allowed", "Allow it"),
-    errno.EIO: ("the disk fails", "Look at the disk"),
-    errno.EFBIG: ("a file would become larger than is allowed", "Raise that limit (ulimit -f)"),
+    errno.EIO: ("disk error", "Check the disk"),
+    errno.EFBIG: ("the file size limit is reached", "Raise that limit (ulimit -f)"),
     errno.EMFILE: ("too many files are open", "Raise that limit (ulimit -n)"),
-    errno.ELOOP: ("a link stands where a file belongs", "Remove it"),
+    errno.ELOOP: ("a symlink is in the place of a file", "Remove it"),
 }
 # Folders that this process writes into alone, each with the bytes of its run.lock.
 HELD: dict[Path, bytes] = {}
@@ -53,7 +53,7 @@ def check_held(path: Path) -> None:
             except (FileNotFoundError, NotADirectoryError):
                 if not folder.is_dir():
                     raise FileNotFoundError(errno.ENOENT, "the folder of the run is gone", str(folder)) from None
-                raise FolderLost(f"its {LOCK} was removed, so that another run may begin there") from None
+                raise FolderLost(f"its {LOCK} was removed, so that another run may start there") from None
             if found != HELD[folder]:
                 raise FolderLost(f"its {LOCK} is that of another run, which writes there now")
 

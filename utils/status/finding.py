@@ -80,7 +80,7 @@ def _read_record(folder: Path) -> FoundRun | Foreign:
     except OSError as error:
         return Foreign(folder, f"its {RECORD} cannot be read ({error.strerror})")
     except Unreadable as error:
-        return Foreign(folder, f"its {RECORD} is half of one, or not written by this script: {error}")
+        return Foreign(folder, f"its {RECORD} is incomplete, or not written by this script: {error}")
 
 
 def _step_of(checkpoint: str) -> int:

@@ -57,10 +57,10 @@ def make_page(overview: Overview, place: Path | None = None) -> str:
         *(make_paragraph(text, f"verdict {kind}".strip()) for text, kind in [_judge(runs)]),
         make_tiles(_tiles(runs)),
         "</header>",
-        make_section("What came of them", _results(runs), _link_reports(runs, place)),
+        make_section("Results", _results(runs), _link_reports(runs, place)),
         _curves(charted, len(runs)),
-        make_section("Settings in which they differ", _differences(runs)),
-        make_section("What they write", *_samples(charted)),
+        make_section("Settings that differ", _differences(runs)),
+        make_section("Samples", *_samples(charted)),
         make_section("Warnings", *_warnings(runs)),
     ]
     return make_document(f"{TITLE}: {overview.folder}", "\n".join(part for part in content if part))
@@ -70,25 +70,25 @@ def _judge(runs: Sequence[RunStatus]) -> tuple[str, str]:
     """The verdict in a sentence or two, and its kind: which run is ahead of those it compares to, and how clearly."""
     measured = [run for run in runs if run.verb == "train" and "accuracy" in run.held_out]
     if not measured:
-        return "None of them has ranked held-out pairs yet.", "note"
+        return "None of them was evaluated on held-out pairs yet.", "note"
     data = Counter(_data_of(run) for run in measured).most_common(1)[0][0]
     ranked = [run for run in measured if _data_of(run) == data]
     ranked.sort(key=lambda run: (run.held_out["accuracy"], run.held_out.get("margin", 0.0)), reverse=True)
     first, kind = ranked[0], "note"
     if len(ranked) == 1:
-        sentences = [f"Only {first.name} was measured on its data: held-out accuracy {_accuracy(first)} points."]
+        sentences = [f"Only {first.name} was evaluated on its data: held-out accuracy {_accuracy(first)} points."]
     else:
         field = f"of {len(ranked)} runs on the same data"
         sentences = [f"Highest held-out accuracy {field}: {first.name}, {_accuracy(first)} points."]
         gap = ranked[0].held_out["accuracy"] - ranked[1].held_out["accuracy"]
         clear = gap > 2 * _standard_error(ranked[0])
         kind = "" if clear else "note"
-        more = "" if clear else ": a difference that chance may have made" if gap else ", the same"
+        more = "" if clear else ": a difference within noise" if gap else ", the same"
         sentences.append(f"{ranked[1].name} follows with {_accuracy(ranked[1])} points{more}.")
     others = len(measured) - len(ranked)
     if others:
         sentences.append(
-            f"{others} more {'was' if others == 1 else 'were'} measured on other data and cannot be compared."
+            f"{others} more {'was' if others == 1 else 'were'} evaluated on other data and cannot be compared."
         )
     return " ".join(sentences), kind
 
@@ -129,12 +129,12 @@ def _results(runs: Sequence[RunStatus]) -> str:
     head, *body = zip(*columns, strict=True)
     trained = [run for run in runs if run.verb == "train"]
     note = (
-        "Held out, at the newest evaluation. Accuracy: the share of pairs ranked correctly; behind ± its standard "
-        "error in points: twice that is the reach of chance in 19 of 20 cases. Margin: how much higher the reward of "
-        "the chosen response is. KL: how far the policy is from its reference, in nats."
+        "Held out, at the newest evaluation. Accuracy: the share of pairs ranked correctly; ± its standard error in "
+        "points (twice that is about a 95% interval). Margin: reward of the chosen response minus that of the "
+        "rejected one. KL: how far the policy is from its reference, in nats."
     )
     if len({_facts(run).get("loss_type") for run in trained}) > 1:
-        note += " The losses differ in kind (--loss_type): they are no measure of which run is better."
+        note += " The losses are of different types (--loss_type) and do not show which run is better."
     elif len({_facts(run).get("beta") for run in trained}) > 1:
         note += " Margins and losses are in units of --beta, which differs: compare accuracy and KL."
     return make_table("by run", head, body) + make_paragraph(note, "soft")
@@ -222,8 +222,8 @@ def _differences(runs: Sequence[RunStatus]) -> str:
         if len({cell for cell in cells if cell is not None}) > 1:
             rows.append((name, *(NOTHING if cell is None else cell for cell in cells)))
     if not rows:
-        return make_paragraph("They are the same in all that is recorded of them.")
-    return make_table(f"by run; {DEFAULT}: left to the script", ("setting", *facts), rows, words=True)
+        return make_paragraph("They do not differ in any recorded setting.")
+    return make_table(f"by run; {DEFAULT}: the script's default", ("setting", *facts), rows, words=True)
 
 
 def _used_by_all(runs: Sequence[RunStatus]) -> set[str]:

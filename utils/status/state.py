@@ -84,7 +84,7 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
     state, note = _find_state(record, at)
     owner = read_owner(folder) if state != "running" else None
     if owner is not None and is_alive(owner):
-        state, note = "running", f"process {owner['pid']} has the folder, and has not begun to train yet"
+        state, note = "running", f"process {owner['pid']} has locked the folder, and has not started training yet"
     elif owner is not None and owner.get("started") != (record.get("process") or {}).get("started"):
         who = f"process {owner.get('pid')} on {owner.get('host')}"
         note = "; ".join(filter(None, (note, f"its {LOCK} is of {who}, which cannot be seen from here")))
@@ -137,8 +137,8 @@ def _find_state(record: Mapping[str, Any], at: float) -> tuple[str, str | None]:
         return DIED, f"its record does not say when {host} was heard of last"
     ago = readable_seconds(silence)
     if silence <= patience_seconds(usual):
-        return "running", f"on {host}; last heard of {ago} ago"
-    before = f", and never for longer than {readable_seconds(usual)} before" if usual is not None else ""
+        return "running", f"on {host}; last heartbeat {ago} ago"
+    before = f", longest gap before: {readable_seconds(usual)}" if usual is not None else ""
     return DIED, f"silent for {ago}{before}; its process is on {host} and cannot be seen from here"
 
 

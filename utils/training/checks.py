@@ -66,7 +66,7 @@ def _check_precision(settings: Settings) -> None:
 
 def _check_offloading(settings: Settings) -> None:
     if settings.trainer_fields.get("activation_offloading") and not torch.cuda.is_available():
-        raise UserError("--activation_offloading moves activations from a GPU to main memory; there is no GPU here")
+        raise UserError("--activation_offloading moves activations from a GPU to CPU memory; there is no GPU here")
 
 
 def find_sharding(settings: Settings) -> list[str]:

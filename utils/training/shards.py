@@ -1,7 +1,7 @@
 """Weights and optimizer states that lie in shards in several processes, to and from whole tensors.
 
 What is saved is whole, in the files of a run of one process, so that any number of processes goes on from it. One
-tensor at a time is put together, and only the main process keeps it, in main memory.
+tensor at a time is put together, and only the main process keeps it, in CPU memory.
 """
 
 from __future__ import annotations
