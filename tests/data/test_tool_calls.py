@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 import trl
 from data.test_tokenizing import MADE
+from shared.pairs import write_lines
 
 from utils.data.calls import plain_turns
 from utils.data.encoding import PromptEncoder
+from utils.data.loading import load_pairs
 from utils.data.rendering import Rendered, held_moment
 from utils.data.rendering import _clock_at as clock_at
+from utils.data.tokenizing import PAIR_COLUMNS, SFT_COLUMNS, tokenize_rows
 from utils.data.turns import read_turns
 from utils.engine.counted import plain_ids
 from utils.errors import UserError
 from utils.models.templates import set_chat_template
+from utils.settings.data import DataSettings
 
 TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -250,6 +254,32 @@ def test_reasoning_that_is_not_rendered_is_said(tokenizer):
     row, _, _ = render(tokenizer, *ROWS["reasoning"])
     assert row.notes == ("the chat template does not render the reasoning of 'chosen': it is trained without it",)
     assert "let me see" not in row.completions[0]
+
+
+def test_training_says_what_is_wrong_with_calls_that_it_would_teach(tokenizer, tmp_path):
+    tokenizer.chat_template = TEMPLATES["qwen2_5"].read_text(encoding="utf-8")
+    wrong = {"name": "rain", "arguments": {}}
+    said = [
+        ([*ASKED, call("Oslo"), result()], [SAID], [SAID | {"content": "No."}]),
+        ([*ASKED, result()], [SAID], [SAID | {"content": "No."}]),
+        (ASKED, [SAID], [{"role": "assistant", "content": "", "tool_calls": [wrong]}]),
+        (ASKED, [{"role": "assistant", "content": "", "tool_calls": [wrong]}], [SAID]),
+        ([*ASKED, call("Oslo"), *ASKED], [SAID | {"content": "<think>Hm"}], [SAID]),
+    ]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) | {"tools": TOOLS} for row in said]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    data = load_pairs(DataSettings(dataset_name=str(path), validation_split="none"), "train", 0)
+    for columns, table in (
+        (PAIR_COLUMNS, data.train),
+        (SFT_COLUMNS, data.train.rename_column("chosen", "completion").remove_columns("rejected")),
+    ):
+        _, found = tokenize_rows(table, PromptEncoder(tokenizer), columns, 4096, "error", place=data.place)
+        assert sorted(found.warnings) == [
+            "a reply that begins with a think tag and does not close it, in 1 row (rows.jsonl line 5)",
+            "a tool call without its result, before the conversation goes on, in 1 row (rows.jsonl line 5)",
+            "a tool result without its call, in 1 row (rows.jsonl line 2)",
+            "calls of a tool that the row does not declare, in 1 row (rows.jsonl line 4)",
+        ]
 
 
 def test_turns_come_back_as_the_messages_they_were_read_from():

@@ -22,6 +22,7 @@ from datasets import Dataset
 
 from ..errors import UserError
 from ..runtime import say
+from .call_faults import CALL_FAULTS, find_call_faults
 from .encoding import PromptEncoder
 from .lengths import read_numbers
 from .places import SHOWN, Place, describe_all_bad, describe_skipped, list_places, row_places, stops
@@ -106,8 +107,17 @@ def _tokenize_batch(
         text.fault or _find_same([row[name] for name in completions], row["cut"], max_length)
         for text, row in zip(rendered, fitted, strict=True)
     ]
-    tokenized[NOTES] = ["\n".join(text.notes) for text in rendered]
+    wanted = batch[next(name for name in completions.values() if name != "rejected")]
+    tools = batch.get("tools") or [None] * len(rows)
+    faults = map(_find_call_faults, batch["prompt"], wanted, tools)
+    tokenized[NOTES] = ["\n".join((*text.notes, *found)) for text, found in zip(rendered, faults, strict=True)]
     return tokenized
+
+
+def _find_call_faults(prompt: Any, reply: Any, tools: str | None) -> list[str]:
+    """What is wrong with the calls of a row where a model would learn it; a rejected reply may be wrong in this."""
+    found = set().union(*find_call_faults(prompt, reply, tools))
+    return [title for name, title in CALL_FAULTS.items() if name in found]
 
 
 def _find_same(sides: Sequence[list[int]], cut: bool, max_length: int) -> str:
