@@ -93,14 +93,14 @@ def test_messages_are_answered_behind_the_template(run_script, tiny_model, tmp_p
     code, out, err = run_script(*flags, "--output_dir", tmp_path / "run", "--report_to", "tensorboard")
     assert code == 0, err
     assert read_samples(tmp_path / "run")[0]["prompt"][0]["role"] == "user"
-    assert "    prompt  user: On day " in out
+    assert "    prompt  User: On day " in out
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Tensors("samples/text_summary")] == [0, 4]
-    assert b"user: On day " in events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0]
+    assert b"User: On day " in events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0]
 
 
 def test_after_a_resume_no_step_stands_twice(run_script, tiny_model, pairs_file, tmp_path):

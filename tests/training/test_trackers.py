@@ -175,7 +175,7 @@ def test_samples_are_a_table_in_wandb_and_a_text_in_tensorboard(tmp_path, monkey
     (table,) = tmp_path.rglob("*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["step", "prompt", "response", "ended"]
-    assert content["data"][1] == ["4", "user: Hi", "Ho", "False"]
+    assert content["data"][1] == ["4", "User: Hi", "Ho", "False"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tb"))

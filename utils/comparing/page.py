@@ -16,6 +16,7 @@ from ..report.html import (
     show,
 )
 from ..report.markdown import render_markdown
+from ..report.messages import show_messages
 from .summary import (
     JUDGE_HEAD,
     OWN_REWARD,
@@ -24,7 +25,6 @@ from .summary import (
     describe_outcomes,
     describe_result,
     judge_rows,
-    prompt_text,
     style_rows,
 )
 
@@ -122,7 +122,7 @@ def _show_row(number: int, row: dict[str, Any]) -> str:
     )
     better = make_paragraph(f"Better: {'; '.join(describe_outcomes(row))}") if row["judges"] else ""
     return (
-        f'<article class="card"><h3>Prompt {number:,}</h3><div class="text">{show(prompt_text(row["prompt"]))}</div>'
+        f'<article class="card"><h3>Prompt {number:,}</h3><div class="text">{show(show_messages(row["prompt"]))}</div>'
         f'<div class="sides">{sides}</div>{better}</article>'
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 from typing import Any
 
-from ..data.calls import show_turns
+from ..report.messages import show_messages
 
 WIDTH = 100
 OWN_REWARD = "implicit_reward"
@@ -116,7 +116,7 @@ def summarize(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterato
     yield f"The first {min(SHOWN, len(rows))} of {_count(len(rows), 'prompt')}:"
     for row in rows[:SHOWN]:
         yield ""
-        yield from _show_text("prompt", prompt_text(row["prompt"]))
+        yield from _show_text("prompt", show_messages(row["prompt"]))
         yield from _show_text("model", row["response"])
         yield from _show_text("baseline", row["baseline_response"])
         if row["judges"]:
@@ -133,11 +133,6 @@ def _show_scores(found: dict[str, Any]) -> str:
     if "score" not in found:
         return ""
     return f": {found['score']:.3g} and {found['baseline_score']:.3g}"
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as text, with the speakers of a dialogue."""
-    return prompt if isinstance(prompt, str) else show_turns(prompt)
 
 
 def _show_text(label: str, text: str) -> list[str]:

@@ -7,7 +7,7 @@ text, `extra`, and `whole_message` gives the message back as a chat template tak
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .scanning import name_of
@@ -151,11 +151,6 @@ def turn_key(turn: Turn) -> tuple[str, ...]:
     """What tells one turn from another: blanks around its text, ids of calls and the order of arguments do not."""
     calls = (json.dumps(function, ensure_ascii=False, sort_keys=True) for function in functions_of(turn))
     return (turn["role"], turn["content"].strip(), reasoning_of(turn).strip(), *calls)
-
-
-def show_turns(turns: Sequence[Turn], between: str = "\n\n") -> str:
-    """A dialogue for people: who says what."""
-    return between.join(f"{turn['role'].capitalize()}: {said_by(turn)}" for turn in turns)
 
 
 def plain_turns(turns: Any) -> Any:

@@ -8,13 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..report.messages import show_messages
 from .calls import (
     CALLING_ROLES,
     KEPT,
     RESULT_ROLES,
     BadRow,
+    extra_of,
     is_nothing,
     make_turn,
+    plain_turns,
     read_calls,
     read_extra,
     result_text,
@@ -136,6 +139,13 @@ def _parse(text: str) -> Any:
 def flatten(value: Value) -> str:
     """The text of the turns, without their roles."""
     return value if isinstance(value, str) else "\n".join(map(said_by, value))
+
+
+def show_value(value: Value) -> str:
+    """A prompt or a reply for people: a text, or that of a turn which is alone and says no more; else who says what."""
+    if isinstance(value, list) and len(value) == 1 and not extra_of(value[0]):
+        return value[0]["content"]
+    return show_messages(plain_turns(value))
 
 
 def is_transcript(text: Any) -> bool:

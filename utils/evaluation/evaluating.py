@@ -14,7 +14,7 @@ import numpy as np
 from ..arguments import command_line
 from ..data.splitting import group_key
 from ..data.tokenizing import PAIR_COLUMNS
-from ..data.turns import flatten
+from ..data.turns import show_value
 from ..errors import UserError, gather
 from ..models.loading import check_4bit, check_token_ids, load_tokenizer
 from ..models.reference import ReferencePlan
@@ -318,5 +318,5 @@ def find_examples(table: PairTable, pairs: EvaluatedPairs) -> list[dict[str, Any
     examples = []
     for row in wrong:
         texts = data[place_of[row["id"]]]
-        examples.append({"row": row} | {side: flatten(texts[side]) for side in ("prompt", "chosen", "rejected")})
+        examples.append({"row": row} | {side: show_value(texts[side]) for side in ("prompt", "chosen", "rejected")})
     return examples

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.places import SHOWN
-from ..data.turns import flatten
+from ..data.turns import show_value
 from .subject import Subject
 
 PROBLEM, NOTE = "problem", "note"
@@ -83,7 +83,7 @@ def excerpts(row: dict[str, Any]) -> dict[str, str]:
     for name in ("prompt", "chosen", "rejected"):
         if row.get(name) is None:
             continue
-        text = flatten(row[name])
+        text = show_value(row[name])
         cut = text[-EXCERPT:] if name == "prompt" else text[:EXCERPT]
         dots = "" if len(cut) == len(text) else "…"
         shown[name] = dots + cut if name == "prompt" else cut + dots

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.prompts import name_split, read_prompts
 from ..data.splitting import prompt_key
-from ..data.turns import flatten
+from ..data.turns import flatten, show_value
 from ..settings.data import DataSettings, InspectionSettings
 from ..settings.training import Settings
 from .findings import NOTE, PROBLEM, Finding, find_pairs, with_example
@@ -55,7 +55,7 @@ def _show_other(
 ) -> Finding:
     for number in range(len(finding.examples)):
         pair = trained[other[np.searchsorted(held_out, finding.pairs[number])]]
-        text = flatten(subject.pairs[int(pair)]["prompt"])[-400:]
+        text = show_value(subject.pairs[int(pair)]["prompt"])[-400:]
         finding = with_example(finding, number, **{"trained prompt": f"{subject.find_place(int(pair))}: {text}"})
     return finding
 
@@ -88,7 +88,7 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
         if finding.name == "near_overlap":
             for number in range(len(finding.examples)):
                 pair = finding.pairs[number]
-                text = flatten(prompts[int(alike[pair])]["prompt"])[-400:]
+                text = show_value(prompts[int(alike[pair])]["prompt"])[-400:]
                 finding = with_example(finding, number, **{f"prompt of {name}": text})
             findings[place] = finding
     met = np.isin(keys, scan.prompt_keys)

@@ -29,6 +29,7 @@ from .html import (
     show,
 )
 from .links import link_pages
+from .messages import show_messages
 from .run_curves import show_curves
 from .run_files import RunFiles, read_run
 from .run_verdict import describe_run, headline, held_out_of
@@ -151,7 +152,7 @@ def _show_samples(samples: list[dict[str, Any]]) -> str:
     """The responses to each prompt, the newest first and the others to unfold."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
-        by_prompt.setdefault(_as_text(sample.get("prompt")), []).append(sample)
+        by_prompt.setdefault(show_messages(sample.get("prompt")), []).append(sample)
     shown = []
     for prompt, rows in list(by_prompt.items())[:SHOWN_PROMPTS]:
         *others, last = sorted(rows, key=lambda row: row.get("step") or 0)
@@ -169,15 +170,8 @@ def _show_samples(samples: list[dict[str, Any]]) -> str:
 
 def _show_answer(sample: Mapping[str, Any]) -> str:
     end = "" if sample.get("ended", True) else ", not finished"
-    return f"<dt>at step {show(sample.get('step', '?'))}{end}</dt><dd>{_clip(_as_text(sample.get('response')))}</dd>"
-
-
-def _as_text(value: Any) -> str:
-    """A text, or messages one below the other."""
-    if isinstance(value, list):
-        turns = [turn if isinstance(turn, dict) else {"content": turn} for turn in value]
-        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
-    return str(value)
+    response = _clip(show_messages(sample.get("response")))
+    return f"<dt>at step {show(sample.get('step', '?'))}{end}</dt><dd>{response}</dd>"
 
 
 def _clip(text: str) -> str:

@@ -19,9 +19,9 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.calls import show_turns
 from ..errors import UserError
 from ..interruptions import stop_if_asked
+from ..report.messages import show_messages
 from ..run.writing import open_file
 from ..runtime import say
 from .scorers import Prompt
@@ -68,11 +68,6 @@ is no merit. What stands in the prompt and in the responses is to be judged, not
 {other}
 
 Answer with one word: A, B or TIE."""
-
-
-def read_text(prompt: Prompt) -> str:
-    """A prompt as text, with the speakers of a dialogue."""
-    return prompt if isinstance(prompt, str) else show_turns(prompt)
 
 
 def read_verdict(answer: str) -> float | None:
@@ -204,7 +199,7 @@ class EndpointJudge:
         return verdicts
 
     async def _ask(self, client: httpx.AsyncClient, prompt: Prompt, one: str, other: str) -> float | None:
-        question = QUESTION.format(prompt=read_text(prompt), one=one, other=other)
+        question = QUESTION.format(prompt=show_messages(prompt), one=one, other=other)
         name = _hash(self.url, self.model, question)
         answer = self._answers.get(name)
         if answer is None:

@@ -22,9 +22,9 @@ from typing import Any
 from ..errors import UserError
 from ..report.html import make_document
 from ..report.markdown import render_markdown
+from ..report.messages import show_messages
 from ..runtime import say
 from .ballots import VOTES, Ballots, Match
-from .judging import read_text
 
 # choice -> its button, its key
 CHOICES = {
@@ -141,7 +141,7 @@ class Voting:
             f'<progress max="{count}" value="{voted}" aria-label="votes"></progress>'
             f'<p class="soft">Match {place + 1} of {count}: {voted} voted{skipped}.{before}</p>'
             "<h1>Which response is better?</h1>"
-            f'{_show_text(read_text(match.prompt))}<div class="sides">{sides}</div>'
+            f'{_show_text(show_messages(match.prompt))}<div class="sides">{sides}</div>'
             f'<form method="post" action="{escape(self.path)}" class="choices">'
             f'<input type="hidden" name="match" value="{ballots.shown[place]}">{buttons}</form>'
         )

@@ -21,6 +21,7 @@ from ..report.html import (
     show,
 )
 from ..report.links import address_of
+from ..report.messages import show_messages
 from ..run.names import REPORT, SAMPLES
 from ..run.records import ROW, read_lines
 from ..runtime import readable_bytes, readable_seconds
@@ -280,8 +281,9 @@ def _samples(runs: Sequence[RunStatus]) -> list[str]:
     for run in runs:
         for row in read_lines(Path(run.folder) / SAMPLES, ROW):
             label = f"{run.name}, at step {row.get('step')}"
-            answer = (label, _as_text(row.get("response"))[:SHOWN_CHARACTERS].strip())
-            answers.setdefault(_as_text(row.get("prompt")), {})[run.name] = answer  # of several steps the last one's
+            answer = (label, show_messages(row.get("response"))[:SHOWN_CHARACTERS].strip())
+            prompt = show_messages(row.get("prompt"))
+            answers.setdefault(prompt, {})[run.name] = answer  # of several steps the last one's
     shared = sorted(answers.items(), key=lambda item: -len(item[1]))
     parts = []
     for prompt, by_run in shared[:SHOWN_PROMPTS]:
@@ -289,14 +291,6 @@ def _samples(runs: Sequence[RunStatus]) -> list[str]:
         asked = f"<dt>prompt</dt><dd>{show(prompt[-SHOWN_CHARACTERS:])}</dd>"
         parts.append(f'<div class="example"><dl>{asked}{lines}</dl></div>')
     return parts
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(
-            f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value if isinstance(turn, dict)
-        )
-    return str(value)
 
 
 def _warnings(runs: Sequence[RunStatus]) -> list[str]:

@@ -12,11 +12,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..data.calls import plain_turns, said_by
+from ..data.calls import plain_turns
 from ..data.rendering import Turns
 from ..errors import UserError
 from ..models.loading import longest_context
 from ..report.html import BY_NUMBER
+from ..report.messages import show_messages
 from ..responses.generation import find_fitting, sample_continuations
 from ..run.metrics import read_json_lines
 from ..run.names import SAMPLES
@@ -126,7 +127,7 @@ class SampleWriter(TrainerCallback):
 def show_samples(rows: Sequence[Mapping[str, Any]], most: int) -> None:
     """Prints each prompt's end and the beginning of its answer; the whole is in samples.jsonl."""
     for row in rows:
-        prompt, response = readable(as_text(row["prompt"])), readable(row["response"])
+        prompt, response = readable(show_messages(row["prompt"], "\n")), readable(row["response"])
         if len(prompt) > SHOWN_PROMPT:
             prompt = "..." + prompt[-SHOWN_PROMPT:]
         end = "" if row["ended"] else f" [stopped after {most} tokens]"
@@ -144,10 +145,3 @@ def show_samples(rows: Sequence[Mapping[str, Any]], most: int) -> None:
 def readable(text: str) -> str:
     """The text in one line; what would move the cursor or change colours is made visible."""
     return text.replace("\r\n", "\n").replace("\n", "\u23ce ").replace("\r", "\u23ce ").translate(BY_NUMBER)
-
-
-def as_text(prompt: str | Turns) -> str:
-    """A prompt for reading: messages each under the name of their speaker."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn['role']}: {said_by(turn)}" for turn in prompt)

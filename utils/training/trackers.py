@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback, rewrit
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import in_one_line
+from ..report.messages import show_messages
 from ..run.record import RunRecord
 from ..runtime import say
 from ..settings.training import RunSettings
@@ -149,7 +150,7 @@ def log_samples(trainer: Trainer, rows: Sequence[Mapping[str, Any]], step: int) 
         rows: step, prompt (a text, or messages), response, and whether it ended.
         step: the optimizer step.
     """
-    cells = [[_as_text(row.get(name)) for name in SAMPLE_COLUMNS] for row in rows]
+    cells = [[show_messages(row.get(name)) for name in SAMPLE_COLUMNS] for row in rows]
     for callback in trainer.callback_handler.callbacks:
         try:
             _log_cells(callback, cells, step)
@@ -177,9 +178,3 @@ def close_trackers(trainer: Trainer, record: RunRecord) -> None:
                 callback._wandb.finish(exit_code=int(record.content["status"] == "failed"))
             except Exception as error:
                 _warn_of(_name_of(callback), error, record)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value)
-    return str(value)
