@@ -59,6 +59,7 @@ def expected_pairs(case: dict) -> list[dict]:
         if scores:
             row |= dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
         row |= {"tools": pair.get("tools", [])} if tells_tools(case["pairs"]) else {}
+        row |= {"chat_template_kwargs": pair["kwargs"]} if "kwargs" in pair else {}
         pairs.append(row | {"row": pair["row"]})
     return pairs
 

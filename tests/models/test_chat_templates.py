@@ -14,9 +14,13 @@ from shared.pairs import make_pairs, write_lines
 from shared.runs import read_record
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from utils.data.encoding import PromptEncoder
+from utils.data.loading import load_pairs
 from utils.data.rendering import hold_moment, render_chat
+from utils.data.tokenizing import PAIR_COLUMNS, tokenize_rows
 from utils.models.templates import set_chat_template
 from utils.run.state import read_kept
+from utils.settings.data import DataSettings
 from utils.settings.flags import NAMES_TAKEN
 from utils.training.differences import find_changes
 
@@ -33,6 +37,7 @@ NO_SYSTEM = (
 )
 OPENS = CUTS.replace("'assistant:'", "'assistant: <think>\n'")
 TOLD = "{{ 'Mood: ' + mood | default('plain') + '\n' }}" + PLAIN
+DOCUMENTED = TOLD.replace(LOOP, "{%- for d in documents or [] -%}{{ d.text + '\n' }}{%- endfor -%}" + LOOP)
 DATED = "{{ 'Now: ' + strftime_now('%d %b %Y %H:%M') + '\n' }}" + PLAIN
 
 
@@ -335,6 +340,27 @@ def test_arguments_of_a_template_go_with_the_run_that_they_were_given_to(train, 
     assert code == 0, err
     compared = json.loads((folder / "comparison.json").read_text())
     assert all(template.endswith(said) for template in compared["chat_templates"])
+
+
+def test_row_gives_its_template_what_it_holds_before_the_flag_does(train):
+    rows = make_rows(24)
+    rows[0] |= {"chat_template_kwargs": {"mood": "sad"}, "documents": [{"text": "It rained."}]}
+    rows[1]["chat_template_kwargs"] = '{"moood": "sad"}'
+    for row in rows[2:]:
+        row["chat_template_kwargs"] = {"mood": "merry"}
+    flags = {"chat_template_kwargs": '{"mood": "grave"}', "validation_split": "0.2", "sample_during_eval": "true"}
+    flags |= {"eval_strategy": "steps", "eval_steps": 1, "sample_max_new_tokens": 2}
+    code, out, err = train(rows, DOCUMENTED, **flags)
+    assert code == 0, err
+    assert "the chat template does not read 'moood', which the row gives it, in 1 row (pairs.jsonl line 2)" in out
+    data = load_pairs(
+        DataSettings(dataset_name=str(train.folder.parent / "pairs.jsonl"), validation_split="none"), "train", 0
+    )
+    tokenizer = AutoTokenizer.from_pretrained(train.folder)
+    set_chat_template(tokenizer, None, transcript=False, arguments={"mood": "grave"})
+    tokenized, _ = tokenize_rows(data.train, PromptEncoder(tokenizer), PAIR_COLUMNS, 1024, "error")
+    begins = [tokenizer.decode(ids).split("user:")[0].strip() for ids in tokenized["prompt_ids"][:3]]
+    assert begins == ["Mood: sad\nIt rained.", "Mood: grave", "Mood: merry"]
 
 
 def test_argument_that_the_template_does_not_read_is_refused(train):

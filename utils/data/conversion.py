@@ -1,7 +1,8 @@
 """Rows of any known shape -> one shape.
 
 `prompt`, `chosen`, `rejected` (sft: `prompt`, `completion`), all texts or all message lists; `row`, the index in the
-source; `reason`, why the row cannot be trained on (else null). Where the source has them: `tools`, a JSON text;
+source; `reason`, why the row cannot be trained on (else null). Where the source has them: `tools` and
+`chat_template_kwargs` (with the row's documents), JSON texts;
 `chosen_score` and `rejected_score`; `group`, the text of the column that --group_by names.
 """
 
@@ -22,9 +23,11 @@ from .columns import list_heads, reach, unpack_row
 from .exact import TOOLS
 from .files import quiet
 from .labels import check_labels, read_number, read_yes_or_no
+from .layouts import KWARGS
 from .ranking import EXPANSIONS, NOT_WANTED, SMALL_GAP, add_context
 from .row_cache import map_rows
 from .schemas import Reading
+from .template_kwargs import kwargs_text
 from .tools import list_tools
 from .unpaired import pair_up
 from .written_calls import read_written
@@ -88,7 +91,7 @@ def _key_of(reading: Reading) -> tuple[Any, ...]:
     """What of a reading decides the converted rows, in values that hash alike in every process."""
     how = (reading.layout.name, sorted(reading.columns.items()), reading.shape.name, reading.replies)
     told = (repr(reading.choice), reading.group, reading.adapter, reading.scored, reading.packed, reading.keeps_extra)
-    return (*how, *told)
+    return (*how, *told, reading.gives_kwargs)
 
 
 def features_of(reading: Reading) -> datasets.Features:
@@ -102,6 +105,7 @@ def features_of(reading: Reading) -> datasets.Features:
 def _extras(reading: Reading) -> dict[str, str]:
     """Columns besides prompt and replies, each with its type."""
     extras = {"tools": "string"} if reading.adapter or "tools" in reading.columns else {}
+    extras |= {KWARGS: "string"} if reading.gives_kwargs else {}
     if reading.scored:
         extras |= {"chosen_score": "float64", "rejected_score": "float64"}
     if reading.layout.pairs_up and not reading.choice.best_only:
@@ -249,6 +253,8 @@ def _check_unicode(converted: Mapping[str, Any]) -> None:
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     extras: dict[str, Any] = {"tools": _tools_text(parts["tools"], reading)} if "tools" in parts else {}
+    if reading.gives_kwargs:
+        extras[KWARGS] = kwargs_text(parts, reading.names)
     if reading.scored:
         extras |= {name: read_number(parts.get(name)) for name in ("chosen_score", "rejected_score")}
         gap, chosen, rejected = reading.choice.min_score_gap, extras["chosen_score"], extras["rejected_score"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..engine.counted import uncount
 from ..errors import UserError, in_one_line
-from .rendering import ADVICE, Rendered, Spans, Turns, render_chat, render_row
+from .rendering import ADVICE, UNREAD, Rendered, Spans, Turns, names_read, render_chat, render_row
+from .template_kwargs import read_kwargs
 from .tools import list_tools
 
 FRONTS = ("\n", "a", ".")  # what a completion is encoded behind where its beginning would merge into its prompt
@@ -58,9 +60,14 @@ class PromptEncoder:
             said = in_one_line(error, 200)
             raise UserError(f"the tokenizer cannot turn these texts into tokens: {said}") from error
 
-    def encode_prompts(self, prompts: Sequence[str | Turns], tools: Sequence[Any] | None = None) -> list[list[int]]:
+    def encode_prompts(
+        self,
+        prompts: Sequence[str | Turns],
+        tools: Sequence[Any] | None = None,
+        kwargs: Sequence[str | None] | None = None,
+    ) -> list[list[int]]:
         """The ids that generation starts from, one list per prompt."""
-        return self.encode_rows(prompts, [], tools)[0]
+        return self.encode_rows(prompts, [], tools, kwargs)[0]
 
     def encode_continuations(
         self,
@@ -72,14 +79,18 @@ class PromptEncoder:
         return self.encode_rows(prompts, [completions], tools)[1]
 
     def encode_rows(
-        self, prompts: Sequence[str | Turns], sides: Sequence[Sequence[str | Turns]], tools: Sequence[Any] | None = None
+        self,
+        prompts: Sequence[str | Turns],
+        sides: Sequence[Sequence[str | Turns]],
+        tools: Sequence[Any] | None = None,
+        kwargs: Sequence[str | None] | None = None,
     ) -> list[list[list[int]]]:
         """What `encode_prompts` gives and, for each of `sides`, what `encode_continuations` gives, in one go.
 
         Raises:
             UserError: the chat template does not render a row, or renders it without its reply.
         """
-        rendered = self.render_rows(prompts, dict(zip(REPLIES, sides, strict=False)), tools)
+        rendered = self.render_rows(prompts, dict(zip(REPLIES, sides, strict=False)), tools, kwargs)
         for row in rendered:
             if row.fault is not None:
                 raise UserError(f"{row.fault}. Leave such rows out of the data")
@@ -90,14 +101,19 @@ class PromptEncoder:
         prompts: Sequence[str | Turns],
         sides: Mapping[str, Sequence[str | Turns]],
         tools: Sequence[Any] | None = None,
+        kwargs: Sequence[str | None] | None = None,
     ) -> list[Rendered]:
-        """The rows as text, each with what is wrong with it; `sides` are columns of replies by their names."""
+        """The rows as text, each with what is wrong with it.
+
+        `sides` are columns of replies by their names; `tools` and `kwargs` those of the rows, which their template is
+        given.
+        """
         names = [REPLIES.get(name, f"'{name}'") for name in sides]
-        tools = tools or [None] * len(prompts)
+        none = [None] * len(prompts)
         replies = zip(*sides.values(), strict=True) if sides else ([] for _ in prompts)
         return [
-            self._render_row(prompt, row, tool, names)
-            for prompt, row, tool in zip(prompts, replies, tools, strict=True)
+            self._render_row(prompt, row, read_tools(tool), read_kwargs(given), names)
+            for prompt, row, tool, given in zip(prompts, replies, tools or none, kwargs or none, strict=True)
         ]
 
     def encode_rendered(self, prompts: Sequence[str | Turns], rendered: Sequence[Rendered]) -> list[list[list[int]]]:
@@ -157,19 +173,27 @@ class PromptEncoder:
         return ids
 
     def _render_row(
-        self, prompt: str | Turns, replies: Sequence[str | Turns], tools: Any, names: Sequence[str]
+        self,
+        prompt: str | Turns,
+        replies: Sequence[str | Turns],
+        tools: Any,
+        kwargs: Mapping[str, Any],
+        names: Sequence[str],
     ) -> Rendered:
         if isinstance(prompt, str):
             return render_row(render_chat, prompt, replies, names)
-        read = read_tools(tools)
         shown: Turns = []
 
         def render(turns: Turns, add_generation_prompt: bool = False) -> str:
             shown[:] = turns
-            return render_chat(self.tokenizer, turns, tools=read, add_generation_prompt=add_generation_prompt)
+            return render_chat(
+                self.tokenizer, turns, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs
+            )
 
+        unread = [name for name in kwargs if name not in names_read(self.tokenizer)]
         try:
-            return render_row(render, prompt, replies, names)
+            row = render_row(render, prompt, replies, names)
+            return replace(row, notes=(*row.notes, *map(UNREAD.format, unread)))
         except Exception as error:  # a template can make Python raise anything
             roles = ", ".join(turn["role"] for turn in shown)
             said = in_one_line(error).rstrip(".")

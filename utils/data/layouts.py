@@ -31,6 +31,8 @@ PAIR_FORMATS = (
 )
 SFT_FORMATS = ("prompt_completion", "function_calls", "messages", "instruction", "text")
 
+KWARGS, DOCUMENTS = "chat_template_kwargs", "documents"
+GIVEN = (KWARGS, DOCUMENTS)  # parts that a row gives its chat template beside messages and tools
 SIGNED_LABELS = ("preference_strength", "overall_preference")  # below 0: the first is better, by so much
 ANY_SHAPE = ("texts with a system prompt", "texts", "messages with a prompt", "messages")
 
@@ -47,7 +49,7 @@ class Layout:
 
     name: str
     parts: Mapping[str, tuple[str, ...]]
-    optional: tuple[str, ...] = ("system", "tools", "context", "chosen_score", "rejected_score")
+    optional: tuple[str, ...] = ("system", "tools", "context", "chosen_score", "rejected_score", *GIVEN)
     shapes: tuple[str, ...] = ANY_SHAPE
     expand: str | None = None
     says: str = ""
@@ -63,7 +65,8 @@ class Layout:
         )
 
 
-SYSTEM = {"system": ("system", "system_prompt"), "tools": ("tools",)}
+OF_TEMPLATE = {name: (name,) for name in GIVEN}
+SYSTEM = {"system": ("system", "system_prompt"), "tools": ("tools",)} | OF_TEMPLATE
 PROMPT = {"prompt": ("prompt", "question")} | SYSTEM
 REPLY_NAMES = ("{}", "{}_response", "{}_answer", "{}_output", "{}_completion", "{}_text", "{}_messages", "response_{}")
 SIDES = {"chosen": ("chosen", "preferred", "accepted"), "rejected": ("rejected", "dispreferred", "non_preferred")}
@@ -95,7 +98,8 @@ OPENAI = Layout(
         "chosen": ("preferred_output",),
         "rejected": ("non_preferred_output",),
         "tools": ("input.tools", "tools"),
-    },
+    }
+    | OF_TEMPLATE,
     shapes=ANY_SHAPE[:3],
 )
 SHAREGPT = Layout("sharegpt", {"prompt": CONVERSATION} | SYSTEM | REPLIES | SCORES, shapes=("messages with a prompt",))

@@ -15,7 +15,7 @@ from typing import Any
 from .calls import BadRow, read_calls
 from .html_text import html_to_text
 from .labels import find_better, read_number
-from .layouts import SIGNED_LABELS
+from .layouts import GIVEN, SIGNED_LABELS
 from .turns import SAID_BESIDE, as_messages, check_fields, is_message, role_of
 
 TEXT_KEYS = ("response", "text", "answer", "output", "content", "completion", "generation", "value", "body")
@@ -91,7 +91,7 @@ def make_rows(
     prompt: Any, answers: Sequence[Answer], parts: Mapping[str, Any], choice: Choice, scored: bool = True
 ) -> list[dict[str, Any]]:
     """Rows with `prompt`, `chosen`, `rejected`, their scores where `scored`, and the parts that hold for all."""
-    common = {name: parts[name] for name in ("system", "tools", "context") if name in parts}
+    common = {name: parts[name] for name in ("system", "tools", "context", *GIVEN) if name in parts}
     return [
         {
             "prompt": prompt,

@@ -46,6 +46,7 @@ LEFT_OUT = {
 CALLS_LEFT_OUT = "the chat template leaves out the tool calls of an earlier turn"
 CALLS_DROPPED = "the chat template drops the tool calls of {}"
 REASONING_LEFT_OUT = "the chat template does not render the reasoning of {}: it is trained without it"
+UNREAD = "the chat template does not read '{}', which the row gives it"
 LEFT_OUT_OTHER = "the chat template leaves out a turn of {}, or a part of it"
 ALTERED = "the chat template changes the text of a turn of the {}"
 UNDECIDED = "with this chat template, tool results cannot be separated from what the model writes in a reply"

@@ -31,11 +31,12 @@ from .columns import (
 )
 from .files import AnyJson
 from .labels import check_labels
-from .layouts import ANY_SHAPE, FLAGS, PROMPT, Layout
+from .layouts import ANY_SHAPE, DOCUMENTS, FLAGS, GIVEN, PROMPT, Layout
 from .matching import FITS, describe_misfit, describe_unknown, find_columns, list_layouts, name_replies
 from .ranking import EXPANSIONS, Choice
 from .remarks import Remark, find_remarks, find_written_messages, list_unused
 from .shapes import Names, Shape, find_shape
+from .template_kwargs import holds_documents
 from .turns import holds_messages
 from .written_calls import holds_written
 
@@ -59,6 +60,7 @@ class Reading:
     adapter: str | None = None  # --dataset_adapter
     scored: bool = False
     keeps_extra: bool = False  # turns have a column for what they say beside their text
+    gives_kwargs: bool = False  # rows give their chat template arguments or documents
     packed: tuple[str, ...] = ()  # columns whose texts are message lists
     remarks: tuple[Remark, ...] = ()  # what of the source is not used as its columns suggest
 
@@ -206,7 +208,7 @@ def _match(
     shape = _find_shape(layout, found, replies, sample, choice_of(settings, verb))
     if shape is None:
         return None
-    found = {part: path for part, path in found.items() if part not in shape.passes_over}
+    found = {part: path for part, path in found.items() if _is_read(part, path, shape, sample)}
     described = ", ".join(f"{part.replace('_', ' ')} '{path}'" for part, path in found.items())
     says = f"{layout.says}; {shape.description}" if layout.says else shape.description
     return Reading(
@@ -219,7 +221,15 @@ def _match(
         choice_of(settings, verb),
         settings.group_by,
         scored=verb == "train" and layout.is_scored(found),
+        gives_kwargs=not found.keys().isdisjoint(GIVEN),
     )
+
+
+def _is_read(part: str, path: str, shape: Shape, sample: Rows) -> bool:
+    """Whether a shape looks at a part; texts are rendered by no template, and `documents` may be another's word."""
+    if part in shape.passes_over or (part in GIVEN and shape.is_text):
+        return False
+    return part != DOCUMENTS or holds_documents([reach(row, path) for row in sample])
 
 
 def _find_shape(layout: Layout, found: Names, replies: tuple[str, ...], sample: Rows, choice: Choice) -> Shape | None:
@@ -280,6 +290,7 @@ def _read_with_adapter(sample: Rows, settings: DataSettings, verb: str) -> Readi
         settings.group_by,
         settings.dataset_adapter,
         scored,
+        gives_kwargs=not shape.is_text and any(part in row for row in made for part in GIVEN),
     )
 
 

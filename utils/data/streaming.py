@@ -31,6 +31,7 @@ from .conversion import NeedsExtra, convert_batch, features_of, padded_columns
 from .exact import describe_changed_texts, holds_json
 from .files import json_or_text, quiet
 from .labels import label_column, read_numbers
+from .layouts import GIVEN
 from .mixing import Wish
 from .parts import Part, check_part
 from .places import SHOWN, describe_bad_rows, describe_nothing_left, describe_skipped, stops
@@ -243,7 +244,7 @@ def _find_reading(stream: Stream, settings: DataSettings, verb: str) -> Reading:
 def _check_exact(stream: Stream, reading: Reading | None = None) -> None:
     """Refuses columns (those that the reading uses, where there is one) in which the library may change texts."""
     features = stream.rows.features or {}
-    texts = [path for part, path in (reading.columns if reading else {}).items() if part != "tools"]
+    texts = [path for part, path in (reading.columns if reading else {}).items() if part not in ("tools", *GIVEN)]
     used = {head for path in texts for head in list_heads(path)} or features
     changed = next((name for name in features if name in used and holds_json(features[name])), None)
     if changed is not None:

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..runtime import say
 from .call_faults import CALL_FAULTS, find_call_faults
 from .encoding import PromptEncoder
+from .layouts import KWARGS
 from .lengths import read_numbers
 from .places import SHOWN, Place, describe_all_bad, describe_skipped, list_places, row_places, stops
 from .row_cache import map_rows
@@ -93,7 +94,7 @@ def _tokenize_batch(
     batch: dict[str, list[Any]], encoder: PromptEncoder, completions: dict[str, str], max_length: int
 ) -> dict[str, list[Any]]:
     rendered = encoder.render_rows(
-        batch["prompt"], {name: batch[name] for name in completions.values()}, batch.get("tools")
+        batch["prompt"], {name: batch[name] for name in completions.values()}, batch.get("tools"), batch.get(KWARGS)
     )
     prompt_ids, *sides = encoder.encode_rendered(batch["prompt"], rendered)
     columns = {"prompt_ids": prompt_ids, "row": batch["row"], **dict(zip(completions, sides, strict=True))}

@@ -12,11 +12,11 @@ from ..errors import UserError
 from ..run.writing import replacing
 from .calls import plain_turns
 
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "score_chosen", "score_rejected", "source")
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "score_chosen", "score_rejected", "source")
 
 
 def write_pairs(path: Path, pairs: datasets.Dataset) -> None:
-    """Writes `prompt`, `chosen`, `rejected` (`tools`, `source`) as JSON lines or Parquet, by the ending, in one step.
+    """Writes the pairs, with COLUMNS alone, as JSON lines or Parquet, by the ending, in one step.
 
     Raises:
         UserError: the file cannot be written.

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..data.encoding import PromptEncoder
 from ..data.files import quiet
+from ..data.layouts import KWARGS
 from ..data.rendering import Rendered
 from ..data.tokenizing import find_texts, fit_lengths
 from ..data.turns import flatten
@@ -81,7 +82,7 @@ def _context_length(name: str, options: dict[str, Any]) -> int | None:
 
 def count_tokens(pairs: datasets.Dataset, encoder: PromptEncoder, max_length: int) -> TokenCounts:
     """Every pair's tokens, counted in batches; nothing but the counts is kept."""
-    names = [name for name in ("prompt", "chosen", "rejected", "tools") if name in pairs.column_names]
+    names = [name for name in ("prompt", "chosen", "rejected", "tools", KWARGS) if name in pairs.column_names]
     rows = pairs.select_columns(names)
     processes = choose_processes(len(rows))
     with tempfile.TemporaryDirectory() as folder, quiet(rows.data.nbytes), _one_thread_each(processes):
@@ -153,7 +154,8 @@ class Encoded:
 
 def _encode(rows: Sequence[dict[str, Any]], encoder: PromptEncoder) -> list[Encoded]:
     prompts, tools = [row["prompt"] for row in rows], [row.get("tools") for row in rows]
-    texts = encoder.render_rows(prompts, {side: [row[side] for row in rows] for side in SIDES[1:]}, tools)
+    kwargs = [row.get(KWARGS) for row in rows]
+    texts = encoder.render_rows(prompts, {side: [row[side] for row in rows] for side in SIDES[1:]}, tools, kwargs)
     ids = zip(*encoder.encode_rendered(prompts, texts), strict=True)
     return [Encoded(text, None if text.refused else own) for text, own in zip(texts, ids, strict=True)]
 

@@ -59,6 +59,7 @@ def sample_continuations(
     seed: int,
     end_ids: Iterable[int] = (),
     tools: Sequence[str | None] | None = None,
+    kwargs: Sequence[str | None] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Continuation]:
     """One continuation per prompt, in order; of a prompt that stands there several times, as many.
@@ -71,10 +72,11 @@ def sample_continuations(
     Args:
         end_ids: tokens that end a response, beside the tokenizer's end-of-text token: see `read_end_ids`.
         tools: for each prompt, as JSON, the tools that its template is shown.
+        kwargs: for each prompt, as JSON, what else its template is given.
         batch_size: prompts answered at a time; halved where memory is too small for so many.
     """
     encoder = PromptEncoder(tokenizer, end_ids)
-    prompt_ids = encoder.encode_prompts(prompts, tools)
+    prompt_ids = encoder.encode_prompts(prompts, tools, kwargs)
     keys = _number(prompts)
     waiting = sorted(range(len(prompts)), key=lambda place: len(prompt_ids[place]))
     continuations: dict[int, Continuation] = {}
@@ -146,9 +148,10 @@ def find_fitting(
     max_new_tokens: int,
     context: int | None,
     tools: Sequence[str | None] | None = None,
+    kwargs: Sequence[str | None] | None = None,
 ) -> list[bool]:
     """For each prompt, whether the model's context has room for it and a response; `context` None has no limit."""
-    lengths = [len(ids) for ids in PromptEncoder(tokenizer).encode_prompts(prompts, tools)]
+    lengths = [len(ids) for ids in PromptEncoder(tokenizer).encode_prompts(prompts, tools, kwargs)]
     return [context is None or length + max_new_tokens <= context for length in lengths]
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..data.calls import plain_turns
+from ..data.layouts import KWARGS
 from ..data.rendering import Turns
 from ..errors import UserError
 from ..models.loading import longest_context
@@ -36,10 +37,11 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """Prompts to answer, with the tools that each one's template is shown (JSON)."""
+    """Prompts to answer, with the tools that each one's template is shown and what else it is given (JSON)."""
 
     prompts: list[str | Turns]
     tools: list[str | None]
+    kwargs: list[str | None]
     rows: Rows  # what they were tokenized with
 
 
@@ -54,21 +56,21 @@ def choose_prompts(run: Run, trainer: RunTrainer) -> SamplePrompts:
         raise UserError("--sample_during_eval: no rows are held out; raise --validation_split, or leave this out")
     wanted, most = settings.num_eval_samples, settings.sample_max_new_tokens
     head = data.held_out.select(range(min(TRIED * wanted, len(data.held_out))))
-    tools = head["tools"] if "tools" in head.column_names else [None] * len(head)
-    different = {
-        json.dumps(pair): pair for pair in zip(map(plain_turns, head["prompt"]), tools, strict=True) if pair[0]
-    }
-    prompts = [prompt for prompt, _ in different.values()]
-    tools = [tool for _, tool in different.values()]
+    none = [None] * len(head)
+    given = (head[name] if name in head.column_names else none for name in ("tools", KWARGS))
+    asked = zip(map(plain_turns, head["prompt"]), *given, strict=True)
+    different = {json.dumps(one): one for one in asked if one[0]}
+    prompts, tools, kwargs = ([one[place] for one in different.values()] for place in range(3))
     context = longest_context(trainer.model.config.get_text_config())
-    fits = find_fitting(rows.tokenizer, prompts, most, context, tools)
+    fits = find_fitting(rows.tokenizer, prompts, most, context, tools, kwargs)
     chosen = [index for index, fitting in enumerate(fits) if fitting][:wanted]
     if not chosen:
         raise UserError(
             f"--sample_during_eval: no held-out prompt leaves room for --sample_max_new_tokens {most} in the model's "
             f"{f'{context:,} ' if context else ''}tokens; lower it, or leave this out"
         )
-    return SamplePrompts([prompts[index] for index in chosen], [tools[index] for index in chosen], rows)
+    prompts, tools, kwargs = ([values[index] for index in chosen] for values in (prompts, tools, kwargs))
+    return SamplePrompts(prompts, tools, kwargs, rows)
 
 
 class SampleWriter(TrainerCallback):
@@ -114,6 +116,7 @@ class SampleWriter(TrainerCallback):
                     seed=self.seed,
                     end_ids=chosen.rows.end_ids,
                     tools=chosen.tools,
+                    kwargs=chosen.kwargs,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
         finally:
