@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from shared.findings import counts_of, make_texts, places_of
 from shared.pairs import write_lines
 
-from utils.data.call_faults import CALL_FAULTS
+from utils.data.call_faults import CALL_FAULTS, measure_reasoning
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "day": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
@@ -117,10 +118,41 @@ def test_each_planted_fault_is_found_with_its_line_and_left_out_on_request(run_s
     assert len(clean.read_text(encoding="utf-8").splitlines()) == len(rows) - len(bad)
 
 
-def test_texts_have_reasoning_too(run_script, tmp_path):
-    rows = make_texts(20)
-    rows[3]["chosen"] = "<think>" + rows[3]["chosen"]
-    rows[4]["rejected"] = f"<think>hm</think>{rows[4]['rejected']}"
-    _, record, _ = inspect(run_script, tmp_path, rows)
-    assert counts_of(record) == {"open_think": 1, "one_sided_reasoning": 2}
-    assert record["findings"][-1]["details"] == {"chosen": 1, "rejected": 1}
+def test_lengths_are_counted_without_reasoning_too(run_script, tmp_path):
+    rows = make_texts(120)
+    for number, row in enumerate(rows):
+        row["chosen"], row["rejected"] = "a" * 20 + str(number), "b" * 30 + str(number)
+        if number < 110:
+            row["chosen"] = f"<think>{'hm ' * 20}</think>\n\n{row['chosen']}"
+    rows[119]["chosen"] = "<think>" + "a" * 40
+    page = tmp_path / "page.html"
+    _, record, out = inspect(run_script, tmp_path, rows, "--report_file", page)
+    counts = counts_of(record)
+    assert {name: counts[name] for name in ("open_think", "one_sided_reasoning")} == {
+        "open_think": 1,
+        "one_sided_reasoning": 111,
+    }
+    details = {finding["name"]: finding["details"] for finding in record["findings"]}
+    assert details["one_sided_reasoning"] == {"chosen": 111, "rejected": 0}
+    rules = {rule["name"]: (rule["unlike"], rule["right"]) for rule in record["shortcuts"]}
+    assert (rules["longer"], rules["longer_answer"]) == ((120, 111), (120, 0))
+    assert {"shortcut_longer", "shortcut_longer_answer"} <= set(counts)
+    assert record["lengths"]["characters_without_reasoning"]["chosen"]["max"] == 23
+    assert "reasoning   without it: median" in out
+    assert "Characters without reasoning" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("reply", "characters"),
+    [
+        ("yes", 0),
+        ("<think>hm</think>\n\nyes", 19),
+        ("hm</think> yes", 11),
+        ("<think>\n\n</think>\n\nyes", 0),
+        ("[THINK]hm", 9),
+        ("I write <think> there.", 0),
+        ([say("<think>hm</think>yes"), say("yes", reasoning="so"), result(text="a</think>b")], 20),
+    ],
+)
+def test_reasoning_is_what_stands_in_its_field_or_tags(reply, characters):
+    assert measure_reasoning(reply) == characters

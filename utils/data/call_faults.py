@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from .calls import EXTRA, RESULT_ROLES, Turn, extra_of, functions_of, reasoning_of
-from .think_tags import CLOSING, KINDS, TAG
+from .think_tags import KINDS, split_thoughts
 from .tools import list_tools
 from .written_calls import RESULT_MARK, holds_call
 
@@ -39,13 +39,17 @@ def find_call_faults(prompt: Value, reply: Value, tools: str | None) -> tuple[se
     return in_prompt, in_reply | {name for place, name in found if place >= len(prompt)}
 
 
-def has_reasoning(reply: Value) -> bool:
-    """Whether a reply has reasoning, in a field or in tags."""
+def measure_reasoning(reply: Value) -> int:
+    """Characters of the reasoning in a reply, in fields or in tags, with what parts it from the answer."""
     if isinstance(reply, str):
-        return _has_thoughts(reply)
-    return any(
-        bool(reasoning_of(t).strip()) or (t["role"] == "assistant" and _has_thoughts(t["content"])) for t in reply
-    )
+        return _measure_thoughts(reply)
+    fields = (len(reasoning_of(turn)) + 1 for turn in reply if reasoning_of(turn).strip())
+    return sum(fields) + sum(_measure_thoughts(turn["content"]) for turn in reply if turn["role"] == "assistant")
+
+
+def _measure_thoughts(text: str) -> int:
+    thoughts, answer = split_thoughts(text)
+    return len(text) - len(answer) if thoughts else 0
 
 
 def calls_undeclared(prompt: Value, reply: Value, tools: str | None) -> bool:
@@ -65,14 +69,6 @@ def lists_tools_twice(prompt: Value, tools: str | None) -> bool:
 def _is_open(text: str) -> bool:
     tags = next((tags for tags in KINDS if tags.opening.match(text)), None)
     return tags is not None and tags.closing.search(text) is None
-
-
-def _has_thoughts(text: str) -> bool:
-    """Whether a text has thoughts in tags, of which the opening one may stand in the prompt."""
-    closing = CLOSING.search(text)
-    if closing is not None:
-        return bool(TAG.sub("", text[: closing.start()]).strip())
-    return any(tags.own_block.match(text) for tags in KINDS)
 
 
 def _find_in_calls(turns: Sequence[Turn], tools: str | None) -> Iterator[tuple[int, str]]:

@@ -26,3 +26,13 @@ KINDS = (
 )
 TAG = re.compile("|".join(f"{kind.open}|{kind.close}" for kind in KINDS))
 CLOSING = re.compile("|".join(kind.close for kind in KINDS))
+
+
+def split_thoughts(text: str) -> tuple[str, str]:
+    """The thoughts in tags that a text begins with, and the answer behind them. The opening tag may be in a prompt."""
+    closing = CLOSING.search(text)
+    if closing is not None:
+        return TAG.sub("", text[: closing.start()]).strip(), text[closing.end() :].lstrip()
+    if any(tags.own_block.match(text) for tags in KINDS):
+        return TAG.sub("", text).strip(), ""
+    return "", text

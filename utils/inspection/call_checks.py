@@ -9,6 +9,7 @@ from .findings import NOTE, PROBLEM, Finding, find_pairs
 from .scanning import Scan
 from .subject import Subject
 
+SIDES = ("chosen", "rejected")
 ADVICE = {
     "unreadable_call": "A model would learn to write calls that no program can run; correct them.",
     "undeclared_tool": "A model would learn to call what is not there; declare the tool, or correct the call.",
@@ -36,7 +37,8 @@ def check_calls(subject: Subject, scan: Scan) -> list[Finding]:
                 "Right where that is what it is rejected for; else correct it.", of_rejected,
             ),
         ]  # fmt: skip
-    chosen_alone, rejected_alone = ((scan.reasoning == side) for side in (1, 2))
+    reasons = {side: characters > 0 for side, characters in scan.reasoning.items()}
+    chosen_alone, rejected_alone = (reasons[side] & ~reasons[other] for side, other in (SIDES, SIDES[::-1]))
     return [
         *findings,
         *find_pairs(

@@ -109,12 +109,13 @@ def _show_example(example: dict[str, str]) -> str:
 
 def _show_lengths(record: dict[str, Any]) -> str:
     sides = record["lengths"]["characters"]
-    words = record["lengths"]["words"]
+    words, answers = record["lengths"]["words"], record["lengths"].get("characters_without_reasoning")
     return make_section(
         "Lengths",
         _histogram("Characters", sides, "characters (bins widen to the right)"),
         _size_table("Characters", sides),
         _size_table("Words", words),
+        _size_table("Characters without reasoning", answers) if answers else "",
     )
 
 

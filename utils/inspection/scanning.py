@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..data.call_faults import CALL_FAULTS, calls_undeclared, find_call_faults, has_reasoning, lists_tools_twice
+from ..data.call_faults import CALL_FAULTS, calls_undeclared, find_call_faults, lists_tools_twice, measure_reasoning
 from ..data.calls import said_by
 from ..data.files import quiet
 from ..data.splitting import prompt_key
@@ -54,7 +54,7 @@ class Scan:
     repeats_prompt: np.ndarray  # a reply begins with the prompt
     answered_prompt: np.ndarray  # the prompt ends with an answer
     call_faults: np.ndarray  # a bit for each of CALL_FAULTS, then one for each that is in the rejected reply alone
-    reasoning: np.ndarray  # 1: in the chosen reply alone, 2: in the rejected one alone, 0: in both or none
+    reasoning: dict[str, np.ndarray]  # characters of it in each reply
     calls_without_tools: np.ndarray
     tools_twice: np.ndarray
     starts: dict[str, pa.ChunkedArray]
@@ -127,10 +127,12 @@ def _scan_batch(batch: dict[str, list[Any]]) -> pa.Table:
 def _look_at_calls(batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
     tools = batch.get("tools") or [None] * len(batch["row"])
     rows = list(zip(*(batch[side] for side in SIDES), tools, strict=True))
-    reasons = [(has_reasoning(chosen), has_reasoning(rejected)) for _, chosen, rejected, _ in rows]
     return {
         "call_faults": np.array([_number_faults(*row) for row in rows], dtype=np.uint16),
-        "reasoning": np.array([0 if one == other else 1 if one else 2 for one, other in reasons], dtype=np.uint8),
+        **{
+            f"{side}_reasoning": np.fromiter(map(measure_reasoning, batch[side]), dtype=np.int64)
+            for side in ("chosen", "rejected")
+        },
         "calls_without_tools": np.array(
             [calls_undeclared(prompt, chosen, own) for prompt, chosen, _, own in rows], bool
         ),
@@ -198,7 +200,7 @@ def _read_scan(table: pa.Table) -> Scan:
         repeats_prompt=column("repeats_prompt"),
         answered_prompt=column("answered_prompt"),
         call_faults=column("call_faults"),
-        reasoning=column("reasoning"),
+        reasoning={side: column(f"{side}_reasoning") for side in ("chosen", "rejected")},
         calls_without_tools=column("calls_without_tools"),
         tools_twice=column("tools_twice"),
         starts={side: table[f"{side}_start"] for side in ("chosen", "rejected")},

@@ -67,10 +67,23 @@ def count_sources(subject: Subject, scan: Scan) -> list[dict[str, Any]]:
 
 
 def describe_lengths(scan: Scan) -> dict[str, Any]:
-    """Characters and words of each side: mean, quantiles, and a histogram with bins that the sides share."""
-    return {
-        unit: summarize_sides({side: getattr(scan, unit)[side] for side in SIDES}) for unit in ("characters", "words")
-    }
+    """Characters and words of each side: mean, quantiles, and a histogram with bins that the sides share.
+
+    Where replies have reasoning, characters are counted without it too.
+    """
+    values = {unit: {side: getattr(scan, unit)[side] for side in SIDES} for unit in ("characters", "words")}
+    if _has_reasoning(scan):
+        values["characters_without_reasoning"] = {side: _answer(scan, side) for side in SIDES}
+    return {unit: summarize_sides(sides) for unit, sides in values.items()}
+
+
+def _has_reasoning(scan: Scan) -> bool:
+    return any(characters.any() for characters in scan.reasoning.values())
+
+
+def _answer(scan: Scan, side: str) -> np.ndarray:
+    """Characters of a side without reasoning."""
+    return scan.characters[side] - scan.reasoning.get(side, 0)
 
 
 def summarize_sides(values: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -114,6 +127,9 @@ def measure_rules(scan: Scan) -> list[dict[str, Any]]:
     lengths = {
         "longer": ("is longer", scan.characters["chosen"] - scan.characters["rejected"]),
     }
+    if _has_reasoning(scan):
+        difference = _answer(scan, "chosen") - _answer(scan, "rejected")
+        lengths["longer_answer"] = ("is longer without its reasoning", difference)
     forms = {
         name: (said, _bit(scan.forms["chosen"], position) - _bit(scan.forms["rejected"], position))
         for position, (name, (said, _)) in enumerate(FORMS.items())

@@ -66,6 +66,8 @@ def describe_content(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "lengths" not in record:
         return
     yield "characters", describe_sides(record["lengths"]["characters"])
+    if "characters_without_reasoning" in record["lengths"]:
+        yield "reasoning", "without it: " + describe_sides(record["lengths"]["characters_without_reasoning"])
     yield "language", describe_languages(record["languages"]["prompt"])
     yield "shortcuts", describe_rules(record)
     if "tokens" in record:
