@@ -13,7 +13,9 @@ import pytest
 from shared.runs import ROOT, read_record
 
 from utils.arguments import parse_arguments
-from utils.data.layouts import PAIR_FORMATS
+from utils.data.calls import functions_of
+from utils.data.encoding import read_tools
+from utils.data.layouts import PAIR_FORMATS, SFT_FORMATS
 from utils.data.loading import load_pairs
 from utils.settings.data import DataSettings
 
@@ -148,6 +150,27 @@ def test_the_documented_rows_are_read_as_documented(name, tmp_path, monkeypatch)
     assert data.reading.name == name
     assert len(data.train) == 1
     assert data.dropped == {}
+
+
+LABELLED = re.findall(r"^`(\w+)`([^\n]*):\n\n```json\n([^\n]*)\n```", DATA, flags=re.MULTILINE)
+
+
+def test_every_format_of_sft_is_documented():
+    assert {name for name, words, _ in LABELLED if not words} == set(SFT_FORMATS)
+
+
+@pytest.mark.parametrize(("name", "words", "row"), LABELLED, ids=[name + words for name, words, _ in LABELLED])
+def test_rows_for_sft_and_rows_with_tools_are_read_as_documented(name, words, row, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text(row, encoding="utf-8")
+    settings = DataSettings(dataset_name=str(tmp_path / "rows.jsonl"), validation_split="none")
+    data = load_pairs(settings, "train" if words else "sft", 0)
+    assert (data.reading.name, len(data.train), data.dropped) == (name, 1, {})
+    if "weather" in row:
+        turns = data.train[0]["chosen" if words else "completion"]
+        assert functions_of(turns[0]) == [{"name": "weather", "arguments": {"city": "Oslo"}}]
+        (tool,) = read_tools(data.train[0]["tools"])
+        assert (tool["type"], tool["function"]["name"]) == ("function", "weather")
 
 
 def test_the_index_orders_every_page():
