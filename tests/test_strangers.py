@@ -240,7 +240,7 @@ def test_pickled_data_are_refused(name, run_script, tmp_path, owned):
     bomb(folder / name, owned)
     (folder / "data.py").write_text(f"open({str(owned)!r}, 'w')\n")  # as loading scripts once were called
     assert "--dataset_name" in refused(run_script, "data", "--dataset_name", folder)
-    assert "not a kind of file that is read" in refused(run_script, "data", "--dataset_name", folder / name)
+    assert "not a supported type of file" in refused(run_script, "data", "--dataset_name", folder / name)
 
 
 def test_weights_of_other_shapes_than_the_config_says_are_called_so(run_script, model):

@@ -95,7 +95,7 @@ def test_one_pair_several_and_none(load):
     assert several["prompt"][:] == ["q0?", "q0!", "q1?", "q1!", "q2?", "q2!"]
     assert several["row"][:] == [0, 0, 1, 1, 2, 2]
     some = load("some")
-    assert (some.train["row"][:], some.dropped) == ([0, 2], {"the adapter left it out": 1})
+    assert (some.train["row"][:], some.dropped) == ([0, 2], {"the adapter returned None": 1})
 
 
 def test_messages_and_scores(load):
@@ -119,7 +119,7 @@ def test_its_errors_name_the_row_and_its_own_line(load):
     assert line.startswith("the adapter gave a number, not a pair")
     assert "(rows.jsonl line 1)" in line
     (line,) = faults(load, "fails_everywhere")
-    assert "made no pair of the first 3 rows: the adapter failed: AttributeError" in line
+    assert "made no pair from the first 3 rows: the adapter failed: AttributeError" in line
     assert "must give prompt, chosen and rejected" in faults(load, "incomplete")[0]
 
 
@@ -138,7 +138,7 @@ def test_an_adapter_cannot_end_the_run(load, tmp_path):
 @pytest.mark.parametrize(("name", "part"), [("half", "rejected"), ("half_in_turns", "prompt")])
 def test_half_a_character_is_a_bad_row(load, name, part):
     (line,) = faults(load, name)
-    assert line.startswith(f"'{part}' holds half a character (a lone surrogate) in 1 row (rows.jsonl line 3)")
+    assert line.startswith(f"'{part}' has half a character (an unpaired surrogate) in 1 row (rows.jsonl line 3)")
 
 
 def test_what_cannot_be_loaded(load, tmp_path):

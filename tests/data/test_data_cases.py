@@ -155,12 +155,12 @@ def test_a_forced_format_that_does_not_fit_says_what_is_missing_or_wrong(tmp_pat
         "the data has: prompt, chosen, rejected",
     )
     (line,) = refusal([PAIR], tmp_path, dataset_format="transcripts")
-    assert line.startswith("--dataset_format transcripts: the columns are there, but not what they should hold:")
-    assert "'chosen' holds texts" in line
+    assert line.startswith("--dataset_format transcripts: the columns are there, but with other content: ")
+    assert "'chosen' has texts" in line
     (line,) = refusal([PAIR | {"rejected": 3}], tmp_path, dataset_format="explicit_prompt")
-    assert "'rejected' holds values that are not text" in line
+    assert "'rejected' has values that are not text" in line
     assert refusal([PAIR], tmp_path, dataset_format="text") == (
-        "--dataset_format text: holds no pairs; it is a format for the verb sft",
+        "--dataset_format text: has no pairs; it is a format for the verb sft",
     )
 
 
@@ -174,7 +174,7 @@ def test_texts_that_begin_alike_are_told_from_replies_whose_prompt_is_elsewhere(
     for odd in (asked, unlike):
         (line,) = refusal(odd, tmp_path)
         assert line.startswith(
-            "--prompt_column is missing: no column is known as the prompt of 'chosen' and 'rejected'"
+            "--prompt_column is missing: no column is recognised as the prompt of 'chosen' and 'rejected'"
         )
         assert "--dataset_format implicit_prompt" in line
         assert load(path, dataset_format="implicit_prompt").train["prompt"][0] == "The answer is"
@@ -197,7 +197,7 @@ def test_answers_with_labels_that_share_no_prompt_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     data = load(str(path), "sft")
     assert data.train["row"][:] == [0, 2, 4]
-    assert data.dropped == {"the answer is labelled as not wanted": 3}
+    assert data.dropped == {"the answer is labelled as bad": 3}
 
 
 def test_each_answer_of_the_fewer_meets_another_before_one_meets_two(tmp_path):
@@ -211,7 +211,7 @@ def test_each_answer_of_the_fewer_meets_another_before_one_meets_two(tmp_path):
 
 def test_labels_that_are_not_yes_or_no_make_no_unpaired_rows(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "x", "label": i} for i in range(3)]
-    assert "its columns fit no known shape" in refusal(rows, tmp_path)[0]
+    assert "its columns fit no known format" in refusal(rows, tmp_path)[0]
     data = load(str(tmp_path / "rows.jsonl"), "sft")
     assert (data.reading.name, len(data.train)) == ("prompt_completion", 3)
 
@@ -247,7 +247,7 @@ UNEXPLAINED = {
 def test_one_number_that_the_names_do_not_explain_refuses_the_source(name, ending, tmp_path):
     names, labels, shown = UNEXPLAINED[name]
     path = write_labels(tmp_path / f"rows{ending}", names, labels)
-    said = f"'label' holds {shown}, and neither '{names[0]}' nor '{names[1]}' is called so"
+    said = f"'label' holds {shown}, which fits the name of neither '{names[0]}' nor '{names[1]}'"
     flags = ({"on_bad_rows": "error"}, {"max_samples": 1}, {"dataset_format": "two_answers"}, {"group_by": "prompt"})
     for verb, setting in [("train", flag) for flag in flags] + [("sft", {})]:
         with pytest.raises(UserError) as error:
@@ -264,7 +264,7 @@ def test_one_number_that_the_names_do_not_explain_refuses_the_source(name, endin
 def test_a_held_out_split_with_other_numbers_is_refused(tmp_path):
     write_labels(tmp_path / "train.jsonl", ONE_TWO, [1, 1, 1])
     write_labels(tmp_path / "test.jsonl", ONE_TWO, [1, 0])
-    with pytest.raises(UserError, match="'label' holds 0, and neither"):
+    with pytest.raises(UserError, match="'label' holds 0, which fits the name of neither"):
         load(str(tmp_path), validation_split=None)
 
 
@@ -281,7 +281,7 @@ def test_the_verb_data_refuses_unexplained_numbers_and_writes_nothing(run_script
     path = write_labels(tmp_path / "rows.jsonl", ONE_TWO, [1, 0, 1])
     code, _, err = run_script("data", "--dataset_name", path, "--output_file", tmp_path / "clean.jsonl")
     assert code == 2
-    assert "'label' holds 0, and neither" in err
+    assert "'label' holds 0, which fits the name of neither" in err
     assert not (tmp_path / "clean.jsonl").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_label_that_says_nothing_is_missing_among_numbers_and_a_tie_among_word
     assert load(str(path)).dropped == {"'label' is missing": 1}
     if nothing == nothing:
         write_labels(path, LETTERS, ["a", "tie", nothing])
-        assert load(str(path)).dropped == {"the answers are scored alike (a tie)": 2}
+        assert load(str(path)).dropped == {"the answers have equal scores (a tie)": 2}
 
 
 @pytest.mark.parametrize(("names", "labels"), [(ONE_TWO, [1, 2]), (ZERO_ONE, [0, 1]), (ONE_TWO, ["1.0", " 2 "])])

@@ -219,7 +219,7 @@ def test_half_a_character_in_an_array_is_a_bad_row(tmp_path):
     path.write_text(json.dumps([as_texts("half \ud83d"), as_texts("whole \ud83d\ude00")]), encoding="utf-8")
     data = load(path)
     assert replies(data.train) == ["whole \U0001f600"]
-    assert data.dropped == {"a broken character (half of a surrogate pair)": 1}
+    assert data.dropped == {"half a character (an unpaired surrogate)": 1}
 
 
 def test_a_record_with_too_many_fields_shifts_no_column_of_a_stream(tmp_path):
@@ -238,5 +238,5 @@ def test_tabs_are_read_by_their_ending_and_other_packed_files_of_a_folder_refuse
     (tmp_path / "train.tsv").unlink()
     with bz2.open(tmp_path / "train.jsonl.bz2", "wt") as file:
         file.write(json.dumps(as_texts("yes")) + "\n")
-    with pytest.raises(UserError, match=r"train\.jsonl\.bz2 is packed in a way that is not read"):
+    with pytest.raises(UserError, match=r"train\.jsonl\.bz2 is compressed in an unsupported way"):
         load(tmp_path)

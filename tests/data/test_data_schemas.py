@@ -217,14 +217,16 @@ def test_a_missing_column_is_named_with_the_nearest():
 
 def test_unknown_shapes_say_which_flags_to_use():
     assert fault({"a": "x", "b": "y"}) == (
-        "--dataset_name pairs.jsonl: its columns fit no known shape; name them with --prompt_column, --chosen_column "
-        "and --rejected_column (dots reach into nested fields), or read them with a function of your own "
+        "--dataset_name pairs.jsonl: its columns fit no known format; name them with --prompt_column, --chosen_column "
+        "and --rejected_column (dots reach into nested fields), or read them with your own function "
         "(--dataset_adapter file.py:function); the data has: a, b"
     )
     plain = fault({"chosen": "a long text, good", "rejected": "something else", "topic": "x"})
-    assert plain.startswith("--prompt_column is missing: no column is known as the prompt of 'chosen' and 'rejected'")
+    assert plain.startswith(
+        "--prompt_column is missing: no column is recognised as the prompt of 'chosen' and 'rejected'"
+    )
     numbers = fault({"prompt": "q", "chosen": 1, "rejected": 2})
-    assert "'chosen' holds values that are not text" in numbers
+    assert "'chosen' has values that are not text" in numbers
     only_replies = fault({"dialogue": sharegpt("u: q"), "chosen": turns("a: x"), "rejected": turns("a: y")})
     assert only_replies.startswith("--prompt_column is missing")
     assert "--completion_column" in fault({"a": "x"}, "sft")
@@ -244,7 +246,7 @@ def test_rows_that_cannot_be_read_have_a_reason_and_the_others_stand():
         None,
         "the two sides differ before the last reply",
         "the two sides differ before the last reply",
-        "'chosen' has a turn of unknown role 'robot'",
+        "'chosen' has a turn with an unknown role 'robot'",
         "'chosen' has a turn without text",
         "'chosen' is missing",
     ]
@@ -267,7 +269,7 @@ def test_more_reasons():
     rows = [start, start | {"rejected": "\n\nHuman: other\n\nAssistant: b"}, start | {"rejected": "plain"}]
     assert reasons(rows)[1:] == [
         "the two transcripts differ before the last reply",
-        "a transcript does not begin with 'Human:' or 'Assistant:'",
+        "a transcript does not start with 'Human:' or 'Assistant:'",
     ]
 
 
@@ -387,7 +389,7 @@ EMPTY_CHOSEN, EMPTY_REJECTED, SAME = "'chosen' is empty", "'rejected' is empty",
         ("orca_openai_format", {}, 284),
         ("llamafactory/dpo_en_demo.json", {}, 300),
         ("llamafactory/dpo_zh_demo.json", {}, 300),
-        ("llamafactory/kto_en_demo.json", {"no answer of the other label for the same prompt": 298}, 1),
+        ("llamafactory/kto_en_demo.json", {"no answer with the other label for the same prompt": 298}, 1),
         ("oasst_trees", {}, 212),
         ("stack_exchange_paired", {}, 25),
         ("messages_tiny", {}, 1),

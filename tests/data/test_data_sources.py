@@ -134,15 +134,15 @@ def test_places_in_other_files(tmp_path):
 
 
 FAULTY_LINES = {
-    "null.jsonl": (b"null\n", "no JSON object"),
-    "nan.jsonl": (b"NaN\n", "no JSON object"),
+    "null.jsonl": (b"null\n", "not a JSON object"),
+    "nan.jsonl": (b"NaN\n", "not a JSON object"),
     "deep.jsonl": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "nested too deeply"),
     "cut.jsonl": (b'{"prompt": "p", \n', "invalid JSON"),
-    "list.jsonl": (b'["x"]\n', "no JSON object"),
-    "text.jsonl": (b'"x"\n', "no JSON object"),
+    "list.jsonl": (b'["x"]\n', "not a JSON object"),
+    "text.jsonl": (b'"x"\n', "not a JSON object"),
     "bytes.jsonl": (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}\n', "text that is not UTF-8"),
-    "half.jsonl": (b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}\n', "a broken character"),
-    "twice.jsonl": (b'{"prompt": "p", "prompt": "q", "chosen": "a", "rejected": "b"}\n', "a key that occurs twice"),
+    "half.jsonl": (b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}\n', "half a character"),
+    "twice.jsonl": (b'{"prompt": "p", "prompt": "q", "chosen": "a", "rejected": "b"}\n', "a duplicate key"),
 }
 
 
@@ -165,12 +165,12 @@ def test_rows_that_are_null_are_faults_wherever_they_stand(word, tmp_path):
     """The library's reader dies of one at the start of a block, of which a file of 2 MB has several."""
     row = json.dumps({"prompt": "p" * 900, "chosen": "a, null", "rejected": "b"}).encode() + b"\n"
     path = write(tmp_path / "lines.jsonl", (row + word + b"\n") * 2000)
-    assert load(path, on_bad_rows="skip").dropped == {"no JSON object": 2000}
+    assert load(path, on_bad_rows="skip").dropped == {"not a JSON object": 2000}
     for name, content in {
         "first.json": b"[" + word + b", " + row + b"]",
         "last.json": b"[" + row + b", \n" + word + b"]",
     }.items():
-        assert "no JSON object in 1 row" in fault(write(tmp_path / name, content))
+        assert "not a JSON object in 1 row" in fault(write(tmp_path / name, content))
 
 
 def test_many_faulty_lines_are_counted_and_five_are_named(tmp_path):
@@ -180,12 +180,12 @@ def test_many_faulty_lines_are_counted_and_five_are_named(tmp_path):
 
 WHOLE_FILES = {
     "empty.jsonl": (b"", "is empty"),
-    "blank.jsonl": (b"\n\n", "holds no readable row"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 3000)[:-10], "is cut off"),
+    "blank.jsonl": (b"\n\n", "has no readable row"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 3000)[:-10], "is truncated"),
     "plain.jsonl.gz": (GOOD, "is not valid gzip data"),
     "cut.json": (json.dumps(ROWS, indent=1).encode()[:-9], "line 20 is not valid JSON"),
     "wide.jsonl": ("\ufeff" + GOOD.decode()).encode("utf-16-le"),
-    "header.csv": (b"prompt,chosen,rejected\n", "holds no readable row"),
+    "header.csv": (b"prompt,chosen,rejected\n", "has no readable row"),
     "twice.csv": (b"prompt,prompt\na,b\n", "names the column 'prompt' twice"),
     "quote.csv": (b'prompt,chosen\na,"b\nc,d\n', "line 2 is not valid CSV"),
     "bad.parquet": (b"PAR1xxxx", "cannot be read as Parquet"),
@@ -208,7 +208,7 @@ def test_an_unusable_file_is_refused_in_one_line(name, tmp_path):
 
 def test_a_parquet_file_without_rows(tmp_path):
     datasets.Dataset.from_dict({"prompt": [], "chosen": []}).to_parquet(str(tmp_path / "none.parquet"))
-    assert "none.parquet holds no rows" in fault(tmp_path / "none.parquet")
+    assert "none.parquet has no rows" in fault(tmp_path / "none.parquet")
 
 
 def test_csv_values_stay_text_and_surplus_fields_are_a_fault(tmp_path):
@@ -267,7 +267,7 @@ def test_missing_things_are_named_with_what_exists(tmp_path):
     assert "is the training split of" in fault(tmp_path / "train.jsonl", validation_split="train")
     assert "has no configurations" in fault(tmp_path / "train.jsonl", dataset_config="x")
     (tmp_path / "empty").mkdir()
-    assert "no data here that can be read" in fault(tmp_path / "empty")
+    assert "no readable data here" in fault(tmp_path / "empty")
 
 
 def save_splits(path: Path, *names: str) -> Path:
@@ -332,7 +332,7 @@ def test_hub_dataset_is_read_through_the_library(monkeypatch):
         (ConnectionError("Couldn't reach 'o/d' on the Hub (OfflineModeIsEnabled)"), "offline mode is on"),
         (RuntimeError("Dataset scripts are no longer supported, but found d.py"), "a Python script of its own"),
         (ValueError("Config name is missing.\nPlease pick one among: ['en', 'de']"), "--dataset_config: en, de"),
-        (FileNotFoundError("no data files"), "holds no data that can be read"),
+        (FileNotFoundError("no data files"), "has no readable data"),
     ],
 )
 def test_hub_errors_are_one_line_each(error, said, monkeypatch):
@@ -404,14 +404,14 @@ def test_what_a_file_is_in_truth_is_said(tmp_path):
 
 def test_lines_without_any_row_are_named_with_their_reason(tmp_path):
     for content, said in (
-        (json_lines(ROWS).replace("}\n", "},\n"), "line 1, 2, 3, 4; the first: a comma behind the row"),
-        ('{"a": 1, "a": 2}\n' * 7, "a key that occurs twice (x.jsonl line 1, 2, 3, 4, 5, ...; the first: the key 'a'"),
+        (json_lines(ROWS).replace("}\n", "},\n"), "line 1, 2, 3, 4; the first: a comma after the row"),
+        ('{"a": 1, "a": 2}\n' * 7, "a duplicate key (x.jsonl line 1, 2, 3, 4, 5, ...; the first: the key 'a'"),
         ("{'a': 1}\n" * 2, "invalid JSON (x.jsonl line 1, 2; the first: Expecting property name enclosed in double"),
     ):
         path = write(tmp_path / "x.jsonl", content)
         message = fault(path, on_bad_rows="skip")
         assert said in message
-        assert f"{path} holds no readable row: " in message
+        assert f"{path} has no readable row: " in message
 
 
 def test_data_says_which_lines_cannot_be_read_and_why(run_script, tmp_path):
@@ -430,7 +430,7 @@ def test_data_says_which_lines_cannot_be_read_and_why(run_script, tmp_path):
     assert code == 3, err
     found = json.loads((tmp_path / "found.json").read_text())["findings"]
     unreadable = {one["title"].partition(": ")[2]: one for one in found if one["name"] == "unreadable"}
-    twice = unreadable["a key that occurs twice (the first: the key 'chosen' occurs twice)"]
+    twice = unreadable["a duplicate key (the first: the key 'chosen' occurs twice)"]
     assert (twice["count"], [Path(place).name for place in twice["places"]]) == (2, ["train.jsonl line 6"] * 2)
     assert len(set(twice["places"])) == 2
     (broken,) = (one for title, one in unreadable.items() if title.startswith("invalid JSON"))

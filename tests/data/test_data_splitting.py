@@ -166,7 +166,7 @@ def test_prompts_of_dialogues_are_grouped_by_how_they_begin():
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", "A", " a"]])
 def test_too_little_to_split(prompts):
-    with pytest.raises(UserError, match=r"nothing can be held out of .* pass --validation_split none"):
+    with pytest.raises(UserError, match=r"cannot hold out a part of .* pass --validation_split none"):
         split_rows(table(prompts), None, None, 0)
 
 

@@ -158,7 +158,7 @@ def test_bad_rows_stop_the_run_or_are_counted(tmp_path):
     assert "'chosen' is empty in 1 row (rows.jsonl[train] row 5)" in fault(path)
     assert load(path, on_bad_rows="skip").dropped == {"'chosen' is empty": 1}
     path.write_text(path.read_text() + '{"prompt": \n', encoding="utf-8")
-    assert "cannot be read on after row" in fault(path, on_bad_rows="skip")
+    assert "cannot be read beyond row" in fault(path, on_bad_rows="skip")
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):

@@ -186,13 +186,13 @@ def test_transcripts_that_end_with_the_person(tmp_path):
     thanks = {side: text + "\n\nHuman: Thanks!" for side, text in good.items()}
     empty = good | {"rejected": "\n\nHuman: q\n\nAssistant:"}
     data = load(write_lines(tmp_path / "rows.jsonl", [good, thanks, empty]), on_bad_rows="skip")
-    reason = "'chosen' ends with a turn of the user: there is no reply to learn"
+    reason = "'chosen' ends with a turn of the user: there is no reply to train on"
     assert data.dropped == {reason: 1, "'rejected' is empty": 1}
 
 
 def test_demonstrations_that_end_with_the_person(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"messages": [*PLAIN, *ANSWER, *PLAIN]}])
-    with pytest.raises(UserError, match="'messages' ends with a turn of the user: there is no reply to learn"):
+    with pytest.raises(UserError, match="'messages' ends with a turn of the user: there is no reply to train on"):
         load(path, "sft")
     path = write_lines(tmp_path / "rows.jsonl", [{"messages": [*PLAIN, {"role": "assistant", "content": ""}]}])
     with pytest.raises(UserError, match="'messages' is empty"):

@@ -171,7 +171,7 @@ def test_damaged_entries_are_made_again_with_a_line_each(damage, tmp_path, capsy
         assert read(path) == sound
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 1, file
-        assert "are not what was written" in said[0]
+        assert "are damaged" in said[0]
         assert file.parent.name in said[0]
         assert read(path) == sound
         assert capsys.readouterr().out == ""
@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(call, code, tmp_path, monk
     assert read(path) == sound
     said = capsys.readouterr().out
     assert os.strerror(getattr(errno, code)) in said
-    assert said.count("rows are made again at each start") == 1
+    assert said.count("rows are prepared again at each start") == 1
 
 
 def test_a_cache_whose_folder_is_a_file_is_done_without(run_script, tiny_model, tmp_path):
@@ -224,7 +224,7 @@ def test_a_cache_whose_folder_is_a_file_is_done_without(run_script, tiny_model, 
     train = ("--model_name_or_path", tiny_model, "--dataset_name", path, "--max_steps", 1, "--precompute_ref_log_probs")
     code, out, err = run_script(*train, "--output_dir", tmp_path / "run")
     assert code == 0, err
-    assert out.count("rows are made again at each start") == 1
+    assert out.count("rows are prepared again at each start") == 1
     assert out.count("a later run scores them again") == 2  # of both splits
     for verb in ("data", "train"):
         flags = ("--streaming", "--output_dir", tmp_path / "other", *train) if verb == "train" else train[2:4]

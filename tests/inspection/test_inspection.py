@@ -35,7 +35,7 @@ def test_a_clean_file_is_clean(run_script, tmp_path):
     code, record, out = inspect(run_script, tmp_path, make_texts(80))
     assert code == record["exit_code"] == 0
     assert record["findings"] == []
-    assert out.startswith("clean: nothing is wrong in 80 pairs\n")
+    assert out.startswith("clean: no problems in 80 pairs\n")
     assert record["counts"]["train_pairs"] + record["counts"]["held_out_pairs"] == 80
     assert 0.3 < record["words_classifier"]["accuracy"] < 0.7
 
@@ -110,7 +110,7 @@ def test_each_check_finds_what_was_planted_and_nothing_else(run_script, tmp_path
     assert {f["name"] for f in record["findings"] if f["severity"] == "note"} == {
         "near_duplicate", "swapped_looking", "nearly_equal", "html",
     }  # fmt: skip
-    assert "the same pair labelled both ways" in out
+    assert "contradictory labels: the same pair with both preferences" in out
     assert f"pairs.jsonl line {lines['both_ways'][0]}, {lines['both_ways'][1]}" in out
 
 
@@ -392,7 +392,7 @@ def test_compare_names_its_own_flag(run_script, tmp_path):
     other = write_lines(tmp_path / "other.jsonl", [{"sentence": "a"}, {"sentence": "b"}])
     code, _, err = run_script("data", "--dataset_name", path, "--compare", other)
     assert code == 2
-    assert "no column is known as the prompt; it has: sentence" in err
+    assert "no column is recognised as the prompt; it has: sentence" in err
 
 
 def test_nothing_left_to_write_is_said(run_script, tmp_path):

@@ -120,7 +120,7 @@ def test_how_the_pairs_are_parted_is_said(tmp_path):
     assert split(*own) == "the sources' own held-out splits"
     seeded = split(own[0], file, flags=("--seed", "7"))
     assert seeded == f"the sources' own held-out splits where they have one, else {made}"
-    assert split(file, flags=("--validation_split", "none")) == "nothing is to be held out"
+    assert split(file, flags=("--validation_split", "none")) == "no validation split"
 
 
 def test_held_out_pairs_stay_where_trained_ones_of_their_prompts_are_left_out(run_script, tmp_path):

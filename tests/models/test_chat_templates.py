@@ -130,7 +130,7 @@ def make_cut_pairs() -> list[dict[str, str]]:
 
 
 def test_sides_that_are_the_same_tokens_when_cut_are_bad_rows(train, run_script, tmp_path):
-    what = "'rejected' and 'chosen' are the same tokens once cut to --max_length 60 (raise it)"
+    what = "'rejected' and 'chosen' are the same tokens once truncated to --max_length 60 (raise it)"
     code, _, err = train(make_cut_pairs(), max_length=60)
     assert code == 2
     assert f"{what} in 3 rows (pairs.jsonl line 5, 6, 7)" in err
@@ -292,7 +292,7 @@ def test_ids_of_another_day_are_refused_for_that_reason():
         "2026-02-04T00:00:00 now"
     }
     (said,) = find_changes(other | {"template_date": now["template_date"]}, now).values()
-    assert "vocabulary and template are what they were" in said
+    assert "with the same vocabulary and template" in said
 
 
 def test_record_with_a_date_that_is_none_is_refused(train):

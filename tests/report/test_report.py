@@ -291,8 +291,8 @@ def test_the_verdict_of_runs_without_an_end():
     running = a_record(START, START, status="running", step=40, steps=112, seconds_left=190.0)
     assert describe_run(running)[0].startswith("Still running at step 40 of 112, 3:10 left. So far it ranks 50%")
     assert describe_run(running | {"status": "interrupted"})[0].startswith("It was stopped at step 40 of 112.")
-    failed = running | {"status": "failed", "warnings": ["something", "training came apart"]}
-    assert describe_run(failed) == ("It failed at step 40 of 112: training came apart.", "problem")
+    failed = running | {"status": "failed", "warnings": ["something", "training diverged"]}
+    assert describe_run(failed) == ("It failed at step 40 of 112: training diverged.", "problem")
     alone = describe_run({"status": "finished", "metrics": {"train": {"accuracy": 0.9}}})[0]
     assert "Nothing was held out" in alone
     early = {"metric": "loss", "step": 20, "value": 0.4, "stopped": True}

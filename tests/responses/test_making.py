@@ -184,7 +184,7 @@ def test_rows_without_a_prompt_are_counted_by_reason(run_script, tmp_path, tiny_
         ({"prompt_column": "other"}, "--prompt_column other: no such column"),
         ({"dataset_format": "alpaca"}, "--dataset_format alpaca: no column for its"),
         ({"dataset_adapter": "nothing.py:read"}, "--dataset_adapter nothing.py:read: there is no file"),
-        ({}, "no column is known as the prompt; it has: text_1. Name it with --prompt_column"),
+        ({}, "no column is recognised as the prompt; it has: text_1. Name it with --prompt_column"),
     ],
 )
 def test_prompts_that_are_not_where_the_flags_say_are_refused(tmp_path, flags, fault):

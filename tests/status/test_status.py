@@ -148,7 +148,7 @@ def test_a_run_that_came_apart_says_why(tiny_model, pairs_file, tmp_path, run_sc
     assert run_script(*flags, "--max_steps", 9, "--logging_steps", 1, "--output_dir", tmp_path / "wild")[0] == 2
     lines = lines_of(run_script, tmp_path)
     assert row_of(lines, "wild").split()[2] == "failed"
-    said = next(line for line in lines if line.startswith("wild: failed: training came apart"))
+    said = next(line for line in lines if line.startswith("wild: failed: training diverged"))
     how, command = lines[lines.index(said) + 1 :]
     assert how == "  it has no checkpoint; to start it again:"
     assert "--overwrite_output_dir" in command

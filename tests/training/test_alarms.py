@@ -195,7 +195,7 @@ def test_early_stopping_keeps_the_best_model(train):
     best = min(evaluations, key=lambda line: line["held_out_loss"])
     record = read_record(folder)
     assert record["step"] == best["step"] + 8 < 32
-    assert "stopping early: the held-out loss has not got better in 2 evaluations" in out
+    assert "stopping early: the held-out loss has not improved in 2 evaluations" in out
     assert f"the model of step {best['step']} is kept" in out
     assert record["metrics"]["held_out"]["loss"] == pytest.approx(best["held_out_loss"], abs=1e-6)
     saved, kept = (load_file(path / "model.safetensors") for path in (folder, folder / f"checkpoint-{best['step']}"))

@@ -98,9 +98,9 @@ def test_what_makes_it_another_run(changes, names):
 
 def test_other_ways_to_divide_a_step_and_moved_files_are_said():
     (line,) = describe_free_changes(NOW, NOW | {"batch": [4, 1, 2]})
-    assert line.startswith("the 8 rows of an optimizer step are divided in another way (4 x 1 x 2 processes, before 4")
+    assert line.startswith("the 8 rows of an optimizer step are divided differently (4 x 1 x 2 processes, before 4")
     (line,) = describe_free_changes(NOW, NOW | {"settings": NOW["settings"] | {"dataset_name": "e"}})
-    assert line == "--dataset_name was d, is e: what is there is the same"
+    assert line == "--dataset_name was d, is e: its content is the same"
     (line,) = describe_free_changes(NOW, NOW | {"device": "cuda"})
     assert "begun on cpu, resumed on cuda" in line
     assert list(describe_free_changes(NOW, NOW)) == []
@@ -264,7 +264,7 @@ def test_another_tokenizer_is_seen_by_the_ids_it_gives(begun, tiny_model, place)
     assert names_refused(err) == {"tokenizer"}
     code, out, err, _ = go_on(model_name_or_path=folder, allow_changes="tokenizer")
     assert code == 0, err
-    assert "by --allow_changes: the tokenizer gives other ids for the same texts" in out
+    assert "by --allow_changes: the tokenizer gives different ids for the same texts" in out
 
 
 def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, place):
@@ -279,7 +279,7 @@ def test_what_is_allowed_passes_is_said_and_stays_recorded(begun, place):
     assert code == 0, err
     warnings = read_record(folder)["warnings"]
     assert [warning.partition(": ")[2].partition(" (")[0] for warning in warnings] == [
-        "--beta was 0.1, is 0.3", "the data set has other content"]  # fmt: skip
+        "--beta was 0.1, is 0.3", "the dataset has changed"]  # fmt: skip
     assert all(f"warning: {warning}" in out for warning in warnings)
     assert "warning: --allow_changes precision: nothing of it has changed" in out
     assert read_kept(folder / "checkpoint-8")["changes"] == warnings
@@ -358,7 +358,7 @@ def test_the_rows_of_a_step_may_be_divided_otherwise(begun, place):
     go_on = begun()
     code, out, err, folder = go_on(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert code == 0, err
-    assert "note: the 4 rows of an optimizer step are divided in another way (2 x 2 x 1 process, before 4" in out
+    assert "note: the 4 rows of an optimizer step are divided differently (2 x 2 x 1 process, before 4" in out
     for line, other in zip(read_metrics(folder), read_metrics(place / "whole"), strict=True):
         assert line.get("loss") == pytest.approx(other.get("loss"), abs=1e-4)
 
@@ -385,7 +385,7 @@ def test_a_checkpoint_that_holds_nothing_of_this_is_compared_with_the_record(beg
         (["--allow_changes", "data"], "--allow_changes: has no effect without --resume_from_checkpoint"),
         (["--allow_changes", "dota", "--resume_from_checkpoint", "auto"], "is 'dota': did you mean data?"),
         *(
-            (["--allow_changes", name, "--resume_from_checkpoint", "auto"], f"{name}: a checkpoint would not fit")
+            (["--allow_changes", name, "--resume_from_checkpoint", "auto"], f"{name}: a checkpoint cannot be loaded")
             for name in ("use_lora", "lora_r", "lora_target_modules", "use_dora", "optim")
         ),
     ],

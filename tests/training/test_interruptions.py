@@ -486,7 +486,7 @@ def test_a_folder_that_is_taken_away_is_not_made_again(run, whole, tmp_path, mon
         stop_at(patch, 6, lambda watcher: part.rename(away))
         code, _, err = run()
     assert code == 2
-    assert_one_message(err, f"--output_dir {part}: the folder is gone", "Bring it back")
+    assert_one_message(err, f"--output_dir {part}: the folder is gone", "Restore it")
     assert not part.exists()
     away.rename(part)
     code, _, err = run(*GO_ON)
@@ -517,7 +517,7 @@ def test_a_lost_tracker_is_a_warning(run, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorBoardCallback, "on_log", lose)
     code, out, err = run("--report_to", "tensorboard")
     assert code == 0, err
-    said = "tensorboard failed and gets nothing more; the run continues, and metrics.jsonl has everything"
+    said = "tensorboard failed and is switched off; the run continues, and metrics.jsonl has everything"
     assert out.count(f"warning: {said}") == 1
     assert len(calls) == 1
     assert any(said in text for text in read_record(tmp_path / "part")["warnings"])
@@ -566,7 +566,7 @@ def test_a_lost_process_is_no_fault_of_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     lost = explain_lost_process(error, record, tmp_path, 7)
     assert isinstance(lost, ProcessLost)
-    assert "after step 7 another process of this run ended or fell silent" in str(lost)
+    assert "after step 7 another process of this run ended or stopped responding" in str(lost)
     assert str(lost).endswith("accelerate launch --num_processes 2 advanced_dpo_script.py train --overwrite_output_dir")
     assert explain_lost_process(ValueError(str(error)), record, tmp_path, 7) is None
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -111,8 +111,8 @@ def test_what_deepspeed_wants_on_cpus_is_said_at_once(refused, monkeypatch):
     monkeypatch.setattr("utils.training.launch.find_device", lambda: torch.device("cpu"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert refused() == [
-        "error: DeepSpeed on CPUs wants --dtype float32: add it",
-        "error: DeepSpeed on CPUs wants --ddp_backend gloo: add it",
+        "error: DeepSpeed on CPUs needs --dtype float32: add it",
+        "error: DeepSpeed on CPUs needs --ddp_backend gloo: add it",
     ]
 
 

@@ -303,7 +303,7 @@ def test_a_killed_process_ends_the_run_with_what_is_safe(lost, flags_of, tmp_pat
         started.kill()
     assert started.returncode == 1
     (said,) = (line for line in err.splitlines() if line.startswith("error: "))
-    assert "another process of this run ended or fell silent" in said
+    assert "another process of this run ended or stopped responding" in said
     assert "is safe. To resume" in said
     assert "-m torch.distributed.run --standalone --nproc_per_node 2 advanced_dpo_script.py" in err
     assert "--resume_from_checkpoint auto" in err

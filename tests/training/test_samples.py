@@ -180,7 +180,7 @@ def test_sharded_weights_cannot_write_and_it_is_said(kind, run_script, tiny_mode
     common = ("--model_name_or_path", tiny_model, "--dataset_name", pairs_file, "--output_dir", tmp_path / "run")
     code, _, err = run_script(*common, "--sample_during_eval")
     assert code == 2
-    assert f"error: --sample_during_eval: with {kind} the weights lie in parts" in err
+    assert f"error: --sample_during_eval: with {kind} the weights are sharded" in err
 
 
 def test_on_the_console_texts_are_short_and_harmless(capsys):

@@ -183,7 +183,7 @@ def test_parts_of_a_base_are_not_taken_out_of_its_4_bit_weights(run_script, tiny
     more = ["--ref_model_name_or_path", tiny_model] if verb == "evaluate" else []
     code, _, err = run_script(verb, *flags, *more, "--use_4bit")
     assert code == 2
-    assert "which are others in 4 or 8 bits; leave --use_4bit out, or merge it first" in err
+    assert "which differ in 4 or 8 bits; leave --use_4bit out, or merge it first" in err
 
 
 def train(run_script, model, data, folder, *flags, learning_rate=1e-2):
@@ -228,7 +228,7 @@ def test_a_dora_adapter_trained_in_16_bits_computes_the_same_in_plain_peft(
 def test_all_weights_with_4_bits_are_measured_against_themselves(run_script, tiny_model, pairs_file, tmp_path):
     plain = train(run_script, tiny_model, pairs_file, tmp_path / "plain", "--precompute_ref_log_probs", "false")
     record = train(run_script, tiny_model, pairs_file, tmp_path / "run", "--use_4bit")
-    assert record["reference"] == "the starting weights, scored once before training"
+    assert record["reference"] == "the initial weights, scored once before training"
     assert record["reference_model"]["in_4bit"] is False
     assert record["metrics"]["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("held_out_before", "held_out", "train"):
@@ -244,8 +244,8 @@ def test_a_reference_that_stays_in_4_bits_is_said_to_be_another(run_script, tiny
     record = train(run_script, tiny_model, pairs_file, tmp_path / "run", *flags)
     assert record["reference"] == "a frozen copy of the initial weights in 4 bits"
     (warning,) = record["warnings"]
-    assert "the reference in 4 bits is not quite the policy: before the first step the first loss is 0." in warning
-    assert " in place of 0.6931, and log-probs of a response differ by " in warning
+    assert "the 4-bit reference differs slightly from the policy: before the first step the first loss is 0." in warning
+    assert " instead of 0.6931, and log-probs of a response differ by " in warning
 
 
 LOSSES = {  # what each is where policy and reference agree
@@ -280,8 +280,8 @@ def test_a_first_loss_that_is_not_the_known_one_is_said(
 ):
     flags, known = LOSSES[loss]
     record = train(run_script, tiny_model, pairs_file, tmp_path / "run", "--use_lora", *flags)
-    (warning,) = [text for text in record["warnings"] if "does not start as its reference" in text]
-    assert f" in place of {known:.4f}, and log-probs of a response differ by 0.14 nats" in warning
+    (warning,) = [text for text in record["warnings"] if "differ before the first step" in text]
+    assert f" instead of {known:.4f}, and log-probs of a response differ by 0.14 nats" in warning
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_the_first_loss_is_looked_at_in_every_way_of_training(
     request.getfixturevalue("wrong_reference")
     monkeypatch.setattr("utils.training.reference.load_columns", lambda *_: None)
     warnings = train(run_script, tiny_model, pairs_file, tmp_path / "wrong", *flags)["warnings"]
-    assert ["does not start as its reference" in text for text in warnings] == [True]
+    assert ["differ before the first step" in text for text in warnings] == [True]
 
 
 def test_a_first_loss_that_is_not_known_is_not_looked_at(
@@ -323,7 +323,7 @@ def test_rounding_of_norms_is_what_the_first_loss_shows(run_script, pairs_file, 
         monkeypatch.setattr(f"utils.training.trainer.{name}", lambda model: None)
     flags = ("--use_lora", "--use_dora", "--dtype", "bfloat16")
     (warning,) = train(run_script, model, pairs_file, tmp_path / "run", *flags)["warnings"]
-    assert "does not start as its reference" in warning
+    assert "differ before the first step" in warning
 
 
 def saved_in(dtype, folder):

@@ -202,6 +202,6 @@ def test_trackers_that_cannot_write_are_a_line_each_and_the_run_goes_on(tiny_mod
     assert process.returncode == 0, err
     assert "Traceback" not in out + err
     assert "Logging error" not in out + err
-    said = [line for line in (out + err).splitlines() if "failed and gets nothing more" in line]
+    said = [line for line in (out + err).splitlines() if "failed and is switched off" in line]
     assert sorted(line.split()[1] for line in said) == ["tensorboard", "wandb"]
     assert read_record(tmp_path / "run")["status"] == "finished"

@@ -151,7 +151,7 @@ def test_a_lost_machine_ends_the_run_and_one_goes_on(
             kill_all(machine)
         subprocess.run(["ip", "-n", name, "link", "set", end, "up"], check=True)
     finish([started[lost]])
-    assert "another process of this run ended or fell silent" in err
+    assert "another process of this run ended or stopped responding" in err
     assert "is safe. To resume" in err
     assert "--resume_from_checkpoint auto" in err
     # On one machine, with the pairs per step that it had.

@@ -59,7 +59,7 @@ def is_safe_for_arrow(path: Path) -> bool:
     """Whether the library's reader survives a JSON file, and reads all of it.
 
     It dies of rows that are null at the start of a block, and of rows that are nested deeply or very long; it drops
-    half characters from an array, and of a key that occurs twice in a file that is one value it takes the last.
+    half characters from an array, and of a duplicate key in a file that is one value it takes the last.
     """
     try:
         is_odd = _is_odd_value if json_layout(path) == "whole" else _has_odd_line

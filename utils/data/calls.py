@@ -36,7 +36,7 @@ def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, {"function": {"name", "arguments"}}, their arguments as objects.
 
     `value` is a list of calls or a single one, each in that form or as {"name", "arguments"}; or JSON text of these.
-    Arguments that are text stay so where it is no JSON object: the checks of `data` speak of them.
+    Arguments that are text stay so where it is not a JSON object: the checks of `data` speak of them.
 
     Raises BadRow for anything else.
     """

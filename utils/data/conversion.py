@@ -248,7 +248,7 @@ def _check_unicode(converted: Mapping[str, Any]) -> None:
         try:
             "".join(text for text in texts if isinstance(text, str)).encode()
         except UnicodeEncodeError:
-            raise BadRow(f"'{name}' holds half a character (a lone surrogate)") from None
+            raise BadRow(f"'{name}' has half a character (an unpaired surrogate)") from None
 
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class PromptEncoder:
             return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         except Exception as error:  # of the tokenizer's own library, which knows no other kind
             said = in_one_line(error, 200)
-            raise UserError(f"the tokenizer cannot turn these texts into tokens: {said}") from error
+            raise UserError(f"the tokenizer cannot encode these texts: {said}") from error
 
     def encode_prompts(
         self,
@@ -93,7 +93,7 @@ class PromptEncoder:
         rendered = self.render_rows(prompts, dict(zip(REPLIES, sides, strict=False)), tools, kwargs)
         for row in rendered:
             if row.fault is not None:
-                raise UserError(f"{row.fault}. Leave such rows out of the data")
+                raise UserError(f"{row.fault}. Remove such rows from the data")
         return self.encode_rendered(prompts, rendered) if rendered else [[] for _ in (prompts, *sides)]
 
     def render_rows(
@@ -153,7 +153,7 @@ class PromptEncoder:
             if encoded["input_ids"][begin:][: len(ids) - 1] == ids[:-1]:
                 break
         else:
-            raise UserError("the tokenizer splits a reply with results of tools otherwise than its parts")
+            raise UserError("the tokenizer splits a reply with tool results differently from its parts")
         places = [place - len(front) for place, _ in encoded["offset_mapping"][begin:]]
         marked = list(ids)
         for first, last in results:

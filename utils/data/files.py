@@ -223,7 +223,7 @@ def _read_parquet(paths: Sequence[Path]) -> FileRows:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read as Parquet: {in_one_line(error)}") from None
     if count == 0:
-        raise UserError(f"{', '.join(map(str, paths))} holds no rows.")
+        raise UserError(f"{', '.join(map(str, paths))} has no rows.")
     try:
         with quiet(sum(path.stat().st_size for path in paths)):
             if any(set("*?[]") & set(str(path)) for path in paths):
@@ -272,7 +272,7 @@ def _read_slowly(kind: str, paths: Sequence[Path], on_bad_rows: str) -> FileRows
             f"{lines.detail})"
             for reason, lines in unreadable.items()
         ]
-        raise UserError(f"{names} holds no readable row{': ' * bool(faults)}{', '.join(faults)}.")
+        raise UserError(f"{names} has no readable row{': ' * bool(faults)}{', '.join(faults)}.")
     lines = [FileLines(scan.name, scan.unit, array("Q", scan.numbers)) for scan in scans]
     return FileRows(json_or_text(table), FilePlaces(paths[0].name, len(table), lambda: lines), dropped, unreadable)
 

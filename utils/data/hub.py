@@ -64,14 +64,14 @@ def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]
     except (DatasetsError, FileNotFoundError) as error:
         if (fault := find_system_fault(error.__cause__)) and "cache_dir" not in options:
             return load_hub(name, config, **options, cache_dir=str(make_scratch(fault)))
-        raise UserError(f"{flag}: holds no data that can be read ({in_one_line(error.__cause__ or error)})") from None
+        raise UserError(f"{flag}: has no readable data ({in_one_line(error.__cause__ or error)})") from None
     except OSError as error:
         if error.errno is None and "download_mode" not in options:  # a table that is cut off
             return load_hub(name, config, **options, download_mode=ANEW)
         if error.errno is not None and "cache_dir" not in options:
             return load_hub(name, config, **options, cache_dir=str(make_scratch(error)))
         raise UserError(
-            f"{flag}: cannot be kept on the disk ({in_one_line(error)}); make room, or set HF_HOME"
+            f"{flag}: cannot be written to the disk ({in_one_line(error)}); make room, or set HF_HOME"
         ) from None
 
 
@@ -82,7 +82,7 @@ def _describe_missing(flag: str, name: str, is_gated: bool) -> str:
             "then run hf auth login"
         )
     return (
-        f"{flag}: no such path here, and the Hugging Face Hub has no such dataset that is open to you; check the "
+        f"{flag}: no such path here, and the Hugging Face Hub has no such dataset that you can access; check the "
         "spelling, run hf auth login for a private one, or give a local file or folder"
     )
 

@@ -123,8 +123,9 @@ def read_numbers(labels: Iterable[Any], names: Names) -> set[str]:
         return numbers
     shown = ", ".join(unexplained[:SHOWN_NUMBERS]) + (", ..." if len(unexplained) > SHOWN_NUMBERS else "")
     raise UserError(
-        f"'{names['label']}' holds {shown}, and neither '{names['first']}' nor '{names['second']}' is called so: which "
-        "answer its numbers mean cannot be told, so none of its rows is read, whatever the flags. Rename the two "
+        f"'{names['label']}' holds {shown}, which fits the name of neither '{names['first']}' nor "
+        f"'{names['second']}': which "
+        "answer its numbers mean is unclear, so none of its rows is read. Rename the two "
         "columns by their numbers (response_0 and response_1, say), or read the rows with --dataset_adapter "
         "file.py:function"
     )

@@ -207,7 +207,7 @@ UNPAIRED = Layout(
     "unpaired",
     PROMPT | {"completion": ("completion", *CONVERSATION), "label": ("label", "kto_tag")},
     (*Layout.optional, "prompt"),
-    says="answers with a yes/no label, paired where one prompt has both labels",
+    says="answers with a true/false label, paired where a prompt has both labels",
     fits="yes or no",
     pairs_up=True,
 )

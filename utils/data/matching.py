@@ -23,7 +23,7 @@ def list_layouts(settings: DataSettings, verb: str) -> Sequence[Layout]:
         return [layout for layout in LAYOUTS[verb] if layout not in ONLY_ASKED_FOR]
     layouts = [layout for layout in LAYOUTS[verb] if layout.name == wish]
     if not layouts:
-        raise UserError(f"--dataset_format {wish}: holds no pairs; it is a format for the verb sft")
+        raise UserError(f"--dataset_format {wish}: has no pairs; it is a format for the verb sft")
     return layouts
 
 
@@ -72,9 +72,9 @@ def describe_misfit(
             f"the data has: {list_names(columns)}"
             for part in found
         ]
-    holds = ", ".join(f"'{path}' holds {KIND_NAMES[kind_of_column(sample, path)]}" for path in found.values())
+    holds = ", ".join(f"'{path}' has {KIND_NAMES[kind_of_column(sample, path)]}" for path in found.values())
     needed = layout.says or " or ".join(find_shape(name).description for name in layout.shapes)
-    return [f"{flag}: the columns are there, but not what they should hold: {holds}; needed: {needed}"]
+    return [f"{flag}: the columns are there, but with other content: {holds}; needed: {needed}"]
 
 
 def _looked_for(candidates: Sequence[str]) -> str:
@@ -91,16 +91,16 @@ def describe_unknown(settings: DataSettings, verb: str, mapped: Names, columns: 
         told = ""
         if verb == "train" and all(kind == "text" for kind in kinds.values()):
             told = " (or pass --dataset_format implicit_prompt if it is what both texts begin with)"
-        return f"--prompt_column is missing: no column is known as the prompt of {names}{told}; {has}"
+        return f"--prompt_column is missing: no column is recognised as the prompt of {names}{told}; {has}"
     flags = "--prompt_column, --chosen_column and --rejected_column (dots reach into nested fields)"
     if verb == "sft":
         flags = "--prompt_column and --completion_column, --chosen_column, or --text_column"
-    found = ", ".join(f"'{path}' holds {KIND_NAMES[kind]}" for path, kind in kinds.items())
+    found = ", ".join(f"'{path}' has {KIND_NAMES[kind]}" for path, kind in kinds.items())
     note = f" ({found}; texts or message lists are needed)" if found else ""
     name = settings.dataset_name
     return (
-        f"--dataset_name {name}: its columns fit no known shape{note}; name them with {flags}, or read them with a "
-        f"function of your own (--dataset_adapter file.py:function); {has}"
+        f"--dataset_name {name}: its columns fit no known format{note}; name them with {flags}, or read them with "
+        f"your own function (--dataset_adapter file.py:function); {has}"
     )
 
 

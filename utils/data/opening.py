@@ -52,8 +52,8 @@ class _Unpacked(io.RawIOBase):
         count = self._file.readinto(buffer)
         if self._file.tell() > self._most:
             raise UserError(
-                f"{self._path} unpacks to more than {PACKED_RATIO} times its size, as no text of many rows does. "
-                "If it is to be read, unpack it with gunzip and give the file that comes out."
+                f"{self._path} unpacks to more than {PACKED_RATIO} times its size, which no real data does. "
+                "If you trust it, unpack it with gunzip and give the unpacked file."
             )
         return count
 
@@ -70,7 +70,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         try:
             yield handle
         except EOFError:
-            raise UserError(f"{path} is cut off: its gzip data ends early. Copy or download it again.") from None
+            raise UserError(f"{path} is truncated: its gzip data ends early. Copy or download it again.") from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is not valid gzip data ({error}). Copy or download it again.") from None
 

@@ -117,7 +117,7 @@ def _read_bare_prompts(source: Source, settings: DataSettings, flag: str, fault:
     if column is None:
         advice = "with --prompt_column" if flag != "--compare" else f"one of {', '.join(PROMPT_NAMES)}"
         has = list_names(columns)
-        raise UserError(f"{flag} {name}: no column is known as the prompt; it has: {has}. Name it {advice}")
+        raise UserError(f"{flag} {name}: no column is recognised as the prompt; it has: {has}. Name it {advice}")
     how = _find_prompt_columns(sample, columns, column, settings.dataset_adapter)
     try:
         converted = _convert_prompts(source.rows, how)
@@ -203,7 +203,7 @@ def _read_prompt(row: Mapping[str, Any], how: PromptColumns) -> Value:
     try:
         flatten(prompt).encode()
     except UnicodeEncodeError:
-        raise BadRow(f"'{name}' has half a character (a lone surrogate)") from None
+        raise BadRow(f"'{name}' has half a character (an unpaired surrogate)") from None
     return prompt
 
 

@@ -24,13 +24,13 @@ RANK_KEYS = ("rank", "ranking")  # the lowest is the best
 CITATION = re.compile(r"[ \t]*\[\d+(?:\s*,\s*\d+)*\]")
 
 # What is left out on purpose, of good data too: counted, never an error.
-TIE = "the answers are scored alike (a tie)"
-SMALL_GAP = "no two scores of the row are --min_score_gap apart"
+TIE = "the answers have equal scores (a tie)"
+SMALL_GAP = "no two scores in the row differ by --min_score_gap"
 SMALL_RATIO = "the score ratio is below --min_score_ratio"
 ONE_ANSWER = "fewer than two answers with a score"
-NO_OTHER_LABEL = "no answer of the other label for the same prompt"
-NOT_WANTED = "the answer is labelled as not wanted"
-ADAPTER_SKIPS = "the adapter left it out"
+NO_OTHER_LABEL = "no answer with the other label for the same prompt"
+NOT_WANTED = "the answer is labelled as bad"
+ADAPTER_SKIPS = "the adapter returned None"
 LEFT_OUT = frozenset({TIE, SMALL_GAP, SMALL_RATIO, ONE_ANSWER, NO_OTHER_LABEL, NOT_WANTED, ADAPTER_SKIPS})
 
 
@@ -233,7 +233,7 @@ def _walk(parts: Mapping[str, Any], is_sample: bool) -> Iterator[tuple[list[dict
         path, node = waiting.popleft()
         role = role_of(node)
         if role not in ("user", "assistant"):
-            raise BadRow("the tree has a message of unknown role")
+            raise BadRow("the tree has a message with an unknown role")
         if not is_sample:
             check_fields(node, "the tree", SAID_BESIDE)
         path = [*path, {"role": role, "content": node["text"]}]
@@ -284,7 +284,9 @@ def expand_answered(parts: Mapping[str, Any], names: Mapping[str, str], choice: 
     while start > 0 and role_of(messages[start - 1]) == "assistant":
         start -= 1
     if messages and start == len(messages):
-        raise BadRow(f"'{names['prompt']}' ends with a turn of the {role_of(messages[-1])}: there is no reply to learn")
+        raise BadRow(
+            f"'{names['prompt']}' ends with a turn of the {role_of(messages[-1])}: there is no reply to train on"
+        )
     return [dict(parts) | {"prompt": messages[:start], "chosen": messages[start:]}]
 
 

@@ -108,7 +108,7 @@ def keep_rows(key: str, make: Callable[[Path], datasets.Dataset]) -> datasets.Da
         if fault is None:
             raise
         raise UserError(
-            f"rows can be kept neither in the cache {folder} nor in a temporary folder ({fault.strerror or fault}): "
+            f"rows can be written neither to the cache {folder} nor in a temporary folder ({fault.strerror or fault}): "
             "make room, or name another disk with HF_DATASETS_CACHE or TMPDIR"
         ) from None
     made._fingerprint = key
@@ -120,8 +120,8 @@ def make_scratch(fault: OSError) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="rows-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     text = (
-        f"warning: the cache {cache_folder()} cannot be used ({fault.strerror or fault}); rows are made again at each "
-        "start"
+        f"warning: the cache {cache_folder()} cannot be used ({fault.strerror or fault}); rows are prepared again at "
+        "each start"
     )
     if text not in _said:
         _said.add(text)
@@ -151,7 +151,7 @@ def know_by_content(splits: Mapping[str, datasets.Dataset]) -> Path | None:
         if former == hashes or not files:
             continue
         if former is not None:
-            say(f"warning: {files[0]} is not what it was when it was made; it is made again")
+            say(f"warning: {files[0]} has changed since it was written; it is prepared again")
             return Path(files[0])
         with contextlib.suppress(OSError):  # then the next start cannot compare
             write_text(known, json.dumps(hashes))
@@ -185,7 +185,7 @@ def _make_entry(entry: Path, make: Callable[[Path], datasets.Dataset]) -> datase
         shutil.rmtree(beside, ignore_errors=True)
     rows = _load(entry)
     if rows is None:
-        raise OSError(errno.EIO, "what is written there does not stay", str(entry))
+        raise OSError(errno.EIO, "what is written there is lost", str(entry))
     return rows
 
 
@@ -236,7 +236,7 @@ def _load(entry: Path) -> datasets.Dataset | None:
         return datasets.Dataset(concat_tables(tables), info=info, fingerprint=entry.name)
     except Exception as error:  # damaged files can make the readers raise anything
         fault = (error.strerror if isinstance(error, OSError) else None) or error
-    say(f"warning: kept rows in {entry} are not what was written ({fault}); they are made again")
+    say(f"warning: kept rows in {entry} are damaged ({fault}); they are prepared again")
     return None
 
 

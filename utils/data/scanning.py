@@ -50,7 +50,7 @@ class Scan:
             self.rows.append(row)
             self.numbers.append(number)
         else:
-            self.faults.append(Fault(number, "no JSON object", f"found {name_of(row)}"))
+            self.faults.append(Fault(number, "not a JSON object", f"found {name_of(row)}"))
 
 
 def name_of(value: Any) -> str:
@@ -154,7 +154,7 @@ def scan_json(path: Path) -> Scan:
     scan = Scan(path.name, "row")
     for number, row in enumerate(rows, start=1):
         if not is_encodable(row):
-            scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
+            scan.faults.append(Fault(number, "half a character (an unpaired surrogate)"))
         else:
             scan.add(number, row)
     return scan
@@ -187,13 +187,13 @@ def _add_line(scan: Scan, number: int, line: bytes) -> None:
         scan.faults.append(Fault(number, "text that is not UTF-8", f"byte {error.start + 1}: {error.reason}"))
     except json.JSONDecodeError as error:
         comma = line.rstrip().endswith(b",") and _is_json(line.rstrip().removesuffix(b","))
-        detail = "a comma behind the row, where the line must end" if comma else _describe(error)
+        detail = "a comma after the row, where the line must end" if comma else _describe(error)
         scan.faults.append(Fault(number, "invalid JSON", detail))
     except ValueError as error:
-        scan.faults.append(Fault(number, "a key that occurs twice", str(error)))
+        scan.faults.append(Fault(number, "a duplicate key", str(error)))
     else:
         if SURROGATE.search(line) and not is_encodable(row):
-            scan.faults.append(Fault(number, "a broken character (half of a surrogate pair)"))
+            scan.faults.append(Fault(number, "half a character (an unpaired surrogate)"))
         else:
             scan.add(number, row)
 
@@ -226,7 +226,7 @@ def _describe(error: json.JSONDecodeError) -> str:
 
 
 def read_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of these keys and values. Raises ValueError for a key that occurs twice."""
+    """A JSON object of these keys and values. Raises ValueError for a duplicate key."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError(f"the key '{find_repeated(name for name, _ in pairs)}' occurs twice")
@@ -252,5 +252,5 @@ def check_width(name: str, columns: Sequence[str]) -> None:
     if len(columns) > COLUMNS:
         raise UserError(
             f"{name} has {len(columns):,} columns, from '{columns[0]:.40}' to '{columns[-1]:.40}'; more than "
-            f"{COLUMNS:,} are not read. Leave out those that hold no part of a pair."
+            f"{COLUMNS:,} are not read. Remove those that are not part of a pair."
         )

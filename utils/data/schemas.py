@@ -273,7 +273,7 @@ def _read_with_adapter(sample: Rows, settings: DataSettings, verb: str) -> Readi
     shape = next((shape for name in ADAPTED.shapes if (shape := find_shape(name)).matches(kinds, replies)), None)
     flag = f"--dataset_adapter {settings.dataset_adapter}"
     if not made and reasons and len(set(reasons)) == 1 and len(reasons) == len(sample):
-        raise UserError(f"{flag}: made no pair of the first {len(sample)} rows: {reasons[0]}")
+        raise UserError(f"{flag}: made no pair from the first {len(sample)} rows: {reasons[0]}")
     if shape is None or (made and not any(set(replies) <= set(row) for row in made)):
         found = ", ".join(f"'{part}' holds {KIND_NAMES[kind]}" for part, kind in kinds.items()) or "nothing"
         needed = "prompt, chosen and rejected" if verb == "train" else "prompt and completion"
@@ -300,7 +300,7 @@ def check_effects(readings: Sequence[Reading], settings: DataSettings) -> None:
     if settings.pairs_per_prompt is not None and not any(reading.makes_several for reading in readings):
         faults.append("--pairs_per_prompt: has no effect, each row of this data is one pair; leave it out")
     if settings.min_score_gap is not None and not any(reading.scored for reading in readings):
-        faults.append("--min_score_gap: this data has no scores that are known; leave it out")
+        faults.append("--min_score_gap: this data has no known scores; leave it out")
     if settings.min_score_ratio is not None and not any("ratio" in reading.columns for reading in readings):
         faults.append("--min_score_ratio: this data has no column score_ratio; leave it out")
     if settings.strip_citations and not any(reading.layout.strips_citations for reading in readings):

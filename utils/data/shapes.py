@@ -114,7 +114,7 @@ def _any_messages(kinds: Kinds, parts: Sequence[str]) -> bool:
 SHAPES = (
     Shape(
         "whole texts",
-        "whole texts, all of which is learnt",
+        "whole texts, trained on in full",
         lambda kinds, replies: replies == ("text",) and _all(kinds, replies, TEXT),
         _split_whole_text,
         is_text=True,
@@ -122,7 +122,7 @@ SHAPES = (
     ),
     Shape(
         "transcripts",
-        "'Human: ... Assistant: ...' transcripts; all before the last reply is the prompt",
+        "'Human: ... Assistant: ...' transcripts; everything before the last reply is the prompt",
         lambda kinds, replies: "transcript" in kinds.values() and _all(kinds, replies, ("transcript",)),
         _split_transcripts,
         is_transcript=True,
@@ -137,7 +137,7 @@ SHAPES = (
     ),
     Shape(
         "texts with a system prompt",
-        "prompt and replies are texts, with a system turn before",
+        "prompt and replies are texts, after a system turn",
         lambda kinds, replies: "system" in kinds and _all(kinds, ("system", "prompt", *replies), TEXT),
         _split_texts_with_system,
     ),
@@ -157,7 +157,7 @@ SHAPES = (
     ),
     Shape(
         "messages",
-        "message lists; all before the last reply is the prompt",
+        "message lists; everything before the last reply is the prompt",
         lambda kinds, replies: "prompt" not in kinds and _all(kinds, replies, ("messages",)),
         _split_dialogue,
     ),

@@ -168,7 +168,7 @@ def _find_collection(settings: DataSettings) -> Collection[ReadSplit]:
     if path.is_dir():
         return _open_folder(path, settings)
     if file_kind(path) is None:
-        raise UserError(f"--dataset_name {name}: not a kind of file that is read; use {ENDINGS}")
+        raise UserError(f"--dataset_name {name}: not a supported type of file; use {ENDINGS}")
     if settings.dataset_config is not None:
         raise UserError(f"--dataset_config {settings.dataset_config}: {name} is a file and has no configurations")
     return Collection({"train": lambda: read_files([path], settings.on_bad_rows)})
@@ -201,7 +201,7 @@ def _open_folder(path: Path, settings: DataSettings) -> Collection[ReadSplit]:
     except ValueError as error:
         raise UserError(describe_config_fault(settings.dataset_config, flag, error)) from None
     except Exception as error:  # what lies in a folder can make the library raise anything
-        raise UserError(f"{flag}: no data here that can be read ({in_one_line(error)}); use {ENDINGS}") from None
+        raise UserError(f"{flag}: no readable data here ({in_one_line(error)}); use {ENDINGS}") from None
     check_reader(flag, builder)
     _name_passed_over(path, [file for paths in files.values() for file in paths])
     kinds = {file_kind(file) for paths in files.values() for file in paths}
@@ -225,7 +225,7 @@ def _name_passed_over(path: Path, read: Sequence[Path]) -> None:
     missed = [file.name for file in others if file.suffix not in kinds and file.resolve() not in known]
     if missed:
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
-        say(f"warning: {path}: {', '.join(missed[:3])}{more} not read: of another kind than the folder's other data")
+        say(f"warning: {path}: {', '.join(missed[:3])}{more} not read: another file type than the folder's other data")
 
 
 def _check_read_apart(flag: str, files: Mapping[str, list[Path]]) -> None:
@@ -233,7 +233,7 @@ def _check_read_apart(flag: str, files: Mapping[str, list[Path]]) -> None:
     packed = [file for paths in files.values() for file in paths if file_kind(file) is None]
     for file in packed:
         if file_kind(file.with_suffix("")) in ("json", "csv"):
-            raise UserError(f"{flag}: {file.name} is packed in a way that is not read; unpack it, or use {ENDINGS}")
+            raise UserError(f"{flag}: {file.name} is compressed in an unsupported way; unpack it, or use {ENDINGS}")
 
 
 def _open_saved(path: Path) -> Collection[ReadSplit]:

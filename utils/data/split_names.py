@@ -70,7 +70,7 @@ def training_split(settings: DataSettings, verb: str, collection: Collection[Any
 
 def _missing_split(flag: str, asked: str, names: list[str], source: str) -> str:
     if "[" in asked:
-        return f"{flag} {asked}: slices are not read; name a split ({', '.join(names)}) and use --max_samples"
+        return f"{flag} {asked}: slices are not supported; name a split ({', '.join(names)}) and use --max_samples"
     return f"{flag} {asked}: no such split in {source}; it has: {', '.join(names)}"
 
 

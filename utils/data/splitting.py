@@ -62,7 +62,7 @@ def split_rows(
     numbers = number_rows(rows, seed)
     if len(rows) < 2 or (numbers == numbers[0]).all():
         what = "1 row" if len(rows) == 1 else f"{len(rows)} rows that share one prompt"
-        raise UserError(f"nothing can be held out of {what}: add data, or pass --validation_split none")
+        raise UserError(f"cannot hold out a part of {what}: add data, or pass --validation_split none")
     held_out = choose_held_out(numbers, wish or DEFAULT_FRACTION, _sources(rows))
     evaluated = held_out if wish else _lowest(numbers, held_out, DEFAULT_MOST_ROWS)
     train, other = (without_group(rows.select(np.flatnonzero(mask))) for mask in (~held_out, evaluated))

@@ -215,7 +215,7 @@ def _check_numbers(intakes: Sequence[_Intake]) -> None:
         column, rows = label_column(intakes[0].reading.columns), intakes[0].rows_read
         raise UserError(
             f"--streaming: '{column}' holds the number {min(numbers)} alone in the {rows:,} rows that were read, so "
-            "whether it counts from 0 or from 1 cannot be told; leave --streaming out"
+            "whether it counts from 0 or from 1 is unclear; leave --streaming out"
         )
 
 
@@ -269,8 +269,8 @@ class _reading:
         if isinstance(error, Exception) and not isinstance(error, UserError):
             cause = in_one_line(error.__cause__ or error)
             raise UserError(
-                f"--streaming: {self.label} cannot be read on after row {self.row:,} ({cause}); "
-                "read without --streaming, a file's lines at fault are named and can be skipped"
+                f"--streaming: {self.label} cannot be read beyond row {self.row:,} ({cause}); "
+                "without --streaming, bad lines of a file are named and can be skipped"
             ) from None
 
 

@@ -124,7 +124,7 @@ def _find_call_faults(prompt: Any, reply: Any, tools: str | None) -> list[str]:
 def _find_same(sides: Sequence[list[int]], cut: bool, max_length: int) -> str:
     if len(sides) < 2 or sides[0] != sides[1]:
         return ""
-    return f"{SAME_TOKENS} once cut to --max_length {max_length} (raise it)" if cut else SAME_TOKENS
+    return f"{SAME_TOKENS} once truncated to --max_length {max_length} (raise it)" if cut else SAME_TOKENS
 
 
 LENGTH = "length"  # tokens of the prompt with its longest completion; batches of similar length are made by it

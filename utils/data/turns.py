@@ -170,7 +170,7 @@ def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
     check_fields(message, name)
     said, role = str(message.get("role") or message.get("from")), role_of(message)
     if role is None:
-        raise BadRow(f"'{name}' has a turn of unknown role {said[:40]!r}")
+        raise BadRow(f"'{name}' has a turn with an unknown role {said[:40]!r}")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if said.lower() in CALLING_ROLES:
         return make_turn(role, None, {"tool_calls": read_calls(content, name)})
@@ -255,7 +255,7 @@ def split_transcript(text: str) -> Turns:
     text = text if text.startswith("\n") else "\n\n" + text
     marks = list(TRANSCRIPT_MARK.finditer(text))
     if not marks or marks[0].start() != 0:
-        raise BadRow("a transcript does not begin with 'Human:' or 'Assistant:'")
+        raise BadRow("a transcript does not start with 'Human:' or 'Assistant:'")
     turns: Turns = []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     for mark, end in zip(marks, ends, strict=True):
@@ -285,7 +285,7 @@ def take_reply(turns: Turns, name: str) -> tuple[Turns, Turns]:
     """The same. Raises BadRow where there are turns and the last is not the assistant's."""
     before, answer = split_reply(turns)
     if turns and not answer:
-        raise BadRow(f"'{name}' ends with a turn of the {turns[-1]['role']}: there is no reply to learn")
+        raise BadRow(f"'{name}' ends with a turn of the {turns[-1]['role']}: there is no reply to train on")
     return before, answer
 
 

@@ -30,8 +30,8 @@ def pair_up(answers: datasets.Dataset, reading: Reading) -> datasets.Dataset:
     if len(answers) and all(index < 0 for index in plan["second"]) and NO_OTHER_LABEL in plan["why"]:
         raise UserError(
             f"the rows ({len(answers):,}) are single answers with a yes/no label ('{reading.columns['label']}', as for "
-            "KTO), and no prompt has answers of both labels: no pair can be made. DPO needs a better and a worse "
-            "answer to the same prompt; the verb sft can imitate those labelled true"
+            "KTO), and no prompt has answers with both labels: no pair can be made. DPO needs a chosen and a rejected "
+            "answer to the same prompt; the verb sft can train on those labelled true"
         )
     features = {name: kind for name, kind in answers.features.items() if name not in ("completion", "label")}
     completion = answers.features["completion"]

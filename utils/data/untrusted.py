@@ -60,7 +60,7 @@ def check_reader(flag: str, builder: Any) -> None:
     module = type(builder).__module__
     reader = module.rpartition(".")[2]
     if ".packaged_modules." in module and reader not in READERS:
-        raise UserError(f"{flag}: {reader} data, which are not read; use .jsonl[.gz], .json[.gz], .csv or .parquet")
+        raise UserError(f"{flag}: {reader} data, which is not supported; use .jsonl[.gz], .json[.gz], .csv or .parquet")
 
 
 def _named_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -99,7 +99,7 @@ def _configurations(path: Path) -> list[dict[str, Any]]:
         if root is None:
             return []
         if count_parts(root, parts_of_yaml, MOST_PARTS) > MOST_PARTS:
-            raise Unbounded(f"has references that stand for more than {MOST_PARTS:,} values")
+            raise Unbounded(f"has references that expand to more than {MOST_PARTS:,} values")
         content = loader.construct_document(root)
     except Unbounded as error:
         raise Unbounded(f"{path.name} {error}") from None

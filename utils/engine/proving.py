@@ -155,7 +155,7 @@ def find_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch, trial: T
         if ran_out_of_memory(error):
             raise
         # Whatever a model's own code makes of a layout it does not know, the padded batches remain.
-        return f"its attention does not take the layout ({describe_error(error)})"
+        return f"its attention does not support the layout ({describe_error(error)})"
     return fault and f"{fault} from those of plain rows"
 
 
@@ -208,7 +208,7 @@ def find_gradient_mismatch(model: torch.nn.Module, packed: Batch, padded: Batch,
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        return f"its backward pass does not take the layout ({describe_error(error)})"
+        return f"its backward pass does not support the layout ({describe_error(error)})"
     finally:
         _forget_gradients(model)
     share = _apart(plain, shared)

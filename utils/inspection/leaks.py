@@ -32,14 +32,14 @@ def check_held_out(subject: Subject, scan: Scan) -> list[Finding]:
     behind = np.isin(scan.prompt_keys, scan.prompt_keys[held_out[shared]]) & subject.trained
     findings = [
         *find_pairs(
-            subject, "held_out_prompt", PROBLEM, "a held-out pair with a prompt that is trained on",
-            "Their accuracy says less than it seems; --remove held_out_prompts leaves out the trained side of them.",
+            subject, "held_out_prompt", PROBLEM, "a held-out pair whose prompt is also trained on",
+            "They make held-out accuracy too optimistic; --remove held_out_prompts leaves out the training side.",
             held_out[shared], np.flatnonzero(behind),
         ),
         *find_pairs(
             subject, "near_held_out_prompt", NOTE,
-            f"a held-out pair with a prompt nearly the same as one trained on (about {ALIKE:.0%} alike)",
-            "Look whether they ask the same; the split keeps equal prompts together, not similar ones.",
+            f"a held-out pair whose prompt is nearly the same as one trained on (about {ALIKE:.0%} alike)",
+            "Check whether they ask the same; the split keeps equal prompts together, not similar ones.",
             held_out[near], np.zeros(0, dtype=int),
         ),
     ]  # fmt: skip
@@ -74,13 +74,13 @@ def check_overlap(subject: Subject, scan: Scan, settings: Settings) -> tuple[lis
     near = (alike >= 0) & ~exact
     findings = [
         *find_pairs(
-            subject, "overlap", PROBLEM, f"a prompt that is in {name} too",
-            "A model trained on them is not measured by these data; --remove overlap leaves them out.",
+            subject, "overlap", PROBLEM, f"a prompt that is also in {name}",
+            "A model trained on them cannot be evaluated on that data; --remove overlap leaves them out.",
             np.flatnonzero(exact),
         ),
         *find_pairs(
             subject, "near_overlap", NOTE, f"a prompt nearly the same as one of {name} (about {ALIKE:.0%})",
-            "Look whether they ask the same; --remove overlap leaves them out too.",
+            "Check whether they ask the same; --remove overlap leaves them out too.",
             np.flatnonzero(near),
         ),
     ]  # fmt: skip

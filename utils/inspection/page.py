@@ -144,20 +144,21 @@ def _show_shortcuts(record: dict[str, Any]) -> str:
         share, error = words["accuracy"], words["standard_error"]
         ends = (share - 1.96 * error, share + 1.96 * error)
         text = "{:.1%} ({:.1%} to {:.1%})".format(share, *ends)
-        bars.append(Bar("by its words alone, on unseen prompts", share, text, ends))
+        bars.append(Bar("bag of words, on unseen prompts", share, text, ends))
     rows = [(r["rule"], f"{r['unlike']:,}", f"{r['right']:,}", f"{r['accuracy']:.1%}") for r in rules]
     note = (
-        "Picking the chosen response by such a feature is right this often, at random where both sides are "
-        "alike: 50% is chance. What lies far from it, a model may learn in place of what is better."
+        "Accuracy of picking the chosen response by one surface feature, at random where both sides are alike: "
+        "50% is chance. A feature far from it is a shortcut that a model may learn."
     )
     if words is not None:
         note += (
-            f" The words: a logistic regression on {words['pairs']:,} pairs, tried on prompts that it was not fitted "
+            f" Bag of words: a logistic regression on {words['pairs']:,} pairs, tried on prompts that it was not "
+            "fitted "
             f"on ({words['folds']} folds, standard error {words['standard_error']:.1%})."
         )
     starts = record["first_words"]
     return make_section(
-        "Shallow signs",
+        "Surface features",
         make_paragraph(note),
         make_chart(
             "Picking the chosen response by a surface feature",
@@ -165,7 +166,7 @@ def _show_shortcuts(record: dict[str, Any]) -> str:
             make_table("by rule", ("picks", "pairs that differ", "of those right", "over all pairs"), rows),
         ),
         make_table(
-            "First words that one side has more often",
+            "Opening words that one side uses more often",
             ("first words", "chosen", "rejected"),
             [(start["words"], f"{start['chosen']:,}", f"{start['rejected']:,}") for start in starts],
         ),
@@ -200,7 +201,8 @@ def _show_languages(record: dict[str, Any]) -> str:
     names = list(dict.fromkeys([*counts["prompt"], *counts["chosen"]]))
     rows = [(name, *(f"{counts[side].get(name, 0):,}" for side in ("prompt", "chosen"))) for name in names]
     note = (
-        "Told by script and by the commonest words of twelve languages: enough to see a mixture. Short texts, code and "
+        "Guessed from the script and the most common words of twelve languages, to show a mixture. Short texts, "
+        "code and "
         "lists are unclear."
     )
     return make_section(

@@ -40,7 +40,7 @@ def check_bad_rows(subject: Subject) -> list[Finding]:
                 examples.append({"place": places[-1]} | excerpts(row))
         severity, kind = (NOTE, "left_out") if reason in LEFT_OUT else (PROBLEM, _kind(reason))
         advice = {
-            NOTE: "train leaves them out and counts them; nothing needs to be done.",
+            NOTE: "train leaves them out and counts them; nothing to do.",
             PROBLEM: "Fix or remove them; train skips fewer than 1%, and more with --on_bad_rows skip.",
         }[severity]
         title = f"no pair in the row: {reason}"
@@ -80,26 +80,26 @@ def check_copies(subject: Subject, scan: Scan) -> list[Finding]:
     alike = (like != np.arange(len(scan))) & ~copied & (splits == splits[like])
     alike[both_ways] = False
     repeated = find_pairs(
-        subject, "repeated", PROBLEM, "a copy of a pair in another source before it (spacing apart)",
+        subject, "repeated", PROBLEM, "a duplicate of a pair in an earlier source (ignoring whitespace)",
         "train keeps both, so they count twice; --output_file keeps the first.",
         np.flatnonzero(elsewhere),
     )  # fmt: skip
     return [
         *find_pairs(
-            subject, "duplicate", PROBLEM, "a copy of an earlier pair (spacing apart)",
-            "A copy counts a preference twice, and may be held out and trained on; --output_file keeps the first.",
+            subject, "duplicate", PROBLEM, "a duplicate of an earlier pair (ignoring whitespace)",
+            "A duplicate counts twice, and may be both held out and trained on; --output_file keeps the first.",
             np.flatnonzero(copied & ~elsewhere),
         ),
         *(_show_first(finding, subject, firsts) for finding in repeated),
         *find_pairs(
-            subject, "both_ways", PROBLEM, "the same pair labelled both ways",
-            "They cancel out, and one label of the two is wrong; --output_file leaves out both.",
+            subject, "both_ways", PROBLEM, "contradictory labels: the same pair with both preferences",
+            "They cancel out, and one of the two labels is wrong; --output_file leaves out both.",
             both_ways,
         ),
         *find_pairs(
             subject, "near_duplicate", NOTE,
-            f"nearly the same as an earlier pair (about {ALIKE:.0%} of their runs of three words)",
-            "They add little and make the data look larger; --remove near_duplicates leaves them out.",
+            f"a near-duplicate of an earlier pair (about {ALIKE:.0%} of their word trigrams)",
+            "They add little; --remove near_duplicates leaves them out.",
             np.flatnonzero(alike),
         ),
     ]  # fmt: skip
@@ -123,12 +123,12 @@ def _check_scores(subject: Subject) -> list[Finding]:
         findings += [
             *find_pairs(
                 subject, "score_contradiction", PROBLEM, f"the rejected side scores higher ({columns})",
-                "Label or score is wrong; --remove score_contradictions leaves them out.",
+                "Either the label or the score is wrong; --remove score_contradictions leaves them out.",
                 np.flatnonzero(chosen < rejected), columns=columns,
             ),
             *find_pairs(
                 subject, "tie", PROBLEM, f"the same score on both sides ({columns})",
-                "Which side is chosen is then chance; --remove ties leaves them out.",
+                "Which side is chosen is then arbitrary; --remove ties leaves them out.",
                 np.flatnonzero(chosen == rejected), columns=columns,
             ),
         ]  # fmt: skip
@@ -144,15 +144,15 @@ def _check_swapped(subject: Subject, scan: Scan) -> list[Finding]:
     return [
         *find_pairs(
             subject, "swapped_looking", NOTE,
-            f"may be swapped: chosen declines or says nothing (N/A, I don't know), rejected answers in {ANSWER_WORDS} "
+            f"possibly swapped: chosen refuses or is empty (N/A, I don't know), rejected answers in {ANSWER_WORDS} "
             "words or more",
-            "Right where declining is the aim; else look at them.",
+            "Correct where refusing is the goal; otherwise check them.",
             np.flatnonzero(answers & (declines["chosen"] | blank)),
             declines=int((answers & declines["chosen"]).sum()), blank=int((answers & blank).sum()),
         ),
         *find_pairs(
-            subject, "nearly_equal", NOTE, "the sides differ in case, spacing or punctuation alone",
-            "They teach form, and little of it.",
+            subject, "nearly_equal", NOTE, "the sides differ only in case, whitespace or punctuation",
+            "They teach only formatting.",
             np.flatnonzero(scan.nearly_equal),
         ),
     ]  # fmt: skip
@@ -162,7 +162,7 @@ def check_ends(subject: Subject, scan: Scan) -> list[Finding]:
     """Where prompt and replies meet: replies that say the prompt again, prompts that have an answer already."""
     return [
         *find_pairs(
-            subject, "repeats_prompt", NOTE, "a reply begins with the whole prompt",
+            subject, "repeats_prompt", NOTE, "a reply starts with the whole prompt",
             "Prompt and reply are trained on one after the other, so the prompt would be there twice; remove it "
             "of the replies, unless it is meant.",
             np.flatnonzero(scan.repeats_prompt),
@@ -177,9 +177,9 @@ def check_ends(subject: Subject, scan: Scan) -> list[Finding]:
 
 STAIN_WORDS = {
     "control": (PROBLEM, "control characters", "A model would learn to write them."),
-    "encoding": (PROBLEM, "broken characters, as from a wrong decoding (\ufffd, Ã©, â€™)",
+    "encoding": (PROBLEM, "mojibake, as from a wrong decoding (\ufffd, Ã©, â€™)",
                  "Decode the source again, as UTF-8."),
-    "html": (NOTE, "HTML tags or entities outside of code", "Turn them into text, unless they are meant."),
+    "html": (NOTE, "HTML tags or entities outside of code", "Convert them to text, unless intended."),
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def scan_pairs(pairs: datasets.Dataset) -> Scan:
             num_proc=choose_processes(len(columns)),
             cache_file_name=str(Path(folder) / "scan.arrow"),
             load_from_cache_file=False,
-            desc="Looking at the pairs",
+            desc="Checking the pairs",
         )
         return _read_scan(scanned.with_format("arrow")[:])
 

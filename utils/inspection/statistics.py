@@ -178,8 +178,8 @@ def check_rules(rules: list[dict[str, Any]], count: int) -> list[Finding]:
             Finding(
                 f"shortcut_{rule['name']}",
                 NOTE,
-                f"a shallow sign: {rule['rule']} is {often} in {rule_share:.0%} of the pairs that differ in it",
-                "A model may learn that in place of what is better; watch it when you compare models.",
+                f"a shortcut: {rule['rule']} is {often} in {rule_share:.0%} of the pairs that differ in it",
+                "A model may learn it instead of quality; watch it when you compare models.",
                 rule["unlike"],
                 details=rule,
             )

@@ -142,7 +142,7 @@ def _mark(rows: datasets.Dataset | None, count: int) -> np.ndarray:
 
 def _describe_split(joined: Joined, wish: str | None, seed: int) -> str:
     if wish == "none":
-        return "nothing is to be held out"
+        return "no validation split"
     own = sum(rows is not None for rows in joined.held_out)
     made = f"the split that train makes with --seed {seed}"
     if own == 0:

@@ -17,7 +17,7 @@ def describe_verdict(record: dict[str, Any]) -> str:
     """The verdict in one sentence."""
     notes = f"{_count(record['notes'], 'note')}" if record["notes"] else ""
     if record["exit_code"] == 0:
-        text = f"clean: nothing is wrong in {_count(record['counts']['good_pairs'], 'pair')}"
+        text = f"clean: no problems in {_count(record['counts']['good_pairs'], 'pair')}"
         return f"{text}; {notes}" if notes else text
     text = _count(record["problems"], "kind") + " of problem" + (f" and {notes}" if notes else "")
     return f"{text} in {_count(record['counts']['rows'], 'row')}"
@@ -123,21 +123,20 @@ def describe_languages(languages: dict[str, int]) -> str:
     shown = list(languages.items())[:MOST_LANGUAGES]
     texts = [f"{name} {_share(count, total)}" for name, count in shown]
     rest = total - sum(count for _, count in shown)
-    return ", ".join(texts) + (f", others {_share(rest, total)}" if rest else "") + " of the prompts (a rough guess)"
+    return ", ".join(texts) + (f", others {_share(rest, total)}" if rest else "") + " of the prompts (roughly)"
 
 
 def describe_rules(record: dict[str, Any]) -> str:
     """How far the longer response gets, the best other rule, and the words."""
     rules = record["shortcuts"]
-    text = f"picking the longer response is right in {rules[0]['accuracy']:.1%} of the pairs"
+    text = f"picking the longer response is correct in {rules[0]['accuracy']:.1%} of the pairs"
     best = max(rules[1:], key=lambda rule: abs(rule["accuracy"] - 0.5))
     if abs(best["accuracy"] - 0.5) >= 0.01:
         text += f", {best['rule']} in {best['accuracy']:.1%}"
     words = record["words_classifier"]
     if words is not None:
         text += (
-            f"; the responses' words alone in {words['accuracy']:.1%} ± {words['standard_error']:.1%} of pairs "
-            "with unseen prompts"
+            f"; a bag of words in {words['accuracy']:.1%} ± {words['standard_error']:.1%} of pairs with unseen prompts"
         )
     return f"{text} (50% is chance)"
 

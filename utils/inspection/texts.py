@@ -59,7 +59,7 @@ FORMS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "markdown": ("has headings, bold words or a table", has_markdown),
     "code": ("has a block of code", lambda text: "```" in text),
     "refusal": ("declines", refuses),
-    "blank": ("says nothing (N/A, I don't know)", says_nothing),
+    "blank": ("is empty (N/A, I don't know)", says_nothing),
     "paragraphs": ("has several paragraphs", lambda text: "\n\n" in text.strip()),
     "exclamation": ("has an exclamation mark", lambda text: "!" in text),
     "question": ("has a question mark", lambda text: "?" in text),

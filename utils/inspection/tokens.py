@@ -224,16 +224,16 @@ def check_tokens(
             for reason, pairs in counts.lost.items()
             for finding in find_pairs(
                 subject, "template_loses", PROBLEM, reason,
-                "Training refuses them: it would train on something else than the rows say.", pairs,
+                "Training refuses them: it would not train on what the rows say.", pairs,
             )
         ),
         *find_pairs(
-            subject, "equal_as_tokens", PROBLEM, "both sides the same tokens, by the chat template or the tokenizer",
+            subject, "equal_as_tokens", PROBLEM, "both sides have the same tokens after chat template and tokenizer",
             "They teach nothing, and training refuses them.",
             np.flatnonzero(counts.equal),
         ),
         *find_pairs(
-            subject, "equal_when_cut", PROBLEM, f"both sides the same once cut to {max_length:,} tokens",
+            subject, "equal_when_cut", PROBLEM, f"both sides are the same once truncated to {max_length:,} tokens",
             "They teach nothing; raise --max_length, or --remove too_long.",
             np.flatnonzero(counts.equal_when_cut),
         ),
@@ -245,8 +245,8 @@ def check_tokens(
             too_long,
         ),
         *find_pairs(
-            subject, "unknown_tokens", NOTE, "characters that the vocabulary lacks",
-            "The model sees a placeholder in their place.",
+            subject, "unknown_tokens", NOTE, "characters missing from the vocabulary",
+            "The model sees the unknown token instead.",
             np.flatnonzero(counts.unknown),
         ),
         *(
@@ -276,13 +276,13 @@ def _check_round_trip(subject: Subject, encoder: PromptEncoder) -> list[Finding]
         said = (flatten(row[side]) for side in ("prompt", "chosen", "rejected"))
         if not all(_holds(encoder.tokenizer.decode(part), text) for part, text in zip(ids, said, strict=True)):
             changed.append(pair)
-    tried = f"of {len(sample):,} pairs that were tried"
+    tried = f"of {len(sample):,} sampled pairs"
     return [
         *find_pairs(subject, "two_bos", PROBLEM, f"two BOS tokens at the beginning ({tried})",
                     "The chat template writes one and the tokenizer adds another.", np.array(twice, int)),
-        *find_pairs(subject, "no_single_end", PROBLEM, f"not exactly one end-of-text token at the end ({tried})",
+        *find_pairs(subject, "no_single_end", PROBLEM, f"not exactly one EOS token at the end ({tried})",
                     "The model could not learn to stop.", np.array(no_end, int)),
-        *find_pairs(subject, "text_changed", NOTE, f"another text after tokens and back ({tried})",
+        *find_pairs(subject, "text_changed", NOTE, f"text changed by encoding and decoding ({tried})",
                     "The tokenizer or the chat template leaves out or changes characters.", np.array(changed, int)),
     ]  # fmt: skip
 

@@ -73,8 +73,8 @@ def all_right_early(lines: Sequence[Line], limits: Limits) -> str | None:
     which = f"all {unseen[0]['held_out_pairs']:,} held-out pairs" if unseen else f"the last {pairs:,.0f} pairs"
     return (
         f"{which} are ranked correctly at step {step:,} of {limits.steps:,}: that is early. The sides may differ in "
-        "something shallow, such as length, format or a fixed phrase: look with the verb data (its shallow signs). If "
-        "the task is that easy, fewer steps or a larger --beta are enough"
+        "something shallow, such as length, format or a fixed phrase: check with the verb data (its surface features). "
+        "If the task is that easy, fewer steps or a larger --beta are enough"
     )
 
 
@@ -93,7 +93,7 @@ def log_probs_collapsing(lines: Sequence[Line], limits: Limits) -> str | None:
         return None
     return (
         f"log-probs are collapsing: a token of a chosen response has {now:.2f} nats, {start - now:.2f} less than at "
-        "the start. The model is losing the language it had. Stop, and begin again with a smaller --learning_rate or a "
+        "the start. The model is degenerating. Stop, and start again with a smaller --learning_rate or a "
         "larger --beta"
     )
 
@@ -105,8 +105,9 @@ def responses_not_ending(lines: Sequence[Line], limits: Limits) -> str | None:
         return None
     return (
         f"responses stop ending: where a chosen response ends, the model ends with probability {values[-1]:.2f}, and "
-        f"did with {values[0]:.2f} at the start. It will write on and on. Look for chosen responses that are cut (a "
-        "larger --max_length) or have no end in the data; lower --learning_rate, or add --loss_type sigmoid sft"
+        f"did with {values[0]:.2f} at the start. It will generate without stopping. Look for chosen responses "
+        "that are truncated (a larger --max_length) or have no end in the data; lower --learning_rate, or add "
+        "--loss_type sigmoid sft"
     )
 
 
@@ -127,8 +128,8 @@ def margin_exploding(lines: Sequence[Line], limits: Limits) -> str | None:
     if now is None or now["margin"] < LARGEST_MARGIN:
         return None
     return (
-        f"the margin is {now['margin']:.1f}: the pairs are separated as far as numbers can say, and further steps "
-        "only move the model away from the reference. Fewer epochs, a smaller --learning_rate, or --loss_type ipo, "
+        f"the margin is {now['margin']:.1f}: the pairs are fully separated, and further steps only "
+        "move the model away from the reference. Fewer epochs, a smaller --learning_rate, or --loss_type ipo, "
         "which aims at a margin of its own"
     )
 
@@ -142,8 +143,8 @@ def overfitting(lines: Sequence[Line], limits: Limits) -> str | None:
     if not (last[0] < last[1] < last[2] and last[2] > OVERFIT * best and last[2] > best + 0.05):
         return None
     return (
-        f"the held-out loss is rising: {last[2]:.3f}, and {best:.3f} at step {step:,}. The model learns its training "
-        "pairs by heart. --early_stopping_patience keeps the best; fewer epochs or a smaller --learning_rate help too"
+        f"the held-out loss is rising: {last[2]:.3f}, and {best:.3f} at step {step:,}. The model overfits its "
+        "training pairs. --early_stopping_patience keeps the best; fewer epochs or a smaller --learning_rate help too"
     )
 
 

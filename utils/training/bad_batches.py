@@ -70,7 +70,7 @@ class BadBatches:
         what = describe_step(step, losses, self.data.place) + (f"; {cause}" if cause else "")
         self._write_rows(step, losses)
         if len(self.left_out) >= self.allowed:
-            raise UserError(f"training came apart in {what}. {self._advise(step, losses)}")
+            raise UserError(f"training diverged in {what}. {self._advise(step, losses)}")
         self.left_out.append(step)
         keep_in_checkpoints(state, KEY, self.left_out)
         say(f"  left out {what} ({len(self.left_out)} of at most {self.allowed} such steps)")
@@ -126,9 +126,7 @@ class BadBatches:
             taken += f" {len(self.left_out)} such steps were left out before (--skip_bad_batches {self.allowed})."
         count = sum(not math.isfinite(loss) for loss in losses.values())
         look = f" Look at the rows in {self.folder / BAD_PAIRS}:" if self.folder is not None else " Look at the rows:"
-        advice = (
-            f"{look} fix or remove them. If they are good," if count < len(losses) else " The weights went too far:"
-        )
+        advice = f"{look} fix or remove them. If they are good," if count < len(losses) else " The weights diverged:"
         text = f"{taken}{advice} try a smaller --learning_rate, a smaller --max_grad_norm, or --dtype float32"
         return text + (f". {self._how_to_go_on(bool(checkpoints))}" if self.folder is not None else "")
 

@@ -83,7 +83,7 @@ def limit_tokens_by_trying(trainer: PreferenceTrainer, scored_ahead: bool, recor
         say(f"micro-batches: at most {found['max_tokens_per_batch']:,} tokens, as found when the run began")
     else:
         search = _Search(trainer, scored_ahead)
-        say("looking for the size of micro-batches by computing the longest pairs")
+        say("finding the size of micro-batches by trying the longest pairs")
         chosen, why = search.find()
         found = {"max_tokens_per_batch": chosen.tokens, "tried": [asdict(attempt) for attempt in search.attempts]}
         speed = f"{chosen.tokens_per_second:,.0f} tokens/s, {chosen.bytes / 2**30:.2f} GiB beside the models"
@@ -103,7 +103,7 @@ class _Search:
             where = f"on {self.device.type}" if self.device.type not in USED else "where FSDP or DeepSpeed divide them"
             raise UserError(
                 f"--auto_batch_size: batches cannot be tried before training {where}; give --max_tokens_per_batch, "
-                "which memory that runs out lowers by itself where it can"
+                "which is lowered automatically when memory runs out"
             )
         self.attempts: list[Attempt] = []
         self.least_room = 0  # bytes, in the process that has least
@@ -132,7 +132,7 @@ class _Search:
             raise self._nothing_fits()
         larger = [attempt for attempt in self.attempts if attempt.tokens > chosen.tokens]
         if not larger:
-            return chosen, "it holds all pairs of an optimizer step, whichever they are"
+            return chosen, "it holds all pairs of any optimizer step"
         if any(attempt.fits for attempt in larger):
             return chosen, f"{max(a.tokens for a in larger if a.fits):,} fit too and are no faster"
         least = min(larger, key=lambda attempt: attempt.tokens)

@@ -185,7 +185,7 @@ class RunWatcher(TrainerCallback):
             say(self._progress(state, logs, left))
             if "loss" in bad:
                 raise UserError(
-                    f"training came apart by step {state.global_step}: {', '.join(bad)} not finite. Nothing is saved "
+                    f"training diverged by step {state.global_step}: {', '.join(bad)} not finite. Nothing is saved "
                     f"from here on; try a smaller --learning_rate (it is {args.learning_rate:g}), "
                     "--max_grad_norm, or --dtype float32"
                 )

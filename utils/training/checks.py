@@ -80,13 +80,13 @@ def _check_sampling(settings: Settings) -> None:
     sharded = find_sharding(settings)
     if settings.run.sample_during_eval and sharded:
         raise UserError(
-            f"--sample_during_eval: with {sharded[0]} the weights lie in parts in several processes, and none of them "
-            "can write; leave it out, and look at what the model writes when it is trained"
+            f"--sample_during_eval: with {sharded[0]} the weights are sharded over processes, and none of them can "
+            "generate; leave it out, and sample from the trained model"
         )
 
 
 def _check_skipping(settings: Settings) -> None:
     if settings.training.skip_bad_batches and with_deepspeed(settings):
         raise UserError(
-            "--skip_bad_batches: DeepSpeed takes the optimizer step by itself, before it can be looked at; leave it out"
+            "--skip_bad_batches: DeepSpeed takes the optimizer step before its gradient can be checked; leave it out"
         )

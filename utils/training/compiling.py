@@ -53,7 +53,7 @@ class LayerCompiler:
         """
         if self.options is None:
             return
-        say("compiling the layers, once for rows of any length (--torch_compile); this takes a minute or two")
+        say("compiling the layers once, for rows of any length (--torch_compile); this takes a minute or two")
         breaks, models = counters["graph_break"].total(), self.machine.models()
         fault = next(filter(None, (self._compile(model, batch, left_out or {}) for model in models)), None)
         fault = self.machine.agree(fault)

@@ -161,9 +161,9 @@ def _is_allowed(name: str, allowed: Sequence[str]) -> bool:
 def _refuse(name: str, text: str, checkpoint: Path) -> str:
     start = f"--resume_from_checkpoint: {checkpoint.name} is of a run that differs: {text}. "
     if name in CANNOT_CHANGE:
-        return f"{start}What was saved does not fit: resume with the same value, or start a new run in another folder"
+        return f"{start}The checkpoint does not fit: resume with the same value, or start a new run in another folder"
     return (
-        f"{start}Resume with what it began with, choose another --output_dir, or pass --allow_changes {name} to "
+        f"{start}Resume with the original settings, choose another --output_dir, or pass --allow_changes {name} to "
         "continue as it is now"
     )
 

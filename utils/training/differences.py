@@ -70,34 +70,34 @@ def _changed_rows(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
         if "rows" in before:
             counts = " ({:,} rows to train on and {:,} held out before".format(*before["rows"])
             counts += ", {:,} and {:,} now)".format(*now["rows"])
-        yield "data", f"the data set has other content{counts}"
+        yield "data", f"the dataset has changed{counts}"
         if before.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
-            yield "tokenizer", "the tokenizer is another: its vocabulary, template or special tokens"
+            yield "tokenizer", "the tokenizer has changed: its vocabulary, template or special tokens"
     elif before.get("ids", now["ids"]) != now["ids"]:
         yield "tokenizer", _why_other_ids(before, now)
 
 
 def _why_other_ids(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before.get("tokenizer") != now["tokenizer"]:
-        return "the tokenizer gives other ids for the same texts (its vocabulary or template is another)"
+        return "the tokenizer gives different ids for the same texts (its vocabulary or template has changed)"
     date, former = now.get(TEMPLATE_DATE), before.get(TEMPLATE_DATE)
     if date is not None and date != former:
         return f"the chat template writes the date, which was {former or 'not recorded'} then and is {date} now"
     return (
-        "the same texts give other ids; vocabulary and template are what they were, so it is the version of this "
-        "script or of a library"
+        "the same texts give different ids with the same vocabulary and template, so this script or a library has "
+        "another version"
     )
 
 
 def _changed_models(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if before.get("model", now["model"]) != now["model"]:
         if before["model"]["config"] != now["model"]["config"]:
-            yield "architecture", "the model that training started from is another (its config says other things)"
+            yield "architecture", "the initial model has changed (its config differs)"
         else:
-            yield "model", "the model that training started from has other weights"
+            yield "model", "the initial model has different weights"
     if before.get("reference", now["reference"]) != now["reference"]:
         both = before["reference"] and now["reference"]
-        other = "has other weights" if both else "is given now" if now["reference"] else "is no longer given"
+        other = "has different weights" if both else "is given now" if now["reference"] else "is no longer given"
         yield "reference", f"the reference model (--ref_model_name_or_path) {other}"
 
 
@@ -118,7 +118,7 @@ def describe_free_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     """What differs and leaves the meaning as it is, though not every last bit."""
     if before.get("batch") and before["batch"] != now["batch"] and _pairs_per_step(before) == _pairs_per_step(now):
         yield (
-            f"the {_pairs_per_step(now)} rows of an optimizer step are divided in another way ({_words(now)}, before "
+            f"the {_pairs_per_step(now)} rows of an optimizer step are divided differently ({_words(now)}, before "
             f"{_words(before)}): the same run, up to the rounding of sums"
         )
     if before.get("device", now["device"]) != now["device"]:
@@ -126,7 +126,7 @@ def describe_free_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     for name in sorted(PLACES):
         old, new = (part.get("settings", {}).get(name) for part in (before, now))
         if "model" in before and old != new and None not in (old, new):
-            yield f"--{name} was {old}, is {new}: what is there is the same"
+            yield f"--{name} was {old}, is {new}: its content is the same"
 
 
 def differing_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def differing_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
     other = [name for name in LIBRARIES if name in old and _release(old[name]) != _release(new[name])]
     if other:
         names = ", ".join(f"{name} {old[name]} before, {new[name]} now" for name in other)
-        yield f"other versions ({names}): the run continues, bit for bit only with those that it began with"
+        yield f"other versions ({names}): the run continues, but bit for bit only with the original versions"
 
 
 def _release(version: str) -> list[str]:

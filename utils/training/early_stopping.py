@@ -61,7 +61,7 @@ class EarlyStopping(TrainerCallback):
         if self._note(best, state):
             control.should_training_stop = True
             say(
-                f"  stopping early: the held-out {self.metric} has not got better in {best.evaluations_since} "
+                f"  stopping early: the held-out {self.metric} has not improved in {best.evaluations_since} "
                 f"evaluation{'s' if best.evaluations_since > 1 else ''}"
             )
 

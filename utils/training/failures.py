@@ -11,7 +11,7 @@ from ..errors import LocalError, UserError, in_one_line
 from ..run.writing import MEANINGS, FolderLost, explain_fault, find_disk_fault
 
 PACKAGE = __name__.partition(".")[0]
-GONE = ("the folder is gone (removed, or its disk was taken out)", "Bring it back")
+GONE = ("the folder is gone (removed, or its disk was taken out)", "Restore it")
 
 
 def explain_failure(error: BaseException, folder: Path | None, step: int, safe: str, to_go_on: str) -> UserError | None:
@@ -26,7 +26,7 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
     if isinstance(error, FolderLost) and folder is not None:
         return UserError(
             f"--output_dir {folder}: {error}. This run stopped after step {step}, and wrote nothing more there. Look "
-            "at what is there now; where it is not this run's, begin again in another folder"
+            "at what is there now; if it is not this run's, start again in another folder"
         )
     fault = find_disk_fault(error)
     if fault is not None and folder is not None and _is_of(fault, folder, error):
@@ -39,8 +39,8 @@ def explain_failure(error: BaseException, folder: Path | None, step: int, safe: 
         )
     if ran_out_of_memory(error):
         return LocalError(
-            f"out of memory after step {step} ({in_one_line(error)}). {safe} The same command resumes where other "
-            f"programs give memory back:\n  {to_go_on}\nElse a new run needs less with {LESS_MEMORY}"
+            f"out of memory after step {step} ({in_one_line(error)}). {safe} The same command resumes once other "
+            f"programs have freed memory:\n  {to_go_on}\nOtherwise a new run needs less with {LESS_MEMORY}"
         )
     return None
 

@@ -105,7 +105,7 @@ class PairsInBatches:
             release_memory()
             if self.machine.is_sharded or (len(part) == 1 and repeated_alone):
                 raise LocalError(
-                    f"memory ran out in scoring {len(part)} pairs without a backward pass. What helps: a lower "
+                    f"out of memory in scoring {len(part)} pairs without a backward pass. What helps: a lower "
                     "--max_length, --per_device_eval_batch_size or --max_tokens_per_batch, or a device with more memory"
                 )
             waiting.insert(0, part)
@@ -114,7 +114,7 @@ class PairsInBatches:
                 continue
             self._most = len(part) // 2
             self.machine.warn(
-                f"memory ran out in scoring {len(part)} pairs at once (evaluation, or the reference); from here on "
+                f"memory ran out in scoring {len(part)} pairs at once (evaluation, or the reference); from now on "
                 f"at most {self._most} are scored at once, with the same result"
             )
         return rows

@@ -102,8 +102,8 @@ def _check_deepspeed(settings: Settings) -> None:
     compiles += ["dynamo_backend"] if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" else []
     if compiles:
         raise UserError(
-            f"{compiles[0]}: DeepSpeed fetches weights from within the layers, which cannot "
-            f"be compiled then; leave it out, or launch with {FSDP_CONFIG}"
+            f"{compiles[0]}: DeepSpeed gathers weights within the layers, which then "
+            f"cannot be compiled; leave it out, or launch with {FSDP_CONFIG}"
         )
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -114,7 +114,7 @@ def _check_deepspeed(settings: Settings) -> None:
         wants["--ddp_backend gloo"] = settings.trainer_fields.get("ddp_backend") == "gloo"
         missing = [flag for flag, given in wants.items() if not given]
         if missing:
-            raise UserError(*[f"DeepSpeed on CPUs wants {flag}: add it" for flag in missing])
+            raise UserError(*[f"DeepSpeed on CPUs needs {flag}: add it" for flag in missing])
 
 
 def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
@@ -134,8 +134,8 @@ def check_resumable(checkpoint: Path, deepspeed: bool) -> None:
         raise UserError(f"{checkpoint} was written by {writer}, and can only be resumed from {reader}")
     if processes not in (None, count_processes()):
         raise UserError(
-            f"{checkpoint} was written by DeepSpeed in {processes} processes, and can only be resumed from in as many; "
-            f"here are {count_processes()}. {FSDP_CONFIG} resumes in any number"
+            f"{checkpoint} was written by DeepSpeed in {processes} processes, and can only be resumed in as many, "
+            f"not in {count_processes()}. {FSDP_CONFIG} resumes in any number"
         )
 
 
@@ -165,7 +165,7 @@ def lost_processes_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not lost_a_process(error):
             raise
-        lost = ProcessLost("another process of this run ended before training began: look at its own last lines")
+        lost = ProcessLost("another process of this run ended before training began: see its last lines")
         lost.spoken = not is_main_process()
         raise lost from error
 
@@ -187,9 +187,9 @@ def _describe_lost_process(record: Mapping[str, Any], folder: Path | None, step:
     command = command_to_go_on(record["arguments"], record["process"], bool(checkpoints))
     safe = f"everything up to {checkpoints[-1].name} is safe" if checkpoints else "no checkpoint was saved yet"
     return (
-        f"after step {step} another process of this run ended or fell silent (it was killed, ran out of memory, or its "
-        f"machine is gone: look at its own last lines); {safe}. To {'resume' if checkpoints else 'start again'}, with "
-        f"as many processes or, of the same pairs per optimizer step, with others:\n  {command}"
+        f"after step {step} another process of this run ended or stopped responding (it was killed, ran out of memory, "
+        f"or its machine is gone: see its last lines); {safe}. To {'resume' if checkpoints else 'start again'}, with "
+        f"as many processes, or another number with the same pairs per optimizer step:\n  {command}"
     )
 
 

@@ -104,7 +104,7 @@ def save_columns(key: str, columns: dict[str, np.ndarray]) -> None:
         flush_folder(path.parent)
     except OSError as error:
         say(
-            f"warning: the reference's log-probs cannot be kept in {path.parent} ({error.strerror or error}); "
+            f"warning: the reference's log-probs cannot be cached in {path.parent} ({error.strerror or error}); "
             "a later run scores them again"
         )
 

@@ -110,8 +110,9 @@ def check_steps(rows: Rows, settings: Settings) -> None:
     if count < batch:
         several = f" ({device} in each of {processes} processes)" if processes > 1 else ""
         raise UserError(
-            f"--dataloader_drop_last drops a batch that is not full, and the {count} rows to train on are fewer "
-            f"than one of {batch}{several}: no step would be left. Leave it out, or lower --per_device_train_batch_size"
+            f"--dataloader_drop_last drops a batch that is not full, and the {count} rows to train on are "
+            f"fewer than one of {batch}{several}: no batch would be left. Leave it out, or lower "
+            "--per_device_train_batch_size"
         )
 
 

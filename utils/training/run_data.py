@@ -31,7 +31,7 @@ def read_as_run(trained: TrainedModel, adapter: str | None = None, dataset_name:
     recorded = trained.setting("dataset_adapter")
     if recorded is not None and adapter is None:
         raise UserError(
-            f"the run read its data with the function {recorded}; a record alone does not make it run, only "
+            f"the run read its data with the function {recorded}; a record alone does not run code, only "
             f"--dataset_adapter {recorded} does"
         )
     processes = trained.setting("dataset_num_proc")

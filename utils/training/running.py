@@ -109,7 +109,7 @@ class LiveRun:
         checkpoints = find_checkpoints(self.run.folder) if self.run.folder is not None else []
         if not checkpoints:
             there = self.run.folder is not None and self.run.folder.is_dir()
-            return "No checkpoint was saved yet." if there else "What it held is not there now."
+            return "No checkpoint was saved yet." if there else "Its content is gone."
         return f"{checkpoints[-1].name} is safe, and everything up to its step."
 
     def _command(self) -> str:

@@ -74,15 +74,17 @@ class StartCheck(TrainerCallback):
             self.trainer.machine.warn(self._describe(start))
 
     def _describe(self, start: Start) -> str:
-        loss = f"the first loss is {start.loss:.4f} in place of {start.known:.4f}"
+        loss = f"the first loss is {start.loss:.4f} instead of {start.known:.4f}"
         if self.reference.is_rounded:
             return (
-                f"the reference in 4 bits is not quite the policy: before the first step {loss}, and log-probs of a "
-                f"response differ by {start.gap:.2g} nats. Scored ahead (--precompute_ref_log_probs) it is not rounded"
+                f"the 4-bit reference differs slightly from the policy: before the first step {loss}, and log-probs of "
+                f"a response differ by {start.gap:.2g} nats. Scored ahead (--precompute_ref_log_probs) it is not "
+                "rounded"
             )
         ahead = "--precompute_ref_log_probs false, " if self.trainer.scored_ahead else ""
         return (
-            f"the policy does not start as its reference, although the two are the same weights: {loss}, and log-probs "
-            f"of a response differ by {start.gap:.2g} nats, where rounding explains {start.allowed:.2g}. All rewards "
-            f"and margins of this run are off by as much. Stop it, and try {ahead}--engine padded or --dtype float32"
+            f"the policy and its reference differ before the first step, although their weights are the same: {loss}, "
+            f"and log-probs of a response differ by {start.gap:.2g} nats, where rounding explains {start.allowed:.2g}. "
+            f"All rewards and margins of this run are off by that much. Stop it, and try {ahead}--engine padded "
+            "or --dtype float32"
         )

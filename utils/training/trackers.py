@@ -132,7 +132,7 @@ def _name_of(callback: TrainerCallback) -> str:
 
 def _warn_of(name: str, error: Exception, record: RunRecord) -> None:
     record.warn(
-        f"{name} failed and gets nothing more; the run continues, and metrics.jsonl has everything "
+        f"{name} failed and is switched off; the run continues, and metrics.jsonl has everything "
         f"({type(error).__name__}: {in_one_line(error)})",
         aloud=True,
     )
@@ -156,7 +156,7 @@ def log_samples(trainer: Trainer, rows: Sequence[Mapping[str, Any]], step: int) 
             _log_cells(callback, cells, step)
         except Exception as error:
             name, kind = _name_of(callback), type(error).__name__
-            say(f"warning: {name} did not take the samples of step {step} ({kind}: {error})")
+            say(f"warning: {name} rejected the samples of step {step} ({kind}: {error})")
 
 
 def _log_cells(callback: TrainerCallback, cells: list[list[str]], step: int) -> None:

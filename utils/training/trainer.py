@@ -216,7 +216,7 @@ class RunTrainer(Trainer):
         if not loss_is_bad and scaler is not None:
             if scaler.get_scale() > 1:
                 return True  # float16: the scaler leaves the step out and tries a smaller scale
-            cause = "a smaller scale of float16 does not fix it"
+            cause = "a smaller float16 loss scale does not fix it"
         self.writer.check_weights()  # with broken ones no row is to blame
         self.machine.bad_batches.leave_out(self.state.global_step + 1, losses_by_row(parts), self.state, cause)
         return False

@@ -103,7 +103,7 @@ class MicroBatches:
                 if not ran_out_of_memory(error):
                     raise
                 if self.machine.is_sharded or (self._in_exchange and not apart):
-                    raise self._end_of_run("which cannot be repeated while other processes wait for its part") from None
+                    raise self._end_of_run("which cannot be repeated while other processes wait for it") from None
             # Here, not above: the exception held everything that was computed.
             self._make_room()
             batches = self._step
@@ -214,7 +214,7 @@ def where(machine: Machine) -> str:
 def last_saved(machine: Machine) -> str:
     """The checkpoint that a run which ends now leaves."""
     checkpoints = find_checkpoints(Path(machine.args.output_dir))
-    return f"the newest checkpoint, {checkpoints[-1]}, is sound" if checkpoints else "no checkpoint was saved yet"
+    return f"the newest checkpoint, {checkpoints[-1]}, is intact" if checkpoints else "no checkpoint was saved yet"
 
 
 def let_it_begin_anew(optimizer: torch.optim.Optimizer, machine: Machine) -> None:
@@ -240,7 +240,7 @@ def let_it_begin_anew(optimizer: torch.optim.Optimizer, machine: Machine) -> Non
                 if not ran_out_of_memory(error):
                     raise
         raise LocalError(
-            f"{where(machine)}: memory ran out in the optimizer's own step, which smaller micro-batches do not "
+            f"{where(machine)}: memory ran out in the optimizer step, where smaller micro-batches do not "
             f"help; {last_saved(machine)}. What helps: --use_lora, an optimizer with a smaller state (--optim "
             "adafactor), or a device with more memory"
         )
