@@ -186,6 +186,7 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
         parts["prompt"] = add_context(parts["prompt"], parts["context"])
     shape, names = reading.shape, reading.names
     sides = [shape.split(parts, reply, names) for reply in reading.replies]
+    _check_same_tools(parts, names)
     if parts.get("tools") not in NO_TOOLS:
         sides = [(_with_calls(prompt), _with_calls(answer)) for prompt, answer in sides]
     for reply, (_, answer) in zip(reading.replies, sides, strict=True):
@@ -205,6 +206,18 @@ def _read_parts(parts: dict[str, Any], reading: Reading) -> dict[str, Any]:
     if reading.adapter is not None:  # what is read from a table is Unicode already
         _check_unicode(converted)
     return converted
+
+
+def _check_same_tools(parts: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raises BadRow where each side has tools of its own, and they differ."""
+    if "rejected_tools" not in parts or "rejected" not in parts:
+        return
+    try:
+        tools, others = (list_tools(parts.get(part)) for part in ("tools", "rejected_tools"))
+    except ValueError:
+        raise BadRow(f"'{names['rejected_tools']}' is not a list of JSON objects, one for each tool") from None
+    if tools != others:
+        raise BadRow("the tools of the two sides differ: their prompts are not the same")
 
 
 def _with_calls(value: Any) -> Any:

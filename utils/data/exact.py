@@ -19,7 +19,17 @@ from .scanning import whole_rows
 LIBRARY_BLOCK = 10 << 20  # of a JSON file; the types of the first are those of all
 CHECKED_BLOCK = 32 << 20
 # JSON schemas and arguments of calls, in which a null or 1 for 1.0 says something else.
-TOOLS = ("tools", "functions", "tool_calls", "function_call", "arguments", "chat_template_kwargs", "documents")
+TOOLS = (
+    "tools",
+    "functions",
+    "chosen_tools",
+    "rejected_tools",
+    "tool_calls",
+    "function_call",
+    "arguments",
+    "chat_template_kwargs",
+    "documents",
+)
 
 
 def find_changed_texts(rows: datasets.Dataset) -> str | None:

@@ -49,7 +49,10 @@ class Layout:
 
     name: str
     parts: Mapping[str, tuple[str, ...]]
-    optional: tuple[str, ...] = ("system", "tools", "context", "chosen_score", "rejected_score", *GIVEN)
+    optional: tuple[str, ...] = (
+        *("system", "tools", "rejected_tools", "context", "chosen_score", "rejected_score"),
+        *GIVEN,
+    )
     shapes: tuple[str, ...] = ANY_SHAPE
     expand: str | None = None
     says: str = ""
@@ -66,7 +69,9 @@ class Layout:
 
 
 OF_TEMPLATE = {name: (name,) for name in GIVEN}
-SYSTEM = {"system": ("system", "system_prompt"), "tools": ("tools",)} | OF_TEMPLATE
+# Where each side has its own tools, they must be the same: the prompt is one.
+TOOLS = {"tools": ("tools", "chosen_tools", "functions"), "rejected_tools": ("rejected_tools",)}
+SYSTEM = {"system": ("system", "system_prompt")} | TOOLS | OF_TEMPLATE
 PROMPT = {"prompt": ("prompt", "question")} | SYSTEM
 REPLY_NAMES = ("{}", "{}_response", "{}_answer", "{}_output", "{}_completion", "{}_text", "{}_messages", "response_{}")
 SIDES = {"chosen": ("chosen", "preferred", "accepted"), "rejected": ("rejected", "dispreferred", "non_preferred")}
