@@ -21,12 +21,12 @@ from shared.pairs import write_lines
 from shared.runs import ROOT, read_record, set_back
 
 from utils.arguments import parse_arguments
+from utils.run.finding import FoundRun
 from utils.run.processes import command_to_go_on, identify_process, is_alive
 from utils.run.records import Unreadable, read_run
 from utils.settings.flags import USES_MODEL
 from utils.settings.registry import ROWS
 from utils.settings.verbs import StatusSettings
-from utils.status.finding import FoundRun
 from utils.status.page import make_page
 from utils.status.publishing import as_json
 from utils.status.state import Overview, read_last_evaluation, read_runs, read_status

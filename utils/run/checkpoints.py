@@ -71,6 +71,16 @@ def checkpoint_step(checkpoint: Path) -> int:
         ) from None
 
 
+def preference_step(checkpoint: Path) -> int | None:
+    """The step of a checkpoint of preference training, ours or another trainer's; None for anything else."""
+    try:
+        state = read_trainer_state(checkpoint / TRAINER_STATE)
+    except (OSError, Unreadable):
+        return None
+    lines = state.get("log_history") or ()
+    return state.get("global_step") if any("margin" in name for line in lines for name in line or ()) else None
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether a run can resume from it, as far as the names and sizes of its files tell."""
     return find_fault(checkpoint, reads=lambda name: False) is None and _has_optimizer(checkpoint)

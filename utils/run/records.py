@@ -8,7 +8,7 @@ for nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from .kinds import (
 )
 
 MOST_LINE_BYTES = 2**24  # of a line of a file of JSON lines
-STATES = ("running", "finished", "interrupted", "failed")  # as a record may say; see utils/status/state.py for `died`
+STATES = ("running", "finished", "interrupted", "failed")  # as a record may say; see life.py for `died`
 
 
 SOURCE = mapping(
@@ -223,3 +223,32 @@ def read_lines(path: Path, kind: Kind | None = None) -> Iterator[dict[str, Any]]
                 yield check(value, kind or ANY_MAPPING)
             except Unreadable:
                 continue
+
+
+def mapping_of(record: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The mapping at a path of keys; an empty one where the record has none there."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def number_of(record: Mapping[str, Any], *keys: str) -> float | None:
+    """The number at a path of keys; None where there is no finite one."""
+    value = mapping_of(record, *keys[:-1]).get(keys[-1])
+    return value if _is_number(value) else None
+
+
+def text_of(record: Mapping[str, Any], *keys: str) -> str | None:
+    """The text at a path of keys; None where there is none."""
+    value = mapping_of(record, *keys[:-1]).get(keys[-1])
+    return value if isinstance(value, str) else None
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What of metrics is a finite number."""
+    return {str(name): value for name, value in metrics.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no inf, no nan

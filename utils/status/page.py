@@ -23,10 +23,10 @@ from ..report.html import (
 from ..report.links import address_of
 from ..report.messages import show_messages
 from ..run.names import REPORT, SAMPLES
-from ..run.records import ROW, read_lines
+from ..run.records import ROW, mapping_of, number_of, read_lines, text_of
 from ..runtime import readable_bytes, readable_seconds
 from ..settings.changes import FREE_TO_CHANGE
-from .state import HELD_OUT, Overview, RunStatus, mapping_of, number_of, read_events, text_of
+from .state import HELD_OUT, Overview, RunStatus, read_events
 from .table import NOTHING, show_number
 
 TITLE = "Comparison of runs"

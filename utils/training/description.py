@@ -9,10 +9,8 @@ from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
 from ..models.loading import text_part
 from ..models.reference import ReferencePlan
-from ..run.bounded import Unreadable
-from ..run.names import TRAINER_STATE
+from ..run.checkpoints import preference_step
 from ..run.processes import launched_with
-from ..run.records import read_trainer_state
 from ..runtime import device_name, say
 from .context import Run
 from .trainer import PreferenceTrainer, RunTrainer
@@ -135,16 +133,6 @@ def _warnings(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> Iterat
                 f"as it was at that step, so rewards begin at 0 again and the reference of that run no longer holds. "
                 f"To continue that run: --output_dir {folder} --resume_from_checkpoint auto, with its other settings"
             )
-
-
-def preference_step(checkpoint: Path) -> int | None:
-    """The step of a checkpoint of preference training, ours or another trainer's; None for anything else."""
-    try:
-        state = read_trainer_state(checkpoint / TRAINER_STATE)
-    except (OSError, Unreadable):
-        return None
-    lines = state.get("log_history") or ()
-    return state.get("global_step") if any("margin" in name for line in lines for name in line or ()) else None
 
 
 def describe_layout(trainer: PreferenceTrainer) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..run.bounded import Unreadable
-from ..run.names import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
-from ..run.records import read_run, read_trainer_state
+from .bounded import Unreadable
+from .names import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
+from .records import read_run, read_trainer_state
 
 DEPTH = 4  # levels of folders below the one that is named
 NO_RUNS_IN = ("wandb", "tensorboard", "__pycache__", "node_modules")
