@@ -15,7 +15,7 @@ from utils.settings.registry import ROWS
 
 UTILS = ROOT / "utils"
 # Each room may import those before it in this table.
-FLOOR = ["errors", "console", "interruptions", "runtime", "engine", "objectives"]
+FLOOR = ["errors", "console", "interruptions", "runtime", "libraries", "engine", "objectives"]
 ORDER = [
     *FLOOR,
     "distributed",

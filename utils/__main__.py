@@ -15,8 +15,9 @@ from .console import lost_output, open_console, reader_left
 from .engine.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
 from .errors import Interrupted, LocalError, ProcessLost, UserError, in_one_line
 from .interruptions import interrupt_on_signals, stop_if_asked
+from .libraries import imported_fast
 from .run.processes import check_launch_variables, forget_lone_rank, tell_launcher
-from .run.program import explain_missing
+from .run.program import check_installed, explain_missing
 from .runtime import is_main_process, make_visible, quiet_libraries, quiet_loaded_libraries, say
 from .settings.flags import SAVES, SCORES_ROWS, USES_MODEL
 from .settings.registry import VERBS, load_named
@@ -68,8 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_verb(settings: Settings) -> int | None:
-    """Runs the function that the verb's row names; its libraries are imported here, not before."""
-    run = load_named(VERBS[settings.verb].run)
+    """Runs the function that the verb's row names; its libraries are imported here, after what fails without them."""
+    early = VERBS[settings.verb].early
+    if early is not None and is_main_process():
+        check_installed()
+        load_named(early)(settings)
+    with imported_fast():
+        run = load_named(VERBS[settings.verb].run)
     if "transformers" in sys.modules:
         quiet_loaded_libraries()
     stop_if_asked()

@@ -7,11 +7,8 @@ import json
 import random
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
-from shared.runs import ROOT
 
 from utils.arguments import check_adapter_flags, command_line, parse_arguments
 from utils.arguments.foreign_names import NAMES as FOREIGN
@@ -740,23 +737,6 @@ def test_the_example_in_the_help_works(verb, capsys):
     words = shlex.split(example)
     assert words[:2] == ["python", "advanced_dpo_script.py"]
     assert parse_arguments(words[2:]).verb == verb
-
-
-def test_help_and_a_typo_import_nothing_heavy():
-    code = """
-import contextlib, io, sys
-from utils.arguments import parse_arguments
-from utils.errors import UserError
-with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-    parse_arguments(["--help"])
-try:
-    parse_arguments(["--lerning_rate", "1", "--weight_decay", "x"])
-except UserError as error:
-    print(len(error.faults))
-print([name for name in ("torch", "transformers", "trl", "datasets", "numpy", "yaml") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["5", "[]"]
 
 
 # Anything at all

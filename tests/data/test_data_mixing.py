@@ -11,7 +11,7 @@ from shared.runs import read_record
 
 from utils.data.identity import pair_id
 from utils.data.loading import load_pairs
-from utils.data.mixing import Wish, read_wishes
+from utils.data.wishes import Wish, read_wishes
 from utils.errors import UserError
 from utils.settings.data import DataSettings
 

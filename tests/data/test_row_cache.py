@@ -370,7 +370,7 @@ def test_a_saved_data_set_with_an_empty_split_or_tensors_is_read(tmp_path):
 
 def test_many_sources_are_told_from_a_name_that_is_too_long(tmp_path):
     paths = [write_lines(tmp_path / f"one_of_many_files_{i}.jsonl", make_rows(2)) for i in range(100)]
-    from utils.data.mixing import read_wishes
+    from utils.data.wishes import read_wishes
 
     assert len(read_wishes(",".join(map(str, paths)))) == 100
     for name in ("x" * 5000, f"{'x' * 5000}/y.jsonl", f"{'x' * 300}.jsonl"):

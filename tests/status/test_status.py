@@ -361,16 +361,6 @@ def test_no_record_of_a_run_ends_in_a_traceback(finished, tmp_path):
     assert 50 < refused < 380
 
 
-def test_it_answers_without_the_heavy_libraries(finished):
-    code = (
-        "import sys, advanced_dpo_script as script\n"
-        f"script.main(['status', {str(finished)!r}])\n"
-        "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_links_and_unreadable_folders_do_not_hide_the_rest(finished, tmp_path):
     (tmp_path / "linked").symlink_to(finished)
     overview = read_runs(tmp_path)

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import PromptEncoder
 from ..errors import UserError, gather
-from ..models.loading import check_4bit, context_length, load_tokenizer
+from ..models.loading import context_length, load_tokenizer
+from ..models.quantization import check_4bit
 from ..models.side_by_side import Contender, Wanted
 from ..models.sources import ModelSource, read_end_ids
 from ..models.templates import arguments_read, check_no_template, recorded_moment, set_chat_template

@@ -37,13 +37,22 @@ def modules_behind(module: str) -> dict[str, Path]:
 
 def _imported(path: Path, package: str) -> Iterator[str]:
     """The modules that a file imports, anywhere in it; of `from a import b` both a and, if it is a module, a.b."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in _statements(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names if _is_module(base, alias.name))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements of a tree, and of those within them; not what they compute, in which no import can stand."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        within = getattr(node, name, None)
+        for part in within if isinstance(within, list) else ():
+            yield part
+            yield from _statements(part)
 
 
 def _is_module(package: str, name: str) -> bool:

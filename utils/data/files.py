@@ -34,8 +34,8 @@ from .opening import BOM, check_start, check_unpacked, open_binary
 from .places import SHOWN, FileLines, FilePlaces, Place, describe_bad_rows, describe_skipped, list_places, stops
 from .row_cache import keep_rows, make_key
 from .scanning import Scan, check_width, iterate_json, json_layout, scan_json
+from .wishes import file_kind
 
-KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SMALL_BYTES = 64 << 20
 
 
@@ -87,13 +87,6 @@ class FileRows:
     place: Place
     dropped: dict[str, int]
     unreadable: dict[str, Unreadable] = field(default_factory=dict)
-
-
-def file_kind(path: Path) -> str | None:
-    """json, csv or parquet by the file's ending (a .gz after .json or .jsonl included), else None."""
-    name = path.name.lower()
-    kind = KINDS.get(Path(name.removesuffix(".gz")).suffix)
-    return None if name.endswith(".gz") and kind != "json" else kind
 
 
 def read_files(paths: Sequence[Path], on_bad_rows: str) -> FileRows:

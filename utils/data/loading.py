@@ -19,7 +19,7 @@ from ..settings.data import DataSettings
 from .calls import EXTRA
 from .files import quiet
 from .identity import read_pair_ids
-from .mixing import Wish, count_repeated, read_wishes
+from .mixing import count_repeated
 from .parts import Part, check_part, convert_part, draw_part, join_parts, read_parts, split_joined, take_parts
 from .places import Place, describe_nothing_left
 from .row_cache import flatten_rows
@@ -27,6 +27,7 @@ from .schemas import Reading, check_effects
 from .sources import find_evaluation_split, load_source, load_streams
 from .splitting import SPARE, Split, count_shared_prompts
 from .streaming import place_of, read_stream
+from .wishes import Wish, read_wishes
 
 # Columns that say where a row is from or how it was rated, not what it says.
 UNSAID = {"row", "id", "source", "chosen_score", "rejected_score"}

@@ -4,83 +4,22 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
 from ..errors import UserError
-from ..run.paths import is_there
 from .conversion import PLAIN_TURNS, WHOLE_TURNS
 from .files import quiet
 from .identity import read_pair_ids
 from .places import Place
 from .row_cache import map_rows
 from .splitting import draw_numbers
+from .wishes import Wish
 
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 FIRST_COLUMNS = ("prompt", "chosen", "rejected", "completion")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """One source of --dataset_name: how much of it is wanted, as a share of its pairs or their number (None: all)."""
-
-    name: str
-    share: float | None = None
-    count: int | None = None
-
-    @property
-    def written(self) -> str:
-        """As the person wrote it."""
-        amount = self.share if self.share is not None else self.count
-        return self.name if amount is None else f"{self.name}:{amount:g}"
-
-
-def read_wishes(dataset_name: str) -> list[Wish]:
-    """The sources that --dataset_name lists: "a.jsonl,b:0.3,c:5000".
-
-    A name that exists as it is written is one source. Raises UserError for what is neither a share nor a count, and
-    for a source that stands twice.
-    """
-    if is_there(dataset_name):
-        return [Wish(dataset_name)]
-    items = [item.strip() for item in dataset_name.split(",")]
-    if "" in items:
-        raise UserError(f"--dataset_name {dataset_name}: a name is missing next to a comma")
-    wishes = [_read_wish(item) for item in items]
-    names = [wish.name for wish in wishes]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(*(f"--dataset_name names {name} twice; name each source once" for name in twice))
-    return wishes
-
-
-def source_names(dataset_name: str) -> list[str]:
-    """The names of the sources alone; none where two are the same, which reading them reports."""
-    try:
-        return [wish.name for wish in read_wishes(dataset_name)]
-    except UserError:
-        return []
-
-
-def _read_wish(item: str) -> Wish:
-    name, colon, amount = item.rpartition(":")
-    if not colon or not name or is_there(item):
-        return Wish(item)
-    try:
-        number = float(amount)
-    except ValueError:
-        return Wish(item)
-    flag = f"--dataset_name {item}"
-    if amount.isdigit() and number > 1:
-        return Wish(name, count=int(amount))
-    if amount == "1":
-        raise UserError(f"{flag}: leave out :1 to take all of {name} (a whole number is a number of pairs)")
-    if not 0 < number <= 1:
-        raise UserError(f"{flag}: the number after the colon is a share of its pairs (0.3) or a count (5000)")
-    return Wish(name, share=number)
 
 
 def draw_positions(rows: datasets.Dataset, wish: Wish, seed: int) -> np.ndarray:

@@ -24,13 +24,14 @@ from ..runtime import say
 from ..settings.data import DataSettings
 from .conversion import convert_rows
 from .labels import check_labels
-from .mixing import MixedPlaces, Wish, align, draw_positions
+from .mixing import MixedPlaces, align, draw_positions
 from .places import SHOWN, Place, describe_all_bad, describe_skipped, stops
 from .ranking import LEFT_OUT
 from .row_cache import flatten_rows
 from .schemas import Reading, find_reading
 from .sources import Source, load_source
 from .splitting import Split, join_splits, split_rows
+from .wishes import Wish
 
 POSITION = "position"  # column: the index of a row in use among those of all parts
 

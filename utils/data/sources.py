@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tempfile
@@ -18,13 +17,14 @@ from ..run.paths import is_there, read_path
 from ..runtime import say
 from ..settings.data import DataSettings
 from .exact import check_texts, describe_changed_texts, find_changed_texts
-from .files import FileRows, Unreadable, file_kind, quiet, read_files, stream_files
+from .files import FileRows, Unreadable, quiet, read_files, stream_files
 from .hub import describe_config_fault, load_hub, open_hub
 from .opening import check_start, check_unpacked
 from .places import Place, row_places
 from .row_cache import keep_rows, make_key, name_by_content
 from .split_names import HELD_OUT_NAMES, Collection, ReadSplit, held_out_split, training_split
 from .untrusted import check_data_folder, check_reader
+from .wishes import describe_missing, file_kind, is_local
 
 ENDINGS = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 LONGEST_HUB_NAME = 200
@@ -107,7 +107,7 @@ def load_streams(settings: DataSettings, verb: str) -> tuple[Stream, Stream | No
     if not is_local(name) and HUB_NAME.fullmatch(name):
         splits = load_hub(name, settings.dataset_config, streaming=True)
     elif not is_there(path):
-        raise UserError(_missing_path(name, path))
+        raise UserError(describe_missing(name, path))
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = _load_saved(path)  # of no rows the library can make no stream
         splits = {split: rows.to_iterable_dataset() if len(rows) else None for split, rows in saved.items()}
@@ -150,21 +150,15 @@ def _stream_folder(path: Path, scratch: str) -> Mapping[str, datasets.IterableDa
     return {split: stream_files(paths, scratch) for split, paths in splits.items()}
 
 
-def is_local(name: str) -> bool:
-    """Whether a dataset name means a path, which is then never looked up on the hub."""
-    looks_local = name.startswith(("./", "../", "/", "~", ".\\")) or name in (".", "..") or file_kind(Path(name))
-    return bool(looks_local) or is_there(name)
-
-
 def _find_collection(settings: DataSettings) -> Collection[ReadSplit]:
     name = settings.dataset_name
     if not is_local(name):
         if not HUB_NAME.fullmatch(name) or len(name) > LONGEST_HUB_NAME:
-            raise UserError(_missing_path(name, Path(name)))
+            raise UserError(describe_missing(name, Path(name)))
         return _from_splits(name, open_hub(name, settings.dataset_config))
     path = read_path(name)
     if not is_there(path):
-        raise UserError(_missing_path(name, path))
+        raise UserError(describe_missing(name, path))
     if path.is_dir():
         return _open_folder(path, settings)
     if file_kind(path) is None:
@@ -172,19 +166,6 @@ def _find_collection(settings: DataSettings) -> Collection[ReadSplit]:
     if settings.dataset_config is not None:
         raise UserError(f"--dataset_config {settings.dataset_config}: {name} is a file and has no configurations")
     return Collection({"train": lambda: read_files([path], settings.on_bad_rows)})
-
-
-def _missing_path(name: str, path: Path) -> str:
-    folder = path.parent
-    if not is_there(folder) or not folder.is_dir():
-        return f"--dataset_name {name}: no such file or folder (the folder {folder} does not exist either)"
-    data = sorted(item.name for item in folder.iterdir() if item.is_dir() or file_kind(item))
-    near = difflib.get_close_matches(path.name, data, n=3, cutoff=0.5)
-    if near:
-        return f"--dataset_name {name}: no such file or folder; did you mean {' or '.join(near)}?"
-    files = [item for item in data if file_kind(Path(item))]
-    listed = f"data files in {folder}: {', '.join(files[:8])}" if files else f"there is no data file in {folder}"
-    return f"--dataset_name {name}: no such file or folder; {listed}"
 
 
 def _open_folder(path: Path, settings: DataSettings) -> Collection[ReadSplit]:

@@ -32,7 +32,6 @@ from .exact import describe_changed_texts, holds_json
 from .files import json_or_text, quiet
 from .labels import label_column, read_numbers
 from .layouts import GIVEN
-from .mixing import Wish
 from .parts import Part, check_part
 from .places import SHOWN, describe_bad_rows, describe_nothing_left, describe_skipped, stops
 from .ranking import LEFT_OUT
@@ -41,6 +40,7 @@ from .scanning import check_width
 from .schemas import SAMPLED_ROWS, Reading, check_effects, find_reading
 from .sources import Source, Stream
 from .splitting import DEFAULT_FRACTION, DEFAULT_MOST_ROWS, SPARE, number_rows, without_group
+from .wishes import Wish
 
 BATCH = 1000
 FILE_BITS = 40  # a row's number is its file's, then its own within it

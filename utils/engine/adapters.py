@@ -21,10 +21,14 @@ def speed_up_lora(model: torch.nn.Module) -> None:
     numbers are few. The base's product, the largest, comes last: of a layer that the backward pass computes again it
     keeps nothing, so that at the layer's end it is left out.
     """
-    plain = (lora.Linear, getattr(lora, "Linear4bit", lora.Linear))  # the second only where bitsandbytes is installed
     for module in model.modules():
-        if type(module) in plain and not module.lora_variant:
+        if isinstance(module, lora.LoraLayer) and type(module) in _plain_layers() and not module.lora_variant:
             module.forward = types.MethodType(_forward, module)
+
+
+def _plain_layers() -> tuple[type, ...]:
+    """The second only where bitsandbytes is installed, which is imported here."""
+    return lora.Linear, getattr(lora, "Linear4bit", lora.Linear)
 
 
 def keep_dora_norms(model: torch.nn.Module) -> None:

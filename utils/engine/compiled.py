@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -59,6 +58,8 @@ class CompiledLayers:
         modules = [module for layer in layers for module in layer.modules()]
         configs = [module.config for module in modules if hasattr(module, "config")]
         self.windows = {getattr(place, "sliding_window", None) for place in (*modules, *configs)}
+        import torch._inductor.config as inductor  # the compiler, which other runs need not import
+
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
         torch._dynamo.config.optimize_ddp = False  # which cuts graphs at the buckets of gradients
         # What belongs to modules may have another size each time: the rows that the last layer computes.

@@ -16,7 +16,8 @@ from ..data.splitting import group_key
 from ..data.tokenizing import PAIR_COLUMNS
 from ..data.turns import show_value
 from ..errors import UserError, gather
-from ..models.loading import check_4bit, check_token_ids, load_tokenizer
+from ..models.loading import check_token_ids, load_tokenizer
+from ..models.quantization import check_4bit
 from ..models.reference import ReferencePlan
 from ..models.sources import ModelSource
 from ..models.templates import TEMPLATE_DATE, recorded_moment

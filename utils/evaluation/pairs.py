@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 
 from ..data.loading import PreferenceData, add_ids, load_unsplit_pairs
-from ..data.mixing import source_names
 from ..data.splitting import prompt_key
+from ..data.wishes import source_names
 from ..errors import UserError
 from ..models.trained import TrainedModel
 from ..settings.training import Settings

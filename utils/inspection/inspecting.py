@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from ..data.mixing import read_wishes
+from ..data.wishes import read_wishes
 from ..data.writing import write_pairs
 from ..errors import UserError
 from ..run.paths import read_path

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.mixing import Wish, read_wishes
 from ..data.parts import (
     POSITION,
     Joined,
@@ -29,6 +28,7 @@ from ..data.parts import (
     take_parts,
 )
 from ..data.schemas import Reading, check_effects
+from ..data.wishes import Wish, read_wishes
 from ..errors import UserError
 from ..settings.data import DataSettings
 from ..settings.training import Settings

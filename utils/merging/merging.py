@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..errors import UserError, gather
 from ..interruptions import stop_if_asked
-from ..models.loading import check_4bit, load_tokenizer
-from ..models.quantization import check_mergeable
+from ..models.loading import load_tokenizer
+from ..models.quantization import check_4bit, check_mergeable
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..run.names import LOCK
 from ..run.record import now

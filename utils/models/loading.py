@@ -20,6 +20,7 @@ from transformers import (
 
 from ..engine.adapters import keep_dora_norms
 from ..errors import UserError
+from ..libraries import import_bitsandbytes
 from ..run.processes import launched_with
 from ..runtime import Precision
 from ..settings.training import LoraSettings, ModelSettings, Settings
@@ -240,23 +241,6 @@ def check_embeddings(
         )
 
 
-def check_4bit(what: str = "--use_4bit") -> None:
-    """Refuses `what`, which needs bitsandbytes, where it cannot quantize on this machine, with what to install."""
-    try:
-        import bitsandbytes
-        from bitsandbytes.cextension import lib
-    except Exception as error:
-        raise UserError(
-            f"{what} needs bitsandbytes, which cannot be loaded here ({error}). "
-            "Install it with `pip install bitsandbytes`" + (f", or leave {what} out" if what == "--use_4bit" else "")
-        ) from None
-    if type(lib).__name__ == "ErrorHandlerMockBNBNativeLibrary":
-        raise UserError(
-            f"--use_4bit: bitsandbytes {bitsandbytes.__version__} has no library for this machine. "
-            "Reinstall it with `pip install --force-reinstall bitsandbytes`, or leave --use_4bit out"
-        )
-
-
 def turn_off_dropout(model: torch.nn.Module) -> None:
     """Turns off every dropout of the model: the noise would make policy and reference differ.
 
@@ -434,6 +418,7 @@ def put_adapter(
     def put() -> PeftModel:
         adapted, revision = model, source.adapter_revision
         if not isinstance(model, PeftModel):
+            import_bitsandbytes()
             adapted = PeftModel.from_pretrained(model, source.adapter, name, revision=revision, **options)
         # Reads the weights a second time after from_pretrained, which does not return what was missing.
         _check_adapter_complete(adapted.load_adapter(source.adapter, name, revision=revision, **options), source)

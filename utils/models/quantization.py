@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from ..libraries import compiled_at_first_call
 from .hub_files import read_json_file
 
 CAN_BE_WRITTEN_OUT = "bitsandbytes"
@@ -83,3 +84,21 @@ def _bitsandbytes(config: dict[str, Any]) -> int | None:
 
 def _as_bits(value: Any) -> int | None:
     return value if isinstance(value, int) and 0 < value < 17 else None
+
+
+def check_4bit(what: str = "--use_4bit") -> None:
+    """Refuses `what`, which needs bitsandbytes, where it cannot quantize on this machine, with what to install."""
+    try:
+        with compiled_at_first_call():
+            import bitsandbytes
+        from bitsandbytes.cextension import lib
+    except Exception as error:
+        raise UserError(
+            f"{what} needs bitsandbytes, which cannot be loaded here ({error}). "
+            "Install it with `pip install bitsandbytes`" + (f", or leave {what} out" if what == "--use_4bit" else "")
+        ) from None
+    if type(lib).__name__ == "ErrorHandlerMockBNBNativeLibrary":
+        raise UserError(
+            f"--use_4bit: bitsandbytes {bitsandbytes.__version__} has no library for this machine. "
+            "Reinstall it with `pip install --force-reinstall bitsandbytes`, or leave --use_4bit out"
+        )

@@ -6,18 +6,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, gather
 from ..run.bounded import Unreadable
 from ..run.checkpoints import find_fault, is_of_model
 from ..run.manifests import MANIFEST, find_changed
 from ..run.names import ADAPTER_CONFIG, CHECKPOINT, RECORD, SET_ASIDE
 from ..run.records import read_run
 from ..runtime import say
-from ..settings.training import ModelSettings
+from ..settings.training import ModelSettings, Settings
 from .adapter_config import read_adapter_config
 from .adapter_starts import changes_base, check_start
 from .hub_files import find_hub_file, read_json_file
@@ -102,6 +103,33 @@ def find_policy(settings: ModelSettings) -> ModelSource:
         )
     _check_adapter(flag, adapter, None, config)
     return ModelSource(source.base, adapter, source.revision, adapter if _has_tokenizer(adapter) else source.tokenizer)
+
+
+def check_early(settings: Settings) -> None:
+    """`check_places`, for a verb that uses a model."""
+    check_places(settings.model)
+
+
+def check_places(settings: ModelSettings) -> None:
+    """What can be said of the folders that are named for a model without a look at what lies in them.
+
+    Raises:
+        UserError: a folder is not there, or holds no model.
+    """
+    named = [
+        ("--model_name_or_path", settings.model_name_or_path, "config.json"),
+        ("--adapter_name_or_path", settings.adapter_name_or_path, ADAPTER_CONFIG),
+    ]
+    if settings.named_reference is not None:
+        named.append((*settings.named_reference, "config.json"))
+    gather(*(partial(_check_folder, flag, name, config) for flag, name, config in named if name is not None))
+
+
+def _check_folder(flag: str, name: str, config: str) -> None:
+    name = _absolute_if_local(name)
+    _check_place(flag, name, config)
+    if os.path.isdir(name) and not any((Path(name) / file).is_file() for file in (ADAPTER_CONFIG, config)):
+        _check_model(flag, name, None)
 
 
 def check_unchanged(place: str, source: ModelSource, recorded: Mapping[str, Any], names: Iterable[str]) -> None:

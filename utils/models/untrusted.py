@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import UserError
 from ..run.names import PICKLE_ENDINGS
 from .hub_files import read_json_file
@@ -210,6 +208,8 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_dtype(name: str) -> bool:
+    import torch
+
     return name == "auto" or isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
 
 

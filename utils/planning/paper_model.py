@@ -17,6 +17,7 @@ from ..engine.head import MARK, LogitShape
 from ..engine.last_layer import leave_out_prompts
 from ..engine.scoring import output_head
 from ..engine.switches import Switches
+from ..libraries import import_bitsandbytes
 from ..models.counting import STANDS_FOR
 from ..models.loading import answer_in_full, beyond_text, find_targets, freeze_beyond_text
 from ..models.reference import held_in
@@ -123,6 +124,7 @@ def _put_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         use_dora=settings.use_dora,
         task_type="CAUSAL_LM",
     )
+    import_bitsandbytes()
     with torch.device("meta"):
         return get_peft_model(model, config)
 

@@ -24,9 +24,9 @@ import datasets
 
 from ..data.calls import plain_turns
 from ..data.files import quiet
-from ..data.mixing import read_wishes
 from ..data.prompts import read_prompts
 from ..data.splitting import prompt_key
+from ..data.wishes import read_wishes
 from ..data.writing import write_pairs
 from ..errors import UserError
 from ..interruptions import stop_if_asked

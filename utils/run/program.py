@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import UserError
+
 SCRIPT = "advanced_dpo_script.py"
 COMMAND, PACKAGE = "dpo-train", "advanced_dpo"  # what setup.py and pyproject.toml call it where it is installed
+NEEDED = ("numpy", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "scipy")
 HERE = Path(__file__).resolve().parents[1]
 INSTALLED = not (HERE.parent / SCRIPT).is_file()
 ROOT = HERE if INSTALLED else HERE.parent  # examples/ lies here
@@ -36,6 +40,17 @@ def join_command(arguments: Sequence[str], launcher: Sequence[str] = ("python",)
     if program == COMMAND:
         return shlex.join([*([COMMAND] if list(launcher) == ["python"] else [*launcher, "-m", PACKAGE]), *arguments])
     return shlex.join([*launcher, program, *arguments])
+
+
+def check_installed() -> None:
+    """Looks for the packages that every verb with a model imports, before the first of them is.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(explain_missing(missing[0]))
 
 
 def explain_missing(package: str) -> str:

@@ -41,13 +41,14 @@ from .verbs import (
 
 @dataclass(frozen=True)
 class Verb:
-    """A row. `run` and `checks` are named as "room.file:name" and imported when they are needed, not before."""
+    """A row. `run`, `checks` and `early` are named as "room.file:name" and imported when they are needed."""
 
     name: str
     help: str  # one line
     run: str  # a function that takes the settings and returns an exit code, or None for 0
     example: str
     checks: str | None = None  # a tuple of Check; None where no flag contradicts another
+    early: str | None = None  # what looks at folders and files before `run` and its libraries are imported
     does: tuple[str, ...] = ()  # decides, with the name, which flags of shared groups the verb takes
     groups: tuple[type, ...] = ()  # of settings, beside those of a training run, in the order of --help
     first: tuple[str, ...] = ()  # the flags that --help shows by itself; none: all of them
@@ -73,6 +74,7 @@ ROWS = (
         "fine-tune a model on preference pairs with DPO (the default verb)",
         run="training.stages:train",
         checks="arguments.cross_checks:TRAIN",
+        early="training.early:check_early",
         does=(
             *(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, RENDERS, COMPUTES),
             *(SCORES_ROWS, SCORES_PAIRS, TRAINS, SAVES),
@@ -95,6 +97,7 @@ ROWS = (
         "supervised fine-tuning on the chosen responses, or on prompt/completion rows",
         run="training.stages:train",
         checks="arguments.cross_checks:SFT",
+        early="training.early:check_early",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, RENDERS, COMPUTES, SCORES_ROWS, TRAINS, SAVES),
         config="SFTConfig",
         first=(
@@ -168,6 +171,7 @@ exit code: 0 no problems, 3 problems were found, 2 the data or the flags cannot 
         "evaluate a tuned model against its reference on held-out pairs, with 95% intervals",
         run="evaluation.evaluating:evaluate_model",
         checks="arguments.verb_checks:EVALUATE",
+        early="models.sources:check_early",
         does=(USES_MODEL, READS_DATA, READS_PAIRS, RENDERS, COMPUTES, SCORES_ROWS, SCORES_PAIRS, SAVES),
         groups=(EvaluationSettings,),
         first=(
@@ -188,6 +192,7 @@ exit code: 0 no problems, 3 problems were found, 2 the data or the flags cannot 
         "compare two models on the same prompts: win rates, lengths, responses side by side",
         run="comparing.comparing:compare_models",
         checks="arguments.verb_checks:COMPARE",
+        early="models.sources:check_early",
         does=(USES_MODEL, RENDERS, COMPUTES, SAVES),
         groups=(ComparisonSettings, SamplingSettings, JudgeSettings),
         first=(
@@ -206,6 +211,7 @@ exit code: 0 no problems, 3 problems were found, 2 the data or the flags cannot 
         "merge an adapter into its base model, and verify the result",
         run="merging.merging:merge",
         checks="arguments.verb_checks:MERGE",
+        early="models.sources:check_early",
         does=(USES_MODEL, READS_DATA, SPLITS_DATA, READS_PAIRS, SAVES),
         groups=(MergeSettings,),
         first=(
@@ -221,6 +227,7 @@ exit code: 0 no problems, 3 problems were found, 2 the data or the flags cannot 
         "talk to a model in the terminal, or pipe one message through it",
         run="chatting.chatting:chat",
         checks="arguments.verb_checks:CHAT",
+        early="models.sources:check_early",
         does=(USES_MODEL, RENDERS, COMPUTES),
         groups=(SamplingSettings, ChatSettings),
         first=(

@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, gather
-from ..models.loading import (
-    check_4bit,
-)
+from ..models.quantization import check_4bit
 from ..models.sources import find_model
 from ..run.bounded import read_json
 from ..run.processes import launched_with

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..data.lengths import count_row_tokens, longest_first
 from ..errors import UserError
+from ..libraries import import_bitsandbytes
 from ..models.loading import (
     check_embeddings,
     context_length,
@@ -95,6 +96,8 @@ def _trainer_parts(run: Run, policy: Any, folder: Path) -> dict[str, Any]:
     train, held_out = (_longest(part, settings) for part in (rows.train, rows.held_out))
     adds_adapter = settings.lora.use_lora and run.source.adapter is None
     check_embeddings(policy, rows.tokenizer, run.source)
+    if adds_adapter:
+        import_bitsandbytes()
     return {
         "model": policy,
         "args": build_config(settings, run.precision, folder, run.adapts, evaluates=held_out is not None),
