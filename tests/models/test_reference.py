@@ -29,9 +29,9 @@ def settings_of(flags: str, verb: str = "train"):
     return parse_arguments([*words, *flags.split()])
 
 
-def choose(flags: str, start: ModelSource = BASE, verb: str = "train", **how) -> ReferencePlan:
+def choose(flags: str, start: ModelSource = BASE, verb: str = "train", batch=(1, 1), **how) -> ReferencePlan:
     """For 100 pairs in one process, in batches of 1, computed in bfloat16."""
-    steps = " --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
+    steps = " --per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*batch)
     settings = settings_of(flags + steps, verb)
     return choose_reference(settings, start, B16, 100, how.pop("processes", 1), find=lambda flag, name: OTHER, **how)
 
@@ -85,9 +85,11 @@ def test_the_plan_says_what_computes_the_reference_in_each_step(flags, start, pl
     assert choose(flags, start).place == place
 
 
-def test_steps_of_several_processes_pass_through_the_pairs_sooner():
+def test_larger_steps_pass_through_the_pairs_sooner():
     assert not choose("--max_steps 50").ahead
-    assert choose("--max_steps 50", processes=2).ahead
+    for larger in ({"processes": 2}, {"batch": (2, 1)}, {"batch": (1, 2)}):
+        assert choose("--max_steps 50", **larger).ahead
+        assert not choose("--max_steps 49", **larger).ahead
 
 
 def test_weights_that_lie_in_parts_do_not_score_ahead_themselves():
