@@ -1,4 +1,7 @@
-"""What the README, the pages of docs/ and the examples tell people to type works, and what they link to is there."""
+"""What the README, docs/ and the examples tell people to type works, and what they link to or name is there.
+
+Every Markdown file of the repository is looked at for links and names of files.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,28 @@ from utils.settings.data import DataSettings
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 DATA = PAGES["data.md"]
+TRACKED = subprocess.run(
+    ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.split()
+OURS = re.compile(
+    r"\s*(?:.*\| *)?(?:accelerate launch .*?|torchrun .*?|(?:\S*/)?python )(?:\S*/)?advanced_dpo_script\.py (.*)"
+    r"|\s*dpo-train (.*)"
+)
+LEFT_OUT = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]  # what `...` may stand for
 EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of the code blocks of a Markdown text, continued lines as one."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    blocks += re.findall(r"^    (?:python|make|accelerate|torchrun) (?:[^\n]*\\\n)*[^\n]*", text, flags=re.MULTILINE)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 def commands_of(text: str) -> list[list[str]]:
-    """The words of every `python advanced_dpo_script.py ...` in the code blocks of a Markdown text."""
-    found = []
-    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            match = re.match(r"\s*(?:\S*/)?python advanced_dpo_script\.py (.*)", line)
-            if match:
-                found.append(shlex.split(match[1], comments=True))
-    return found
+    """The words of every command of ours in the code blocks of a Markdown text, whatever launches or feeds it."""
+    matches = filter(None, map(OURS.match, lines_of(text)))
+    return [shlex.split(match[1] or match[2], comments=True) for match in matches]
 
 
 def commands_of_example(path: Path, **environment) -> list[list[str]]:
@@ -49,9 +62,16 @@ def commands_of_example(path: Path, **environment) -> list[list[str]]:
 
 
 def whole_commands() -> dict[str, list[str]]:
-    """Every different command of the README and the pages that leaves nothing out with `...`."""
-    found = [words for text in (README, *PAGES.values()) for words in commands_of(text) if "..." not in words]
-    return {" ".join(words): words for words in found}
+    """Every different command of the README and the pages. `...` stands for what the command does not give itself."""
+    found = {}
+    for words in (words for text in (README, *PAGES.values()) for words in commands_of(text)):
+        shown = " ".join(words)
+        if "..." in words:
+            place = words.index("...")
+            left_out = zip(LEFT_OUT[::2], LEFT_OUT[1::2], strict=True)
+            words[place : place + 1] = [word for pair in left_out if pair[0] not in words for word in pair]
+        found[shown] = words
+    return found
 
 
 @pytest.mark.parametrize("words", whole_commands().values(), ids=lambda words: " ".join(words)[:60])
@@ -79,16 +99,39 @@ def anchors_of(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
-def test_every_link_of_the_readme_and_the_pages_leads_somewhere(path):
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("name", TRACKED)
+def test_every_link_leads_somewhere_and_every_file_named_is_there(name):
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:tests|utils|benchmarks|examples|docs)/[\w./-]+)", text):
+        assert (ROOT / file).exists(), file
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if not link.startswith("https://"):
             file, _, anchor = link.partition("#")
             target = path.parent / file if file else path
             assert target.exists(), link
             assert not anchor or anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+def test_every_other_command_of_a_page_names_what_is_there():
+    """Benchmarks with flags that they know, tests, targets of make; and nothing that no test looks at."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shell = ("source .venv/bin/activate", "export ", "pip install ", ".venv/bin/pip install ", "wandb sync ")
+    for line in (line for text in (README, *PAGES.values()) for line in lines_of(text)):
+        words = line.split("#")[0].split()
+        while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+            del words[0]
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line
+        elif words[:1] in (["python"], [".venv/bin/python"]) and words[1].startswith("benchmarks/"):
+            source = (ROOT / words[1]).read_text(encoding="utf-8")
+            assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], line
+        elif words[1:3] == ["-m", "pytest"]:
+            assert (ROOT / words[3]).exists(), line
+        elif words[:1] in (["python"], ["accelerate"], ["torchrun"]):
+            assert OURS.match(line), line
+        elif words[:1] in (["source"], ["export"], ["pip"], ["wandb"]):
+            assert line.strip().startswith(shell), line
 
 
 def test_the_readme_is_short_and_its_targets_are_in_the_makefile():
