@@ -32,8 +32,8 @@ def find_call_faults(prompt: Value, reply: Value, tools: str | None) -> tuple[se
     if isinstance(prompt, str) or isinstance(reply, str):
         return set(), in_reply
     turns = [*prompt, *reply]
-    if not any(turn.get(EXTRA) or turn["role"] in RESULT_ROLES or holds_call(turn["content"]) for turn in turns):
-        return set(), in_reply
+    if not (tools or any(turn.get(EXTRA) or turn["role"] in RESULT_ROLES for turn in turns)):
+        return set(), in_reply  # most rows have none of these
     found = [*_find_in_calls(turns, tools), *_find_in_results(turns)]
     in_prompt = {name for place, name in found if place < len(prompt)}
     return in_prompt, in_reply | {name for place, name in found if place >= len(prompt)}

@@ -25,11 +25,14 @@ KINDS = (
     Tags("(?i:thoughts?|reason(?:ing)?|reflection|scratchpad)"),
 )
 TAG = re.compile("|".join(f"{kind.open}|{kind.close}" for kind in KINDS))
+BEGINNINGS = ("<", "[", "\u25c1")  # characters of which each tag has one, at its beginning
 CLOSING = re.compile("|".join(kind.close for kind in KINDS))
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
     """The thoughts in tags that a text begins with, and the answer behind them. The opening tag may be in a prompt."""
+    if not any(mark in text for mark in BEGINNINGS):
+        return "", text
     closing = CLOSING.search(text)
     if closing is not None:
         return TAG.sub("", text[: closing.start()]).strip(), text[closing.end() :].lstrip()
