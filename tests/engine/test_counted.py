@@ -20,7 +20,7 @@ NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")
 def pairs_with_results() -> list[dict[str, list[int]]]:
     """Pairs of which some completions hold results: one, two, and none."""
     pairs = random_pairs()
-    for pair, side, places in ((0, "chosen_ids", (1, 2)), (3, "chosen_ids", (2, 3, 6)), (3, "rejected_ids", (9,))):
+    for pair, side, places in ((0, "chosen_ids", (0, 1, 2)), (3, "chosen_ids", (2, 3, 6)), (3, "rejected_ids", (0, 9))):
         for place in places:
             pairs[pair][side][place] = uncount(pairs[pair][side][place])
     return pairs

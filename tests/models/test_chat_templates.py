@@ -363,6 +363,41 @@ def test_row_gives_its_template_what_it_holds_before_the_flag_does(train):
     assert begins == ["Mood: sad\nIt rained.", "Mood: grave", "Mood: merry"]
 
 
+def test_masked_and_dropped_reasoning_go_with_the_run(train, run_script, tmp_path):
+    flags = {"validation_split": "0.5", "save_steps": 1}
+    code, out, err = train(make_rows(12, reasoning=12), PLAIN, reasoning="mask", **flags)
+    assert code == 0, err
+    said = "of 24 replies, rendered, not counted in log-probs and losses"
+    assert f"reasoning: {said}" in out
+    assert read_record(train.folder)["data"]["reasoning"] == said
+    assert said in (train.folder / "report.html").read_text()
+    code, out, err = run_script("evaluate", train.folder, "--output_dir", tmp_path / "figures")
+    assert code == 0, err
+    evaluated = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
+    assert evaluated["data"]["reasoning"] == said.replace("24", "12")
+    assert evaluated["recorded"]["same"]
+    code, out, err = run_script("evaluate", train.folder, "--output_dir", tmp_path / "kept", "--reasoning", "keep")
+    assert code == 0, err
+    kept = json.loads((tmp_path / "kept" / "evaluation.json").read_text())
+    assert kept["metrics"]["chosen_logps"] < evaluated["metrics"]["chosen_logps"] - 1, "more tokens count"
+    again = {"resume_from_checkpoint": train.folder / "checkpoint-1", "max_steps": 2}
+    code, _, err = train(make_rows(12, reasoning=12), PLAIN, reasoning="drop", **again, **flags)
+    assert (code, "--reasoning was mask, is drop" in err) == (2, True), err
+    code, out, err = train(
+        make_rows(12, reasoning=12), PLAIN, reasoning="drop", output_dir=tmp_path / "dropped", **flags
+    )
+    assert code == 0, err
+    assert "reasoning: of 24 replies, left out of the texts" in out
+    code, out, err = train(
+        make_rows(12, reasoning=12), PLAIN, verb="sft", reasoning="mask", output_dir=tmp_path / "sft"
+    )
+    assert (code, "of 12 replies, rendered, not counted" in out) == (0, True), err
+    code, _, err = train(make_rows(12, reasoning=12), CUTS, verb="data", reasoning="drop")
+    assert code == 0, err
+    code, _, err = train(make_pairs(8), reasoning="drop", output_dir=tmp_path / "texts")
+    assert (code, "--reasoning: these rows are plain texts" in err) == (2, True), err
+
+
 def test_argument_that_the_template_does_not_read_is_refused(train):
     code, _, err = train(make_rows(8), TOLD, chat_template_kwargs='{"moood": "merry", "mood": "sad"}')
     assert code == 2

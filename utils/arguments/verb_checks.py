@@ -46,7 +46,7 @@ def inspection_needs(candidate: Candidate) -> Iterator[str]:
         return
     if candidate["model_name_or_path"] is None and "model_name_or_path" not in candidate.broken:
         names = candidate.given(
-            "max_length", "model_revision", "trust_remote_code", "chat_template", "chat_template_kwargs"
+            "max_length", "model_revision", "trust_remote_code", "chat_template", "chat_template_kwargs", "reasoning"
         )
         labels = [candidate.label(name) for name in names if candidate[name] is not False]
         if "too_long" in removed:

@@ -132,7 +132,8 @@ def _prepare(wanted: Wanted, trained: TrainedModel | None, settings: Settings) -
     if settings.model.chat_template is not None or (tokenizer.chat_template and not trained_on_texts):
         wish, arguments = settings.model.chat_template, settings.model.chat_template_kwargs
         arguments = arguments_read(tokenizer, arguments) if trained is None and wish is None else arguments
-        template = set_chat_template(tokenizer, wish, transcript=False, moment=moment, arguments=arguments)
+        reasoning = trained.setting("reasoning") if trained is not None else None
+        template = set_chat_template(tokenizer, wish, False, None, moment, arguments, reasoning)
     elif trained is not None:
         check_no_template(settings.model, f"what {source.name} completes")
     ends = read_end_ids(source.base, source.revision, tokenizer)

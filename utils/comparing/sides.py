@@ -143,7 +143,8 @@ def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bo
         for place in (0,) if shared else (0, 1):
             tokenizer = tokenizers[place]
             own = arguments_read(tokenizer, arguments) if place and wish is None else arguments
-            templates[place] = set_chat_template(tokenizer, wish, transcript=False, moment=moment, arguments=own)
+            reasoning = model.trained.setting("reasoning")
+            templates[place] = set_chat_template(tokenizer, wish, False, None, moment, own, reasoning)
     if shared:
         tokenizers[1], templates[1] = tokenizers[0], templates[0]
     readers = [

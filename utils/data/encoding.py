@@ -10,8 +10,21 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..engine.counted import uncount
 from ..errors import UserError, in_one_line
-from .rendering import ADVICE, UNREAD, Rendered, Spans, Turns, names_read, render_chat, render_row
+from .calls import said_by
+from .rendering import (
+    ADVICE,
+    NOTHING_LEFT,
+    UNREAD,
+    Rendered,
+    Spans,
+    Turns,
+    held_reasoning,
+    names_read,
+    render_chat,
+    render_row,
+)
 from .template_kwargs import read_kwargs
+from .thoughts import thought_of, without_thought
 from .tools import list_tools
 
 FRONTS = ("\n", "a", ".")  # what a completion is encoded behind where its beginning would merge into its prompt
@@ -117,7 +130,8 @@ class PromptEncoder:
         ]
 
     def encode_rendered(self, prompts: Sequence[str | Turns], rendered: Sequence[Rendered]) -> list[list[list[int]]]:
-        """The ids of the prompts, then for each side those that follow them."""
+        """The ids of the prompts, then for each side those that follow them; those of masked reasoning do not count."""
+        masks = held_reasoning(self.tokenizer) == "mask"
         starts = [row.prompt for row in rendered]
         start_ids = self.encode(starts)
         encoded = [[self._begin(prompt, ids) for prompt, ids in zip(prompts, start_ids, strict=True)]]
@@ -130,14 +144,16 @@ class PromptEncoder:
                 ]
             )
             for place, row in enumerate(rendered):
-                if row.results and row.results[side]:
-                    encoded[-1][place] = self._uncount(
-                        encoded[-1][place], starts[place], rests[place], row.results[side]
-                    )
+                results = row.results[side] if row.results else ()
+                thoughts = row.thoughts[side] if row.thoughts and masks else ()
+                if results or thoughts:
+                    ids = encoded[-1][place]
+                    encoded[-1][place] = self._uncount(ids, starts[place], rests[place], results, thoughts)
         return encoded
 
-    def _uncount(self, ids: list[int], start: str, completion: str, results: Spans) -> list[int]:
-        """The ids of a completion with those of tools' results as ids that do not count (utils/engine/counted.py).
+    def _uncount(self, ids: list[int], start: str, completion: str, results: Spans, thoughts: Spans) -> list[int]:
+        """The ids of a completion with those of tools' results, and of reasoning that is masked, as ids that do not
+        count (utils/engine/counted.py).
 
         A turn ends with its end-of-text token: what the template writes between that and a result does not count.
 
@@ -148,12 +164,15 @@ class PromptEncoder:
             try:
                 encoded = self.tokenizer(front + completion, add_special_tokens=False, return_offsets_mapping=True)
             except NotImplementedError:
-                raise UserError("results of tools within replies need a fast tokenizer (tokenizer.json)") from None
+                raise UserError(
+                    "parts of replies that do not count (results of tools, masked reasoning) need a fast tokenizer "
+                    "(tokenizer.json)"
+                ) from None
             begin = next((at for at, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(front)), 0)
             if encoded["input_ids"][begin:][: len(ids) - 1] == ids[:-1]:
                 break
         else:
-            raise UserError("the tokenizer splits a reply with tool results differently from its parts")
+            raise UserError("the tokenizer splits a reply of which a part does not count differently from its parts")
         places = [place - len(front) for place, _ in encoded["offset_mapping"][begin:]]
         marked = list(ids)
         for first, last in results:
@@ -164,6 +183,10 @@ class PromptEncoder:
             ended = turn + self._find_end(ids[turn : inside[0]])
             for at in range(min(ended + 1, inside[0]), inside[-1] + 1):
                 marked[at] = uncount(ids[at])
+        for first, last in thoughts:
+            for at, place in enumerate(places[: len(ids)]):
+                if first <= place < last and marked[at] >= 0:
+                    marked[at] = uncount(ids[at])
         return marked
 
     def _begin(self, prompt: str | Turns, ids: list[int]) -> list[int]:
@@ -191,9 +214,17 @@ class PromptEncoder:
             )
 
         unread = [name for name in kwargs if name not in names_read(self.tokenizer)]
+        dropped, empty = 0, None
+        if held_reasoning(self.tokenizer) == "drop":
+            dropped = sum(not isinstance(reply, str) and any(map(thought_of, reply)) for reply in replies)
+            prompt = list(map(without_thought, prompt))
+            replies = [reply if isinstance(reply, str) else list(map(without_thought, reply)) for reply in replies]
+            silent = (name for name, reply in zip(names, replies, strict=True) if not _says_something(reply))
+            empty = next(map(NOTHING_LEFT.format, silent), None)
         try:
             row = render_row(render, prompt, replies, names)
-            return replace(row, notes=(*row.notes, *map(UNREAD.format, unread)))
+            notes = (*row.notes, *map(UNREAD.format, unread))
+            return replace(row, fault=empty or row.fault, notes=notes, reasoned=row.reasoned + dropped)
         except Exception as error:  # a template can make Python raise anything
             roles = ", ".join(turn["role"] for turn in shown)
             said = in_one_line(error).rstrip(".")
@@ -225,6 +256,10 @@ class PromptEncoder:
         while ends and not self.tokenizer.decode(ids[ends[-1] + 1 : end]).strip():
             end = ends.pop()
         return end
+
+
+def _says_something(reply: str | Turns) -> bool:
+    return bool(reply) if isinstance(reply, str) else any(said_by(turn).strip() for turn in reply)
 
 
 def read_tools(tools: Any) -> Any:

@@ -23,6 +23,7 @@ from transformers.utils import chat_template_utils
 
 from .calls import REASONING, RESULT_ROLES, extra_of, functions_of, reasoning_of, whole_message
 from .think_tags import CLOSING, KINDS, TAG, Tags
+from .thoughts import find_thoughts
 
 Turns = list[dict[str, Any]]
 Render = Callable[..., str]  # (turns, add_generation_prompt=False) -> text
@@ -46,6 +47,7 @@ LEFT_OUT = {
 CALLS_LEFT_OUT = "the chat template leaves out the tool calls of an earlier turn"
 CALLS_DROPPED = "the chat template drops the tool calls of {}"
 REASONING_LEFT_OUT = "the chat template does not render the reasoning of {}: it is trained without it"
+NOTHING_LEFT = "--reasoning drop leaves nothing of {}: it is reasoning alone"
 UNREAD = "the chat template does not read '{}', which the row gives it"
 LEFT_OUT_OTHER = "the chat template leaves out a turn of {}, or a part of it"
 ALTERED = "the chat template changes the text of a turn of the {}"
@@ -68,7 +70,8 @@ class Rendered:
     """A row as text. `fault`: why it cannot be trained on; `notes`: what the person should know of it.
 
     `refused`: the template does not render the row at all, and the texts are empty. `results`: for each completion,
-    where in it the results of tools stand, with all that the template writes around them for the next turn.
+    where in it the results of tools stand, with all that the template writes around them for the next turn;
+    `thoughts`: where its reasoning stands. `reasoned`: replies whose reasoning is rendered, or was left out as asked.
     """
 
     prompt: str
@@ -77,6 +80,8 @@ class Rendered:
     notes: tuple[str, ...] = ()
     refused: bool = False
     results: tuple[Spans, ...] = ()
+    thoughts: tuple[Spans, ...] = ()
+    reasoned: int = 0
 
 
 def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turns], names: Sequence[str]) -> Rendered:
@@ -121,7 +126,12 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
     ]
     if None in results:
         fault = fault or UNDECIDED + ADVICE
-    return Rendered(start, completions, fault, tuple(notes), results=tuple(spans or () for spans in results))
+    told = tuple(spans or () for spans in results)
+    thoughts = tuple(
+        () if isinstance(reply, str) else find_thoughts(rest, reply, spans)
+        for reply, rest, spans in zip(replies, completions, told, strict=True)
+    )
+    return Rendered(start, completions, fault, tuple(notes), False, told, thoughts, sum(map(bool, thoughts)))
 
 
 def _find_results(render: Render, prompt: Turns, reply: Turns, whole: str, begin: int) -> Spans | None:
@@ -283,6 +293,7 @@ def _find(text: str, said: str, begin: int) -> int:
 
 FORM = "chat_template_call_form"  # attribute of a tokenizer: its template, and how that wants a call
 HELD = "chat_template_moment"  # attribute of a tokenizer: the moment that its template is told, whenever it asks
+REASONED = "chat_template_reasoning"  # attribute of a tokenizer: what becomes of reasoning, as --reasoning says
 ARGUMENTS = "chat_template_arguments"  # attribute of a tokenizer: what its template is given beside the messages
 
 
@@ -309,6 +320,16 @@ def held_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def hold_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None) -> None:
     """From now on the template is given these, as part of the tokenizer."""
     _hold(tokenizer, ARGUMENTS, dict(arguments) if arguments else None)
+
+
+def held_reasoning(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What becomes of the reasoning of turns, as --reasoning says; None for what the template does."""
+    return getattr(tokenizer, REASONED, None)
+
+
+def hold_reasoning(tokenizer: PreTrainedTokenizerBase, reasoning: str | None) -> None:
+    """From now on the reasoning of turns is treated so, as part of the tokenizer."""
+    _hold(tokenizer, REASONED, reasoning)
 
 
 def _hold(tokenizer: PreTrainedTokenizerBase, name: str, value: Any) -> None:

@@ -12,7 +12,9 @@ class Tags:
         self.open = rf"(?:<\|?(?:\w+:)?{name}\|?>|<\|(?i:start|begin(?:_of)?)_{name}\|>{more_open})"
         self.close = rf"(?:<(?:/\|?|\|/)(?:\w+:)?{name}\|?>|<\|(?i:end(?:_of)?)_{name}\|>{more_close})"
         self.opening = re.compile(rf"\s*{self.open}")  # a text that begins with a think block
+        self.anywhere = re.compile(self.open)
         self.closing = re.compile(self.close)
+        self.closed = re.compile(rf"\s*{self.close}")  # what follows thoughts
         self.opened = re.compile(rf"{self.open}(\s*)\Z")  # a prompt that ends inside a think block
         self.empty_block = re.compile(rf"{self.open}\s*{self.close}\s*\Z")  # or with one without thoughts
         self.empty = re.compile(rf"{self.open}\s*{self.close}\s*")

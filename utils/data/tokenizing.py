@@ -42,7 +42,8 @@ class Truncation:
     """What `max_length` and the chat template did to the rows of one split.
 
     `dropped` are rows that were too long. `bad_rows`: reason -> rows left out. `warnings` are
-    sentences on rows that are trained on in another form than they seem to.
+    sentences on rows that are trained on in another form than they seem to. `reasoned`: replies whose reasoning is
+    rendered, or was left out as asked.
     """
 
     prompts_shortened: int
@@ -50,6 +51,7 @@ class Truncation:
     dropped: int
     bad_rows: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    reasoned: int = 0
 
     @property
     def truncated(self) -> int:
@@ -105,12 +107,12 @@ def _tokenize_batch(
     longest = [max(len(row[name]) for name in completions) for row in fitted]
     tokenized[LENGTH] = [len(row["prompt_ids"]) + end for row, end in zip(fitted, longest, strict=True)]
     tokenized[FAULT] = [
-        text.fault or _find_same([row[name] for name in completions], row["cut"], max_length)
-        for text, row in zip(rendered, fitted, strict=True)
+        text.fault or _find_useless(row, completions, max_length) for text, row in zip(rendered, fitted, strict=True)
     ]
     wanted = batch[next(name for name in completions.values() if name != "rejected")]
     tools = batch.get("tools") or [None] * len(rows)
     faults = map(_find_call_faults, batch["prompt"], wanted, tools)
+    tokenized[REASONED] = [text.reasoned for text in rendered]
     tokenized[NOTES] = ["\n".join((*text.notes, *found)) for text, found in zip(rendered, faults, strict=True)]
     return tokenized
 
@@ -121,15 +123,21 @@ def _find_call_faults(prompt: Any, reply: Any, tools: str | None) -> list[str]:
     return [title for name, title in CALL_FAULTS.items() if name in found]
 
 
-def _find_same(sides: Sequence[list[int]], cut: bool, max_length: int) -> str:
+def _find_useless(row: Mapping[str, Any], completions: Mapping[str, str], max_length: int) -> str:
+    """What the ids of a row, within the limit, are no good for."""
+    sides = [row[name] for name in completions]
+    if not all(sides):
+        return f"{NOTHING_COUNTS} once truncated to --max_length {max_length} (raise it)"
     if len(sides) < 2 or sides[0] != sides[1]:
         return ""
-    return f"{SAME_TOKENS} once truncated to --max_length {max_length} (raise it)" if cut else SAME_TOKENS
+    return f"{SAME_TOKENS} once truncated to --max_length {max_length} (raise it)" if row["cut"] else SAME_TOKENS
 
 
 LENGTH = "length"  # tokens of the prompt with its longest completion; batches of similar length are made by it
+REASONED = "reasoned"  # replies of a row whose reasoning is rendered, or was left out as asked
 FAULT, NOTES = "fault", "notes"  # why a row cannot be trained on; what is to be said of it, a line each
 SAME_TOKENS = "'rejected' and 'chosen' are the same tokens"
+NOTHING_COUNTS = "a reply of which no token counts"
 PAIR_COLUMNS = {"chosen_ids": "chosen", "rejected_ids": "rejected"}
 SFT_COLUMNS = {"completion_ids": "completion"}
 
@@ -174,7 +182,8 @@ def tokenize_rows(
     warnings = tuple(_describe_notes(good, place))
     shortened, cut = _read_fit(good)
     counts = (int((shortened & ~cut).sum()), int(cut.sum()), len(tokenized) - len(fitting))
-    return good.remove_columns([FAULT, NOTES]), Truncation(*counts, bad_rows, warnings)
+    reasoned = int(read_numbers(good, REASONED).sum())
+    return good.remove_columns([FAULT, NOTES, REASONED]), Truncation(*counts, bad_rows, warnings, reasoned)
 
 
 def _read_fit(tokenized: Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
-"""Which tokens of a completion count: those that the model writes, not the results of tools between its turns.
+"""Which tokens of a completion count: those that the model writes, not the results of tools between its turns,
+nor reasoning that is masked.
 
 A token that does not count stands as -1 - id among the ids of its completion. So whatever keeps, cuts, hashes or
-compares ids does so with the mask in them; before a model reads them, `plain_ids` gives them back. The first and the
-last token of a completion count.
+compares ids does so with the mask in them; before a model reads them, `plain_ids` gives them back. The last token of a
+completion counts.
 """
 
 from __future__ import annotations

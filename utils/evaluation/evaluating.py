@@ -225,6 +225,7 @@ def _make_record(
             "truncated": rows.truncation.truncated,
             "max_length": rows.max_length,
             "chat_template": rows.template,
+            "reasoning": rows.reasoning,
             TEMPLATE_DATE: rows.template_date,
             "fingerprint": data.fingerprint,
         },

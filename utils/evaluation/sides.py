@@ -24,7 +24,7 @@ from ..training.trainer import PreferenceTrainer
 MODEL_FLAG, REFERENCE_FLAG = "--model_name_or_path", "--ref_model_name_or_path"
 AS_IN_RUN = (
     *("dtype", "attn_implementation", "use_4bit", "bnb_4bit_quant_type"),
-    *("max_length", "truncation", "per_device_eval_batch_size", "chat_template_kwargs"),
+    *("max_length", "truncation", "per_device_eval_batch_size", "chat_template_kwargs", "reasoning"),
 )
 AS_IN_PREFERENCE_RUN = (*(field.name for field in dataclasses.fields(GROUPS_OF_RUN["loss"])), "engine")
 

@@ -62,7 +62,7 @@ def load_texts(settings: Settings, trained: TrainedModel, tokenizer: PreTrainedT
     rows = data.held_out if held_out else data.train
     rows = rows.select(range(min(wanted, len(rows))))
     max_length = as_in_run(settings, trained, ["max_length"]).data.max_length
-    model = ModelSettings(chat_template_kwargs=trained.setting("chat_template_kwargs"))
+    model = ModelSettings(**{name: trained.setting(name) for name in ("chat_template_kwargs", "reasoning")})
     choose_template(rows, data.reading.is_transcript, tokenizer, model, recorded_moment(trained.record))
     encoder = PromptEncoder(tokenizer, read_end_ids(trained.source.base, trained.source.revision, tokenizer))
     columns = PAIR_COLUMNS if verb == "train" else SFT_COLUMNS

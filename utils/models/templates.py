@@ -17,7 +17,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import read_tools
-from ..data.rendering import held_moment, hold_arguments, hold_moment, names_read, reads_clock, render_chat
+from ..data.rendering import (
+    held_moment,
+    hold_arguments,
+    hold_moment,
+    hold_reasoning,
+    names_read,
+    reads_clock,
+    render_chat,
+)
+from ..data.thoughts import SWITCHES
 from ..errors import UserError
 from ..run.record import seconds_at
 from ..settings.flags import NAMES_TAKEN
@@ -87,12 +96,16 @@ def choose_template(
         return None
     listed = rows["tools"] if "tools" in rows.column_names else []
     tools = next((read_tools(text) for text in listed if text), None)
-    return set_chat_template(tokenizer, model.chat_template, transcript, tools, moment, model.chat_template_kwargs)
+    return set_chat_template(
+        tokenizer, model.chat_template, transcript, tools, moment, model.chat_template_kwargs, model.reasoning
+    )
 
 
 def check_no_template(model: ModelSettings, what: str) -> None:
     """Raises UserError where the settings wish something of a chat template for `what`, which are plain texts."""
-    wishes = [name for name in ("chat_template", "chat_template_kwargs") if getattr(model, name) is not None]
+    wishes = [
+        name for name in ("chat_template", "chat_template_kwargs", "reasoning") if getattr(model, name) is not None
+    ]
     if wishes:
         raise UserError(
             *(f"--{name}: {what} are plain texts, which no template renders; leave it out" for name in wishes)
@@ -106,6 +119,7 @@ def set_chat_template(
     tools: list[dict[str, Any]] | None = None,
     moment: datetime | None = None,
     arguments: Mapping[str, Any] | None = None,
+    reasoning: str | None = None,
 ) -> str:
     """Gives the tokenizer the chat template to use, and returns a phrase that says which one it is.
 
@@ -114,6 +128,7 @@ def set_chat_template(
         tools: those of a row, where rows list any.
         moment: what a template that writes the date is told; None for now.
         arguments: what the template is given beside the messages, by name.
+        reasoning: what becomes of reasoning, as --reasoning says; None for what the template does.
 
     Raises:
         UserError: the template cannot be read, does not render a conversation, leaves out the tools, or does not read
@@ -121,7 +136,12 @@ def set_chat_template(
     """
     hold_moment(tokenizer, None)
     hold_arguments(tokenizer, arguments)
-    said = _set_template(tokenizer, wish, transcript) + _describe_arguments(tokenizer, arguments or {})
+    hold_reasoning(tokenizer, reasoning)
+    said = _set_template(tokenizer, wish, transcript)
+    if reasoning in ("keep", "mask"):
+        arguments = arguments_read(tokenizer, SWITCHES) | dict(arguments or {})
+        hold_arguments(tokenizer, arguments)
+    said += _describe_arguments(tokenizer, arguments or {})
     said += _hold_date(tokenizer, moment or datetime.now())
     if tools and _render(tokenizer, tools=tools) == _render(tokenizer):
         raise UserError(

@@ -243,6 +243,7 @@ def _show_data(data: Mapping[str, Any]) -> Iterator[str]:
         ("length limit", f"{data.get('max_length', 0):,} tokens (--max_length)"),
         ("shortened to fit", f"{data.get('truncated', 0):,}"),
         ("chat template", data.get("chat_template") or "none: plain texts"),
+        *([("reasoning", data["reasoning"])] if data.get("reasoning") else []),
         ("fingerprint", data.get("fingerprint")),
         *([] if data.get("dropped") else [("dropped", "nothing")]),
     ]

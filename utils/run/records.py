@@ -85,6 +85,7 @@ DATA = mapping(
     truncated=COUNT,
     max_length=COUNT,
     chat_template=TEXT,
+    reasoning=TEXT,
     shared_prompts=COUNT,
     fingerprint=TEXT,
     drops=(int, dict, list),

@@ -94,6 +94,14 @@ class ModelSettings:
         bound=TEMPLATE_KWARGS,
         verbs=RENDERS,
     )
+    reasoning: str | None = flag(
+        None,
+        "reasoning of replies (reasoning_content, <think>...</think>): keep renders and counts it, that of earlier "
+        "turns too where the template can; mask renders it and leaves it out of log-probs and losses; drop leaves it "
+        "out of the texts (default: as the template renders it, counted)",
+        choices=("keep", "mask", "drop"),
+        verbs=(SCORES_ROWS, "data"),
+    )
 
     @property
     def named_reference(self) -> tuple[str, str] | None:

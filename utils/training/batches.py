@@ -20,6 +20,7 @@ PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 PARTS = "micro_batches"  # the key of a batch that is a list of smaller ones
 UNCOUNTED = "uncounted"  # the key of a micro-batch that is computed in step with other processes, for nothing else
+PROMPT_SIZES = "prompt_sizes"  # the key of a padded batch's tokens of each row's prompt
 ROWS, TOKENS = "rows", "tokens"  # the keys of a batch's rows, by their `row`, and of its tokens, padding not counted
 
 
@@ -74,6 +75,7 @@ class PairCollator(DataCollatorForPreference):
         for mask, (prompt, ids) in zip(batch["completion_mask"], sides, strict=True):
             if has_uncounted(ids):
                 mask[len(prompt) : len(prompt) + len(ids)] = torch.tensor([int(token >= 0) for token in ids])
+        batch[PROMPT_SIZES] = [len(prompt) for prompt, _ in sides]
         return batch
 
     def tokens_of_pair(self, prompt: int, chosen: int, rejected: int) -> int:
@@ -169,14 +171,14 @@ def _ids_of(batch: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int], li
             middle = start + prompt + chosen
             yield row[start : start + prompt], row[start + prompt : middle], row[middle : middle + rejected]
         return
-    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True)
-    texts = [_split_text(ids[seen].tolist(), counted[seen].tolist()) for ids, seen, counted in rows]
+    masks = (batch[name].bool() for name in ("attention_mask", "completion_mask"))
+    rows = zip(batch["input_ids"], *masks, batch[PROMPT_SIZES], strict=True)
+    texts = [_split_text(ids[seen].tolist(), counted[seen].tolist(), size) for ids, seen, counted, size in rows]
     for (prompt, chosen), (_, rejected) in zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True):
         yield prompt, chosen, rejected
 
 
-def _split_text(ids: list[int], counted: list[bool]) -> tuple[list[int], list[int]]:
-    """Prompt and completion, which begins with the first token that counts."""
-    begin = counted.index(True)
-    pairs = zip(ids[begin:], counted[begin:], strict=True)
-    return ids[:begin], [token if counts else uncount(token) for token, counts in pairs]
+def _split_text(ids: list[int], counted: list[bool], prompt: int) -> tuple[list[int], list[int]]:
+    """Prompt and completion, those of its tokens that do not count told apart."""
+    pairs = zip(ids[prompt:], counted[prompt:], strict=True)
+    return ids[:prompt], [token if counts else uncount(token) for token, counts in pairs]

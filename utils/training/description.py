@@ -55,6 +55,8 @@ def describe_data(run: Run) -> None:
         say(f"      dropped {count:,}: {reason}")
     if rows.template is not None:
         say(f"      chat template: {rows.template}")
+    if rows.reasoning is not None:
+        say(f"      reasoning: {rows.reasoning}")
     for warning in rows.warnings:
         say(f"warning: {warning}")
 

@@ -16,7 +16,7 @@ from ..settings.training import GROUPS_OF_RUN
 PLACES = {"dataset_name", "model_name_or_path", "model_revision", "adapter_name_or_path", "ref_model_name_or_path"}
 PLACES |= {"chat_template"}
 # Settings from which other token ids of the same rows follow, and those from which other rows do.
-OF_IDS = {"max_length", "truncation", "chat_template_kwargs"}
+OF_IDS = {"max_length", "truncation", "chat_template_kwargs", "reasoning"}
 OF_ROWS = {field.name for field in dataclasses.fields(DataSettings)} - OF_IDS | {"seed"}
 # As JSON holds them.
 DEFAULTS = {

@@ -77,6 +77,7 @@ def _describe_data(verb: str, data: PreferenceData, rows: Rows) -> dict[str, Any
         "truncated": rows.truncation.truncated + rows.held_out_truncation.truncated,
         "max_length": rows.max_length,
         "chat_template": rows.template,
+        "reasoning": rows.reasoning,
         TEMPLATE_DATE: rows.template_date,
         "shared_prompts": data.shared_prompts,
         "fingerprint": data.fingerprint,

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoding import PromptEncoder
 from ..data.loading import PreferenceData
 from ..data.places import Place
+from ..data.rendering import held_reasoning
 from ..data.tokenizing import Truncation, tokenize_rows
 from ..errors import UserError, gather
 from ..models.loading import (
@@ -23,6 +24,13 @@ from ..models.sources import ModelSource, read_end_ids
 from ..models.templates import choose_template, template_date
 from ..run.processes import count_processes
 from ..settings.training import Settings
+
+REASONING = {  # by --reasoning
+    None: "as the chat template renders it, counted (--reasoning keep, mask or drop says otherwise)",
+    "keep": "rendered and counted",
+    "mask": "rendered, not counted in log-probs and losses",
+    "drop": "left out of the texts",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,13 @@ class Rows:
             *(f"training rows: {text}" for text in self.truncation.warnings),
             *(f"held-out rows: {text}" for text in self.held_out_truncation.warnings),
         ]
+
+    @property
+    def reasoning(self) -> str | None:
+        """How many replies have reasoning, and what became of it; None where none has."""
+        count = self.truncation.reasoned + self.held_out_truncation.reasoned
+        how = REASONING[held_reasoning(self.tokenizer)]
+        return f"of {count:,} repl{'ies' if count > 1 else 'y'}, {how}" if count else None
 
     @property
     def bad_rows(self) -> dict[str, int]:
