@@ -302,6 +302,16 @@ def test_the_verdict_of_runs_without_an_end():
     assert headline({}) == []
 
 
+def test_only_an_evaluation_after_the_first_step_is_progress(tmp_path):
+    write_json(tmp_path / "run.json", {"status": "running", "verb": "train", "metrics": {"held_out_before": START}})
+    lines = [{"step": step} | {f"held_out_{name}": value for name, value in START.items()} for step in (0, 4)]
+    write_json_lines(tmp_path / "metrics.jsonl", lines[:1])
+    assert "So far" not in make_run_page(tmp_path)
+    write_json_lines(tmp_path / "metrics.jsonl", lines)
+    assert "So far" in make_run_page(tmp_path)
+    assert "at step 4" in make_run_page(tmp_path)
+
+
 def test_the_command_on_the_page_is_one_that_a_shell_takes():
     words = [
         "train",

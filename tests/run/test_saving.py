@@ -145,7 +145,7 @@ def test_record_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 def test_record_that_cannot_be_read_is_none(content, tmp_path):
     if content is not None:
         (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert read_record(tmp_path) is None
+    assert read_record(tmp_path) == {}
 
 
 def test_metrics_are_what_the_checkpoint_knows_of(tmp_path):

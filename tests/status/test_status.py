@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 from shared.forked import Forked
-from shared.pairs import write_lines
 from shared.runs import ROOT, read_record, set_back
 
 from utils.arguments import parse_arguments
 from utils.run.finding import FoundRun
+from utils.run.metrics import newest_evaluation
 from utils.run.processes import command_to_go_on, identify_process, is_alive
 from utils.run.records import Unreadable, read_run
 from utils.settings.flags import USES_MODEL
@@ -29,7 +29,7 @@ from utils.settings.registry import ROWS
 from utils.settings.verbs import StatusSettings
 from utils.status.page import make_page
 from utils.status.publishing import as_json
-from utils.status.state import Overview, read_last_evaluation, read_runs, read_status
+from utils.status.state import Overview, read_runs, read_status
 from utils.status.table import describe_progress, summarize
 
 LONG = ("--max_steps", 100_000, "--save_steps", 3, "--save_total_limit", 1, "--logging_steps", 1, "--eval_steps", 4)
@@ -257,13 +257,11 @@ def test_the_time_of_a_run_that_goes_on_is_that_of_all_its_parts(finished):
     assert read_status(FoundRun(finished / "dpo", record), "dpo", at).seconds == pytest.approx(5030, abs=2)
 
 
-def test_the_newest_evaluation_of_a_run_is_one_of_training(tmp_path):
+def test_the_newest_evaluation_of_a_run_is_one_of_training():
     """That before the first step is told apart from it."""
     lines = [{"step": step, "held_out_loss": 0.7 - step / 100, "loss": 1.0} for step in (0, 4, 8)]
-    write_lines(tmp_path / "metrics.jsonl", lines[:1])
-    assert read_last_evaluation(tmp_path) == {}
-    write_lines(tmp_path / "metrics.jsonl", [*lines, {"step": 9, "loss": 0.5}])
-    assert read_last_evaluation(tmp_path) == {"loss": pytest.approx(0.62)}
+    assert newest_evaluation(lines[:1]) == {}
+    assert newest_evaluation([*lines, {"step": 9, "loss": 0.5}]) == {"step": 8, "loss": pytest.approx(0.62)}
 
 
 def test_more_steps_than_were_planned_are_all_of_them(finished):

@@ -86,21 +86,21 @@ def test_a_run_folds_its_log_and_records_the_same_means(verb, run_script, tiny_m
 
 def test_a_report_holds_no_more_lines_than_it_can_show(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert read_thinned(path) == []
+    assert read_thinned(tmp_path) == []
     lines = [{"step": 0, "held_out_loss": 0.7}]
     for number in range(1, 9001):
         lines.append({"step": number, "loss": 1.0, "learning_rate": 0.1})
         if number % 1000 == 0:
             lines.append({"step": number, "held_out_loss": 0.5})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "[1]\n" + '{"step": 9001, "lo')
-    found = read_thinned(path)
+    found = read_thinned(tmp_path)
     training = [line["step"] for line in found if "loss" in line]
     assert len(training) <= 801
     assert (training[0], training[-1]) == (1, 9000)
     assert {b - a for a, b in itertools.pairwise(training[:-1])} == {16}
     assert [line for line in found if "held_out_loss" in line] == [line for line in lines if "held_out_loss" in line]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:700]))
-    assert read_thinned(path) == lines[:700]
+    assert read_thinned(tmp_path) == lines[:700]
 
 
 def test_alarms_look_at_what_was_logged_and_not_at_its_mean(run_script, tiny_model, tmp_path, monkeypatch):

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, gather
-from ..run.bounded import Unreadable
 from ..run.checkpoints import find_fault, is_of_model
 from ..run.manifests import MANIFEST, find_changed
 from ..run.names import ADAPTER_CONFIG, CHECKPOINT, RECORD, SET_ASIDE
-from ..run.records import read_run
+from ..run.record import find_run_folder, read_record
 from ..runtime import say
 from ..settings.training import ModelSettings, Settings
 from .adapter_config import read_adapter_config
@@ -164,7 +163,7 @@ def read_identities(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_same_base(flag: str, adapter: str, base: str, revision: str | None) -> None:
     """Compares the base of an adapter with the one that its run trained it on, where there is a record of that."""
     folder = Path(adapter)
-    record = _record_of(folder.parent if CHECKPOINT.fullmatch(folder.name) else folder)
+    record = read_record(find_run_folder(folder), whole=True)
     place = f"{flag} {adapter}: its base"
     check_unchanged(place, ModelSource(base, None, revision, base), read_identities(record), ("base", "model"))
 
@@ -180,7 +179,7 @@ def _check_saved(flag: str, folder: Path) -> None:
         fault = find_fault(folder, reads=is_of_model)
         if fault is not None:
             raise UserError(f"{flag} {folder}: a damaged checkpoint: {fault}; name a complete one")
-    files = _record_of(folder).get("files") or {}
+    files = read_record(folder, whole=True).get("files") or {}
     try:
         saved = {str(name): (int(size), str(sha256)) for name, (size, sha256) in files.items()}
     except (TypeError, ValueError, OverflowError):
@@ -197,14 +196,6 @@ def _check_saved(flag: str, folder: Path) -> None:
     for name in ADDED if saved else ():
         if name not in saved and (folder / name).is_file():
             say(f"note: {folder.name}: {name} was not saved by its run, but is loaded")
-
-
-def _record_of(run: Path) -> Mapping[str, Any]:
-    """The record of the run in a folder; empty where there is none that can be read."""
-    try:
-        return read_run(run / RECORD)
-    except (OSError, Unreadable):
-        return {}
 
 
 def find_model(flag: str, name: str, revision: str | None = None) -> ModelSource:

@@ -13,8 +13,9 @@ from ..arguments.parsing import NAMES_CODE, known_flags, read_recorded
 from ..errors import UserError
 from ..run.bounded import Unreadable
 from ..run.checkpoints import find_checkpoints, find_fault, is_of_model
-from ..run.names import CHECKPOINT, RECORD
+from ..run.names import RECORD
 from ..run.paths import read_path
+from ..run.record import find_run_folder
 from ..run.records import read_run
 from ..settings.training import Settings
 from .sources import ModelSource, check_source, check_unchanged, find_model, read_identities
@@ -112,7 +113,7 @@ def find_trained(flag: str, name: str, revision: str | None = None) -> TrainedMo
     folder = read_path(name).resolve()
     if revision is not None:
         raise UserError(f"--model_revision {revision}: {folder} is a folder, which has no revisions")
-    run = folder.parent if CHECKPOINT.fullmatch(folder.name) and (folder.parent / RECORD).is_file() else folder
+    run = find_run_folder(folder)
     if not (run / RECORD).is_file():
         return TrainedModel(find_model(flag, name))
     try:

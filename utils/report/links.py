@@ -52,7 +52,7 @@ def refresh_report(run: Path | None) -> None:
     """Has the report of a run that is over lead to the pages made since. A report that cannot be written stays."""
     from .run_page import make_run_page
 
-    if run is None or not (run / REPORT).is_file() or (read_record(run) or {}).get("status") == "running":
+    if run is None or not (run / REPORT).is_file() or read_record(run).get("status") == "running":
         return
     with contextlib.suppress(OSError):
         write_text(run / REPORT, make_run_page(run))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..run.names import EXAMPLES, METRICS, PAIRS, SAMPLES
+from ..run.metrics import HELD_OUT, newest_evaluation, read_metrics
+from ..run.names import EXAMPLES, PAIRS, SAMPLES
 from ..run.record import read_record
-from ..run.records import LINE, ROW, read_lines
+from ..run.records import ROW, read_lines
 
 MOST_POINTS = 400  # of a curve: more than a screen shows
 MOST_LINES = 800  # of training that are held at once: of a longer run only every second, fourth, ... line is
@@ -42,25 +43,24 @@ class RunFiles:
 
     def held_out(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a metric of the evaluations."""
-        return thin_out(_points(self.metrics, f"held_out_{name}"))
+        return thin_out(_points(self.metrics, f"{HELD_OUT}{name}"))
 
 
 def read_run(folder: Path) -> RunFiles:
     """The files of the run in `folder`."""
     files = [list(read_lines(folder / name, ROW)) for name in (PAIRS, EXAMPLES, SAMPLES)]
-    files.insert(0, read_thinned(folder / METRICS))
-    record, evaluations = read_record(folder) or {}, [line for line in files[0] if "held_out_loss" in line]
-    if evaluations and record.get("status") != "finished":
-        so_far = {name.removeprefix("held_out_"): value for name, value in evaluations[-1].items()}
+    metrics, record = read_thinned(folder), read_record(folder)
+    so_far = newest_evaluation(metrics)
+    if so_far and record.get("status") != "finished":
         record["metrics"] = {**(record.get("metrics") or {}), "held_out_so_far": so_far}
-    return RunFiles(folder, record, *files)
+    return RunFiles(folder, record, metrics, *files)
 
 
-def read_thinned(path: Path) -> list[dict[str, Any]]:
+def read_thinned(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of training at most `MOST_LINES` and the last: a long run has too many."""
     kept: list[tuple[int, dict[str, Any]]] = []  # with the line's number among those of training, -1 for others
     count, every, last = 0, 1, None
-    for line in read_lines(path, LINE):
+    for line in read_metrics(folder):
         if "learning_rate" not in line:
             kept.append((-1, line))
             continue

@@ -21,7 +21,7 @@ def write_report(settings: Settings) -> None:
     """
     name = settings.of(ReportSettings).run or "."
     folder = read_path(name)
-    if (read_record(folder) or {}).get("verb") not in ("train", "sft"):
+    if read_record(folder).get("verb") not in ("train", "sft"):
         raise UserError(f"--run {name}: is not the folder of a run of train or sft; status lists the runs of a folder")
     try:
         write_text(folder / REPORT, make_run_page(folder))

@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..runtime import say
 from .bounded import Unreadable
 from .manifests import MANIFEST, find_damage, forget_cached, write_manifest
-from .names import CHECKPOINT, SET_ASIDE, TRAINER_STATE
+from .names import CHECKPOINT, SET_ASIDE, TRAINER_STATE, step_in_name
 from .records import read_trainer_state
-from .state import IDENTITY, read_kept
+from .state import IDENTITY, read_kept, read_state_there
 from .writing import check_held, flush_folder
 
 # Of the training alone: whoever only uses the model does not read them.
@@ -49,8 +49,8 @@ def _named(folder: Path) -> list[Path]:
     """What has the name of a checkpoint, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (step_in_name(path.name), path))
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -73,10 +73,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def preference_step(checkpoint: Path) -> int | None:
     """The step of a checkpoint of preference training, ours or another trainer's; None for anything else."""
-    try:
-        state = read_trainer_state(checkpoint / TRAINER_STATE)
-    except (OSError, Unreadable):
-        return None
+    state = read_state_there(checkpoint)
     lines = state.get("log_history") or ()
     return state.get("global_step") if any("margin" in name for line in lines for name in line or ()) else None
 
@@ -108,17 +105,18 @@ def find_fault(checkpoint: Path, reads: Callable[[str], bool] = lambda name: Tru
         return "there is no such folder"
     if SET_ASIDE.fullmatch(checkpoint.name):
         return "it was found damaged earlier, and renamed"
-    if (name := CHECKPOINT.fullmatch(checkpoint.name)) is None:
+    if CHECKPOINT.fullmatch(checkpoint.name) is None:
         return "its name is not that of a checkpoint (checkpoint-N)"
+    step = step_in_name(checkpoint.name)
     if (checkpoint / MANIFEST).exists():
-        fault = find_damage(checkpoint, int(name[1]), reads)
+        fault = find_damage(checkpoint, step, reads)
     elif not (checkpoint / TRAINER_STATE).is_file():
         fault = f"it has no {MANIFEST} and no {TRAINER_STATE}"
     elif IDENTITY in read_kept(checkpoint):
         fault = f"{MANIFEST} is missing, so its content cannot be checked"
     else:
         fault = next(filter(None, map(_find_end, sorted(checkpoint.rglob("*")))), None)
-    return fault or (_find_state_fault(checkpoint, int(name[1])) if reads(TRAINER_STATE) else None)
+    return fault or (_find_state_fault(checkpoint, step) if reads(TRAINER_STATE) else None)
 
 
 def _find_state_fault(checkpoint: Path, step: int) -> str | None:
@@ -203,10 +201,7 @@ def _note_manifest(checkpoint: Path) -> Iterator[str]:
 
 def _find_best(checkpoint: Path) -> Path | None:
     """The checkpoint of the best model so far, where the run keeps it."""
-    try:
-        best = read_trainer_state(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
-    except (OSError, Unreadable):
-        return None
+    best = read_state_there(checkpoint).get("best_model_checkpoint")
     name = Path(best).name if best else ""
     return checkpoint.with_name(name) if CHECKPOINT.fullmatch(name) else None
 
@@ -265,7 +260,7 @@ def prune_checkpoints(newest: Path, most: int | None, best: Path | None, stops: 
     if most is None:
         return
     others = [path for path in _named(newest.parent) if path not in (newest, best)]
-    steps = {path: int(path.name.rpartition("-")[2]) for path in (newest, *others)}
+    steps = {path: step_in_name(path.name) for path in (newest, *others)}
     others.sort(key=lambda path: (steps[path] <= steps[newest], steps[path] not in stops))  # stable: oldest first
     kept = 1 + (best is not None and best != newest and best.is_dir())
     excess = others[: max(0, kept + len(others) - max(most, kept))]

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import UserError
 from .bounded import Unreadable
-from .names import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE
+from .names import CHECKPOINT, RECORD, SET_ASIDE, TRAINER_STATE, step_in_name
+from .record import find_run_folder
 from .records import read_run, read_trainer_state
 
 DEPTH = 4  # levels of folders below the one that is named
@@ -42,9 +43,8 @@ def find_runs(folder: Path) -> list[FoundRun | Foreign]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise UserError(f"FOLDER {folder}: {what}; name the folder that your runs are in")
-    if CHECKPOINT.fullmatch(folder.resolve().name) and (folder.resolve().parent / RECORD).is_file():
-        folder = folder.resolve().parent
-    return list(_look_into(folder, DEPTH, set()))
+    of_run = find_run_folder(folder.resolve())
+    return list(_look_into(folder if of_run == folder.resolve() else of_run, DEPTH, set()))
 
 
 def _look_into(folder: Path, levels: int, seen: set[str]) -> Iterator[FoundRun | Foreign]:
@@ -69,7 +69,7 @@ def _look_into(folder: Path, levels: int, seen: set[str]) -> Iterator[FoundRun |
 def _read_folder(folder: Path, checkpoints: list[str]) -> FoundRun | Foreign | None:
     if (folder / RECORD).is_file():
         return _read_record(folder)
-    states = [folder / name / TRAINER_STATE for name in ["", *sorted(checkpoints, key=_step_of)]]
+    states = [folder / name / TRAINER_STATE for name in ["", *sorted(checkpoints, key=step_in_name)]]
     states = [path for path in states if path.is_file()]
     return Foreign(folder, _describe_trainer_state(folder, states[-1])) if states else None
 
@@ -81,10 +81,6 @@ def _read_record(folder: Path) -> FoundRun | Foreign:
         return Foreign(folder, f"its {RECORD} cannot be read ({error.strerror})")
     except Unreadable as error:
         return Foreign(folder, f"its {RECORD} is incomplete, or not written by this script: {error}")
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(checkpoint.rpartition("-")[2])
 
 
 def _describe_trainer_state(folder: Path, path: Path) -> str:

@@ -41,7 +41,7 @@ def check_output_folder(output_dir: Path, verb: str, resume: bool, overwrite: bo
     if not output_dir.is_dir() or not _content(output_dir):
         return
     record = read_record(output_dir)
-    if record is None or "status" not in record:
+    if "status" not in record:
         raise UserError(
             f"--output_dir {output_dir}: not empty, and not a run of this script (no {RECORD}). Choose another folder"
         )
@@ -133,7 +133,7 @@ def clear_run(output_dir: Path, damaged: bool = True) -> None:
         return
     check_held(output_dir)
     record = read_record(output_dir)
-    if record is not None and record.get("status") == "finished":
+    if record.get("status") == "finished":
         left = {
             "status": "failed",
             "failure": "another run was replacing it, and was stopped while it removed this one",

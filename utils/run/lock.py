@@ -281,7 +281,7 @@ def _describe(folder: Path, owner: Mapping[str, Any]) -> str:
 
 def _last_heard(folder: Path, owner: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """When the run wrote last (seconds since 1970), and the longest that it was ever silent, as far as is known."""
-    record = read_record(folder) or {}
+    record = read_record(folder)
     process = record.get("process")
     same = isinstance(process, dict) and process.get("started") == owner.get("started")
     times = [seconds_at(owner.get("since")), seconds_at(record.get("updated")) if same else None]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .names import BAD_PAIRS, METRICS, SAMPLES
-from .records import read_lines
+from .records import LINE, read_lines
 from .writing import check_held, open_file, write_json_lines
 
+HELD_OUT = "held_out_"  # in front of the names of metrics of held-out rows
 STANDS_FOR = "lines"  # the key of a line of metrics in the place of others: how many they were
 
 
@@ -25,6 +26,22 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that can be read, each with its `step`; a line that is being written cannot yet."""
+    return read_lines(folder / METRICS, LINE)
+
+
+def newest_evaluation(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of the newest evaluation after the first step, by their names without `held_out_`, and its `step`;
+    empty where there was none yet."""
+    last: Mapping[str, Any] = {}
+    for line in lines:
+        if f"{HELD_OUT}loss" in line and line["step"] > 0:
+            last = line
+    found = {name.removeprefix(HELD_OUT): value for name, value in last.items() if name.startswith(HELD_OUT)}
+    return {"step": last["step"], **found} if last else {}
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -39,3 +39,8 @@ OWN_FILES = (RECORD, LOCK, METRICS, PAIRS, EXAMPLES, SAMPLES, BAD_PAIRS, REPORT,
 def is_own(name: str) -> bool:
     """Whether a run puts a file of this name into its folder, and so whether --overwrite_output_dir may remove it."""
     return any(fnmatchcase(name, pattern) for pattern in OWN_FILES)
+
+
+def step_in_name(checkpoint: str) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(checkpoint.rpartition("-")[2])

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runtime import say
 from .bounded import Unreadable
-from .names import RECORD
+from .names import CHECKPOINT, RECORD
 from .records import read_run
 from .writing import write_json
 
@@ -66,12 +66,21 @@ class RunRecord:
         write_json(self.path, self.content)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's run.json; None when it has none of this script that can be read."""
+def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
+    """The content of a folder's run.json; empty when it has none of this script that can be read.
+
+    Args:
+        whole: whether one without what every run writes counts as none.
+    """
     try:
-        return read_run(folder / RECORD, whole=False)
+        return read_run(folder / RECORD, whole)
     except (OSError, Unreadable):
-        return None
+        return {}
+
+
+def find_run_folder(folder: Path) -> Path:
+    """The folder of the run that a checkpoint lies in; any other folder is taken for that of a run itself."""
+    return folder.parent if CHECKPOINT.fullmatch(folder.name) and (folder.parent / RECORD).is_file() else folder
 
 
 def now() -> str:

@@ -141,7 +141,14 @@ def kept_in_checkpoint(state: Any, key: str) -> Any:
 def read_kept(checkpoint: Path) -> dict[str, Any]:
     """All that a checkpoint holds of this kind; empty for one of another trainer."""
     try:
-        state = read_trainer_state(checkpoint / TRAINER_STATE)
-        return dict(state["stateful_callbacks"][OWN]["attributes"])
-    except (OSError, Unreadable, LookupError, TypeError):  # TypeError: one of them is null
+        return dict(read_state_there(checkpoint)["stateful_callbacks"][OWN]["attributes"])
+    except (LookupError, TypeError):  # TypeError: one of them is null
+        return {}
+
+
+def read_state_there(checkpoint: Path) -> dict[str, Any]:
+    """The state of the trainer in a checkpoint, ours or another trainer's; empty where there is none to read."""
+    try:
+        return read_trainer_state(checkpoint / TRAINER_STATE)
+    except (OSError, Unreadable):
         return {}

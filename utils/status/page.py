@@ -22,11 +22,12 @@ from ..report.html import (
 )
 from ..report.links import address_of
 from ..report.messages import show_messages
+from ..run.metrics import HELD_OUT, read_metrics
 from ..run.names import REPORT, SAMPLES
 from ..run.records import ROW, mapping_of, number_of, read_lines, text_of
 from ..runtime import readable_bytes, readable_seconds
 from ..settings.changes import FREE_TO_CHANGE
-from .state import HELD_OUT, Overview, RunStatus, read_events
+from .state import Overview, RunStatus
 from .table import NOTHING, show_number
 
 TITLE = "Comparison of runs"
@@ -178,7 +179,7 @@ def _result(run: RunStatus) -> tuple[str, ...]:
 
 
 def _curves(runs: Sequence[RunStatus], total: int) -> str:
-    events = {run.name: read_events(Path(run.folder)) for run in runs}
+    events = {run.name: list(read_metrics(Path(run.folder))) for run in runs}
     charts = []
     for name, heading, verb, mark, share in CURVES:
         # A line for each run, so that each has its colour in all charts; of another verb an empty one.

@@ -12,11 +12,9 @@ from ..arguments.recorded_command import build_command
 from ..run.checkpoints import find_checkpoints
 from ..run.finding import Foreign, FoundRun, find_runs
 from ..run.life import find_state, seconds_since
-from ..run.names import METRICS
+from ..run.metrics import newest_evaluation, read_metrics
 from ..run.record import seconds_at
-from ..run.records import LINE, mapping_of, number_of, numbers_in, read_lines, text_of
-
-HELD_OUT = "held_out_"
+from ..run.records import mapping_of, number_of, numbers_in, text_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
     left = number_of(record, "seconds_left")
     silence = seconds_since(updated, at)
     runs = state == "running"
+    evaluation = newest_evaluation(read_metrics(folder))
+    evaluation.pop("step", None)
     steps = [number_of(record, key) for key in ("step", "steps")]
     warnings = record.get("warnings")
     command, notes = (
@@ -103,7 +103,7 @@ def read_status(run: FoundRun, name: str, at: float) -> RunStatus:
         seconds=_seconds_taken(record, at if runs else None),
         cost=number_of(record, "resources", "cost"),
         held_out_before=numbers_in(mapping_of(record, "metrics", "held_out_before")),
-        held_out=numbers_in(mapping_of(record, "metrics", "held_out")) or read_last_evaluation(folder),
+        held_out=numbers_in(mapping_of(record, "metrics", "held_out")) or evaluation,
         warnings=tuple(str(warning) for warning in warnings) if isinstance(warnings, list) else (),
         to_go_on=command,
         before_going_on=notes,
@@ -122,15 +122,3 @@ def _seconds_taken(record: Mapping[str, Any], at: float | None) -> float | None:
     began = began if began is not None else seconds_at(text_of(record, "started"))
     end = at if at is not None else seconds_at(text_of(record, "updated"))
     return None if began is None or end is None else max(0.0, end - began)
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that can be read, each with its `step`; a line that is being written cannot yet."""
-    return list(read_lines(folder / METRICS, LINE))
-
-
-def read_last_evaluation(folder: Path) -> dict[str, float]:
-    """The metrics of the newest evaluation of a run that has not ended."""
-    lines = [line for line in read_events(folder) if f"{HELD_OUT}loss" in line and line["step"] > 0]
-    last = lines[-1] if lines else {}
-    return numbers_in({name.removeprefix(HELD_OUT): last[name] for name in last if name.startswith(HELD_OUT)})

@@ -17,7 +17,7 @@ from ..distributed import any_of
 from ..errors import UserError
 from ..interruptions import heeded_signals, let_no_second_hangup_count
 from ..run.folder import clear_run, remove_leftovers
-from ..run.metrics import append_metrics, keep_rows_until, restore_metrics
+from ..run.metrics import HELD_OUT, append_metrics, keep_rows_until, restore_metrics
 from ..run.state import keep_in_checkpoints, kept_in_checkpoint
 from ..runtime import readable_seconds, say
 from .alarms import Limits, find_alarms
@@ -47,7 +47,7 @@ def readable_metrics(metrics: Mapping[str, Any]) -> str:
 
 def as_line(logs: Mapping[str, Any], step: int) -> dict[str, Any]:
     """A line of metrics.jsonl from what the trainer logs."""
-    line = {name.replace("eval_", "held_out_"): value for name, value in logs.items() if name != "step"}
+    line = {name.replace("eval_", HELD_OUT): value for name, value in logs.items() if name != "step"}
     bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
     return {"step": step, **line} | dict.fromkeys(bad)  # null: JSON has no NaN
 

@@ -50,4 +50,4 @@ class Run:
         """The record that the folder held before, where --resume_from_checkpoint is given; else empty."""
         if self.folder is None or self.settings.run.resume_from_checkpoint is None:
             return {}
-        return read_record(self.folder) or {}
+        return read_record(self.folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..run.names import step_in_name
 from ..run.record import RunRecord
 from ..runtime import say
 
@@ -82,7 +83,7 @@ def find_kept(state: TrainerState, args: TrainingArguments) -> dict[str, Any] | 
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+    step = step_in_name(Path(state.best_model_checkpoint).name)
     lines = [line for line in state.log_history if f"eval_{metric}" in line]
     value = next((line[f"eval_{metric}"] for line in lines if line["step"] == step), state.best_metric)
     equal = [line["step"] for line in lines if line["step"] > step and line[f"eval_{metric}"] == value]

@@ -46,4 +46,4 @@ def choose_moment(settings: Settings) -> datetime:
 def read_former_record(settings: Settings, folder: Path) -> dict[str, Any]:
     """The record of the run that is resumed; empty where one begins."""
     wish = settings.run.resume_from_checkpoint
-    return (read_record(folder) or {}) if wish is not None and find_checkpoints(folder) else {}
+    return read_record(folder) if wish is not None and find_checkpoints(folder) else {}

@@ -200,5 +200,5 @@ def speaks(folder: Path | None) -> bool:
         return True
     if os.environ.get("GROUP_RANK", "0") != "0":  # of the machine
         return os.environ.get("LOCAL_RANK") == "0"
-    record = read_record(folder) if folder is not None else None  # of the main process
-    return os.environ.get("LOCAL_RANK") == "1" and not is_alive((record or {}).get("process") or {})
+    record = read_record(folder) if folder is not None else {}  # of the main process
+    return os.environ.get("LOCAL_RANK") == "1" and not is_alive(record.get("process") or {})

@@ -103,7 +103,7 @@ class LiveRun:
         ) or explain_lost_process(error, self.run.record.content, self.run.folder, step)
 
     def _main_process_failed(self) -> bool:
-        return self.run.folder is not None and (read_record(self.run.folder) or {}).get("status") == "failed"
+        return self.run.folder is not None and read_record(self.run.folder).get("status") == "failed"
 
     def _what_is_safe(self) -> str:
         checkpoints = find_checkpoints(self.run.folder) if self.run.folder is not None else []
