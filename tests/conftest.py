@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 from shared.endpoint import KEY, Endpoint
+from shared.hub import TOKEN, Hub
 from shared.models import save_tiny_model
 from shared.pairs import make_pairs, write_lines
 
@@ -118,5 +119,19 @@ def endpoint(monkeypatch):
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What the hub is sent: path, body, and the status that the run in tmp_path/run had by then."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.received, server.run = [], tmp_path / "run"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server.received
     server.shutdown()
     server.server_close()

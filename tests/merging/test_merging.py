@@ -8,14 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from shared.hub import created_on, files_sent
 from shared.models import save_tiny_model, save_tiny_tokenizer
 from shared.pairs import write_lines
 from shared.runs import ROOT
@@ -421,62 +419,13 @@ def test_without_a_login_or_a_network_the_merge_stays(runs, run_script, tmp_path
     assert read_merge(tmp_path / "n")["verification"]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files asks for; keeps what it is sent."""
-
-    received: ClassVar[dict[str, bytes]] = {}
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.received[self.path] = body
-        place = f"http://{self.headers['Host']}/me/merged"
-        answer: dict = {"url": place}
-        if self.headers.get("Authorization") != "Bearer hf_me":
-            return self._send(401, {"error": "Invalid username or password."})
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-        elif "/commit/" in self.path:
-            answer = {"commitUrl": f"{place}/commit/0", "commitOid": "0", "success": True}
-        self._send(200, answer)
-
-    def do_GET(self) -> None:
-        self._send(200, {"id": "me/merged", "sha": "0", "siblings": []})
-
-    def _send(self, status: int, content: dict) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    Hub.received.clear()
-    yield Hub.received
-    server.shutdown()
-    server.server_close()
-
-
 def test_the_folder_is_uploaded(runs, run_script, tmp_path, monkeypatch, hub):
     flags = ("merge", "--model_name_or_path", runs["lora"], "--max_samples", 2, "--push_to_hub", "me/merged")
-    monkeypatch.setenv("HF_TOKEN", "hf_me")
     code, out, err = run_script(*flags, "--output_dir", tmp_path / "m")
     assert code == 0, err
     assert "uploaded to " in out
-    assert json.loads(hub["/api/repos/create"])["visibility"] == "private"
-    commit = next(body for path, body in hub.items() if "/commit/" in path)
-    sent = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
-    assert sent == {path.name for path in (tmp_path / "m").iterdir()}
+    assert created_on(hub)["visibility"] == "private"
+    assert files_sent(hub) == {path.name for path in (tmp_path / "m").iterdir()}
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     code, out, err = run_script(*flags, "--output_dir", tmp_path / "n")
     assert code == 2

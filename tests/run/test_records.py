@@ -10,14 +10,12 @@ import random
 import shlex
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared.hub import created_on, files_sent
 from shared.runs import ROOT, read_record
 
 from utils.errors import UserError
@@ -369,54 +367,6 @@ def test_what_is_unreadable_is_no_system_error():
 # Uploading
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload asks for; keeps what it is sent, with the run's status at that moment."""
-
-    received: ClassVar[list[tuple[str, bytes, str | None]]] = []
-    run: ClassVar[Path]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status = read_record(self.run)["status"] if (self.run / "run.json").is_file() else None
-        self.received.append((self.path, body, status))
-        place = f"http://{self.headers['Host']}/me/model"
-        answer: dict = {"url": place}
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-        elif "/commit/" in self.path:
-            answer = {"commitUrl": f"{place}/commit/0", "commitOid": "0", "success": True}
-        self._send(200, answer)
-
-    def do_GET(self) -> None:
-        self._send(200, {"id": "me/model", "sha": "0", "siblings": []})
-
-    def _send(self, status: int, content: dict) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_me")
-    Hub.received.clear()
-    Hub.run = tmp_path / "run"
-    yield Hub.received
-    server.shutdown()
-    server.server_close()
-
-
 def test_a_run_uploads_its_model_alone_in_private_when_it_is_finished(
     hub, run_script, tiny_model, pairs_file, tmp_path
 ):
@@ -425,10 +375,8 @@ def test_a_run_uploads_its_model_alone_in_private_when_it_is_finished(
     assert code == 0, err
     assert "uploaded to " in out
     assert {status for _, _, status in hub} == {"finished"}
-    (created,) = (json.loads(body) for path, body, _ in hub if path == "/api/repos/create")
-    assert created["visibility"] == "private"
-    (commit,) = (body for path, body, _ in hub if "/commit/" in path)
-    sent = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
+    assert created_on(hub)["visibility"] == "private"
+    sent = files_sent(hub)
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= sent
     assert not {
         name for name in sent if "run.json" in name or "/" in name or name.endswith((".bin", ".jsonl", ".html"))
