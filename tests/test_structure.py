@@ -30,6 +30,7 @@ ORDER = [
     "responses",
     "inspection",
     "training",
+    "api",
 ]
 STORIES = {verb.run.partition(":")[0] for verb in ROWS}
 # Beyond that order stand the rooms of single verbs, which may import any of those before and are imported by none.

@@ -10,18 +10,17 @@ import time
 import traceback
 from typing import NoReturn
 
+from .api import carry_out
 from .arguments import parse_arguments
 from .console import lost_output, open_console, reader_left
-from .engine.memory import LESS_MEMORY, keep_freed_memory, ran_out_of_memory
+from .engine.memory import LESS_MEMORY, ran_out_of_memory
 from .errors import Interrupted, LocalError, ProcessLost, UserError, in_one_line
-from .interruptions import interrupt_on_signals, stop_if_asked
-from .libraries import imported_fast
-from .run.processes import check_launch_variables, forget_lone_rank, tell_launcher
-from .run.program import check_installed, explain_missing
-from .runtime import is_main_process, make_visible, quiet_libraries, quiet_loaded_libraries, say
-from .settings.flags import SAVES, SCORES_ROWS, USES_MODEL
-from .settings.registry import VERBS, load_named
-from .settings.training import Settings
+from .interruptions import interrupt_on_signals
+from .run.processes import forget_lone_rank, tell_launcher
+from .run.program import explain_missing
+from .runtime import is_main_process, make_visible, say
+from .settings.flags import SAVES
+from .settings.registry import VERBS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,13 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     forget_lone_rank()
     try:
         settings = parse_arguments(sys.argv[1:] if argv is None else argv)
-        kinds = VERBS[settings.verb].kinds
-        if USES_MODEL in kinds:
-            check_launch_variables(several=SCORES_ROWS in kinds)
-        warn_of_code(settings)
-        quiet_libraries()
-        keep_freed_memory()
-        return run_verb(settings) or results_lost(settings.verb)
+        return carry_out(settings) or results_lost(settings.verb)
     except UserError as error:
         report_faults(error)
         return 2
@@ -66,27 +59,6 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         print(make_visible(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
-
-
-def run_verb(settings: Settings) -> int | None:
-    """Runs the function that the verb's row names; its libraries are imported here, after what fails without them."""
-    early = VERBS[settings.verb].early
-    if early is not None and is_main_process():
-        check_installed()
-        load_named(early)(settings)
-    with imported_fast():
-        run = load_named(VERBS[settings.verb].run)
-    if "transformers" in sys.modules:
-        quiet_loaded_libraries()
-    stop_if_asked()
-    return run(settings)
-
-
-def warn_of_code(settings: Settings) -> None:
-    """Says, before anything is loaded, that code from elsewhere will run."""
-    if settings.model.trust_remote_code and is_main_process():
-        name = make_visible(str(settings.model.model_name_or_path))
-        print(f"warning: --trust_remote_code runs Python code that comes with {name}", file=sys.stderr, flush=True)
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import advanced_dpo
 import advanced_dpo_script
+
+assert advanced_dpo.train
 
 HEAVY = (
     *("accelerate", "bitsandbytes", "datasets", "numpy", "pandas", "peft", "scipy", "sklearn", "torch", "transformers"),

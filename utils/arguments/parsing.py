@@ -120,10 +120,14 @@ def _answer(argv: list[str]) -> None:
 
 def command_line(settings: Settings) -> list[str]:
     """The argv that gives these settings again: the verb and what the person set, from flags and config alike."""
-    argv = settings.verb.split()
-    for name, value in settings.flat().items():
-        if name not in settings.given:
-            continue
+    given = {name: value for name, value in settings.flat().items() if name in settings.given}
+    return settings.verb.split() + words_of(given)
+
+
+def words_of(values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give flags these values, by their names."""
+    argv = []
+    for name, value in values.items():
         if value is True:
             argv.append(f"--{name}")
             continue
