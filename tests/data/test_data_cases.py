@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def tells_tools(rows: list[dict]) -> bool:
 
 def plain(row: dict, with_tools: bool) -> dict:
     """A converted row as other programs take it, with its tools as templates take them."""
-    tools = {"tools": list_tools(row["tools"])} if with_tools else {}
+    tools = {"tools": list_tools(row.get("tools"))} if with_tools else {}
     return {key: plain_turns(value) for key, value in row.items() if key != "tools"} | tools
 
 
@@ -114,6 +115,26 @@ def test_rows_become_the_expected_demonstrations(name, tmp_path):
         assert data.reading.name == case["format"]
     prompts = read_prompts(DataSettings(dataset_name=path)).rows["prompt"][:]
     assert list(map(plain_turns, prompts)) == [row["prompt"] for row in expected]
+
+
+OF_TOOLS = ("openai_tools", "tool_turns", "llamafactory_v1", "when2call", "hermes", "nemotron", "xlam", "functions")
+
+
+@pytest.mark.parametrize("name", OF_TOOLS)
+def test_rows_with_tools_are_the_same_in_files_of_every_kind(name, tmp_path):
+    case, path = read_case(name, tmp_path)
+    verb, rows = ("train" if "pairs" in case else "sft"), case["rows"]
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    values = [[row.get(column) for column in names] for row in rows]
+    texts = [["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in row] for row in values]
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, *texts])
+    datasets.load_dataset("json", data_files=path, split="train").to_parquet(tmp_path / "rows.parquet")
+    expected = load(path, verb)
+    for other in ("rows.csv", "rows.parquet"):
+        found = load(str(tmp_path / other), verb)
+        assert [plain(row, True) for row in found.train] == [plain(row, True) for row in expected.train]
+        assert found.dropped == expected.dropped
 
 
 def test_every_format_has_a_case_and_a_name():

@@ -292,9 +292,11 @@ def expand_answered(parts: Mapping[str, Any], names: Mapping[str, str], choice: 
 
 def expand_calls(parts: Mapping[str, Any], names: Mapping[str, str], choice: Choice) -> list[dict[str, Any]]:
     """A row whose answer is a list of tool calls."""
-    if parts.get("completion") is None:
+    if parts.get("completion") in (None, ""):
         raise BadRow(f"'{names['completion']}' is missing")
     calls = read_calls(parts["completion"], names["completion"])
+    if not calls:
+        raise BadRow(f"'{names['completion']}' is empty")
     return [dict(parts) | {"completion": [{"role": "assistant", "content": None, "tool_calls": calls}]}]
 
 

@@ -60,7 +60,10 @@ FIELD_PARTS = {"tool_call": "tool_calls", "tool_calls": "tool_calls", "reasoning
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 # Messages written as text: how they begin, their keys, and what stands between two where NumPy prints no comma.
 WRITTEN_START = re.compile(r"""\s*(?:"\s*|array\(\s*)?[\[(]?\s*\{""")
-WRITTEN_KEYS = [[re.compile(f"""['"]{key}\\\\*['"]\\s*:""") for key in keys] for keys in MESSAGE_KEYS]
+WRITTEN_KEYS = [
+    [re.compile(f"""['"]{key}\\\\*['"]\\s*:""") for key in keys]
+    for keys in (*MESSAGE_KEYS, ("role", "(?:tool_calls|function_call)"))
+]
 WRITTEN_ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
 BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""", re.DOTALL)
 
