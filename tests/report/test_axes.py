@@ -26,6 +26,11 @@ from utils.report.axes import cover, percent, round_step, ticks_of_bins, ticks_w
         (0.0, 1e30, False, "0 2e29 4e29 6e29 8e29 1e30"),
         (-1e308, 1e308, False, "-1e300 -5e299 0 5e299 1e300"),
         (0.0, 1.9e6, False, "0 0.5M 1.0M 1.5M 2.0M"),
+        # Where another way of writing begins.
+        (0.0, 5e-3, False, "0.000 0.001 0.002 0.003 0.004 0.005"),
+        (0.0, 1e4, False, "0 2k 4k 6k 8k 10k"),
+        (0.0, 1e6, False, "0 0.2M 0.4M 0.6M 0.8M 1.0M"),
+        (0.0, 1e12, False, "0 2e11 4e11 6e11 8e11 1e12"),
         # What hardly moves must not look as if it did.
         (2e-11, 7e-11, True, "0% 2% 4% 6% 8% 10%"),
         (0.4975, 0.5025, True, "45% 50% 55%"),
@@ -58,6 +63,7 @@ def test_ticks_of_bins_that_are_equally_wide_and_of_bins_that_widen():
     assert ticks_of_bins([-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3]) == [-6, -4, -2, 0, 2]
     assert ticks_of_bins([1, 2, 4, 9, 20, 45, 100, 220]) == [1, 3, 10, 30, 100]
     assert ticks_of_bins([1, 4, 16, 64, 256, 1024, 4096, 16384]) == [1, 10, 100, 1000, 10_000]
+    assert ticks_of_bins([0, 1, 10, 100]) == [0, 20, 40, 60, 80, 100]
     assert ticks_of_bins([1, 2]) == [1, 1.2, 1.4, 1.6, 1.8, 2]
 
 
@@ -83,11 +89,11 @@ def test_ticks_are_round_evenly_spaced_few_and_told_apart():
 
 def test_single_values():
     assert [percent(value) for value in (0.5, 0.635, 0.9995, 5e-11, 1.0)] == ["50%", "63.5%", "99.95%", "0%", "100%"]
-    assert [write_value(value) for value in (0, 0.6931, 2143.4, 1e-5, 43_210.7)] == [
-        "0",
-        "0.6931",
-        "2,143",
-        "1e-5",
-        "43,211",
-    ]
+    written = {
+        0: "0", 0.6931: "0.6931", 2143.4: "2,143", 1e-5: "1e-5", 43_210.7: "43,211", 0.0049: "4.9e-3",
+        0.005: "0.005", 9999.4: "9,999", 9999.5: "10,000", -9999.7: "-10,000", 1e4: "10,000", 999e9: "999,000,000,000",
+        1e12: "1e12", -2e12: "-2e12",
+    }  # fmt: skip
+    assert {value: write_value(value) for value in written} == written
+    assert write_value(-0.0) == "0"
     assert [round_step(span, 24) for span in (13.0, 0.5, 1000)] == [1.0, 0.05, 50.0]

@@ -15,6 +15,7 @@ LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from where, in wh
 HUGE = 1e12  # an axis that reaches there is written with powers of ten
 FURTHEST = 1e300  # of an axis: what lies beyond is not told apart
 SMALL = 5e-3  # an axis that ends below is written with powers of ten
+ROUNDED = 9999.5  # from here on a value has five digits in front of the point, or more
 
 
 def cover(low: float, high: float, share: bool = False, most: int = MOST_TICKS) -> list[float]:
@@ -103,13 +104,9 @@ def write_value(value: float, share: bool = False) -> str:
     """One value in full, as it is shown on its point."""
     if share:
         return percent(value)
-    return (
-        _power(value, 3)
-        if 0 < abs(value) < SMALL or abs(value) >= HUGE
-        else f"{value:,.4g}"
-        if abs(value) < 1e4
-        else f"{value:,.0f}"
-    )
+    if 0 < abs(value) < SMALL or abs(value) >= HUGE:
+        return _power(value, 3)
+    return f"{value + 0.0:,.4g}" if abs(value) < ROUNDED else f"{value:,.0f}"
 
 
 def percent(value: float) -> str:
