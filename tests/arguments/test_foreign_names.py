@@ -37,6 +37,7 @@ READ = {
     "--bf16 auto": {"dtype": "auto"},
     "--fp16 false": {"dtype": "auto"},
     "--warmup_ratio 0.03": {"warmup_steps": 0.03},
+    "--warmup_ratio 0": {"warmup_steps": 0},
     "--dataset_train_split train_prefs --dataset_test_split test_prefs": {
         "dataset_split": "train_prefs",
         "validation_split": "test_prefs",
@@ -93,9 +94,12 @@ REFUSED = {
     "--max_prompt_length 512": ("--max_length limits prompt and response together", "did you mean"),
     "--load_in_8bit": ("--use_4bit holds the base in 4 bits", "did you mean"),
     "--quantization_bit 8": ("training on 8-bit weights is not supported", "did you mean"),
+    "--val_size 1": ("takes a fraction such as 0.05", "did you mean"),
     "--val_size 500": ("takes a fraction such as 0.05", "did you mean"),
+    "--warmup_ratio 1": ("a number of steps is --warmup_steps", "did you mean"),
     "--warmup_ratio 20": ("a number of steps is --warmup_steps", "did you mean"),
     "--bf16 x": ("--bf16 x: must be true or false", "--dtype"),
+    "--torch_dtype float16 bfloat16": ("--torch_dtype: takes one value", "did you mean"),
     "--torch_dtype int8": ("use --dtype auto, float32, bfloat16 or float16", "did you mean"),
     "--stage dpo": ("the verb is train (DPO) or sft", "did you mean"),
     "--lr 1 --learning_rate 2": ("--lr sets --learning_rate too; leave one of them out", "did you mean"),
@@ -140,11 +144,12 @@ def test_a_verb_of_another_tool_is_answered_with_the_command(typed, answer):
 
 def test_keys_of_a_config_are_read_alike_and_a_flag_wins_over_them(tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text("model: m\ndataset: d\noutput: o\nlr: 1e-5\nbf16: true\nfp16: false\nload_in_8bit: null\n")
+    path.write_text("model: m\ndataset: d\noutput: o\nlr: 1e-5\nbf16: true\nfp16: false\nload_in_8bit: null\ntorch_dtype: null\n")
     settings = parse_arguments(["--config", str(path), "--learning_rate", "2e-5", "--fp16"])
     assert (settings.training.learning_rate, settings.model.dtype) == (2e-5, "float16")
     lines = capsys.readouterr().err.splitlines()
     assert f"note: {path}: lr: read as --learning_rate 1e-5" in lines
+    assert f"note: {path}: torch_dtype: has no effect here; ignored" in lines
     path.write_text("test_split: x\nlr: y\n")
     with pytest.raises(UserError) as error:
         parse_arguments(["--config", str(path), "--dry_run", "--model", "m", "--dataset", "d"])
@@ -155,6 +160,11 @@ def test_keys_of_a_config_are_read_alike_and_a_flag_wins_over_them(tmp_path, cap
 
 
 VALUES = ("true", "false", "0.5", "0", "4", "8", "lora", "dpo", "bf16", "auto", "x")
+
+
+def test_a_name_that_a_library_gives_to_a_flag_is_that_flag():
+    entry = Entry("lr", "--lr", ("1",))
+    assert read_as_ours([entry], {*FLAGS, "lr"}, []) == ([entry], [])
 
 
 def test_the_table_leads_to_flags_that_there_are():
