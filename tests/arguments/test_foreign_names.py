@@ -144,7 +144,9 @@ def test_a_verb_of_another_tool_is_answered_with_the_command(typed, answer):
 
 def test_keys_of_a_config_are_read_alike_and_a_flag_wins_over_them(tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text("model: m\ndataset: d\noutput: o\nlr: 1e-5\nbf16: true\nfp16: false\nload_in_8bit: null\ntorch_dtype: null\n")
+    path.write_text(
+        "model: m\ndataset: d\noutput: o\nlr: 1e-5\nbf16: true\nfp16: false\nload_in_8bit: null\ntorch_dtype: null\n"
+    )
     settings = parse_arguments(["--config", str(path), "--learning_rate", "2e-5", "--fp16"])
     assert (settings.training.learning_rate, settings.model.dtype) == (2e-5, "float16")
     lines = capsys.readouterr().err.splitlines()

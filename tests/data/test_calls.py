@@ -21,6 +21,7 @@ from utils.data.calls import (
     turn_key,
     whole_message,
 )
+from utils.data.turns import read_turns
 
 PLAIN = {"name": "f", "arguments": {"x": 1, "y": "2"}}
 CALL = {"type": "function", "function": PLAIN}
@@ -153,3 +154,30 @@ def test_turns_are_told_apart_by_what_they_say():
     assert (
         len({key(), key(content="No:"), key(arguments={"x": 2, "y": "2"}), key(reasoning="ah"), key(arguments={})}) == 5
     )
+
+
+def test_a_turn_without_calls_has_none_however_a_table_writes_that():
+    for nothing in (None, [], {}, "", "null", "[]", "{}"):
+        for role in ("user", "assistant"):
+            message = {"role": role, "content": "So:", "tool_calls": nothing, "function_call": nothing}
+            assert read_turns([message], "chosen", role) == [{"role": role, "content": "So:"}], nothing
+
+
+def test_a_role_that_calls_keeps_what_else_its_turn_says():
+    message = {"from": "function_call", "value": json.dumps(PLAIN), "reasoning_content": "hm"}
+    (turn,) = read_turns([message], "chosen", "assistant")
+    assert whole_message(turn) == {
+        "role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm",
+    }  # fmt: skip
+    with pytest.raises(BadRow, match="tool calls in two places"):
+        read_turns([message | {"tool_calls": [PLAIN]}], "chosen", "assistant")
+
+
+@pytest.mark.parametrize("field", ["weight", "loss_weight"])
+def test_a_reply_that_is_not_meant_to_be_learnt_is_refused(field):
+    asked, said = {"role": "user", "content": "q", field: 0}, {"role": "assistant", "content": "a", field: 1}
+    assert len(read_turns([asked, said | {field: 0}, asked, said], "messages", "user")) == 4
+    assert len(read_turns([asked], "prompt", "user")) == 1
+    for zero in (0, 0.0):
+        with pytest.raises(BadRow, match="ends with a turn of weight 0"):
+            read_turns([asked, said | {field: zero}], "messages", "user")

@@ -16,6 +16,7 @@ EXTRA = "extra"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEPT = ("tool_calls", "function_call", "tool_call_id", "name", *REASONING)
 RESULT_ROLES = ("tool", "function")
+NO_CALLS = ("null", "[]", "{}")  # as a table of texts writes them
 # Roles of ShareGPT files whose text is the call itself.
 CALLING_ROLES = ("function_call", "tool_call", "tool_calls")
 
@@ -80,6 +81,9 @@ def read_extra(message: Mapping[str, Any], role: str, name: str) -> dict[str, An
     Raises BadRow for tool calls that cannot be read.
     """
     extra = {field: message[field] for field in KEPT if not is_nothing(message.get(field))}
+    for field in ("tool_calls", "function_call"):
+        if extra.get(field) in NO_CALLS:
+            del extra[field]
     older = extra.pop("function_call", None)
     if "tool_calls" in extra or older is not None:
         extra["tool_calls"] = read_calls(extra.get("tool_calls", older), name)

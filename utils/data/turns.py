@@ -53,6 +53,7 @@ CARRIED = (
 )
 # The same in answers and trees that are no messages, whose other fields speak of who wrote or judged them.
 SAID_BESIDE = (*CARRIED, *(field for field in KEPT if field != "name"))
+WEIGHTS = ("weight", "loss_weight")  # how much a turn is to be learnt, in OpenAI's form and in LLaMA-Factory v1
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_KEYS = ("text", "value", "content")
 # Parts of a turn's content that are no text of it, as LLaMA-Factory v1 writes them -> the field that they are.
@@ -166,7 +167,10 @@ def read_turns(value: Any, name: str, text_role: str) -> Turns:
     messages = as_messages(value)
     if messages is None:
         raise BadRow(f"'{name}' is neither text nor a list of messages")
-    return [_read_message(message, name) for message in messages]
+    turns = [_read_message(message, name) for message in messages]
+    if turns and turns[-1]["role"] == "assistant" and any(messages[-1].get(field) == 0 for field in WEIGHTS):
+        raise BadRow(f"'{name}' ends with a turn of weight 0, which is not meant to be learnt")
+    return turns
 
 
 def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
@@ -176,7 +180,9 @@ def _read_message(message: Mapping[str, Any], name: str) -> dict[str, str]:
         raise BadRow(f"'{name}' has a turn with an unknown role {said[:40]!r}")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if said.lower() in CALLING_ROLES:
-        return make_turn(role, None, {"tool_calls": read_calls(content, name)})
+        if not is_nothing(message.get("tool_calls")):
+            raise BadRow(f"'{name}' has a turn with tool calls in two places")
+        return make_turn(role, None, read_extra({**message, "tool_calls": read_calls(content, name)}, role, name))
     content, fields = _take_fields(content, name)
     extra = read_extra({**message, **fields}, role, name)
     if role in RESULT_ROLES:
