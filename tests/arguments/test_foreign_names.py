@@ -34,6 +34,7 @@ READ = {
     "--bf16 true --fp16 false": {"dtype": "bfloat16"},
     "--bf16 false --fp16": {"dtype": "float16"},
     "--bf16 false": {"dtype": "float32"},
+    "--bf16 false --fp16 false": {"dtype": "float32"},
     "--bf16 auto": {"dtype": "auto"},
     "--fp16 false": {"dtype": "auto"},
     "--warmup_ratio 0.03": {"warmup_steps": 0.03},
@@ -57,6 +58,7 @@ READ = {
     "--flash_attn fa2": {"attn_implementation": "flash_attention_2"},
     "--flash_attention": {"attn_implementation": "flash_attention_2"},
     "--resume": {"resume_from_checkpoint": "auto"},
+    "--resume false": {"resume_from_checkpoint": None},
     "--group_by_length": {"train_sampling_strategy": "group_by_length"},
     "--dataset hh-rlhf": {"dataset_name": "Anthropic/hh-rlhf"},
     "--max_seq_length 512 --sequence_len 512": {"max_length": 512},
@@ -162,6 +164,13 @@ def test_keys_of_a_config_are_read_alike_and_a_flag_wins_over_them(tmp_path, cap
 
 
 VALUES = ("true", "false", "0.5", "0", "4", "8", "lora", "dpo", "bf16", "auto", "x")
+
+
+def test_a_folder_of_that_name_is_meant_before_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--dataset hh").data.dataset_name == "Anthropic/hh-rlhf"
+    (tmp_path / "hh").mkdir()
+    assert parse("--dataset hh").data.dataset_name == "hh"
 
 
 def test_a_name_that_a_library_gives_to_a_flag_is_that_flag():

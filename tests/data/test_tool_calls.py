@@ -31,6 +31,7 @@ WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "requir
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Looks out.", "parameters": WEATHER}}]
 ASKED = [{"role": "user", "content": "What is it like in Oslo?"}]
 SAID = {"role": "assistant", "content": "It is 4 degrees."}
+NOTHING = {"role": "assistant", "content": ""}
 
 
 def call(city: str, **fields) -> dict:
@@ -211,6 +212,17 @@ def test_a_turn_counts_up_to_its_end_and_a_result_whole_does_not(tokenizer):
     assert left_out == (
         "\n<|im_start|>user\n<tool_response>\ncold\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("reply", [[NOTHING, result(), SAID], [call("Oslo"), result(), NOTHING]], ids=["begin", "end"])
+def test_a_reply_that_begins_or_ends_with_a_result_is_not_trained_on(reply, tokenizer):
+    """Its first and its last token must count."""
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{{ m.content }}{%- if m.tool_calls -%}{{ m.tool_calls[0].function }}{%- endif -%}"
+        "{%- endfor -%}"
+    )
+    row, _, _ = render(tokenizer, ASKED, reply)
+    assert row.fault.startswith("with this chat template, tool results cannot be separated")
 
 
 def test_what_a_result_says_changes_no_token_that_counts(tokenizer):
