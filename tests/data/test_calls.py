@@ -122,6 +122,12 @@ def test_a_result_is_text_or_its_parts(content, text):
     assert result_text(content) == text
 
 
+@pytest.mark.parametrize("role", ["tool", "function"])
+def test_the_result_in_a_turn_is_text_too(role):
+    (turn,) = read_turns([{"role": role, "name": "f", "content": {"mm": 4}}], "prompt", "user")
+    assert whole_message(turn) == {"role": role, "content": '{"mm": 4}', "name": "f"}
+
+
 def test_a_turn_gives_its_message_back():
     for content in (None, "", "So:"):
         turn = make_turn("assistant", content, {"tool_calls": [CALL], "reasoning": "hm"})

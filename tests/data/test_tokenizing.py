@@ -558,6 +558,11 @@ def test_turn_in_another_case_or_with_other_blanks_is_changed_and_not_left_out(l
     for form in ("m['content'] | lower", "m['content'] | replace('\n', ' ')"):
         tokenizer.chat_template = CHATML.replace("m['content']", f"(({form}) if loop.first else m['content'])")
         assert notes_of(tokenizer, prompt, "yes") == ["the chat template changes the text of a turn of the system"]
+    # So few letters may stand in another word.
+    tokenizer.chat_template = CHATML.replace("m['content']", "((m['content'] | lower) if loop.first else m['content'])")
+    for text, does in (("Now", "leaves out the system turn"), ("Soon", "changes the text of a turn of the system")):
+        prompt[0] = {"role": "system", "content": text}
+        assert notes_of(tokenizer, prompt, "yes") == [f"the chat template {does}"]
 
 
 CHAT_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))

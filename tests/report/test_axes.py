@@ -48,6 +48,7 @@ def test_an_axis_covers_its_values_with_round_numbers(low, high, share, texts):
     [
         (0, 40, True, [0, 10, 20, 30, 40]),
         (0, 112, True, [0, 20, 40, 60, 80, 100]),
+        (0, 120, True, [0, 50, 100]),
         (2, 112, True, [20, 40, 60, 80, 100]),
         (0, 2, True, [0, 1, 2]),
         (0, 2, False, [0, 0.5, 1, 1.5, 2]),

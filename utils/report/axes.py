@@ -91,7 +91,7 @@ def _fixed(values: Sequence[float], unit: str = "") -> list[str]:
     """In the fewest decimals, the same for all, that keep every value."""
     step = min((b - a for a, b in pairwise(values)), default=1e-3)
     decimals = next((d for d in range(15) if all(abs(round(value, d) - value) < step / 1000 for value in values)), 15)
-    return [f"{round(value, decimals) + 0.0:,.{decimals}f}{unit}" for value in values]
+    return [f"{round(value, decimals):,.{decimals}f}{unit}" for value in values]
 
 
 def _power(value: float, decimals: int = 10) -> str:
