@@ -31,6 +31,7 @@ from utils.comparing.measures import (
     wilson_interval,
 )
 from utils.comparing.rewards import implicit_rewards
+from utils.comparing.summary import describe_result
 from utils.models.side_by_side import Contender
 from utils.responses.generation import Continuation, sample_continuations
 from utils.responses.scorers import load_reward_model, load_scorer
@@ -475,6 +476,19 @@ def test_wins_and_their_interval():
     # Wilson's interval of 8 in 10, as in the textbooks, and of all of 10.
     assert wilson_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_an_interval_stays_within_0_and_1():
+    for count in range(1, 200):
+        assert wilson_interval(0, count)[0] >= 0
+        assert wilson_interval(1, count)[1] <= 1
+
+
+def test_an_interval_that_holds_a_half_says_nothing():
+    said = {"judge": "f.py:g", "judged": 9, "win_rate": 0.6}
+    begins = {(0.5, 0.7): "No", (0.501, 0.7): "Better", (0.3, 0.5): "No", (0.3, 0.499): "Worse", (0.4, 0.6): "No"}
+    for interval, word in begins.items():
+        assert describe_result(said | {"interval": interval}).startswith(word), interval
 
 
 def test_both_orders_are_joined():

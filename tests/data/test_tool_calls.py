@@ -249,6 +249,8 @@ def test_arguments_come_in_the_form_that_a_template_takes(read, said, tokenizer)
     for given in (call("Oslo"), written):
         row, _, _ = render(tokenizer, ASKED, [given | {"content": None}])
         assert (row.fault, row.completions[0]) == (None, f"<|im_start|>assistantweather{said}<|im_end|>")
+        row, _, _ = render(tokenizer, [*ASKED, given, result()], [SAID])
+        assert f"weather{said}<|im_end|>" in row.prompt
 
 
 def test_reasoning_reaches_the_template_under_the_name_that_it_knows(tokenizer):
@@ -259,6 +261,8 @@ def test_reasoning_reaches_the_template_under_the_name_that_it_knows(tokenizer):
             assert "let me see" in row.completions[0], (template, field)
             same, _, _ = render(tokenizer, ASKED, [{**SAID, known: "let me see"}])
             assert row == same
+        row, _, _ = render(tokenizer, ASKED, [{**SAID, known: "\n let me see\n"}])  # some leave out blanks around it
+        assert (row.fault, row.notes) == (None, ())
 
 
 def test_reasoning_that_is_not_rendered_is_said(tokenizer):

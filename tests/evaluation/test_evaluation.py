@@ -318,6 +318,7 @@ def test_groups_of_pairs_are_told_apart():
         assert group["pairs"] == mask.sum()
         assert group["margin"]["value"] == pytest.approx(np.array([row["margin"] for row in rows])[mask].mean())
     assert [group["pairs"] for group in found["by_training"]] == [15, 45]
+    assert measure(table_of(rows, trained_on=np.zeros(60, bool)), 10, 0)["by_training"] == []
 
 
 def test_a_bucket_is_named_by_the_lengths_in_it():
@@ -364,6 +365,8 @@ def test_a_share_of_all_or_none_has_the_exact_interval():
     figures = [found["measures"]["accuracy"], found["measures"]["roc_auc"], found["length"]["prefers_longer"]]
     for figure in [*figures, found["length"]["longer_is_chosen"]]:
         assert (figure["value"], figure["low"], figure["high"]) == pytest.approx((1, 0.025 ** (1 / 40), 1))
+    none = measure(table_of([row | {"margin": -1.0, "accuracy": 0.0} for row in rows]), 100, 0)["measures"]["accuracy"]
+    assert (none["value"], none["low"], none["high"]) == pytest.approx((0, 0, 1 - 0.025 ** (1 / 40)))
 
 
 def test_what_a_single_prompt_says_is_said_with_care(tiny_model, other_model, evaluate, tmp_path):
@@ -423,6 +426,15 @@ def test_flipped_signs_give_the_p_value_of_a_library(alternative):
     differences = np.array([1.0] * 9 + [-1.0] + [0.0] * 20)
     p = 11 / 1024 * (2 if alternative == "two-sided" else 1)
     assert flip_signs(differences, alternative, 0)["p_value"] == pytest.approx(p)
+
+
+@pytest.mark.parametrize("alternative", ["greater", "two-sided"])
+def test_sums_that_are_equal_but_for_rounding_are_as_far_out(alternative):
+    draw = np.random.default_rng(3)
+    for _ in range(20):
+        whole = draw.integers(-5, 8, 9)
+        tenths = flip_signs(whole * 0.1, alternative, 0)  # 0.1 + 0.2 is not 0.3
+        assert tenths["p_value"] == flip_signs(whole.astype(float), alternative, 0)["p_value"]
 
 
 def test_signs_are_flipped_in_every_way_as_long_as_there_are_few_and_no_draw_makes_certain():
