@@ -190,6 +190,8 @@ def test_texts_that_begin_alike_are_told_from_replies_whose_prompt_is_elsewhere(
     path = str(write_lines(tmp_path / "rows.jsonl", rows))
     assert load(path).train["prompt"][0] == "The answer is"
     assert "what both begin with, up to a whole word, is the prompt" in load(path).reading.description
+    assert read_prompts(DataSettings(dataset_name=path)).rows["prompt"][:] == ["The answer is"] * 20
+    assert load(path, "sft").train["completion"][1] == " 1"
     asked = [row | {"user query": f"Is it {n}?"} for n, row in enumerate(rows)]
     unlike = [row | ({"rejected": "No"} if n < 3 else {}) for n, row in enumerate(rows)]
     for odd in (asked, unlike):
