@@ -82,6 +82,53 @@ def installed(wheel, tmp_path_factory) -> Path:
     return scripts
 
 
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+STEPS = [line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if line and line[0] not in "# "]
+
+
+def test_the_dockerfile_copies_what_the_package_is_made_of():
+    copied = {name for kind, words in STEPS if kind == "COPY" for name in words.split()[:-1]}
+    assert copied == {*SOURCES, "requirements.txt"}
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert not copied & set(ignored)
+    assert [words for kind, words in STEPS if kind == "ENTRYPOINT"] == ['["dpo-train"]']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="its steps are a Linux shell's")
+def test_the_steps_of_the_dockerfile_run_in_a_clean_folder(tmp_path):
+    """All but the packages of the system; the libraries are those of this environment, which pip finds in place."""
+    environment = os.environ | {"PATH": f"{tmp_path}/opt/venv/bin{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+
+    def run(command: str) -> str:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ran = []
+    for kind, words in STEPS:
+        placed = re.sub(r"/(?=opt/venv|src)", f"{tmp_path}/", words)
+        if kind == "COPY":
+            *names, target = placed.split()
+            for name in names:
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    Path(target).mkdir(exist_ok=True)
+                    shutil.copy(ROOT / name, target)
+        elif kind == "RUN" and "apt-get" not in words:
+            run(placed.replace("python3 ", f"{shlex.quote(sys.executable)} ", 1))
+            ran.append(words.split()[0])
+            if "venv" in words.split():
+                (site,) = tmp_path.glob("opt/venv/lib/*/site-packages")
+                (site / "libraries.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    assert ran == ["python3", "pip", "pip"]
+    assert f"dpo-train {__version__} " in run("dpo-train --version")
+    run("dpo-train init --situation cpu_trial --output_file trial.yaml")
+    assert (tmp_path / "trial.yaml").is_file()
+
+
 @pytest.mark.slow
 def test_an_installed_copy_works_from_an_empty_folder(installed, tiny_model, pairs_file, tmp_path):
     (tmp_path / "helping").mkdir()

@@ -141,6 +141,18 @@ def test_the_readme_is_short_and_its_targets_are_in_the_makefile():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+def test_the_commands_of_every_target_of_the_makefile_are_told_for_who_has_no_make():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipes = re.findall(r"^(\w+):[^\n]*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    told = {
+        target: line for line in PAGES["installing.md"].splitlines() for target in re.findall(r"^\| `make (\w+)`", line)
+    }
+    assert set(told) == {target for target, _ in recipes} - {"help"}
+    for target, recipe in recipes:
+        for command in re.findall(r"\$\(BIN\)/(\w[^$\n]*)", recipe):
+            assert f"`{command.strip()}" in told[target], target
+
+
 def test_the_readme_links_to_every_page():
     assert set(re.findall(r"\]\(docs/(\w+\.md)\)", README)) == set(PAGES) - {"index.md"}
 
