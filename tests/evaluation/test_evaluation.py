@@ -286,6 +286,9 @@ def test_how_far_a_calibrated_model_would_be_off_by_chance():
     by_chance = calibration["expected_calibration_error_by_chance"]
     assert by_chance["mean"] == pytest.approx(0.8 * 0.2 + 0.2 * 0.8, abs=0.06)
     assert by_chance["high"] == pytest.approx(0.8), "which happens in more than one case of twenty"
+    calibration = measure(table_of([make_rows(1)[0] | {"margin": np.log(27)}]), 100, 1)["calibration"]
+    by_chance = calibration["expected_calibration_error_by_chance"]
+    assert by_chance["high"] == pytest.approx(1 / 28), "to be wrong happens in fewer than one case of twenty"
 
 
 def test_a_share_of_all_has_the_interval_of_the_side_with_fewer_prompts():

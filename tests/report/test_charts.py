@@ -91,6 +91,8 @@ def test_a_page_leads_to_the_others_of_its_run_that_are_there(tmp_path):
     # The page itself is still to be written.
     assert find('href="([^"]+)"', link_pages(run, page)) == ["../report.html"]
     assert find('aria-current="page">([^<]+)<', link_pages(run, page)) == ["Evaluation"]
+    page = run / "evaluation-checkpoint-5" / "evaluation.html"
+    assert find('aria-current="page">([^<]+)<', link_pages(run, page)) == ["Evaluation of checkpoint-5"]
     for name in names:
         kind = name.partition("-")[0]
         (run / name / f"{kind}.html").write_text("")

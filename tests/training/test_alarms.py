@@ -87,11 +87,12 @@ def test_a_resumed_run_keeps_what_it_was_warned_of_and_says_it_once(train):
     flags = ("--learning_rate", 1e-2, "--max_steps", 15, "--eval_steps", 3, "--logging_steps", 1, "--save_steps", 5,
              "--validation_split", 0.3, "--max_kl", 0.01)  # fmt: skip
     _, folder = train(make_pairs(300), *flags)
-    warnings = read_record(folder)["warnings"]
-    assert len(warnings) == 2
+    warnings, alarms = (read_record(folder)[name] for name in ("warnings", "alarms"))
+    assert len(warnings) == len(alarms) == 2
     again = ("--resume_from_checkpoint", folder / "checkpoint-5", "--overwrite_output_dir", "false")
     out, folder = train(make_pairs(300), *flags, *again)
     assert read_record(folder)["warnings"] == warnings
+    assert read_record(folder)["alarms"] == alarms
     assert "warning: " not in out
     assert "2 warnings below" in (folder / "report.html").read_text(encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from safetensors.torch import load_file
 from shared.pairs import make_pairs, write_lines
 from shared.runs import read_metrics, read_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from utils.arguments import parse_arguments
+from utils.arguments.help_text import help_text
+from utils.training.config import learning_rate
 
 QUICK = {"per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 5e-3, "warmup_steps": 0}
 
@@ -449,3 +454,12 @@ def test_dry_run_goes_through_every_stage_and_leaves_nothing(run_script, tiny_mo
     assert "step 1/1" in out
     assert "nothing was saved" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_the_learning_rate_is_the_one_that_the_help_says_unless_it_is_given(verb):
+    words = [verb, "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+    said = re.findall(r"\d+e-\d+", help_text(verb, "learning_rate"))
+    settings = parse_arguments(words)
+    assert [learning_rate(settings, adapts) for adapts in (False, True)] == list(map(float, said))
+    assert learning_rate(parse_arguments([*words, "--learning_rate", "3e-7"]), adapts=True) == 3e-7
