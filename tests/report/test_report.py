@@ -267,10 +267,18 @@ START = {"accuracy": 0.5, "loss": 0.693, "pairs": 100, "chosen_kl": 0.0, "chosen
     [
         ({"accuracy": 0.99, "loss": 0.1}, "It learnt: it ranks 99% of 100 held-out pairs right (50% before)", "good"),
         ({"accuracy": 0.55, "loss": 0.68}, "It learnt a little, less than 100 held-out pairs can prove", "note"),
-        ({"accuracy": 0.5, "loss": 0.693}, "It did not learn", "problem"),
+        ({"accuracy": 0.5, "loss": 0.693, "pairs": 400}, "It did not learn", "problem"),  # ±5 points
+        ({"accuracy": 0.5, "loss": 0.693, "pairs": 399}, "Too small a change to tell from the chance of 399", "note"),
+        (
+            {"accuracy": 0.44, "loss": 0.693, "pairs": 41},
+            "Too small a change to tell from the chance of 41 held-out pairs (±16 points): it ranks 44%",
+            "note",
+        ),
+        ({"accuracy": 0.48, "loss": 0.68}, "Its held-out loss fell; its ranking is the same within the chance", "note"),
+        ({"accuracy": 0.7, "loss": 0.692}, "It learnt to rank, with margins still near zero: it ranks 70%", "note"),
         ({"accuracy": 0.4, "loss": 0.9}, "It got worse", "problem"),
         ({"accuracy": 0.38, "loss": 0.693}, "It got worse", "problem"),  # by more than 100 pairs leave to chance
-        ({"accuracy": 0.42, "loss": 0.693}, "It did not learn", "problem"),
+        ({"accuracy": 0.42, "loss": 0.693, "pairs": 900}, "It got worse", "problem"),
         (
             {"accuracy": 0.99, "loss": 0.1, "chosen_logps": -90.0, "chosen_end_prob": 0.2},
             "It came apart: it lost 1.5 nats on each token of the chosen responses and it ends where responses end "

@@ -94,7 +94,7 @@ def test_a_resumed_run_keeps_what_it_was_warned_of_and_says_it_once(train):
     assert read_record(folder)["warnings"] == warnings
     assert read_record(folder)["alarms"] == alarms
     assert "warning: " not in out
-    assert "2 warnings below" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "It has 2 warnings" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_pairs_learnt_by_heart(train):

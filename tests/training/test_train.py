@@ -437,9 +437,11 @@ def test_nothing_held_out_still_trains(train):
 def test_long_pairs_are_counted(train, tmp_path):
     pairs = make_pairs(20)
     pairs[3]["prompt"] = "word " * 80 + pairs[3]["prompt"]
-    pairs[5]["chosen"] = " lovely" * 60
+    for row in (5, 7, 9):
+        pairs[row]["chosen"] = " lovely" * 60
     record = read_record(train("--max_length", 48, "--max_steps", 1, data=write_lines(tmp_path / "p.jsonl", pairs)))
-    assert record["data"]["truncated"] == 2
+    assert record["data"]["truncated"] == 4
+    assert "15% of the pairs are truncated to --max_length 48" in record["warnings"][0]
     assert record["data"]["train_pairs"] + record["data"]["held_out_pairs"] == 20
 
 

@@ -10,6 +10,7 @@ from ..runtime import readable_bytes, readable_seconds
 
 SAME_LOSS = 0.002  # nats: a change of the mean loss that is none
 COLLAPSE = 1.0  # nats that a token of the chosen responses may lose
+FEW = 0.05  # chance alone moves an accuracy by more: too few pairs to say that nothing was learnt
 ENDS_KEPT = 0.5  # share of the probability of ending that has to be left ...
 ENDS_AT_FIRST = 0.02  # ... where there was any
 
@@ -87,11 +88,26 @@ def _judge(record: Mapping[str, Any], before: Any, after: Any) -> tuple[str, str
         return f"It learnt: {numbers}", "good"
     if fell > SAME_LOSS and gain >= 0:
         return f"It learnt a little, less than {after['pairs']:,} held-out pairs can prove: {numbers}", "note"
+    if fell > SAME_LOSS and "accuracy" in after and gain >= -noise:
+        return (
+            f"Its held-out loss fell; its ranking is the same within {_chance(after, noise)}: {numbers} {losses}",
+            "note",
+        )
+    if abs(fell) <= SAME_LOSS and gain > noise and "accuracy" in after:
+        return f"It learnt to rank, with margins still near zero: {numbers} {losses}", "note"
     if fell < -SAME_LOSS and gain > noise and "accuracy" in after:
         return f"It learnt to rank, and is too sure of its mistakes: {numbers} {losses}", "note"
     if fell < -SAME_LOSS or gain < -noise:
         return f"It got worse: {numbers} {losses if 'accuracy' in after else ''}".strip(), "problem"
+    if noise > FEW:
+        advice = "More steps, a larger --learning_rate or more held-out pairs would tell."
+        return f"Too small a change to tell from {_chance(after, noise)}: {numbers} {advice}", "note"
     return f"It did not learn: {numbers} More steps or a larger --learning_rate may help.", "problem"
+
+
+def _chance(after: Mapping[str, float], noise: float) -> str:
+    """What an accuracy varies by on so few pairs, with 95% confidence."""
+    return f"the chance of {after['pairs']:,} held-out pairs (±{noise * 100:.0f} points)"
 
 
 def _lost(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
@@ -121,7 +137,7 @@ def _early(record: Mapping[str, Any]) -> str:
 
 def _warned(record: Mapping[str, Any]) -> str:
     count = len(record.get("warnings") or [])
-    return f"{count} warning{'s' if count > 1 else ''} below." if count else ""
+    return f"It has {count} warning{'s' if count > 1 else ''}." if count else ""
 
 
 def _sentence(text: str) -> str:

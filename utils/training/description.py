@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+
+from transformers import TrainingArguments
 
 from ..data.splitting import DEFAULT_MOST_ROWS, SPARE, advise_on_spare
 from ..models.counting import count_parameters
@@ -14,6 +17,8 @@ from ..run.processes import launched_with
 from ..runtime import device_name, say
 from .context import Run
 from .trainer import PreferenceTrainer, RunTrainer
+
+MUCH_TRUNCATED = 0.1  # of all pairs: more is a warning
 
 
 def describe_data(run: Run) -> None:
@@ -49,7 +54,15 @@ def describe_data(run: Run) -> None:
     if shortened or cut or too_long:
         say(
             f"      over {rows.max_length} tokens: {shortened:,} with the prompt shortened from its left, "
-            f"{cut:,} with a response cut (not taught to end there), {too_long:,} dropped"
+            f"{cut:,} with a truncated response (it gets no EOS token), {too_long:,} dropped"
+        )
+    share = cut / max(len(rows.train) + held_out, 1)
+    if share > MUCH_TRUNCATED:
+        run.record.warn(
+            f"{share:.0%} of the {'pairs' if run.learns_pairs else 'responses'} are truncated to --max_length "
+            f"{rows.max_length}, so that the model learns beginnings without ends: raise --max_length (`data "
+            "--model_name_or_path ...` counts the lengths), or leave them out with --truncation drop",
+            aloud=True,
         )
     for reason, count in rows.bad_rows.items():
         say(f"      dropped {count:,}: {reason}")
@@ -66,8 +79,10 @@ def describe_start(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> N
     source, precision = run.source, run.precision
     counts, stored = count_parameters(trainer.model), source.stored()
     bits = counts.describe_4bit() or (f" on a base in {stored}" if stored is not None else "")
-    args = trainer.args
-    say(f"model: {source.name}, {counts.trainable:,} of {counts.total:,} parameters trained{bits}")
+    share = counts.trainable / max(counts.total, 1)
+    say(
+        f"policy: {source.name}, {counts.trainable:,} of {counts.total:,} parameters trained ({100 * share:.3g}%){bits}"
+    )
     part = text_part(trainer.accelerator.unwrap_model(trainer.model))
     if part is not None:
         say(f"      only {part} is trained: texts never reach the rest, which stays as it is")
@@ -77,13 +92,42 @@ def describe_start(run: Run, trainer: RunTrainer, reference: ReferencePlan) -> N
         say(f"      --use_4bit without --use_lora: 4-bit weights cannot be trained; {_what_is_in_4bit(reference)}")
     if isinstance(trainer, PreferenceTrainer):
         say(f"engine: {describe_layout(trainer)}")
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    say(f"batch: {_describe_batch(run, trainer)}")
+    say(f"steps: {_describe_steps(run, trainer)}")
     say(
         f"device: {device_name(precision.device)}{_describe_processes(trainer)}; computing in {precision.name} "
-        f"({precision.reason}); {pairs} rows per step, learning rate {args.learning_rate:g}"
+        f"({precision.reason})"
     )
     for warning in _warnings(run, trainer, reference):
         run.record.warn(warning, aloud=True)
+
+
+def _describe_batch(run: Run, trainer: RunTrainer) -> str:
+    args, kind = trainer.args, "pairs" if run.learns_pairs else "rows"
+    device, micro, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    parts = [f"{device} per device"]
+    parts += [f"{micro} accumulation steps"] if micro > 1 else []
+    parts += [f"{processes} processes"] if processes > 1 else []
+    return (
+        f"{device * micro * processes} {kind} per step ({' x '.join(parts)}), up to {run.rows.max_length} tokens each"
+    )
+
+
+def _describe_steps(run: Run, trainer: RunTrainer) -> str:
+    args, training = trainer.args, run.settings.training
+    steps = steps_of_run(run, args)
+    epochs = training.num_train_epochs
+    length = f"{steps:,}" if training.max_steps > 0 else f"{steps:,} in {epochs:g} epoch{'s' if epochs != 1 else ''}"
+    return f"{length}, {args.get_warmup_steps(steps):,} of warm-up to a learning rate of {args.learning_rate:g}"
+
+
+def steps_of_run(run: Run, args: TrainingArguments) -> int:
+    """Optimizer steps of the run as it is asked for, a dry run's too."""
+    training = run.settings.training
+    if training.max_steps > 0:
+        return training.max_steps
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(training.num_train_epochs * max(math.ceil(len(run.rows.train) / a_step), 1))
 
 
 def _what_is_in_4bit(reference: ReferencePlan) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..interruptions import stop_if_asked
+from ..report.run_verdict import describe_run
 from ..run.names import ADAPTER_CONFIG, EXAMPLES, MODEL_FILES, PAIRS, REPORT
+from ..run.program import join_command
 from ..run.writing import write_json_lines
-from ..runtime import readable_seconds, say
+from ..runtime import readable_bytes, readable_seconds, say
 from .callbacks import readable_metrics
 from .context import Run
+from .description import steps_of_run
 from .early_stopping import describe_best, find_kept
 from .examples import choose_examples
 from .pushing import push_folder
@@ -46,7 +50,7 @@ def _finish(live: LiveRun) -> None:
         metrics["held_out"] = evaluate_last(live)
     stop_if_asked()
     if run.folder is None:
-        say("dry run: every stage works; nothing was saved")
+        _say_forecast(live)
         return
     trainer.save_at_root(run.folder)
     if trainer.args.should_save and trainer.eval_dataset is not None:
@@ -61,6 +65,18 @@ def _finish(live: LiveRun) -> None:
     best = {"best_model": kept} if kept is not None else {}
     live.end(
         "finished", metrics=metrics, engine=describe_engine(live.trainer), files=trainer.writer.saved_files, **best
+    )
+
+
+def _say_forecast(live: LiveRun) -> None:
+    """What the step of a dry run says of the real one: it is of the longest pairs, and a first step is a slow one."""
+    run, resources, done = live.run, live.watcher.usage.resources(), max(live.trainer.state.global_step, 1)
+    steps, a_step = steps_of_run(run, live.trainer.args), resources["train_seconds"] / done
+    say("dry run: every stage works; nothing was saved")
+    say(
+        f"      peak memory {readable_bytes(resources['peak_memory_bytes'])}, {a_step:.2f} s per step; the run has "
+        f"{steps:,} steps: at most about {readable_seconds(steps * a_step)} of training (this step was of the longest "
+        f"{'pairs' if run.learns_pairs else 'rows'}), evaluation and saving not counted"
     )
 
 
@@ -111,8 +127,20 @@ def _say_result(live: LiveRun) -> None:
         f"done in {readable_seconds(resources['seconds'])}{cost} ({resources['pairs_per_second']:.1f} {kind}/s in "
         f"training, peak memory {resources['peak_memory_bytes'] / 2**30:.1f} GiB)"
     )
-    what = "adapter" if ADAPTER_CONFIG in live.trainer.writer.saved_files else "model"
+    adapts = ADAPTER_CONFIG in live.trainer.writer.saved_files
+    what = "adapter" if adapts else "model"
     say(f"{what}, tokenizer and record (run.json): {run.folder}")
     if (run.folder / REPORT).is_file():
         say(f"report: {run.folder / REPORT}")
     say_how_to_upload(run.settings, run.folder, content["wandb_run_id"])
+    say(describe_run(content)[0])
+    say("next:\n" + "\n".join(f"  {command}" for command in commands_after(run.folder, run.learns_pairs, adapts)))
+
+
+def commands_after(folder: Path, pairs: bool, adapter: bool) -> list[str]:
+    """The commands that use a finished run: its held-out pairs, base and tuned side by side, a talk, a model alone."""
+    name = str(folder)
+    words = [["evaluate", name]] if pairs else []
+    words += [["compare", name], ["chat", name]]
+    words += [["merge", name, f"{name.rstrip('/')}-merged"]] if adapter else []
+    return [join_command(each) for each in words]
