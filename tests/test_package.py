@@ -174,3 +174,23 @@ def test_an_installed_copy_works_from_an_empty_folder(installed, tiny_model, pai
     launched = read_record(tmp_path / "two")["process"]
     assert launched["launcher"][-2:] == ["--nproc_per_node", "2"]
     assert launched["script"] == "dpo-train"
+
+    run(installed / "python", *["-m", "accelerate.commands.launch", "--cpu", "-m", "advanced_dpo"], *model,
+        "--output_dir", "alone", "--max_steps", 1)  # fmt: skip
+    assert read_record(tmp_path / "alone")["process"]["launcher"][2:] == ["accelerate.commands.launch", "--cpu"]
+
+
+def test_a_program_with_utils_of_its_own_imports_the_script(tmp_path):
+    """Its own are found before and after; the script is the same."""
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "__init__.py").write_text("name = 'theirs'\n")
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        f"sys.path.append({str(ROOT)!r})\n"
+        "import advanced_dpo_script\n"
+        "from utils import name\n"
+        "print(name, advanced_dpo_script.main(['init', '--situation', 'cpu_trial', '--output_file', 'trial.yaml']))\n"
+    )
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("theirs 0\n"), done.stderr
+    assert (tmp_path / "trial.yaml").is_file()

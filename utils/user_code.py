@@ -89,7 +89,14 @@ class _ImportOfTheirs:
 
 
 def _let_own_utils_be_found(folder: Path) -> None:
-    """Lets files in the folder import a `utils` that lies there, though the script has one too."""
+    """Lets files in the folder import a `utils` that lies there, though the script has one too.
+
+    It has to be a hook of `import`: a person's adapter, scorer or judge is a file beside their own code, which the
+    script cannot ask them to rename; `utils` is the name that most projects have, this one too; and their file may
+    import it at any time, within a function also, when ours is long in `sys.modules`. It is set only once such a folder
+    is met, and an installed copy, or one that a program with a `utils` of its own imports, has another name and never
+    needs it.
+    """
     if __name__.partition(".")[0] != "utils":  # an installed copy has another name
         return
     if folder == ROOT or not ((folder / "utils.py").is_file() or (folder / "utils").is_dir()):

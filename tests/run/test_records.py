@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.models.sources import find_model
 from utils.report.run_page import make_run_page
 from utils.run.bounded import Unreadable
+from utils.run.processes import command_to_go_on, launcher_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from records import FILES, mangle_records, use_records
@@ -255,6 +256,29 @@ def test_a_command_is_built_of_our_script_and_known_launchers(run_script, run):
         assert words[words.index(script) - 4 : words.index(script)] == ["accelerate", "launch", "--num_processes", "2"]
         assert "evil" not in command
         assert any("names another launcher, which is not shown" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("started", "launcher"),
+    [
+        ("/bin/python /bin/accelerate launch --cpu -m advanced_dpo train", "accelerate launch --cpu"),
+        ("/bin/python /bin/accelerate-launch --cpu --module advanced_dpo", "accelerate launch --cpu"),
+        (
+            "/bin/python -m accelerate.commands.launch --cpu -m advanced_dpo",
+            "python -m accelerate.commands.launch --cpu",
+        ),
+        ("/bin/python /bin/torchrun --nproc_per_node 1 advanced_dpo_script.py train", "torchrun --nproc_per_node 1"),
+        ("/bin/torchrun --no-python dpo-train train", "torchrun"),
+        ("timeout 60 python advanced_dpo_script.py train", ""),
+        ("bash -c dpo-train", ""),
+        ("/bin/python -m pytest", ""),
+    ],
+)
+def test_a_launcher_is_known_by_its_command_line(started, launcher, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launcher_of(started.split()) == launcher.split()
+    words = command_to_go_on([], {"processes": 1, "launcher": launcher_of(started.split())})
+    assert words.startswith(f"{launcher or 'python'} advanced_dpo_script.py")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "accelerate launch --num_processes=2"])

@@ -16,7 +16,9 @@ from typing import Any
 from ..errors import LocalError
 from .program import join_command, name_of_program, words_of_launcher
 
-LAUNCHERS = ("accelerate", "torchrun")
+# Commands that start the script in processes -> how they are written down; and the modules that `python -m` runs so.
+LAUNCHERS = {"accelerate": ("accelerate",), "accelerate-launch": ("accelerate", "launch"), "torchrun": ("torchrun",)}
+LAUNCHING_MODULES = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run")
 # Options of the first start that do not belong to its continuation, and how many words each takes.
 DROPPED = {"--overwrite_output_dir": 1, "--resume_from_checkpoint": 2}
 PATIENCE = 600.0  # seconds of silence that any run may need, for a checkpoint or an evaluation
@@ -48,20 +50,24 @@ def identify_process() -> dict[str, Any]:
 
 
 def _read_launcher() -> list[str]:
-    """The words with which `accelerate launch` or torchrun was started, up to the script; none where they cannot be
-    seen."""
+    """The words with which a launcher was started, up to the script; none where they cannot be seen."""
     import psutil
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return []
     try:
-        words = words_of_launcher(psutil.Process().parent().cmdline())
+        return launcher_of(psutil.Process().parent().cmdline())
     except (psutil.Error, AttributeError):
         return []
-    if words is None:
-        return []
-    begin = next((number for number, word in enumerate(words) if Path(word).name in LAUNCHERS), None)
-    return [Path(words[begin]).name, *words[begin + 1 :]] if begin is not None else ["python", *words[1:]]
+
+
+def launcher_of(words: Sequence[str]) -> list[str]:
+    """The words of `accelerate launch` or torchrun in the command line of the process above this one, up to the script;
+    none where that started this one in another way."""
+    before = words_of_launcher(words) or []
+    for number, word in enumerate(before):
+        if Path(word).name in LAUNCHERS:
+            return [*LAUNCHERS[Path(word).name], *before[number + 1 :]]
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or any(word in LAUNCHING_MODULES for word in before)
+    return ["python", *before[1:]] if before and launched else []
 
 
 def tell_launcher(reason: str) -> None:
@@ -154,7 +160,7 @@ def command_to_go_on(
     words += ["--resume_from_checkpoint", "auto"] if resume else ["--overwrite_output_dir"]
     words += other
     count, launcher = process.get("processes") or 1, process.get("launcher")
-    if count == 1 or not (isinstance(launcher, list) and launcher and all(isinstance(word, str) for word in launcher)):
+    if not (isinstance(launcher, list) and launcher and all(isinstance(word, str) for word in launcher)):
         launcher = ["accelerate", "launch", "--num_processes", str(int(count))] if count != 1 else ["python"]
     script = process.get("script")
     return join_command(words, launcher, script if isinstance(script, str) else None)
