@@ -29,9 +29,11 @@ def test_a_line_has_means_over_its_items_and_the_tokens_of_its_seconds(tally):
     assert tally.finish_line(2.0) == {"loss": 3.0, "pairs": 4, "tokens_per_second": 40 / 2}
     micro_batch(tally, [4], [7.0])
     assert tally.finish_line(2.5) == {"loss": 7.0, "pairs": 1, "tokens_per_second": 10 / 0.5}
-    assert (tally.tokens_seen, tally.tokens_computed, tally.tokens_padded) == (50, 50, 80)
+    assert (tally.tokens_seen, *tally.tokens_of_all()) == (50, 50, 80)
     micro_batch(tally, [5], [8.0])
+    assert tally.seen_so_far(processes=2) == 50 + 2 * 10, "before the line is counted over all"
     assert tally.finish_line(2.5)["tokens_per_second"] == 0, "of a clock that did not move"
+    assert tally.seen_so_far(processes=2) == 60
 
 
 def test_a_step_that_is_begun_anew_counts_once(tally):

@@ -124,8 +124,8 @@ def used_values(run: Run, trainer: RunTrainer) -> dict[str, Any]:
 
 
 def describe_engine(trainer: RunTrainer) -> dict[str, Any]:
-    """How batches are laid out, and the tokens that went through the policy in training."""
-    world = trainer.args.world_size
+    """How batches are laid out, and the tokens that went through the policy in training; all processes ask together."""
+    computed, padded = trainer.tally.tokens_of_all()
     layout = trainer.layout.shared_prefix if isinstance(trainer, PreferenceTrainer) else "sft computes padded batches"
     return {
         "shared_prefix": layout,
@@ -134,6 +134,6 @@ def describe_engine(trainer: RunTrainer) -> dict[str, Any]:
         "compiled_layers": trainer.compiler.layers,
         "compiled_in_pieces": trainer.compiler.in_pieces,
         "pair_by_pair": trainer.layout.pair_by_pair if isinstance(trainer, PreferenceTrainer) else None,
-        "tokens_computed": trainer.tally.tokens_computed * world,
-        "tokens_padded_equivalent": trainer.tally.tokens_padded * world,
+        "tokens_computed": computed,
+        "tokens_padded_equivalent": padded,
     }

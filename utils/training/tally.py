@@ -28,6 +28,7 @@ class StepTally:
         self.counted, self.device = counted, device
         self.sums: dict[str, Tensor] = {}  # since the last line, by name of the metric
         self.tokens_computed = self.tokens_padded = self.tokens_seen = 0
+        self.seen_by_all = 0  # tokens of the data in all processes, up to the last line
         self.losses: list[tuple[list[int], Tensor]] = []  # rows of each micro-batch of the optimizer step, (rows,)
         self._last_line = (0, 0.0)  # tokens seen and seconds of training when it was logged
         self._before_step: tuple[Tensor, dict[str, Tensor]] | None = None  # what is logged, without that step
@@ -79,8 +80,18 @@ class StepTally:
         totals = dict(zip(names, values, strict=True))
         count, passed = totals.pop(self.counted), seconds - seconds_before
         self.sums, self._last_line = {}, (self.tokens_seen, seconds)
+        self.seen_by_all += int(tokens)
         line = {name: total / count for name, total in totals.items()} | {self.counted: count}
         return line | {"tokens_per_second": tokens / passed if passed > 0 else 0.0}
+
+    def seen_so_far(self, processes: int) -> int:
+        """Tokens of the data in all processes; since the last line each is taken to have seen as much as this one."""
+        return self.seen_by_all + (self.tokens_seen - self._last_line[0]) * processes
+
+    def tokens_of_all(self) -> tuple[int, int]:
+        """The tokens computed, and those of padded rows, in all processes, which ask together."""
+        computed, padded = sum_of(torch.tensor([self.tokens_computed, self.tokens_padded], device=self.device)).tolist()
+        return computed, padded
 
     def read(self) -> dict[str, Any]:
         """What has been counted so far in the optimizer step and the line."""

@@ -43,8 +43,8 @@ class Usage:
         }
 
     def tokens_seen(self) -> int:
-        """Tokens of the data trained on in this part of the run, in all processes, each as much as the main one."""
-        return self.trainer.tally.tokens_seen * self.trainer.args.world_size
+        """Tokens of the data trained on in this part of the run, in all processes."""
+        return self.trainer.tally.seen_so_far(self.trainer.args.world_size)
 
     def seconds_left(self) -> float:
         """How long the run will take yet, from its speed so far."""
