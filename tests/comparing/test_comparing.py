@@ -20,8 +20,9 @@ from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils.arguments import parse_arguments
 from utils.comparing import rewards
-from utils.comparing.judges import Judge, by_scores, count_orders, join_orders
+from utils.comparing.judges import Judge, ask, by_scores, count_orders, join_orders
 from utils.comparing.measures import (
     count_outcomes,
     describe_responses,
@@ -172,6 +173,15 @@ def test_a_judge_that_goes_by_the_order_is_found_out(run_script, runs, tmp_path,
     assert details[f"{swayed}_in_both_orders"] == details["matches_with_both"] == different
     assert record["judges"][0]["ties"] == len(rows)
     assert f"the verdict followed the order in {different} (100.0%)" in " ".join(out.split())
+
+
+def test_responses_that_are_the_same_are_a_tie_that_nobody_is_asked_about(endpoint, tmp_path):
+    settings = parse_arguments(["compare", "m", "--judge", endpoint.url, "--judge_model", "same"])
+    judge = Judge(endpoint.url, "an endpoint")
+    found = ask(judge, ["q", "q"], ["a long one", "same"], ["short", "same"], tmp_path, settings)
+    assert found.outcomes == [1, 0.5]
+    assert (found.details["matches_with_both"], found.details["same_in_both_orders"]) == (1, 1)
+    assert len(endpoint.seen) == 2
 
 
 def test_answers_without_a_verdict_count_for_neither_side(run_script, runs, tmp_path, endpoint):
