@@ -225,6 +225,16 @@ def test_a_reply_that_begins_or_ends_with_a_result_is_not_trained_on(reply, toke
     assert row.fault.startswith("with this chat template, tool results cannot be separated")
 
 
+def test_of_a_turn_without_an_end_token_all_counts_and_nothing_of_the_result(tokenizer):
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{{ m.content }}{%- if m.tool_calls -%}{{ m.tool_calls[0].function.name }}"
+        "{%- endif -%}|{%- endfor -%}"
+    )
+    row, _, ids = render(tokenizer, ASKED, [call("Oslo"), result(), SAID])
+    assert row.completions == ["weather|cold|It is 4 degrees.|"]
+    assert tokenizer.decode([-1 - token for token in ids if token < 0]) == "cold|"
+
+
 def test_what_a_result_says_changes_no_token_that_counts(tokenizer):
     tokenizer.chat_template = TEMPLATES["qwen3"].read_text(encoding="utf-8")
     counted = []
@@ -261,7 +271,9 @@ def test_reasoning_reaches_the_template_under_the_name_that_it_knows(tokenizer):
             assert "let me see" in row.completions[0], (template, field)
             same, _, _ = render(tokenizer, ASKED, [{**SAID, known: "let me see"}])
             assert row == same
-        row, _, _ = render(tokenizer, ASKED, [{**SAID, known: "\n let me see\n"}])  # some leave out blanks around it
+        row, _, _ = render(
+            tokenizer, ASKED, [{**SAID, known: "\n\nlet me see\n\n\n"}]
+        )  # some leave out blanks around it
         assert (row.fault, row.notes) == (None, ())
 
 
