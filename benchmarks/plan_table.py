@@ -20,7 +20,7 @@ from transformers import AutoConfig
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from utils.planning.estimate import Estimate, estimate  # noqa: E402
+from utils.planning.estimate import Division, Estimate, estimate  # noqa: E402
 from utils.planning.hardware import GIB, Device, find_device_by_name  # noqa: E402
 from utils.planning.paper_model import Way  # noqa: E402
 from utils.settings.training import LoraSettings  # noqa: E402
@@ -63,7 +63,7 @@ def find_best(shape: dict, device: Device, count: int, pairs: list) -> tuple[str
                         config, torch.bfloat16, use_lora, in_4bit, LoraSettings(), checkpointing, reference, on_gpu=True
                     )
                     longest = [pairs[index] for index in range(batch)]
-                    needs = estimate(way, longest, STEP // batch, device.reserved, sharding, count)
+                    needs = estimate(way, longest, STEP // batch, device.reserved, Division(sharding, count))
                     if needs.fits(device):
                         return kind, sharding, replace(needs, way=way)
                     held = sum(needs.parts[part] for part in ("weights", "adapter", "optimizer", "reference"))

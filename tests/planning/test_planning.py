@@ -24,6 +24,7 @@ from utils.engine.shared_prefix import PairLayout
 from utils.errors import UserError
 from utils.planning.estimate import (
     SHARDED,
+    Division,
     _share_of_device,
     estimate,
     layers_alike,
@@ -147,8 +148,8 @@ def test_layers_that_attend_in_two_ways_are_all_walked_through():
 
 def test_several_devices_hold_a_share_each():
     alone = estimate(FULL, PAIRS, 1, base=0)
-    zero2 = estimate(FULL, PAIRS, 1, base=0, sharding="zero2", devices=4)
-    fsdp2 = estimate(FULL, PAIRS, 1, base=0, sharding="fsdp2", devices=4)
+    zero2 = estimate(FULL, PAIRS, 1, base=0, division=Division("zero2", 4))
+    fsdp2 = estimate(FULL, PAIRS, 1, base=0, division=Division("fsdp2", 4))
     assert zero2.parts[OPTIMIZER] == -(-alone.parts[OPTIMIZER] // 4)
     assert zero2.parts[WEIGHTS] == alone.parts[WEIGHTS]
     assert fsdp2.parts[WEIGHTS] == -(-alone.parts[WEIGHTS] // 4)
@@ -161,21 +162,21 @@ def test_several_devices_hold_what_their_engines_hold():
     DeepSpeed in 16 bits has weights of 2 bytes and the float32 ones in its optimizer's share."""
     half = replace(FULL, dtype=torch.bfloat16)
     n = walk_step(half, PAIRS).trainable
-    ddp = estimate(half, PAIRS, 1, base=0, devices=4).parts
+    ddp = estimate(half, PAIRS, 1, base=0, division=Division(devices=4)).parts
     assert ddp["gradient buckets"] == 4 * n
     assert ddp[WEIGHTS] == pytest.approx(4 * n, rel=0.01)
-    zero2, zero3 = (estimate(half, PAIRS, 1, base=0, sharding=f"zero{stage}", devices=4).parts for stage in (2, 3))
+    zero2, zero3 = (estimate(half, PAIRS, 1, base=0, division=Division(f"zero{stage}", 4)).parts for stage in (2, 3))
     assert zero2[WEIGHTS] == pytest.approx(2 * n, rel=0.01)
     assert zero2[OPTIMIZER] == pytest.approx(12 * n / 4, rel=0.01)
     assert zero3[WEIGHTS] == pytest.approx(2 * n / 4, rel=0.01)
-    fsdp2 = estimate(half, PAIRS, 1, base=0, sharding="fsdp2", devices=4).parts
+    fsdp2 = estimate(half, PAIRS, 1, base=0, division=Division("fsdp2", 4)).parts
     assert fsdp2[WEIGHTS] == pytest.approx(4 * n / 4, rel=0.01)
     assert fsdp2[OPTIMIZER] == pytest.approx(8 * n / 4, rel=0.01)
     layer = sum(parameter.numel() for parameter in make_policy(half).model.layers[0].parameters())
     assert fsdp2["gathered layers"] == 2 * 2 * layer, "the one at work and the next, whole, in 16 bits"
     walk = walk_all_layers(half, PAIRS, 1)
     moment = walk.moments["first"]  # of the backward pass, when all gradients are there
-    shared, _ = _share_of_device(moment, half, walk, "zero1", 4, None)
+    shared, _ = _share_of_device(moment, half, walk, Division("zero1", 4))
     assert shared[GRADIENTS] == moment[GRADIENTS] // 2 > n, "16 bits each"
 
 
@@ -405,14 +406,15 @@ def test_the_launcher_is_told_by_flags_it_has(planner):
 
 
 def test_what_waits_in_main_memory_leaves_the_device(planner):
-    plain = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero2", devices=2)
-    optimizer = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero2", devices=2, offload="optimizer")
+    way = replace(FULL, on_gpu=True)
+    plain = estimate(way, PAIRS, 1, base=0, division=Division("zero2", 2))
+    optimizer = estimate(way, PAIRS, 1, base=0, division=Division("zero2", 2, "optimizer"))
     trained = walk_all_layers(replace(FULL, on_gpu=True), PAIRS, 1).trainable
     assert optimizer.host[OPTIMIZER] == plain.parts[OPTIMIZER]
     assert 0.5 * 4 * trained / 2 < optimizer.host[GRADIENTS] <= 4 * trained / 2
     assert optimizer.parts == {part: size for part, size in plain.parts.items() if part not in (OPTIMIZER, GRADIENTS)}
     assert optimizer.peak < plain.peak
-    weights = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, sharding="zero3", offload="weights")
+    weights = estimate(replace(FULL, on_gpu=True), PAIRS, 1, base=0, division=Division("zero3", offload="weights"))
     assert weights.host[WEIGHTS] == plain.parts[WEIGHTS]
     assert WEIGHTS not in weights.parts
     assert weights.parts["gathered layers"] > 0
@@ -433,7 +435,7 @@ def test_most_may_be_held_at_another_moment_once_it_is_divided():
     """Of short pairs the gradients are what a step has most of; among many devices, its activations."""
     way, pairs = replace(FULL, on_gpu=True), [(12, 6, 6)]
     whole = estimate(way, pairs, 1, base=0).parts
-    among_many = estimate(way, pairs, 1, base=0, sharding="fsdp2", devices=1000).parts
+    among_many = estimate(way, pairs, 1, base=0, division=Division("fsdp2", 1000)).parts
     assert whole[GRADIENTS] > 0
     most = max(parts[ACTIVATIONS] + parts[LOGITS] for parts in walk_all_layers(way, pairs, 1).moments.values())
     assert most == among_many[ACTIVATIONS] + among_many[LOGITS] > whole[ACTIVATIONS] + whole[LOGITS]

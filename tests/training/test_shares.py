@@ -10,7 +10,7 @@ import pytest
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import SequentialSampler
 
-from utils.training.shares import StepShares, share_out
+from utils.training.shares import StepShares, StepSize, share_out
 
 SHAPES = [  # rows, processes, slots, pairs per micro-batch
     (64, 2, 1, 4),
@@ -39,7 +39,7 @@ def micro_batches(rows: int, processes: int, slots: int, most: int, epoch: int =
     for process in range(processes):
         order = SeedableRandomSampler(sizes, data_seed=7)
         options = {"by_tokens": False, "drop_last": False} | options
-        shares = StepShares(order, sizes, processes, process, slots, most, **options)
+        shares = StepShares(order, sizes, StepSize(processes, slots, most), process, **options)
         shares.set_epoch(epoch)
         every.append(list(shares))
         assert len(every[-1]) == len(shares)
@@ -67,7 +67,9 @@ def test_steps_are_those_of_one_process_and_every_row_comes_once(rows, processes
 
 def test_an_order_that_is_not_drawn_is_kept():
     sizes = sizes_of(8)
-    shares = [StepShares(SequentialSampler(sizes), sizes, 2, process, 1, 2, False, False) for process in range(2)]
+    shares = [
+        StepShares(SequentialSampler(sizes), sizes, StepSize(2, 1, 2), process, False, False) for process in range(2)
+    ]
     assert steps_of([list(share) for share in shares], 1) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,9 +105,13 @@ def compare_models(settings: Settings) -> None:
     with named_as_given(settings.run.output_dir):
         write_results(folder, COMPARISON_FILES, record, rows, page)
     refresh_report(sides[0].trained.folder)
+    _say_result(record, rows, folder, words)
+
+
+def _say_result(record: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path, words: Sequence[str]) -> None:
     for line in summarize(record, rows):
         say(line)
-    if not judges:
+    if not record["judges"]:
         say("\nNo judge was named. The page shows the responses side by side; to judge them blind in a browser:")
         say(f"  {join_command([*words, '--judge', 'vote'])}")
     say(f"\npage ({PAGE}), rows ({ROWS}) and record ({RECORD}): {folder}")

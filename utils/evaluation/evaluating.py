@@ -95,7 +95,7 @@ def evaluate_model(settings: Settings) -> None:
     for line in (
         describe_policy(trained, scoring.model.use_4bit),
         f"reference: {reference.plan.how}",
-        *describe_pairs(pairs, rows, trained),
+        *describe_pairs(pairs, rows),
     ):
         say(line)
     run = Run(scoring, precision, trained.source, pairs.data, rows)
@@ -108,18 +108,22 @@ def evaluate_model(settings: Settings) -> None:
     if not is_main_process():
         return
     table = _make_table(scores, pairs, rows)
-    record = _make_record(table, scores, pairs, rows, trained, reference.plan, scoring, settings, precision)
+    record = _make_record(table, scores, pairs, run, trained, reference.plan, settings)
     record |= _describe_making(settings, trainer, precision, time.perf_counter() - began)
     links = link_pages(trained.folder, folder / EVALUATION_FILES[2])
     page = make_page(record, table.rows, find_examples(table, pairs), links)
     with named_as_given(settings.run.output_dir):
         write_results(folder, EVALUATION_FILES, record, table.rows, page)
     refresh_report(trained.folder)
+    _say_result(record, folder)
+
+
+def _say_result(record: dict[str, Any], folder: Path) -> None:
     say()
     for line in summarise_evaluation(record):
         say(line)
-    rows_file, page_file = EVALUATION_FILES[1:]
-    say(f"  {'all figures':<{LABEL}}{folder / page_file} (rows: {rows_file}, record: {EVALUATION_FILES[0]})")
+    record_file, rows_file, page_file = EVALUATION_FILES
+    say(f"  {'all figures':<{LABEL}}{folder / page_file} (rows: {rows_file}, record: {record_file})")
 
 
 def _check_launcher() -> None:
@@ -197,15 +201,14 @@ def _make_record(
     table: PairTable,
     scores: list[dict[str, Any]],
     pairs: EvaluatedPairs,
-    rows: Rows,
+    run: Run,
     trained: TrainedModel,
     reference: ReferencePlan,
-    scoring: Settings,
     settings: Settings,
-    precision: Precision,
 ) -> dict[str, Any]:
-    metrics = summarise(scores)
-    data = pairs.data
+    """What is written of an evaluation. `run` has what is scored, and how; `settings` are those of the person."""
+    metrics, scoring, precision = summarise(scores), run.settings, run.precision
+    data, rows = run.data, run.rows
     dropped = data.dropped | rows.bad_rows
     if rows.truncation.dropped:
         dropped[f"longer than {rows.max_length} tokens"] = rows.truncation.dropped

@@ -75,7 +75,7 @@ def make_page(
         "</header>",
         _show_figures(record),
         _show_comparison(record),
-        _show_margins(record, rows),
+        _show_margins(rows),
         _show_calibration(record),
         _show_length(record),
         _show_groups("By source", record["by_source"]),
@@ -160,7 +160,7 @@ def _show_comparison(record: dict[str, Any]) -> str:
     )
 
 
-def _show_margins(record: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _show_margins(rows: Sequence[Mapping[str, Any]]) -> str:
     margins = np.array([row["margin"] for row in rows])
     edges = make_edges(margins)
     counts = np.histogram(np.clip(margins, edges[0], edges[-1]), edges)[0].tolist()

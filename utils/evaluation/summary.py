@@ -25,7 +25,7 @@ def describe_policy(trained: TrainedModel, use_4bit: bool) -> str:
     return f"model: {source.name}, {kind}{made}"
 
 
-def describe_pairs(pairs: EvaluatedPairs, rows: Rows, trained: TrainedModel) -> Iterator[str]:
+def describe_pairs(pairs: EvaluatedPairs, rows: Rows) -> Iterator[str]:
     """What it is evaluated on, as lines."""
     data = pairs.data
     yield f"data: {data.source}: {data.reading.description}"
@@ -172,11 +172,6 @@ def describe_distance(record: dict[str, Any]) -> str:
             f"{measures['reference_perplexity']['value']:.2f}"
         )
     return "; ".join(texts) or "not measured: the two models' vocabularies differ in size"
-
-
-def describe_group(group: dict[str, Any]) -> str:
-    """The accuracy of a group of pairs."""
-    return f"{percent(group['accuracy'])} of {group['pairs']:,} correct ({between(group['accuracy'])})"
 
 
 def describe_recorded(record: dict[str, Any]) -> str:

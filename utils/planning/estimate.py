@@ -84,28 +84,37 @@ class Estimate:
         return self.peak <= device.memory
 
 
+@dataclass(frozen=True)
+class Division:
+    """How the parts of a step are divided among devices (SHARDED), and what is offloaded to CPU memory (OFFLOADED)."""
+
+    sharding: str = "none"
+    devices: int = 1
+    offload: str | None = None
+
+
+ALONE = Division()
+
+
 def estimate(
     way: Way,
     pairs: Sequence[PartLengths],
     micro_batches: int,
     base: int,
-    sharding: str = "none",
-    devices: int = 1,
-    offload: str | None = None,
+    division: Division = ALONE,
     kept: int = 0,
 ) -> Estimate:
     """What a step takes whose micro-batches are all like these pairs; of sft, like these rows.
 
     Args:
         base: bytes that are held beside the model.
-        offload: what is offloaded to CPU memory, a key of OFFLOADED.
         kept: bytes that a reference leaves behind when it was scored ahead.
 
     Raises:
         UserError: the model cannot be made from its config, or not be walked through.
     """
     walk = walk_all_layers(way, pairs, micro_batches)
-    shares = [_share_of_device(parts, way, walk, sharding, devices, offload) for parts in walk.moments.values()]
+    shares = [_share_of_device(parts, way, walk, division) for parts in walk.moments.values()]
     parts = max((parts for parts, _ in shares), key=lambda parts: sum(parts.values()))
     host = {part: max(waiting[part] for _, waiting in shares) for part in shares[0][1]}
     if kept:
@@ -119,10 +128,10 @@ def estimate(
 
 
 def _share_of_device(
-    parts: Mapping[str, int], way: Way, walk: Walk, sharding: str, devices: int, offload: str | None
+    parts: Mapping[str, int], way: Way, walk: Walk, division: Division
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What one device holds of the parts of a step at some moment, and what waits for it in CPU memory."""
-    parts = dict(parts)
+    parts, sharding, devices = dict(parts), division.sharding, division.devices
     host = {ACTIVATIONS: walk.offloaded} if walk.offloaded else {}
     if sharding in DEEPSPEED and way.dtype != torch.float32 and not way.use_lora:
         # DeepSpeed computes on 16-bit weights with gradients in 16 bits; its optimizer has the float32 weights.
@@ -133,7 +142,7 @@ def _share_of_device(
         parts[part] = -(-parts[part] // devices)
     if sharding == "none" and devices > 1:
         parts["gradient buckets"] = 4 * walk.trainable  # in which DistributedDataParallel adds them up
-    for part in OFFLOADED.get(offload, ()):
+    for part in OFFLOADED.get(division.offload, ()):
         host[part] = parts.pop(part)
     if WEIGHTS in SHARDED[sharding] and (devices > 1 or WEIGHTS in host):
         width = torch.finfo(way.dtype).bits // 8

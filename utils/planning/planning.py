@@ -17,7 +17,7 @@ from ..settings.training import Settings
 from ..settings.verbs import PlanSettings
 from ..training.batches import fill_batches
 from ..training.reference import KEPT_BYTES
-from .estimate import Estimate, estimate, pad_pairs
+from .estimate import Division, Estimate, estimate, pad_pairs
 from .hardware import GIB, Device, describe_this_machine, find_device_by_name
 from .launching import words_before_script
 from .measuring import Measured
@@ -203,7 +203,8 @@ class _Planner:
         else:
             shardings = ["none", "fsdp2"] if devices > 1 else ["none"]
         for sharding in [wish] if wish else shardings:
-            needs = estimate(way, pairs, micro_batches, self.base, sharding, devices, offload, self._kept(way))
+            division = Division(sharding, devices, offload)
+            needs = estimate(way, pairs, micro_batches, self.base, division, self._kept(way))
             if needs.fits(self.device):
                 break
         return Choice(asked, batch, needs, sharding, self._seconds(needs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
@@ -49,6 +50,15 @@ def share_out(sizes: Sequence[int], processes: int, slots: int, most: int) -> li
     return shares
 
 
+@dataclass(frozen=True)
+class StepSize:
+    """How an optimizer step is divided: `slots` micro-batches in each process, of at most `most` pairs."""
+
+    processes: int
+    slots: int
+    most: int
+
+
 class StepShares(BatchRebalanceSampler):
     """The micro-batches of one process, as row indices: as many in each process, an empty one where pairs run out.
 
@@ -60,22 +70,19 @@ class StepShares(BatchRebalanceSampler):
         self,
         rows: Sampler[int],
         sizes: Sequence[int],
-        processes: int,
+        size: StepSize,
         process: int,
-        slots: int,
-        most: int,
         by_tokens: bool,
         drop_last: bool,
     ) -> None:
-        """`rows`: the rows in the order of training. `most`: pairs per micro-batch; `by_tokens`: where a micro-batch is
-        split again by tokens, so that it may have any number of them."""
+        """`rows`: the rows in the order of training. `by_tokens`: where a micro-batch is split again by tokens, so that
+        it may have any number of pairs."""
         self.rows, self.sizes = rows, sizes
         self.drop_last = True  # as the wrapper that accelerate puts around it has it: it fills nothing up
-        self.processes, self.process, self.slots = processes, process, slots
-        self.most, self.by_tokens = most, by_tokens
+        self.size, self.process, self.by_tokens = size, process, by_tokens
         self.count = len(sizes)
         if drop_last:
-            self.count -= self.count % (most * processes)
+            self.count -= self.count % (size.most * size.processes)
 
     def set_epoch(self, epoch: int) -> None:
         """The order of another pass over the data."""
@@ -83,16 +90,16 @@ class StepShares(BatchRebalanceSampler):
             self.rows.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return -(-self.count // (self.most * self.processes))
+        return -(-self.count // (self.size.most * self.size.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.rows)[: self.count]
-        step = self.most * self.slots * self.processes
+        size, step = self.size, self.size.most * self.size.slots * self.size.processes
         for begin in range(0, len(order), step):
             rows = order[begin : begin + step]
-            slots = -(-len(rows) // (self.most * self.processes))
-            most = len(rows) if self.by_tokens else self.most
-            for share in share_out([self.sizes[row] for row in rows], self.processes, slots, most):
+            slots = -(-len(rows) // (size.most * size.processes))
+            most = len(rows) if self.by_tokens else size.most
+            for share in share_out([self.sizes[row] for row in rows], size.processes, slots, most):
                 yield [rows[position] for position in share[self.process]]
 
 
@@ -112,10 +119,8 @@ def share_steps(
     return StepShares(
         rows,
         sizes,
-        args.world_size,
+        StepSize(args.world_size, args.gradient_accumulation_steps, args.per_device_train_batch_size),
         args.process_index,
-        args.gradient_accumulation_steps,
-        args.per_device_train_batch_size,
         by_tokens=by_tokens,
         drop_last=args.dataloader_drop_last,
     )
