@@ -89,10 +89,7 @@ def test_calls_and_reasoning_under_the_templates_of_real_models(name, tokenizer)
         row, start, ids = render(tokenizer, prompt, reply)
         if row.fault is not None:
             calls = any("tool_calls" in turn for turn in [*prompt, *reply])
-            undecided = "tool results cannot be separated" in row.fault
-            assert undecided or (calls and WITHOUT_CALLS.fullmatch(name)), (kind, row.fault)
-            if undecided:
-                assert (name[:6], kind) in (("deepse", "two calls"), ("gptoss", "reasoning and a call"))
+            assert (calls, WITHOUT_CALLS.fullmatch(name) is not None) == (True, True), (kind, row.fault)
             continue
         options = {"tools": TOOLS, "tokenize": False}
         asked = {
@@ -195,6 +192,27 @@ def _marked(tokenizer, messages: list[dict], whole: str, row: Rendered) -> str:
 def _words(text: str) -> str:
     """The text without what templates write around turns, which marks and generation divide in other ways."""
     return TEMPLATE_PARTS.sub("", text)
+
+
+def test_marks_of_what_a_model_generates_part_results_that_texts_do_not_part(tokenizer):
+    plain, marked = (TEMPLATES[name].read_text(encoding="utf-8") for name in ("gptoss", "gptoss_training"))
+    prompt, reply = ROWS["reasoning and a call"]
+    found = []
+    for template in (plain, marked):
+        tokenizer.chat_template = template
+        row, _, ids = render(tokenizer, prompt, reply)
+        assert row.fault is None
+        found.append(ids)
+    assert found[0] == found[1]
+    left_out = "".join(tokenizer.decode([token]) for token in plain_ids([t for t in found[0] if t < 0]))
+    assert left_out.startswith("<|start|>functions.weather to=assistant")
+    assert left_out.endswith('"cold"<|end|><|start|>assistant'), "up to where generation would go on"
+    # Without marks, or with marks that do not part the results from the rest, the row is refused.
+    begin, end = "{%- generation %}", "{%- endgeneration %}"
+    empty = marked.replace(begin, begin + end + "{%- if true %}").replace(end + "\n", "{%- endif %}\n")
+    for template in (plain + "{#- changed -#}", empty):
+        tokenizer.chat_template = template
+        assert "tool results cannot be separated" in render(tokenizer, prompt, reply)[0].fault
 
 
 def test_a_turn_counts_up_to_its_end_and_a_result_whole_does_not(tokenizer):

@@ -18,6 +18,7 @@ from .rendering import (
     Rendered,
     Spans,
     Turns,
+    find_marks,
     held_reasoning,
     names_read,
     render_chat,
@@ -213,6 +214,9 @@ class PromptEncoder:
                 self.tokenizer, turns, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs
             )
 
+        def mark(turns: Turns, whole: str) -> Spans | None:
+            return find_marks(self.tokenizer, turns, whole, tools=tools, **kwargs)
+
         unread = [name for name in kwargs if name not in names_read(self.tokenizer)]
         dropped, empty = 0, None
         if held_reasoning(self.tokenizer) == "drop":
@@ -222,7 +226,7 @@ class PromptEncoder:
             silent = (name for name, reply in zip(names, replies, strict=True) if not _says_something(reply))
             empty = next(map(NOTHING_LEFT.format, silent), None)
         try:
-            row = render_row(render, prompt, replies, names)
+            row = render_row(render, prompt, replies, names, mark)
             notes = (*row.notes, *map(UNREAD.format, unread))
             return replace(row, fault=empty or row.fault, notes=notes, reasoned=row.reasoned + dropped)
         except Exception as error:  # a template can make Python raise anything

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from itertools import product
+from importlib.util import find_spec
+from itertools import pairwise, product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +24,13 @@ from markupsafe import escape
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from .calls import REASONING, RESULT_ROLES, extra_of, functions_of, reasoning_of, whole_message
+from .calls import REASONING, RESULT_ROLES, extra_of, functions_of, whole_message
 from .think_tags import CLOSING, KINDS, TAG, Tags
-from .thoughts import find_thoughts
+from .thoughts import find_thoughts, thought_of
 
 Turns = list[dict[str, Any]]
 Render = Callable[..., str]  # (turns, add_generation_prompt=False) -> text
+Mark = Callable[[Turns, str], "Spans | None"]  # (turns, their text) -> what a template marks as the model's in it
 Spans = tuple[tuple[int, int], ...]  # begin and end of parts of a text, in characters
 
 # Stands for a reply, to see what a template writes around one; in private use, so no template writes it by itself.
@@ -84,7 +88,13 @@ class Rendered:
     reasoned: int = 0
 
 
-def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turns], names: Sequence[str]) -> Rendered:
+def render_row(
+    render: Render,
+    prompt: str | Turns,
+    replies: Sequence[str | Turns],
+    names: Sequence[str],
+    mark: Mark = lambda turns, whole: None,
+) -> Rendered:
     """The text that generation would begin from, and for each reply the text that follows it.
 
     All replies follow the same prompt text. That is what the template writes for a reply to come, with one exception:
@@ -92,6 +102,7 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
 
     Args:
         names: what the replies are called in faults.
+        mark: asked where the model's turns stand, where the texts of parts of a reply do not tell.
     """
     if isinstance(prompt, str):
         return Rendered(prompt, [reply if isinstance(reply, str) else _words(reply) for reply in replies])
@@ -116,12 +127,10 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
             fault = fault or SECOND_BLOCK.format(name) + ADVICE
         if any(function["name"] not in rest for turn in reply for function in functions_of(turn)):
             fault = fault or CALLS_DROPPED.format(name) + ADVICE
-        if any(_find(rest, reasoning_of(turn).strip(), 0) < 0 for turn in reply):
-            notes[REASONING_LEFT_OUT.format(name)] = None
         if note is not None:
             notes[note] = None
     results = [
-        () if isinstance(reply, str) else _find_results(render, prompt, reply, whole, len(whole) - len(rest))
+        () if isinstance(reply, str) else _find_results(render, mark, prompt, reply, whole, len(whole) - len(rest))
         for reply, whole, rest in zip(replies, wholes, completions, strict=True)
     ]
     if None in results:
@@ -131,20 +140,51 @@ def render_row(render: Render, prompt: str | Turns, replies: Sequence[str | Turn
         () if isinstance(reply, str) else find_thoughts(rest, reply, spans)
         for reply, rest, spans in zip(replies, completions, told, strict=True)
     )
+    for name, reply, spans in zip(names, replies, thoughts, strict=True):
+        if not isinstance(reply, str) and len(spans) < sum(map(bool, map(thought_of, reply))):
+            notes[REASONING_LEFT_OUT.format(name)] = None
     return Rendered(start, completions, fault, tuple(notes), False, told, thoughts, sum(map(bool, thoughts)))
 
 
-def _find_results(render: Render, prompt: Turns, reply: Turns, whole: str, begin: int) -> Spans | None:
+def _find_results(render: Render, mark: Mark, prompt: Turns, reply: Turns, whole: str, begin: int) -> Spans | None:
     """Where in a reply, which begins at `begin` of `whole`, stands what the model does not write: from the end of each
     of its turns that is followed by a result, to where generation would go on. None where that cannot be told."""
     are_results = [turn["role"] in RESULT_ROLES for turn in reply]
     borders = [number for number in range(1, len(reply)) if are_results[number] != are_results[number - 1]]
+    runs = list(zip(borders[::2], borders[1::2], strict=True))
     spans = []
-    for first, last in zip(borders[::2], borders[1::2], strict=True):
+    for first, last in runs:
         ended = _end_within(render([*prompt, *reply[:first]]), whole)
         goes_on = _end_within(render([*prompt, *reply[:last]], add_generation_prompt=True), whole)
         if ended is None or goes_on is None or not begin < ended <= goes_on < len(whole):
-            return None
+            return _find_marked(render, mark, prompt, reply, runs, whole, begin)
+        spans.append((ended - begin, goes_on - begin))
+    return tuple(spans)
+
+
+def _find_marked(
+    render: Render, mark: Mark, prompt: Turns, reply: Turns, runs: Sequence[tuple[int, int]], whole: str, begin: int
+) -> Spans | None:
+    """The same by the template's own marks of what a model generates; None where it has none, or these do not agree
+    with the results, which are `runs` of the reply's turns."""
+    marks = mark([*prompt, *reply], whole) or ()
+    gaps = [(ended, goes_on) for (_, ended), (goes_on, _) in pairwise(marks) if begin < ended < goes_on]
+    if len(gaps) != len(runs):
+        return None
+    spans = []
+    for (first, last), (ended, goes_on) in zip(runs, gaps, strict=True):
+        place = ended
+        for turn in reply[first:last]:
+            said = str(turn.get("content") or "").strip()
+            found = _find(whole[:goes_on], said, place)
+            if found < 0:
+                return None
+            place = found + len(said)
+        # Marks may begin with the header that generation is given.
+        asked = render([*prompt, *reply[:last]], add_generation_prompt=True)
+        header = asked[asked.rfind(whole[place:goes_on]) :] if whole[place:goes_on] in asked else ""
+        if header and whole.startswith(header, place):
+            goes_on = max(goes_on, place + len(header))
         spans.append((ended - begin, goes_on - begin))
     return tuple(spans)
 
@@ -291,6 +331,7 @@ def _find(text: str, said: str, begin: int) -> int:
 
 # The clock.
 
+MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
 FORM = "chat_template_call_form"  # attribute of a tokenizer: its template, and how that wants a call
 HELD = "chat_template_moment"  # attribute of a tokenizer: the moment that its template is told, whenever it asks
 REASONED = "chat_template_reasoning"  # attribute of a tokenizer: what becomes of reasoning, as --reasoning says
@@ -434,6 +475,39 @@ def _renders_call(tokenizer: PreTrainedTokenizerBase, form: Form) -> bool:
     except Exception:  # a template can make Python raise anything
         return False
     return "look_up" in text and "tree" in text and "None" not in text and '\\"word' not in text
+
+
+def find_marks(tokenizer: PreTrainedTokenizerBase, turns: Turns, whole: str, **options: Any) -> Spans | None:
+    """What of `whole`, the text of these turns, the chat template marks as generated by a model ({% generation %}), or
+    the variant of it with marks that TRL has; None where there are no marks, or they are in another text."""
+    template = _with_marks(str(tokenizer.chat_template))
+    if template is None:
+        return None
+    messages, fields = list(map(whole_message, turns)), _form_of(tokenizer).reasoning
+    given = {**tokenizer.special_tokens_map, **held_arguments(tokenizer), **options}
+    with _clock_at(held_moment(tokenizer)):
+        for form in FORMS:
+            said = [_fit_message(message, replace(form, reasoning=fields)) for message in messages]
+            with contextlib.suppress(Exception):  # a template can make Python raise anything
+                (text,), (marks,) = chat_template_utils.render_jinja_template(
+                    [said], chat_template=template, return_assistant_tokens_mask=True, **given
+                )
+                if text == whole:
+                    return tuple((begin, end) for begin, end in marks)
+    return None
+
+
+@lru_cache
+def _with_marks(template: str) -> str | None:
+    if MARKS.search(template):
+        return template
+    found = find_spec("trl")
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        for variant in sorted((Path(place) / "chat_templates").glob("*_training.jinja")):
+            plain = variant.with_name(variant.name.replace("_training", ""))
+            if plain.is_file() and plain.read_text(encoding="utf-8").strip() == template.strip():
+                return variant.read_text(encoding="utf-8")
+    return None
 
 
 @contextlib.contextmanager

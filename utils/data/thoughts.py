@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import escape
+
 from .calls import EXTRA, REASONING, RESULT_ROLES, extra_of, reasoning_of
 from .think_tags import KINDS
 
@@ -54,7 +56,7 @@ def without_thought(turn: Mapping[str, Any]) -> dict[str, Any]:
 def find_thoughts(text: str, reply: Sequence[Mapping[str, Any]], results: Sequence[Span]) -> tuple[Span, ...]:
     """Where the reasoning of a reply's turns stands in its text, with the think tags around it.
 
-    `results`: where the results of tools stand; each of the assistant's turns begins behind those before it.
+    `results`: where the results of tools stand, between which each of the assistant's turns is looked for.
     """
     spans: list[Span] = []
     place, passed = 0, 0
@@ -65,9 +67,9 @@ def find_thoughts(text: str, reply: Sequence[Mapping[str, Any]], results: Sequen
         said = thought_of(turn)
         if not said:
             continue
-        begin = _behind_tag(text, place)
-        forms = (said, json.dumps(said, ensure_ascii=False)[1:-1])
-        found = next(((at, at + len(form)) for form in forms if (at := text.find(form, begin)) >= 0), None)
+        begin, end = _behind_tag(text, place), results[passed][0] if passed < len(results) else len(text)
+        forms = (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1], str(escape(said)))
+        found = next(((at, at + len(form)) for form in forms if (at := text.find(form, begin, end)) >= 0), None)
         if found is not None:
             spans.append(_with_tags(text, place, *found))
             place = spans[-1][1]
