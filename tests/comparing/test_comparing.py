@@ -342,6 +342,37 @@ def test_a_checkpoint_a_text_file_and_greedy_answers(run_script, runs, tmp_path,
     assert page.count('<article class="card">') == 2
 
 
+def test_prompts_with_tools_are_answered_with_the_tools_shown(run_script, runs, tiny_model, tmp_path, votes_left):
+    tool = {
+        "type": "function",
+        "function": {"name": "look_up", "parameters": {"properties": {"word": {"type": "string"}}}},
+    }
+    rows = [{"prompt": [{"role": "user", "content": "a tree?"}], "tools": [tool]} for _ in range(2)]
+    rows[1]["tools"] = [{"type": "function", "function": {"name": "add"}}]
+    template = "{{ tools | tojson if tools }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    data = write_lines(tmp_path / "asked.jsonl", rows)
+    flags = (
+        "--prompts",
+        data,
+        "--chat_template",
+        template,
+        "--judge",
+        "vote",
+        "implicit_reward",
+    )
+    _, _, answers = compare(run_script, runs["lora"], tmp_path / "compared", *flags)
+    assert [json.loads(answer["tools"]) for answer in answers] == [row["tools"] for row in rows]
+    assert answers[0]["response"] != answers[1]["response"], "the model was not shown its tools"
+    votes = [json.loads(line) for line in (tmp_path / "compared" / "votes.jsonl").read_text().splitlines()]
+    assert [vote["tools"] for vote in votes] == [answer["tools"] for answer in answers if vote_counts(answer)]
+    page = (tmp_path / "compared" / "comparison.html").read_text(encoding="utf-8")
+    assert "look_up(word?: string)" in page
+
+
+def vote_counts(answer: dict) -> bool:
+    return answer["judges"]["vote"]["outcome"] in (0, 1) and answer["response"] and answer["baseline_response"]
+
+
 def test_only_an_own_comparison_is_replaced(run_script, runs, tmp_path, scorer_file):
     names = ("compare", "--model_name_or_path", runs["lora"], "--output_dir", tmp_path / "out", *SHORT)
     judge = ("--judge", f"{scorer_file}:longest")

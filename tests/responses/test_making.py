@@ -30,8 +30,8 @@ def scorer_file(tmp_path) -> Path:
     return path
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_lines(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def generate(run_script, model: Path, data: Path, output: Path, *flags) -> tuple[int, str, str]:
@@ -100,6 +100,51 @@ def test_dialogues_get_messages(run_script, tmp_path, tiny_model, scorer_file):
     code, _, err = generate(run_script, tiny_model, data, output, "--scorer", f"{scorer_file}:longest")
     assert code == 0, err
     assert [message["role"] for message in read_lines(output)[0]["chosen"]] == ["assistant"]
+
+
+def test_the_tools_of_a_prompt_are_shown_to_model_and_scorer_and_go_with_its_pair(run_script, tmp_path, tiny_model):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("look_up", "add")]
+    call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"terms": [1, None]}}}
+    turns = [
+        {"role": "user", "content": "one and nothing?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00001", "content": "1"},
+        {"role": "user", "content": "so?"},
+    ]
+    rows = [{"prompt": pair["prompt"], "tools": tools[:1]} for pair in make_pairs(3)]
+    rows = [*rows, {**rows[0], "tools": tools[1:]}, rows[0], {"prompt": turns, "tools": None}]
+    template = "{{ tools | tojson if tools }}{% for m in messages %}{{ m['content'] or m['tool_calls'] }}\n{% endfor %}"
+    told = tmp_path / "told.json"
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text(
+        "import json\ndef score(prompts, responses, tools):\n"
+        f"    with open({str(told)!r}, 'w') as file:\n        json.dump([prompts, tools], file)\n"
+        "    return [len(response) for response in responses]\n"
+    )
+    output = tmp_path / "made.jsonl"
+    data = write_lines(tmp_path / "prompts.jsonl", [{**row, "prompt": _as_turns(row["prompt"])} for row in rows])
+    flags = ("--scorer", f"{scorer}:score", "--chat_template", template)
+    code, out, err = generate(run_script, tiny_model, data, output, *flags)
+    assert code == 0, err
+    assert "1 are duplicates" in out, "the same prompt with other tools is another one"
+    samples = {json.dumps([one["prompt"], one.get("told")]): one for one in read_lines(f"{output}.samples.jsonl")[1:]}
+    first, _, _, other, last = samples.values()
+    assert first["responses"] != other["responses"], "the model was not shown its tools"
+    assert last["prompt"] == turns
+    prompts, given = json.loads(told.read_text())
+    assert given == [tools[:1]] * 9 + [tools[1:]] * 3 + [[]] * 3
+    assert prompts[-1] == turns
+    for pair in read_lines(output):
+        assert pair["prompt"] in [_as_turns(row["prompt"]) for row in rows], "a call lost its null"
+        listed = json.loads(pair["tools"]) if "tools" in pair else None
+        assert {"prompt": pair["prompt"], "tools": listed} in [{**r, "prompt": _as_turns(r["prompt"])} for r in rows]
+    blind = template.partition("}}")[2]
+    code, _, err = generate(run_script, tiny_model, data, tmp_path / "x.jsonl", *flags[:3], blind)
+    assert (code, "leaves out the tools" in err) == (2, True)
+
+
+def _as_turns(prompt: str | list) -> list:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def test_samples_are_gone_on_with_on_the_date_of_the_first(run_script, tmp_path, tiny_model, scorer_file, monkeypatch):

@@ -18,7 +18,6 @@ from ..models.side_by_side import Contender, load_side_by_side
 from ..models.trained import as_in_run
 from ..report.links import link_pages, refresh_report
 from ..responses.generation import Continuation
-from ..responses.scorers import Prompt
 from ..run.folder import named_as_given
 from ..run.names import COMPARISON_FILES
 from ..run.processes import count_processes
@@ -65,20 +64,20 @@ def compare_models(settings: Settings) -> None:
         lambda: find_folder(settings, sides[0]),
         lambda: read_questions(settings, sides[0].trained),
     )
-    readers = read_readers(sides, settings, questions.are_messages)
+    readers = read_readers(sides, settings, questions)
     settings = bound_new_tokens(settings, readers)
     precision = choose_precision(settings.model.dtype, find_device())
-    prompts = choose_fitting(questions.prompts, readers, settings.of(SamplingSettings).max_new_tokens)
-    _describe(sides, readers, questions, len(prompts), judges, settings, precision)
+    asked = choose_fitting(questions, readers, settings.of(SamplingSettings).max_new_tokens)
+    _describe(sides, readers, questions, len(asked.prompts), judges, settings, precision)
 
-    written, rewarded = _compute(sides, readers, prompts, judges, settings, precision)
+    written, rewarded = _compute(sides, readers, asked, judges, settings, precision)
     stop_if_asked()
     model, baseline = ([row.text for row in side] for side in written)
     judgements = [
-        rewarded if judge.name == OWN_REWARD else ask(judge, prompts, model, baseline, folder, settings)
+        rewarded if judge.name == OWN_REWARD else ask(judge, asked, model, baseline, folder, settings)
         for judge in judges
     ]
-    rows = [_as_row(place, prompt, written, judgements) for place, prompt in enumerate(prompts)]
+    rows = [_as_row(place, asked, written, judgements) for place in range(len(asked.prompts))]
     record = {
         "verb": "compare",
         "started": started,
@@ -90,8 +89,8 @@ def compare_models(settings: Settings) -> None:
         "baseline": sides[1].as_record(),
         "prompts": {
             "source": questions.source,
-            "count": len(prompts),
-            "without_room": len(questions.prompts) - len(prompts),
+            "count": len(asked.prompts),
+            "without_room": len(questions.prompts) - len(asked.prompts),
         },
         "sampling": dataclasses.asdict(settings.of(SamplingSettings)) | {"seed": settings.training.seed},
         "chat_templates": [reader.template for reader in readers],
@@ -159,7 +158,7 @@ def _describe(
 def _compute(
     sides: Sides,
     readers: Readers,
-    prompts: Sequence[Prompt],
+    asked: Questions,
     judges: Sequence[Judge],
     settings: Settings,
     precision: Precision,
@@ -173,14 +172,14 @@ def _compute(
             wanted["reference"] = stands
     contenders = load_side_by_side(wanted, settings.model, precision)
     own, other = (
-        write_responses(contenders[side.name], side.name, reader, prompts, settings)
+        write_responses(contenders[side.name], side.name, reader, asked, settings)
         for side, reader in zip(sides, readers, strict=True)
     )
     rewarded = None
     if reward is not None:
         reference = contenders.get("reference", contenders["baseline"])
         beta = sides[0].trained.setting("beta")
-        rewarded = _reward(reward, contenders["model"], reference, readers, prompts, (own, other), beta)
+        rewarded = _reward(reward, contenders["model"], reference, readers, asked, (own, other), beta)
     contenders.clear()
     gc.collect()
     if precision.device.type == "cuda":
@@ -193,14 +192,14 @@ def _reward(
     policy: Contender,
     reference: Contender,
     readers: Readers,
-    prompts: Sequence[Prompt],
+    asked: Questions,
     written: Written,
     beta: float,
 ) -> Judgement:
     say("      scoring the responses with the run's own reward")
     reader = readers[0]
     (own, _), (other, changed) = (
-        encode_responses(reader, writer, prompts, rows) for writer, rows in zip(readers, written, strict=True)
+        encode_responses(reader, writer, asked, rows) for writer, rows in zip(readers, written, strict=True)
     )
     rewards = implicit_rewards(policy, reference, own + other, beta, reader.tokenizer.pad_token_id)
     judgement = by_scores(judge, rewards[: len(own)], rewards[len(own) :])
@@ -219,7 +218,7 @@ def _count(judgement: Judgement) -> dict[str, Any]:
     return counts | {"details": {name: value for name, value in judgement.details.items() if name != "verdicts"}}
 
 
-def _as_row(place: int, prompt: Prompt, written: Written, judgements: Sequence[Judgement]) -> dict[str, Any]:
+def _as_row(place: int, asked: Questions, written: Written, judgements: Sequence[Judgement]) -> dict[str, Any]:
     """A line of comparison.jsonl."""
     own, other = written[0][place], written[1][place]
     judges = {}
@@ -231,7 +230,8 @@ def _as_row(place: int, prompt: Prompt, written: Written, judgements: Sequence[J
             found["model_first"], found["baseline_first"] = judgement.details["verdicts"][place]
         judges[judgement.judge] = found
     return {
-        "prompt": prompt,
+        "prompt": asked.prompts[place],
+        **asked.told[place],
         "response": own.text,
         "baseline_response": other.text,
         "tokens": len(own.ids),

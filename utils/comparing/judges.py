@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from ..data.tools import show_prompt
 from ..errors import UserError, gather
 from ..models.side_by_side import Wanted
 from ..responses.ballots import Ballots, Match
@@ -18,6 +19,7 @@ from ..responses.voting import check_port, collect_votes
 from ..runtime import say
 from ..settings.training import Settings
 from ..settings.verbs import ComparisonSettings, JudgeSettings
+from .questions import Questions
 from .sides import Side
 from .summary import OWN_REWARD
 
@@ -89,7 +91,7 @@ def find_reference(model: Side, settings: Settings) -> Wanted:
 
 def ask(
     judge: Judge,
-    prompts: Sequence[Prompt],
+    asked: Questions,
     model: Sequence[str],
     baseline: Sequence[str],
     folder: Path,
@@ -97,16 +99,18 @@ def ask(
 ) -> Judgement:
     """The judgement of any judge but the implicit reward, on responses in the order of the prompts."""
     if judge.name == VOTE:
-        matches = [Match(*match) for match in zip(prompts, model, baseline, strict=True)]
+        matches = [Match(*match) for match in zip(asked.prompts, model, baseline, asked.told, strict=True)]
         votes = collect_votes(matches, folder, settings.training.seed, settings.of(ComparisonSettings).vote_port or 0)
         both_bad = Ballots(matches, folder, settings.training.seed).both_bad
         return Judgement(judge.name, judge.how, votes, details={"both_bad": both_bad})
     if is_endpoint(judge.name):
-        return _ask_endpoint(judge, list(zip(prompts, model, baseline, strict=True)), settings)
+        shown = [show_prompt(*prompt) for prompt in zip(asked.prompts, asked.told, strict=True)]
+        return _ask_endpoint(judge, list(zip(shown, model, baseline, strict=True)), settings)
     score = judge.score or load_reward_model(judge.name, settings.model.trust_remote_code, FLAG)
     # Those to one prompt stand together, as in making pairs.
-    doubled = [prompt for prompt in prompts for _ in range(2)]
-    scores = score(doubled, [text for both in zip(model, baseline, strict=True) for text in both])
+    doubled = asked.select([place for place in range(len(asked.prompts)) for _ in range(2)])
+    texts = [text for both in zip(model, baseline, strict=True) for text in both]
+    scores = score(doubled.prompts, texts, doubled.told)
     return by_scores(judge, scores[0::2], scores[1::2])
 
 

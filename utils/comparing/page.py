@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.tools import show_prompt
 from ..report.charts import Bar, draw_bars
 from ..report.html import (
     make_chart,
@@ -16,7 +17,6 @@ from ..report.html import (
     show,
 )
 from ..report.markdown import render_markdown
-from ..report.messages import show_messages
 from .summary import (
     JUDGE_HEAD,
     OWN_REWARD,
@@ -121,8 +121,9 @@ def _show_row(number: int, row: dict[str, Any]) -> str:
         for name, key in (("Model", ""), ("Baseline", "baseline_"))
     )
     better = make_paragraph(f"Better: {'; '.join(describe_outcomes(row))}") if row["judges"] else ""
+    prompt = show(show_prompt(row["prompt"], row))
     return (
-        f'<article class="card"><h3>Prompt {number:,}</h3><div class="text">{show(show_messages(row["prompt"]))}</div>'
+        f'<article class="card"><h3>Prompt {number:,}</h3><div class="text">{prompt}</div>'
         f'<div class="sides">{sides}</div>{better}</article>'
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ..data.calls import plain_turns
-from ..data.prompts import name_split, read_prompts
-from ..data.splitting import prompt_key
+from ..data.prompts import Asked, name_split, read_prompts, take_different
+from ..data.template_kwargs import TOLD, told
 from ..errors import UserError
 from ..models.trained import TrainedModel
 from ..responses.scorers import Prompt
@@ -24,15 +25,20 @@ DEFAULT_COUNT = 100
 
 @dataclass(frozen=True)
 class Questions:
-    """Different prompts, in the order of their source."""
+    """Different prompts, in the order of their source, each with what its template is given beside it."""
 
     source: str
     prompts: list[Prompt]
+    told: list[dict[str, str]]
 
     @property
     def are_messages(self) -> bool:
         """Whether they are lists of messages rather than texts."""
         return not isinstance(self.prompts[0], str)
+
+    def select(self, places: Sequence[int]) -> Questions:
+        """Those at these places."""
+        return Questions(self.source, [self.prompts[i] for i in places], [self.told[i] for i in places])
 
 
 def read_questions(settings: Settings, trained: TrainedModel) -> Questions:
@@ -43,23 +49,15 @@ def read_questions(settings: Settings, trained: TrainedModel) -> Questions:
     """
     most = settings.of(SamplingSettings).num_prompts or DEFAULT_COUNT
     name = settings.of(ComparisonSettings).prompts
-    prompts: Iterable[Prompt]
+    prompts: Iterable[Asked]
     if name is None:
         source, prompts = _read_held_out(trained)
     elif name.lower().endswith(".txt"):
-        source, prompts = Path(name).name, _read_lines(read_path(name), name)
+        source, prompts = Path(name).name, ((line, {}) for line in _read_lines(read_path(name), name))
     else:
         source, prompts = _read_data(name, settings.data)
-    return Questions(source, _take_different(prompts, most))
-
-
-def _take_different(prompts: Iterable[Prompt], most: int) -> list[Prompt]:
-    different: dict[str, Prompt] = {}
-    for prompt in prompts:
-        different.setdefault(prompt_key(prompt), prompt)
-        if len(different) == most:
-            break
-    return list(different.values())
+    different = list(islice(take_different(prompts), most))
+    return Questions(source, [prompt for prompt, _ in different], [told for _, told in different])
 
 
 def _read_lines(path: Path, name: str) -> list[str]:
@@ -76,17 +74,14 @@ def _read_lines(path: Path, name: str) -> list[str]:
     return prompts
 
 
-def _read_data(name: str, settings: DataSettings) -> tuple[str, Iterator[Prompt]]:
+def _read_data(name: str, settings: DataSettings) -> tuple[str, Iterator[Asked]]:
     read = read_prompts(name_split(settings, name), "--prompts")
     for line in read.describe_left_out("rows left out"):
         say(line)
-    batches = read.rows.iter(1000)
-    return f"{read.source}: {read.description}", (
-        plain_turns(prompt) for batch in batches for prompt in batch["prompt"]
-    )
+    return f"{read.source}: {read.description}", read.each()
 
 
-def _read_held_out(trained: TrainedModel) -> tuple[str, list[Prompt]]:
+def _read_held_out(trained: TrainedModel) -> tuple[str, list[Asked]]:
     """The prompts that the run held out, read and split as in the run."""
     advice = "name prompts with --prompts"
     if trained.folder is None:
@@ -102,11 +97,11 @@ def _read_held_out(trained: TrainedModel) -> tuple[str, list[Prompt]]:
         raise UserError(f"--prompts is missing, and the run held out none (--validation_split none); {advice}")
     if data.fingerprint != trained.record.get("data", {}).get("fingerprint"):
         say(f"warning: {data.source} changed since the run; its prompts are split as in the run all the same")
-    columns = [name for name in ("prompt", "tools") if name in data.held_out.column_names]
+    columns = [name for name in ("prompt", *TOLD) if name in data.held_out.column_names]
     rows = data.held_out.select_columns(columns).to_list()
-    prompts = [plain_turns(row["prompt"]) for row in rows if row["prompt"] and not row.get("tools")]
+    prompts = [(plain_turns(row["prompt"]), told(row)) for row in rows if row["prompt"]]
     if len(prompts) < len(rows):
-        say(f"      {len(rows) - len(prompts):,} rows left out: without a prompt, or with tools")
+        say(f"      {len(rows) - len(prompts):,} rows left out: without a prompt")
     if not prompts:
         raise UserError(f"--prompts is missing, and the rows that the run held out have none; {advice}")
     return f"those that the run held out ({data.source})", prompts

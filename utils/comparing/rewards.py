@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..data.template_kwargs import as_options
 from ..engine.scoring import score_tokens
 from ..errors import UserError
 from ..models.side_by_side import Contender
 from ..responses.generation import Continuation
-from ..responses.scorers import Prompt
+from .questions import Questions
 from .sides import Reader
 
 TOKENS_PER_BATCH = 8192  # of padded rows; only those of responses are put to the output head
@@ -20,7 +21,7 @@ Ids = tuple[list[int], list[int]]  # of a prompt and of the response to it
 
 
 def encode_responses(
-    reader: Reader, writer: Reader, prompts: Sequence[Prompt], written: Sequence[Continuation]
+    reader: Reader, writer: Reader, questions: Questions, written: Sequence[Continuation]
 ) -> tuple[list[Ids], int]:
     """Prompts and responses as the token ids of `reader`, each response with its end where it has one; and how many
     responses its chat template does not render whole.
@@ -30,15 +31,15 @@ def encode_responses(
     Raises:
         UserError: the chat template refuses a prompt together with its response.
     """
-    encoder = reader.encoder
+    encoder, prompts, options = reader.encoder, questions.prompts, as_options(questions.told)
     if writer.tokenizer is reader.tokenizer:
         own = [row.ids if row.end is None else [*row.ids, row.end] for row in written]
-        return list(zip(encoder.encode_prompts(prompts), own, strict=True)), 0
+        return list(zip(encoder.encode_prompts(prompts, **options), own, strict=True)), 0
     answers = [
         row.text if isinstance(prompt, str) else [{"role": "assistant", "content": row.text}]
         for prompt, row in zip(prompts, written, strict=True)
     ]
-    rendered = encoder.render_rows(prompts, {"response": answers})
+    rendered = encoder.render_rows(prompts, {"response": answers}, **options)
     refused = next((row.fault for row in rendered if row.refused), None)
     if refused is not None:
         raise UserError(refused)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,18 +11,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import PromptEncoder
+from ..data.template_kwargs import as_options
 from ..errors import UserError, gather
 from ..models.loading import context_length, load_tokenizer
 from ..models.quantization import check_4bit
 from ..models.side_by_side import Contender, Wanted
 from ..models.sources import ModelSource, read_end_ids
-from ..models.templates import arguments_read, check_no_template, recorded_moment, set_chat_template
+from ..models.templates import arguments_read, check_no_template, first_tools, recorded_moment, set_chat_template
 from ..models.trained import TrainedModel, find_trained
 from ..responses.generation import Continuation, find_fitting, sample_continuations
-from ..responses.scorers import Prompt
 from ..runtime import say
 from ..settings.training import Settings
 from ..settings.verbs import ComparisonSettings, SamplingSettings
+from .questions import Questions
 
 PROMPTS_AT_A_TIME = 64
 
@@ -118,8 +118,8 @@ def _describe(trained: TrainedModel) -> str:
     return f"{what}, {checkpoint}a run of {verb}"
 
 
-def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bool) -> tuple[Reader, Reader]:
-    """What each of the two reads prompts with; `with_messages` when these are messages rather than text.
+def read_readers(sides: tuple[Side, Side], settings: Settings, questions: Questions) -> tuple[Reader, Reader]:
+    """What each of the two reads the prompts with.
 
     A baseline that reads the same token ids takes the model's tokenizer, and with it its chat template, unless its own
     has one and it is no part of the model's run: each then reads what it was made for.
@@ -129,7 +129,7 @@ def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bo
     """
     model, baseline = sides
     wish, arguments = settings.model.chat_template, settings.model.chat_template_kwargs
-    if not with_messages:
+    if not questions.are_messages:
         check_no_template(settings.model, "these prompts")
     tokenizers = [load_tokenizer(side.source, settings.model) for side in sides]
     same = tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
@@ -137,14 +137,15 @@ def read_readers(sides: tuple[Side, Side], settings: Settings, with_messages: bo
     of_the_base = baseline.source.base == model.source.base and baseline.source.adapter is None
     shared = same and (of_the_run or of_the_base or not tokenizers[1].chat_template)
     templates: list[str | None] = [None, None]
-    if with_messages:
+    if questions.are_messages:
+        tools = first_tools(questions.told)
         # Both are told the same date; that of a run is the model's, whose reward is then as it was in training.
         moment = recorded_moment(model.trained.record) or recorded_moment(baseline.trained.record) or datetime.now()
         for place in (0,) if shared else (0, 1):
             tokenizer = tokenizers[place]
             own = arguments_read(tokenizer, arguments) if place and wish is None else arguments
             reasoning = model.trained.setting("reasoning")
-            templates[place] = set_chat_template(tokenizer, wish, False, None, moment, own, reasoning)
+            templates[place] = set_chat_template(tokenizer, wish, False, tools, moment, own, reasoning)
     if shared:
         tokenizers[1], templates[1] = tokenizers[0], templates[0]
     readers = [
@@ -168,34 +169,41 @@ def bound_new_tokens(settings: Settings, readers: tuple[Reader, Reader]) -> Sett
     return settings.with_values({"max_new_tokens": most})
 
 
-def choose_fitting(prompts: Sequence[Prompt], readers: tuple[Reader, Reader], max_new_tokens: int) -> list[Prompt]:
+def choose_fitting(questions: Questions, readers: tuple[Reader, Reader], max_new_tokens: int) -> Questions:
     """The prompts that leave room for a response in the context of both models.
 
     Raises:
         UserError: there are none.
     """
-    fits = [find_fitting(reader.tokenizer, prompts, max_new_tokens, reader.context) for reader in readers]
-    fitting = [prompt for prompt, *both in zip(prompts, *fits, strict=True) if all(both)]
+    prompts, options = questions.prompts, as_options(questions.told)
+    fits = [find_fitting(reader.tokenizer, prompts, max_new_tokens, reader.context, **options) for reader in readers]
+    fitting = [place for place, both in enumerate(zip(*fits, strict=True)) if all(both)]
     if not fitting:
         context = min(reader.context for reader in readers if reader.context is not None)
         raise UserError(
             f"--max_new_tokens {max_new_tokens}: none of {len(prompts):,} prompts leaves room for that many in a "
             f"context of {context:,} tokens; lower it"
         )
-    return fitting
+    return questions.select(fitting)
 
 
 def write_responses(
-    contender: Contender, name: str, reader: Reader, prompts: Sequence[Prompt], settings: Settings
+    contender: Contender, name: str, reader: Reader, questions: Questions, settings: Settings
 ) -> list[Continuation]:
     """The model's response to each prompt, drawn with --seed; says how far it is."""
     written: list[Continuation] = []
-    sampling = settings.of(SamplingSettings)
+    sampling, count = settings.of(SamplingSettings), len(questions.prompts)
     with contender.active() as model:
-        for start in range(0, len(prompts), PROMPTS_AT_A_TIME):
-            part = prompts[start : start + PROMPTS_AT_A_TIME]
+        for start in range(0, count, PROMPTS_AT_A_TIME):
+            part = questions.select(range(start, min(start + PROMPTS_AT_A_TIME, count)))
             written += sample_continuations(
-                model, reader.tokenizer, part, sampling, seed=settings.training.seed, end_ids=reader.end_ids
+                model,
+                reader.tokenizer,
+                part.prompts,
+                sampling,
+                seed=settings.training.seed,
+                end_ids=reader.end_ids,
+                **as_options(part.told),
             )
-            say(f"      {name}: {len(written):,} of {len(prompts):,} responses")
+            say(f"      {name}: {len(written):,} of {count:,} responses")
     return written

@@ -265,7 +265,11 @@ def _check_unicode(converted: Mapping[str, Any]) -> None:
 
 
 def _read_extras(parts: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
-    extras: dict[str, Any] = {"tools": _tools_text(parts["tools"], reading)} if "tools" in parts else {}
+    extras: dict[str, Any] = (
+        {"tools": tools_text(parts["tools"], reading.names.get("tools", "tools"), reading.is_text)}
+        if "tools" in parts
+        else {}
+    )
     if reading.gives_kwargs:
         extras[KWARGS] = kwargs_text(parts, reading.names)
     if reading.scored:
@@ -286,15 +290,17 @@ def _group_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def _tools_text(tools: Any, reading: Reading) -> str | None:
-    """Tools as a JSON text, key for key. Raises BadRow for others than a chat template takes."""
+def tools_text(tools: Any, name: str, is_text: bool) -> str | None:
+    """The tools of a row, in the column of that name, as a JSON text, key for key.
+
+    Raises BadRow for others than a chat template takes, unless the row `is_text`, which no template renders.
+    """
     if not tools:
         return None
-    if not reading.is_text:
+    if not is_text:
         try:
             list_tools(tools)
         except ValueError:
-            name = reading.names.get("tools", "tools")
             raise BadRow(f"'{name}' is not a list of JSON objects, one for each tool") from None
     return tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ import numpy as np
 from ..errors import UserError
 from ..settings.data import DataSettings
 from .adapter import read_code, run_adapter
-from .calls import BadRow, keeps_extra, said_by
+from .calls import BadRow, keeps_extra, plain_turns, said_by
 from .columns import MESSAGES, kind_of_column, list_columns, list_names, reach
-from .conversion import PLAIN_TURNS, WHOLE_TURNS, NeedsExtra, convert_rows
+from .conversion import PLAIN_TURNS, WHOLE_TURNS, NeedsExtra, convert_rows, tools_text
 from .files import quiet
-from .layouts import ANY_PROMPT, CONVERSATION
+from .layouts import ANY_PROMPT, CONVERSATION, DOCUMENTS, GIVEN, KWARGS
 from .ranking import Choice, add_context, expand_history
 from .row_cache import map_rows
 from .schemas import find_reading, is_packed, take_rows
 from .sources import Source, load_source
+from .splitting import prompt_key
+from .template_kwargs import TOLD, holds_documents, kwargs_text, told
 from .turns import Value, flatten, prepend_system, read_turns, unpack
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "problem", "text", *CONVERSATION)
@@ -30,15 +32,24 @@ WITH_SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 BATCH = 1000
 
 
+# A prompt, messages as a template takes them, with what the template is given beside them (TOLD).
+Asked = tuple[str | list[dict[str, Any]], dict[str, str]]
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """`rows` has the column `prompt`; `left_out` says how many rows have none, by the reason."""
+    """`rows` has the column `prompt`, and those of TOLD that rows give their chat template; `left_out` says how many
+    rows have no prompt, by the reason."""
 
     source: str
     description: str  # how they are read
     rows: datasets.Dataset
     left_out: dict[str, int]
     first_left_out: dict[str, str]  # reason -> where the first such row stands, for those whose place is known
+
+    def each(self) -> Iterator[Asked]:
+        """Every prompt, messages as a template takes them, with what the template is given beside them."""
+        return ((plain_turns(row["prompt"]), told(row)) for row in self.rows)
 
     def describe_left_out(self, what: str) -> Iterator[str]:
         """A line for each reason; `what` are left out, to be read after their number."""
@@ -56,6 +67,12 @@ class PromptColumns:
     adapter: str | None
     packed: bool = False  # the prompts are message lists written as text
     keeps_extra: bool = False  # turns have a column for what they say beside their text
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The columns with what a row gives its template."""
+        parts = self.parts.keys()
+        return tuple(name for name, of in (("tools", {"tools"}), (KWARGS, set(GIVEN))) if parts & of)
 
     @property
     def description(self) -> str:
@@ -92,6 +109,16 @@ def read_prompts(settings: DataSettings, flag: str = "--dataset_name") -> Prompt
             if len(prompts.rows):
                 return prompts
     return _read_bare_prompts(source, settings, flag, fault)
+
+
+def take_different(prompts: Iterable[Asked]) -> Iterator[Asked]:
+    """Each prompt once; case and spacing do not count."""
+    seen: set[tuple[str, str]] = set()
+    for prompt, given in prompts:
+        key = (prompt_key(prompt), repr(given))
+        if key not in seen:
+            seen.add(key)
+            yield prompt, given
 
 
 def name_split(settings: DataSettings, name: str) -> DataSettings:
@@ -133,15 +160,15 @@ def _find_prompt_columns(
     sample: Sequence[Mapping[str, Any]], columns: Sequence[str], prompt: str, adapter: str | None
 ) -> PromptColumns:
     parts = {"prompt": prompt}
-    for part in ("system", "context"):
+    for part in ("system", "context", "tools", *GIVEN):
         name = next((name for name in ANY_PROMPT[part] if name in columns and name != prompt), None)
-        if name is not None:
+        if name is not None and (part != DOCUMENTS or holds_documents([row.get(name) for row in sample])):
             parts[part] = name
     if "history" in columns and prompt != "history" and kind_of_column(sample, "history") == "list":
         parts["history"] = "history"
     packed = adapter is None and is_packed(sample, prompt)
-    to_messages = packed or bool({"system", "history"} & set(parts)) or kind_of_column(sample, prompt) in MESSAGES
-    return PromptColumns(parts, to_messages, adapter, packed)
+    to_messages = packed or parts.keys() - {"prompt", "context"} or kind_of_column(sample, prompt) in MESSAGES
+    return PromptColumns(parts, bool(to_messages), adapter, packed)
 
 
 def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dataset:
@@ -149,6 +176,7 @@ def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dat
     own_code = read_code(how.adapter) if how.adapter else b""
     turns = WHOLE_TURNS if how.keeps_extra else PLAIN_TURNS
     features = {"prompt": turns if how.to_messages else datasets.Value("string")}
+    features |= {name: datasets.Value("string") for name in how.told}
     with quiet(rows.data.nbytes):
         return map_rows(
             rows,
@@ -166,18 +194,17 @@ def _convert_prompts(rows: datasets.Dataset, how: PromptColumns) -> datasets.Dat
 
 
 def _convert_batch(batch: Mapping[str, list[Any]], indices: list[int], how: PromptColumns) -> dict[str, list[Any]]:
-    output: dict[str, list[Any]] = {"prompt": [], "row": [], "reason": []}
+    output: dict[str, list[Any]] = {name: [] for name in ("prompt", *how.told, "row", "reason")}
     for position, index in enumerate(indices):
         row = {name: column[position] for name, column in batch.items()}
         try:
             made = [row] if how.adapter is None else run_adapter(how.adapter, row)
-            read: list[tuple[Any, str | None]] = [(_read_prompt(parts, how), None) for parts in made]
+            read = [{"prompt": _read_prompt(parts, how), **_read_told(parts, how)} for parts in made]
         except BadRow as fault:
-            read = [(None, str(fault))]
-        for prompt, reason in read:
-            output["prompt"].append(prompt)
-            output["row"].append(index)
-            output["reason"].append(reason)
+            read = [{"reason": str(fault)}]
+        for prompt in read:
+            for name, values in output.items():
+                values.append(index if name == "row" else prompt.get(name))
     return output
 
 
@@ -207,6 +234,13 @@ def _read_prompt(row: Mapping[str, Any], how: PromptColumns) -> Value:
     return prompt
 
 
+def _read_told(row: Mapping[str, Any], how: PromptColumns) -> dict[str, str | None]:
+    parts = {part: reach(row, column) for part, column in how.parts.items()}
+    read = {"tools": lambda: tools_text(parts["tools"], how.parts["tools"], is_text=False)}
+    read[KWARGS] = lambda: kwargs_text(parts, how.parts)
+    return {name: read[name]() for name in how.told}
+
+
 def _run_adapter(spec: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         return run_adapter(spec, row)
@@ -225,7 +259,8 @@ def _keep_prompts(converted: datasets.Dataset, source: Source, description: str)
                 reason = reason or "the prompt is empty"
                 left_out[reason] = left_out.get(reason, 0) + 1
                 first.setdefault(reason, source.place(row))
-    rows = converted.select_columns(["prompt"]).select(np.flatnonzero(kept))
+    columns = [name for name in ("prompt", *TOLD) if name in converted.column_names]
+    rows = converted.select_columns(columns).select(np.flatnonzero(kept))
     return Prompts(source.description, description, rows, left_out, first)
 
 

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from ..settings.flags import TEMPLATE_KWARGS
 from .calls import BadRow
 from .layouts import DOCUMENTS, KWARGS
+
+TOLD = ("tools", KWARGS)  # columns of converted rows
+
+
+class Options(TypedDict):
+    """Arguments by which `PromptEncoder` and generation take what rows give their template."""
+
+    tools: list[str | None]
+    kwargs: list[str | None]
+
+
+def told(row: Mapping[str, Any]) -> dict[str, str]:
+    """What the template of a converted row is given beside the messages: its JSON texts by column."""
+    return {name: row[name] for name in TOLD if row.get(name)}
+
+
+def as_options(rows: Sequence[Mapping[str, str]]) -> Options:
+    """What `told` says of several rows, as `PromptEncoder` and generation take it."""
+    return Options(tools=[row.get("tools") for row in rows], kwargs=[row.get(KWARGS) for row in rows])
 
 
 def list_documents(value: Any) -> list[Any] | None:

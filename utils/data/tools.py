@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..report.messages import show_messages
+
 # Python's names of types, as xLAM writes them, and those of a JSON schema.
 TYPES = {
     "str": "string",
@@ -35,6 +37,43 @@ def list_tools(tools: Any) -> list[dict[str, Any]]:
     if not all(isinstance(tool, Mapping) for tool in read):
         raise ValueError("not all are objects")
     return [_in_form(tool) for tool in read]
+
+
+def show_prompt(prompt: Any, told: Mapping[str, str]) -> str:
+    """A prompt as text, behind the tools that it may be answered with, where there are some."""
+    tools = describe_tools(told.get("tools"))
+    return f"Tools:\n{tools}\n\n{show_messages(prompt)}" if tools else show_messages(prompt)
+
+
+def describe_tools(tools: Any) -> str:
+    """The tools of a row for people and judges, one a line: name, arguments with their types, what it is for.
+
+    Text that holds no tools, as damaged files may have it, stays as it is.
+    """
+    try:
+        return "\n".join(map(_describe, list_tools(tools)))
+    except ValueError:
+        return str(tools)
+
+
+def _describe(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function")
+    if not isinstance(function, Mapping):
+        return json.dumps(tool, ensure_ascii=False)
+    schema = function.get("parameters")
+    schema = schema if isinstance(schema, Mapping) else {}
+    fields, needed = schema.get("properties"), schema.get("required")
+    arguments = (
+        f"{name}{'' if isinstance(needed, list) and name in needed else '?'}{_shown_type(field)}"
+        for name, field in (fields.items() if isinstance(fields, Mapping) else ())
+    )
+    about = f": {function['description']}" if function.get("description") else ""
+    return f"{function.get('name')}({', '.join(arguments)}){about}"
+
+
+def _shown_type(field: Any) -> str:
+    kind = field.get("type") if isinstance(field, Mapping) else None
+    return f": {kind}" if isinstance(kind, str) else ""
 
 
 def _parse(text: str) -> Any:

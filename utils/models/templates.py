@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from os.path import expanduser
 from pathlib import Path
@@ -95,10 +95,15 @@ def choose_template(
         check_no_template(model, "these rows")
         return None
     listed = rows["tools"] if "tools" in rows.column_names else []
-    tools = next((read_tools(text) for text in listed if text), None)
+    tools = first_tools({"tools": text} for text in listed)
     return set_chat_template(
         tokenizer, model.chat_template, transcript, tools, moment, model.chat_template_kwargs, model.reasoning
     )
+
+
+def first_tools(rows: Iterable[Mapping[str, str | None]]) -> list[dict[str, Any]] | None:
+    """The tools of the first row that declares some (`told`)."""
+    return next((read_tools(row["tools"]) for row in rows if row.get("tools")), None)
 
 
 def check_no_template(model: ModelSettings, what: str) -> None:

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Match:
     prompt: Prompt
     a: str
     b: str
+    told: Mapping[str, str] = field(default_factory=dict)  # what the prompt's template is given beside it (JSON texts)
 
     @property
     def key(self) -> str:
         """What the match is called on disk: the same for the same texts."""
-        return hashlib.sha256(json.dumps([self.prompt, self.a, self.b]).encode()).hexdigest()[:16]
+        parts = [self.prompt, self.a, self.b, *([self.told] if self.told else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def as_pair(self, outcome: float) -> dict[str, Any] | None:
         """A preference row of a match that A (1) or B (0) won; None without a winner, or with an empty response, of
@@ -40,7 +42,7 @@ class Match:
         texts = (self.a, self.b) if outcome == 1 else (self.b, self.a)
         as_messages = ([{"role": "assistant", "content": text}] for text in texts)
         chosen, rejected = texts if isinstance(self.prompt, str) else as_messages
-        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected}
+        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected, **self.told}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Ballot:
     def as_row(self) -> dict[str, Any]:
         """A line of ballots.jsonl."""
         more = {"both_bad": True} if self.both_bad else {}
-        return {"outcome": self.outcome, **more, **dataclasses.asdict(self.match)}
+        match = {name: value for name, value in dataclasses.asdict(self.match).items() if name != "told" or value}
+        return {"outcome": self.outcome, **more, **match}
 
 
 def read_ballots(folder: Path) -> dict[str, Ballot]:
@@ -75,7 +78,7 @@ def read_ballots(folder: Path) -> dict[str, Ballot]:
     ballots = {}
     try:
         for row in (json.loads(line) for line in lines if line):
-            match, outcome = Match(row["prompt"], row["a"], row["b"]), row["outcome"]
+            match, outcome = Match(row["prompt"], row["a"], row["b"], dict(row.get("told", {}))), row["outcome"]
             match.as_pair(outcome)
             if outcome not in (0, 0.5, 1):
                 raise ValueError(outcome)

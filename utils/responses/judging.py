@@ -13,12 +13,13 @@ import re
 import string
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.tools import show_prompt
 from ..errors import UserError
 from ..interruptions import stop_if_asked
 from ..report.messages import show_messages
@@ -137,12 +138,15 @@ class EndpointJudge:
         self._keeps = True  # whether answers can be written there
         self._answers = _read_answers(self._file)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], told: Sequence[Mapping[str, str]] | None = None
+    ) -> list[float]:
         """For each response, how often it is preferred to the others to the same prompt, between 0 and 1."""
         places = range(len(prompts))
-        groups = [list(group) for _, group in groupby(places, key=lambda place: json.dumps(prompts[place]))]
+        shown = [show_prompt(*prompt) for prompt in zip(prompts, told or [{}] * len(prompts), strict=True)]
+        groups = [list(group) for _, group in groupby(places, key=shown.__getitem__)]
         matches = [match for group in groups for match in combinations(group, 2)]
-        verdicts = self.weigh_all([(prompts[a], responses[a], responses[b]) for a, b in matches])
+        verdicts = self.weigh_all([(shown[a], responses[a], responses[b]) for a, b in matches])
         outcomes = [_mean_of_orders(pair) for pair in verdicts]
         totals, counts = [0.0] * len(prompts), [0] * len(prompts)
         for (a, b), outcome in zip(matches, outcomes, strict=True):

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -22,17 +22,18 @@ from typing import Any, BinaryIO
 
 import datasets
 
-from ..data.calls import plain_turns
+from ..data.calls import extra_of, make_turn
+from ..data.conversion import PLAIN_TURNS, WHOLE_TURNS
 from ..data.files import quiet
-from ..data.prompts import read_prompts
-from ..data.splitting import prompt_key
+from ..data.prompts import Asked, read_prompts, take_different
+from ..data.template_kwargs import TOLD, as_options
 from ..data.wishes import read_wishes
 from ..data.writing import write_pairs
 from ..errors import UserError
 from ..interruptions import stop_if_asked
 from ..models.loading import context_length, load_policy, load_tokenizer
 from ..models.sources import ModelSource, find_policy, read_end_ids
-from ..models.templates import TEMPLATE_DATE, check_no_template, set_chat_template, template_date
+from ..models.templates import TEMPLATE_DATE, check_no_template, first_tools, set_chat_template, template_date
 from ..run.manifests import hash_file
 from ..run.names import COMPARISON_FILES, EVALUATION_FILES, RECORD
 from ..run.paths import read_path
@@ -54,11 +55,17 @@ MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
 
 @dataclass(frozen=True)
 class Sampled:
-    """The responses to one prompt with their scores."""
+    """The responses to one prompt with their scores; `told` is what the prompt's template is given beside it."""
 
     prompt: Prompt
     responses: list[str]
     scores: list[float]
+    told: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def as_line(self) -> str:
+        """As the file of samples keeps it."""
+        kept = {name: value for name, value in dataclasses.asdict(self).items() if name != "told" or value}
+        return json.dumps(kept) + "\n"
 
 
 def make_pairs(settings: Settings) -> None:
@@ -68,7 +75,8 @@ def make_pairs(settings: Settings) -> None:
         UserError: prompts, model or scorer cannot be used, or not one pair came of them.
     """
     output = read_path(settings.of(InspectionSettings).output_file)
-    name, prompts = _read_distinct_prompts(settings)
+    name, asked = _read_distinct_prompts(settings)
+    prompts, told = [prompt for prompt, _ in asked], [given for _, given in asked]
     scorer, judge = _load_scorer(settings)
     source = find_policy(settings.model)
     tokenizer = load_tokenizer(source, settings.model)
@@ -76,7 +84,7 @@ def make_pairs(settings: Settings) -> None:
     if not isinstance(prompts[0], str):
         wish, moment = settings.model.chat_template, _moment_of(kept)
         arguments = settings.model.chat_template_kwargs
-        template = set_chat_template(tokenizer, wish, transcript=False, moment=moment, arguments=arguments)
+        template = set_chat_template(tokenizer, wish, False, first_tools(told), moment, arguments)
         say(f"chat template: {template}")
     else:
         check_no_template(settings.model, "these prompts")
@@ -88,12 +96,12 @@ def make_pairs(settings: Settings) -> None:
     run = _describe_run(settings, source)
     if not isinstance(prompts[0], str):
         run[TEMPLATE_DATE] = template_date(tokenizer)
-    samples = Samples(kept, run, prompts)
+    samples = Samples(kept, run, prompts, told)
     if samples.count:
         say(f"resuming after {samples.count:,} prompts in {samples.path.name}")
     room, end_ids = context_length(source, settings.model), read_end_ids(source.base, source.revision, tokenizer)
     for start in range(samples.count, len(prompts), PROMPTS_PER_BATCH):
-        batch = prompts[start : start + PROMPTS_PER_BATCH]
+        batch = asked[start : start + PROMPTS_PER_BATCH]
         samples.add(_sample(model, tokenizer, scorer, batch, end_ids, room, settings))
         if start // PROMPTS_PER_BATCH % SAID_EVERY == 0:
             say(f"      {samples.count:,} of {len(prompts):,}")
@@ -101,7 +109,7 @@ def make_pairs(settings: Settings) -> None:
     _write(output, samples, judge)
 
 
-def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
+def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Asked]]:
     """What the prompts are read from, and each different one once; says which rows have none."""
     name = settings.data.dataset_name
     if len(read_wishes(name)) > 1:
@@ -110,15 +118,11 @@ def _read_distinct_prompts(settings: Settings) -> tuple[str, list[Prompt]]:
     say(f"prompts: {prompts.source}, read as {prompts.description}")
     for line in prompts.describe_left_out("left out"):
         say(line)
-    distinct: dict[str, Prompt] = {}
-    for batch in prompts.rows.iter(1000):
-        for prompt in map(plain_turns, batch["prompt"]):
-            distinct.setdefault(prompt_key(prompt), prompt)
-            if len(distinct) == settings.of(SamplingSettings).num_prompts:
-                return prompts.source, list(distinct.values())
-    if len(distinct) < len(prompts.rows):
+    most = settings.of(SamplingSettings).num_prompts
+    distinct = list(islice(take_different(prompts.each()), most))
+    if len(distinct) < len(prompts.rows) and len(distinct) != most:
         say(f"      {len(prompts.rows) - len(distinct):,} are duplicates of an earlier prompt")
-    return prompts.source, list(distinct.values())
+    return prompts.source, distinct
 
 
 def _load_scorer(settings: Settings) -> tuple[Scorer, EndpointJudge | None]:
@@ -187,22 +191,26 @@ def _sample(
     model: Any,
     tokenizer: Any,
     scorer: Scorer,
-    batch: list[Prompt],
+    batch: Sequence[Asked],
     end_ids: frozenset[int],
     room: int | None,
     settings: Settings,
 ) -> list[Sampled]:
     """The scored responses to a batch of prompts; none to a prompt that leaves no room for them."""
     count, seed = settings.of(GenerationSettings).num_generations, settings.training.seed
-    fits = find_fitting(tokenizer, batch, settings.of(SamplingSettings).max_new_tokens, room)
-    asked = [prompt for prompt, fit in zip(batch, fits, strict=True) if fit for _ in range(count)]
-    written = sample_continuations(model, tokenizer, asked, settings.of(SamplingSettings), seed=seed, end_ids=end_ids)
+    sampling = settings.of(SamplingSettings)
+    prompts, told = [prompt for prompt, _ in batch], [given for _, given in batch]
+    fits = find_fitting(tokenizer, prompts, sampling.max_new_tokens, room, **as_options(told))
+    asked = [one for one, fit in zip(batch, fits, strict=True) if fit for _ in range(count)]
+    prompts, told = [prompt for prompt, _ in asked], [given for _, given in asked]
+    options = as_options(told)
+    written = sample_continuations(model, tokenizer, prompts, sampling, seed=seed, end_ids=end_ids, **options)
     responses = [continuation.text for continuation in written]
-    scores = scorer(asked, responses) if asked else []
+    scores = scorer(prompts, responses, told) if asked else []
     sampled, place = [], 0
-    for prompt, fit in zip(batch, fits, strict=True):
+    for (prompt, given), fit in zip(batch, fits, strict=True):
         end = place + count * fit
-        sampled.append(Sampled(prompt, responses[place:end], scores[place:end]))
+        sampled.append(Sampled(prompt, responses[place:end], scores[place:end], given))
         place = end
     return sampled
 
@@ -214,14 +222,18 @@ class Samples:
         path: of the file. One that exists is gone on with.
         run: what the samples depend on, which is kept in the file's first line.
         prompts: in order.
+        told: for each of them, what its template is given beside it.
 
     Raises:
         UserError: the file cannot be written, holds samples of another run, or has a line that was changed.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, path: Path, run: dict[str, Any], prompts: Sequence[Prompt], told: Sequence[Mapping[str, str]] = ()
+    ) -> None:
         self.path = path
         self.prompts = prompts
+        self.told = told or [{}] * len(prompts)
         self.count = 0
         self._most = run.get("num_generations")
         try:
@@ -256,7 +268,7 @@ class Samples:
                         f"{self.path} line {damaged}: is not a sample of this script, and more lines follow; "
                         "restore that line, or remove the file to start over"
                     )
-                if sampled is not None and sampled.prompt != self.prompts[count]:
+                if sampled is not None and (sampled.prompt, sampled.told) != (self.prompts[count], self.told[count]):
                     raise UserError(f"{self.path} holds samples of other prompts; remove it to start over")
                 count += 1
                 if count % PROMPTS_PER_BATCH == 0 and not damaged:
@@ -305,7 +317,7 @@ class Samples:
         """
         try:
             with open(self.path, "a", encoding="utf-8", opener=open_file) as file:
-                file.write("".join(json.dumps(dataclasses.asdict(sampled)) + "\n" for sampled in batch))
+                file.write("".join(sampled.as_line() for sampled in batch))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -342,7 +354,7 @@ def pick_pair(sampled: Sampled) -> dict[str, Any] | str:
     is_text = isinstance(sampled.prompt, str)
     chosen, rejected = (text if is_text else [{"role": "assistant", "content": text}] for text in (best, worst))
     scores = {"score_chosen": high, "score_rejected": low}
-    return {"prompt": sampled.prompt, "chosen": chosen, "rejected": rejected} | scores
+    return {"prompt": sampled.prompt, "chosen": chosen, "rejected": rejected, **sampled.told} | scores
 
 
 def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
@@ -359,7 +371,11 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder, quiet(0):
             made = datasets.Dataset.from_generator(
-                _make_rows, cache_dir=folder, gen_kwargs={"samples": samples}, fingerprint="made"
+                _make_rows,
+                _find_features(samples),
+                cache_dir=folder,
+                gen_kwargs={"samples": samples},
+                fingerprint="made",
             )
             write_pairs(output, made)
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
@@ -371,5 +387,22 @@ def _write(output: Path, samples: Samples, judge: EndpointJudge | None) -> None:
     say(f"wrote {pairs:,} pairs to {output}; all responses and scores are in {samples.path.name}")
 
 
+def _find_features(samples: Samples) -> datasets.Features:
+    """The types of the pairs' columns, whatever the first of them have."""
+    value = prompt = datasets.Value("string")
+    if not isinstance(samples.prompts[0], str):
+        value = prompt = PLAIN_TURNS
+        if any(extra_of(turn) for asked in samples.prompts if not isinstance(asked, str) for turn in asked):
+            prompt = WHOLE_TURNS
+    told = {name: datasets.Value("string") for name in TOLD if any(name in given for given in samples.told)}
+    scores = {name: datasets.Value("float64") for name in ("score_chosen", "score_rejected")}
+    return datasets.Features({"prompt": prompt, "chosen": value, "rejected": value, **told, **scores})
+
+
 def _make_rows(samples: Samples) -> Iterator[dict[str, Any]]:
-    return (pair for pair in map(pick_pair, samples) if isinstance(pair, dict))
+    for pair in map(pick_pair, samples):
+        if isinstance(pair, dict):
+            prompt = pair["prompt"]
+            if not isinstance(prompt, str):
+                prompt = [make_turn(turn["role"], turn["content"], extra_of(turn)) for turn in prompt]
+            yield dict.fromkeys(TOLD) | pair | {"prompt": prompt}

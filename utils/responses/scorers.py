@@ -1,24 +1,27 @@
 """Scores of responses, higher is better: by a Python function or a reward model.
 
-Every scorer is called with prompts and as many responses, those to one prompt standing together, and returns one
-number for each.
+Every scorer is called with prompts, as many responses, those to one prompt standing together, and what the template of
+each prompt is given beside it (JSON texts); it returns one number for each.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.tools import list_tools
 from ..errors import UserError
 from ..models.untrusted import PICKLED, check_folder, explain_library
 from ..user_code import describe_failure, load_function, path_of
 
 Prompt = str | list[dict[str, Any]]
-Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+Told = Sequence[Mapping[str, str]]
+Scorer = Callable[..., list[float]]  # (prompts, responses, told=None)
 
 # Scores as near as this are the same: in what order a mean was summed says nothing about a response.
 ROUNDING = 1e-9
@@ -27,16 +30,18 @@ FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 
 
 def load_scorer(wish: str, flag: str = "--scorer") -> Scorer:
-    """The scorer that `file.py:function` names.
+    """The scorer that `file.py:function` names. One with a parameter `tools` is given the tools of each prompt too.
 
     Raises:
         UserError: there is no such file or function, or what it returns is not one finite number per response.
     """
     function, path = load_function(flag, wish), path_of(wish)
+    takes_tools = "tools" in _parameters(function)
 
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], told: Told | None = None) -> list[float]:
+        more = {"tools": [list_tools(one.get("tools")) for one in told or [{}] * len(prompts)]} if takes_tools else {}
         try:
-            scores = function(list(prompts), list(responses))
+            scores = function(list(prompts), list(responses), **more)
             scores = list(scores) if isinstance(scores, Iterator) else scores
         except (Exception, SystemExit) as error:
             raise UserError(f"{flag} {wish}: failed ({describe_failure(error, path)})") from None
@@ -52,6 +57,13 @@ def load_scorer(wish: str, flag: str = "--scorer") -> Scorer:
         return numbers
 
     return score
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a callable that has none to show
+        return ()
 
 
 def are_equal(one: float, other: float) -> bool:
@@ -125,11 +137,12 @@ def load_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "-
         )
     longest = getattr(model.config, "max_position_embeddings", None)
 
-    def score_one(prompt: Prompt, response: str) -> float:
+    def score_one(prompt: Prompt, response: str, told: Mapping[str, str]) -> float:
         if isinstance(prompt, str):
             ids = tokenizer(prompt + response)["input_ids"]
         elif tokenizer.chat_template:
-            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+            turns, tools = [*prompt, {"role": "assistant", "content": response}], list_tools(told.get("tools"))
+            text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             raise UserError(f"{flag}: its tokenizer has no chat template, which prompts of messages need")
@@ -138,8 +151,8 @@ def load_reward_model(wish: str, trust_remote_code: bool = False, flag: str = "-
             row = torch.tensor([ids[-longest:] if longest else ids], device=model.device)
             return model(input_ids=row).logits[0, 0].item()
 
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        texts = zip(prompts, responses, strict=True)
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], told: Told | None = None) -> list[float]:
+        texts = zip(prompts, responses, told or [{}] * len(prompts), strict=True)
         return translating(f"{flag}: cannot score", lambda: [score_one(*text) for text in texts])
 
     score(["Is this a text?"], [" Yes, 1."])  # before responses are written that it cannot score

@@ -19,10 +19,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..data.tools import show_prompt
 from ..errors import UserError
 from ..report.html import make_document
 from ..report.markdown import render_markdown
-from ..report.messages import show_messages
 from ..runtime import say
 from .ballots import VOTES, Ballots, Match
 
@@ -141,7 +141,7 @@ class Voting:
             f'<progress max="{count}" value="{voted}" aria-label="votes"></progress>'
             f'<p class="soft">Match {place + 1} of {count}: {voted} voted{skipped}.{before}</p>'
             "<h1>Which response is better?</h1>"
-            f'{_show_text(show_messages(match.prompt))}<div class="sides">{sides}</div>'
+            f'{_show_text(show_prompt(match.prompt, match.told))}<div class="sides">{sides}</div>'
             f'<form method="post" action="{escape(self.path)}" class="choices">'
             f'<input type="hidden" name="match" value="{ballots.shown[place]}">{buttons}</form>'
         )
