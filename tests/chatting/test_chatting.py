@@ -175,8 +175,53 @@ def test_a_conversation_in_a_terminal(chat_model, tmp_path):
     assert all("Hi, al!" in text for text in shown)
     assert "reads at most 128; shorten it" in terminal.say("we " * 300)
     assert "Hi, al!" in terminal.say("again")
+    assert "start the chat with --tools FILE" in terminal.say("/tool 12 degrees")
     assert "Ctrl-D or /quit ends the chat" in terminal.interrupt()
     assert terminal.end() == 0
+
+
+@posix
+def test_tools_are_shown_and_their_results_answered(chat_model, tmp_path):
+    tool = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    template = "{{ tools[0]['function']['name'] if tools }}" + TEMPLATE
+    terminal = Terminal("--model_name_or_path", chat_model, "--tools", tmp_path / "tools.json",
+                        "--chat_template", template, "--max_new_tokens", 16)  # fmt: skip
+    terminal.until("you> ")
+    assert "ask something first" in terminal.say("/tool 12 degrees")
+    for said in ("How warm?", "/tool 12 degrees", "/retry"):
+        assert "greeter> Hi, al!\n" in terminal.say(said)
+    assert "(saved: " in terminal.say(f"/save {tmp_path / 'talk.json'}")
+    talk = json.loads((tmp_path / "talk.json").read_text())
+    assert [turn["role"] for turn in talk["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert "(undone: 12 degrees)" in terminal.say("/undo")
+    assert "(undone: How warm?)" in terminal.say("/undo")
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "holds no tools"),
+        ("{", "must hold a JSON list"),
+        ('{"a": 1}', "must hold a JSON list"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_tools_that_cannot_be_used_is_refused(tiny_model, run_script, tmp_path, content, said):
+    path = tmp_path / "tools.json"
+    if content is not None:
+        path.write_text(content)
+    code, _, err = run_script("chat", "--model_name_or_path", tiny_model, "--prompt", "x", "--tools", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--tools {path}: {said}" in err
+
+
+def test_tools_that_a_template_leaves_out_are_refused(chat_model, run_script, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([{"name": "look_up"}]))
+    flags = ("--model_name_or_path", chat_model, "--tools", tmp_path / "tools.json", "--prompt", "x")
+    code, _, err = run_script("chat", *flags)
+    assert (code, err.count("\n"), "leaves out the tools" in err) == (2, 1, True)
 
 
 @posix
@@ -295,9 +340,9 @@ def test_what_was_said_to_be_left_out_goes_back_with_the_rounds():
         dialogue.ask(f"question {number}")
         dialogue.answer("answer")
     dialogue.said_left_out = 2
-    assert dialogue.undo() == "question 2"
+    assert dialogue.undo()["content"] == "question 2"
     assert dialogue.said_left_out == 2
-    assert dialogue.undo() == "question 1"
+    assert dialogue.undo()["content"] == "question 1"
     assert dialogue.said_left_out == 1, "of the one round that is there"
 
 

@@ -304,7 +304,6 @@ NAMES: dict[str, str | Convert] = {
     "test_size": _held_out,
     "test_split_size": _held_out,
     "test_split": "!" + TEST_ROWS,
-    "tools": "!tools are read from each row's own `tools` column",
     "torch_dtype": _dtype,
     "train_batch_size": (
         "!per device or in total? use --per_device_train_batch_size with --gradient_accumulation_steps"

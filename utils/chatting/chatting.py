@@ -28,6 +28,7 @@ HELP = """\
 /system TEXT   set the system prompt from now on; /system shows it, /system - removes it
 /undo          remove the last message and its answer
 /retry         answer the last message again, sampled anew
+/tool TEXT     answer as the tool that the model called
 /save FILE     write the conversation as JSON
 /quit          end (Ctrl-D too); Ctrl-C stops an answer
 //...          a message that begins with a slash"""
@@ -99,6 +100,7 @@ class Chat:
             "/undo": self._undo,
             "/retry": self._retry,
             "/save": self._save,
+            "/tool": self._give_result,
         }
 
     def run(self) -> None:
@@ -135,15 +137,15 @@ class Chat:
         except KeyboardInterrupt:
             print("\n(stopped; the message was undone)")
 
-    def _say(self, text: str, attempt: int = 0) -> None:
-        """One message, answered by each model. What cannot be answered is taken back."""
+    def _say(self, text: str, attempt: int = 0, role: str = "user") -> None:
+        """One message of the user or of a tool, answered by each model. What cannot be answered is taken back."""
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError("that line is not UTF-8 text; it was not sent") from None
         self.attempt = attempt
         for speaker in self.speakers:
-            speaker.dialogue.ask(text)
+            speaker.dialogue.ask(text, role)
         try:
             for speaker in self.speakers:
                 self._say_what_is_left_out(speaker)
@@ -205,20 +207,25 @@ class Chat:
                 dialogue.system = None if text == "-" else text
         print(f"(system prompt: {dialogues[0].system or 'none'})")
 
-    def _take_back(self) -> str | None:
+    def _take_back(self) -> dict[str, str] | None:
         """The last message, which no model has seen now."""
-        taken = {speaker.dialogue.undo() for speaker in self.speakers}
-        return taken.pop()
+        first, *_ = [speaker.dialogue.undo() for speaker in self.speakers]
+        return first
 
     def _undo(self, _: str) -> None:
         taken = self._take_back()
-        print("(nothing to undo)" if taken is None else f"(undone: {taken})")
+        print("(nothing to undo)" if taken is None else f"(undone: {taken['content']})")
 
     def _retry(self, _: str) -> None:
-        text = self._take_back()
-        if text is None:
+        taken = self._take_back()
+        if taken is None:
             raise UserError("nothing to retry")
-        self._say(text, self.attempt + 1)
+        self._say(taken["content"], self.attempt + 1, taken["role"])
+
+    def _give_result(self, text: str) -> None:
+        if any(not speaker.dialogue.turns or speaker.dialogue.tools is None for speaker in self.speakers):
+            raise UserError("/tool answers a call: start the chat with --tools FILE, and ask something first")
+        self._say(text, role="tool")
 
     def _save(self, name: str) -> None:
         if not name:

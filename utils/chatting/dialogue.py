@@ -26,24 +26,26 @@ class Dialogue:
 
     is_text: bool
     system: str | None = None
+    tools: str | None = None  # that the template is shown, as JSON
     turns: Turns = field(default_factory=list)
     said_left_out: int = 0  # what the person was told is no longer shown
 
-    def ask(self, text: str) -> None:
-        """Adds a message of the user."""
-        self.turns.append({"role": "user", "content": text})
+    def ask(self, text: str, role: str = "user") -> None:
+        """Adds a message of the user, or the result of a tool."""
+        self.turns.append({"role": role, "content": text})
 
     def answer(self, text: str) -> None:
         """Adds the assistant's answer."""
         self.turns.append({"role": "assistant", "content": text})
 
-    def undo(self) -> str | None:
+    def undo(self) -> dict[str, str] | None:
         """Takes back the last message with its answer; returns the message."""
         while self.turns:
             turn = self.turns.pop()
-            if turn["role"] == "user":
-                self.said_left_out = min(self.said_left_out, len(self.turns) // 2)
-                return turn["content"]
+            if turn["role"] != "assistant":
+                rounds = sum(turn["role"] == "user" for turn in self.turns)
+                self.said_left_out = min(self.said_left_out, rounds)
+                return turn
         return None
 
     def reset(self) -> None:
@@ -55,6 +57,11 @@ class Dialogue:
         """All of it."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
+    @property
+    def options(self) -> dict[str, list[str | None]]:
+        """What an encoder of its prompts is told beside them."""
+        return {} if self.tools is None else {"tools": [self.tools]}
+
     def fit(self, encoder: PromptEncoder, context: int | None, max_new_tokens: int) -> Shown:
         """What to show of it: all, or as much of its end as leaves room for an answer.
 
@@ -65,7 +72,7 @@ class Dialogue:
         starts = [place for place, turn in enumerate(self.turns) if turn["role"] == "user"]
         for start in starts[-1:] if self.is_text else starts:
             prompt = self._shown(start)
-            length = len(encoder.encode_prompts([prompt])[0])
+            length = len(encoder.encode_prompts([prompt], **self.options)[0])
             if context is None:
                 return Shown(prompt, max_new_tokens, 0)
             if length + free <= context or (start == starts[-1] and length < context):

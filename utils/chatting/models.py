@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.encoding import PromptEncoder
+from ..data.encoding import PromptEncoder, read_tools
+from ..data.tools import list_tools
 from ..errors import UserError, gather
 from ..models.loading import check_embeddings, context_length, load_tokenizer
 from ..models.quantization import check_4bit
@@ -18,6 +20,7 @@ from ..models.sources import read_end_ids
 from ..models.templates import arguments_read, check_no_template, recorded_moment, set_chat_template
 from ..models.trained import TrainedModel, as_in_run, find_trained
 from ..responses.generation import Continuation, stream_continuation
+from ..run.paths import read_path
 from ..runtime import Precision, choose_precision, device_name, find_device, say
 from ..settings.training import Settings
 from ..settings.verbs import ChatSettings, SamplingSettings
@@ -49,7 +52,13 @@ class Speaker:
         sampling = dataclasses.replace(sampling, max_new_tokens=shown.room)
         with self.contender.active() as model:
             yield from stream_continuation(
-                model, self.tokenizer, shown.prompt, sampling, seed=seed, end_ids=self.end_ids
+                model,
+                self.tokenizer,
+                shown.prompt,
+                sampling,
+                seed=seed,
+                end_ids=self.end_ids,
+                tools=self.dialogue.tools,
             )
 
 
@@ -70,7 +79,7 @@ def load_speakers(settings: Settings) -> list[Speaker]:
     Raises:
         UserError: one of them is not there or cannot be loaded, or a setting does not fit it.
     """
-    model = settings.model
+    model, tools = settings.model, read_tools_file(settings)
     trained = find_trained(FLAG, model.model_name_or_path, model.model_revision)
     settings = as_in_run(settings, trained, FROM_THE_RUN)
     in_4bit = model.use_4bit if "use_4bit" in settings.given else trained.in_4bit
@@ -79,30 +88,57 @@ def load_speakers(settings: Settings) -> list[Speaker]:
     if "bnb_4bit_quant_type" in settings.given and not in_4bit:
         raise UserError("--bnb_4bit_quant_type: has no effect without --use_4bit; add it or leave this out")
     first, *_ = gather(
-        lambda: _prepare(own, trained, settings),
+        lambda: _prepare(own, trained, settings, tools),
         lambda: check_4bit() if in_4bit or (other is not None and other.in_4bit) else None,
     )
-    if first.template is None and settings.of(ChatSettings).system_prompt is not None:
-        raise UserError(
-            f"--system_prompt: {own.source.name} completes plain text, which has no system prompt; leave it out"
-        )
+    if first.template is None:
+        _check_no_messages(own.source.name, settings)
     found = {_short_name(own): first}
     if other is not None:
         name = REFERENCE if settings.of(ChatSettings).compare_with == REFERENCE else _short_name(other)
-        found[name if name not in found else "compared"] = _prepare_other(other, first, settings)
+        found[name if name not in found else "compared"] = _prepare_other(other, first, settings, tools)
     precision = choose_precision(settings.model.dtype, find_device())
     contenders = load_side_by_side({name: item.wanted for name, item in found.items()}, settings.model, precision)
     _describe(list(found.values()), settings, precision)
-    return [_introduce(name, item, contenders[name], settings) for name, item in found.items()]
+    return [_introduce(name, item, contenders[name], settings, tools) for name, item in found.items()]
 
 
 def _short_name(wanted: Wanted) -> str:
     return Path(wanted.source.name).name
 
 
-def _introduce(name: str, found: Found, contender: Contender, settings: Settings) -> Speaker:
+def read_tools_file(settings: Settings) -> str | None:
+    """The tools of the file that --tools names, as JSON.
+
+    Raises:
+        UserError: it cannot be read, or holds no list of tools.
+    """
+    name = settings.of(ChatSettings).tools
+    if name is None:
+        return None
+    try:
+        tools = list_tools(read_path(name).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--tools {name}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"--tools {name}: must hold a JSON list of objects, one for each tool ({error})") from None
+    if not tools:
+        raise UserError(f"--tools {name}: holds no tools; leave it out")
+    return json.dumps(tools, ensure_ascii=False)
+
+
+def _check_no_messages(name: str, settings: Settings) -> None:
+    """Raises UserError where a model that completes plain text is given what only a conversation has."""
+    wish = settings.of(ChatSettings)
+    has = {"--system_prompt": (wish.system_prompt, "system prompt"), "--tools": (wish.tools, "tools")}
+    for flag, (value, what) in has.items():
+        if value is not None:
+            raise UserError(f"{flag}: {name} completes plain text, which has no {what}; leave it out")
+
+
+def _introduce(name: str, found: Found, contender: Contender, settings: Settings, tools: str | None) -> Speaker:
     check_embeddings(contender.model, found.tokenizer, found.wanted.source)
-    dialogue = Dialogue(found.template is None, settings.of(ChatSettings).system_prompt)
+    dialogue = Dialogue(found.template is None, settings.of(ChatSettings).system_prompt, tools)
     return Speaker(name, found.wanted.source.name, contender, found.tokenizer, found.end_ids, found.context, dialogue)
 
 
@@ -122,7 +158,7 @@ def _find_other(settings: Settings, trained: TrainedModel, in_4bit: bool) -> Wan
     return Wanted(OTHER, other.source, other.in_4bit if other.record else in_4bit)
 
 
-def _prepare(wanted: Wanted, trained: TrainedModel | None, settings: Settings) -> Found:
+def _prepare(wanted: Wanted, trained: TrainedModel | None, settings: Settings, tools: str | None) -> Found:
     source = wanted.source
     tokenizer = load_tokenizer(source, settings.model)
     record = trained.record.get("data", {}) if trained else {}
@@ -133,16 +169,16 @@ def _prepare(wanted: Wanted, trained: TrainedModel | None, settings: Settings) -
         wish, arguments = settings.model.chat_template, settings.model.chat_template_kwargs
         arguments = arguments_read(tokenizer, arguments) if trained is None and wish is None else arguments
         reasoning = trained.setting("reasoning") if trained is not None else None
-        template = set_chat_template(tokenizer, wish, False, None, moment, arguments, reasoning)
+        template = set_chat_template(tokenizer, wish, False, read_tools(tools), moment, arguments, reasoning)
     elif trained is not None:
         check_no_template(settings.model, f"what {source.name} completes")
     ends = read_end_ids(source.base, source.revision, tokenizer)
     return Found(wanted, tokenizer, template, ends, context_length(source, settings.model))
 
 
-def _prepare_other(wanted: Wanted, first: Found, settings: Settings) -> Found:
+def _prepare_other(wanted: Wanted, first: Found, settings: Settings, tools: str | None) -> Found:
     """The second model, spoken to as the first where both read the same tokens."""
-    other = _prepare(wanted, None, settings)
+    other = _prepare(wanted, None, settings, tools)
     if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
         return other
     return dataclasses.replace(other, tokenizer=first.tokenizer, template=first.template)

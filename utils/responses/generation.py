@@ -106,6 +106,7 @@ def stream_continuation(
     *,
     seed: int,
     end_ids: Iterable[int] = (),
+    tools: str | None = None,
 ) -> Iterator[Continuation]:
     """The continuation that `sample_continuations` gives for this prompt, while it grows.
 
@@ -113,7 +114,7 @@ def stream_continuation(
     stops the model.
     """
     encoder = PromptEncoder(tokenizer, end_ids)
-    (row,) = encoder.encode_prompts([prompt])
+    (row,) = encoder.encode_prompts([prompt], [tools])
     draws = draw_numbers(seed, prompt, 0, sampling.max_new_tokens)[None]
     tokens, stop, failures = _Tokens(), _Stop(), []
 

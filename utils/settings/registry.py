@@ -231,7 +231,7 @@ exit code: 0 no problems, 3 problems were found, 2 the data or the flags cannot 
         does=(USES_MODEL, RENDERS, COMPUTES),
         groups=(SamplingSettings, ChatSettings),
         first=(
-            *("model_name_or_path", "compare_with", "prompt", "system_prompt", "max_new_tokens"),
+            *("model_name_or_path", "compare_with", "prompt", "system_prompt", "tools", "max_new_tokens"),
             *("temperature", "top_p", "use_4bit", "dtype"),
         ),
         objects=("model_name_or_path",),

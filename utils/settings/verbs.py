@@ -209,6 +209,9 @@ class ChatSettings:
     """the conversation"""
 
     system_prompt: str | None = flag(None, "system prompt of the conversation")
+    tools: str | None = flag(
+        None, "JSON file with a list of tools that the model may call, in OpenAI's form; /tool TEXT answers a call"
+    )
     prompt: str | None = flag(
         None,
         "answer one message on stdout and exit (as with a piped message)",
