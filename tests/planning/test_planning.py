@@ -50,6 +50,7 @@ from utils.planning.walk import (
     take_micro_batch,
     walk_step,
 )
+from utils.planning.walk import PARTS as ALL_PARTS
 from utils.planning.work import Subject, Work, place_of_reference, read_subject
 from utils.runtime import readable_bytes
 from utils.settings.verbs import PlanSettings
@@ -180,12 +181,30 @@ def test_several_devices_hold_what_their_engines_hold():
     assert shared[GRADIENTS] == moment[GRADIENTS] // 2 > n, "16 bits each"
 
 
-def test_with_fewer_tokens_what_does_not_hang_on_them_stays():
-    needs = estimate(LORA, PAIRS, 1, base=1000)
-    held = sum(needs.parts[part] for part in (WEIGHTS, ADAPTER, OPTIMIZER)) + 1000
+@pytest.mark.parametrize("way", [LORA, replace(FULL, reference="model")], ids=["lora", "full, reference"])
+def test_with_fewer_tokens_what_does_not_hang_on_them_stays(way):
+    needs = estimate(way, PAIRS, 1, base=1000)
+    held = sum(needs.parts[part] for part in (WEIGHTS, ADAPTER, REFERENCE, OPTIMIZER)) + 1000
     assert needs.at_tokens(needs.tokens) == needs.peak
     assert needs.at_tokens(0) == held
     assert needs.at_tokens(needs.tokens // 2) == pytest.approx((needs.peak + held) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("way", [FULL, replace(LORA, dtype=torch.bfloat16)], ids=["full, float32", "lora, bfloat16"])
+def test_what_each_sharding_divides_and_offloading_moves(way):
+    """In these ways DeepSpeed keeps no second copy of the weights."""
+    walk, parts = walk_step(way, PAIRS), dict.fromkeys(ALL_PARTS, 1000)
+    model = {WEIGHTS, REFERENCE, ADAPTER}
+    divided = {"none": set(), "zero1": {OPTIMIZER}, "zero2": {OPTIMIZER, GRADIENTS}}
+    divided |= {sharding: {OPTIMIZER, GRADIENTS, *model} for sharding in ("zero3", "fsdp2")}
+    for sharding, named in divided.items():
+        shared, host = _share_of_device(parts, way, walk, Division(sharding, 4))
+        assert {part: shared[part] for part in parts} == parts | dict.fromkeys(named, 250)
+        assert host == {}
+    for offload, moved in {"optimizer": {OPTIMIZER, GRADIENTS}, "weights": {OPTIMIZER, GRADIENTS, *model}}.items():
+        shared, host = _share_of_device(parts, way, walk, Division("zero3", 4, offload))
+        assert host == dict.fromkeys(moved, 250)
+        assert moved.isdisjoint(shared)
 
 
 def test_a_reference_of_another_size_holds_its_own_weights():
