@@ -60,7 +60,7 @@ def main() -> int:
     sys.path[:0] = [str(ROOT), str(HERE)]
     import advanced_dpo_script
 
-    print("Teaching a small language model to write positive reviews, from pairs of a better and a worse one.\n")
+    print("Teaching a small language model to write positive reviews, from preference pairs.\n")
     code = advanced_dpo_script.main(TRAIN)
     if code:
         return code

@@ -330,7 +330,7 @@ def test_hub_dataset_is_read_through_the_library(monkeypatch):
         (DatasetNotFoundError("Dataset 'o/d' is a gated dataset on the Hub."), "accept its terms at https://"),
         (ConnectionError("Couldn't reach 'o/d' on the Hub (LocalEntryNotFoundError)"), "check the network"),
         (ConnectionError("Couldn't reach 'o/d' on the Hub (OfflineModeIsEnabled)"), "offline mode is on"),
-        (RuntimeError("Dataset scripts are no longer supported, but found d.py"), "a Python script of its own"),
+        (RuntimeError("Dataset scripts are no longer supported, but found d.py"), "its own Python loading script"),
         (ValueError("Config name is missing.\nPlease pick one among: ['en', 'de']"), "--dataset_config: en, de"),
         (FileNotFoundError("no data files"), "has no readable data"),
     ],

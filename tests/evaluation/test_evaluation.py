@@ -682,13 +682,13 @@ def test_runs_that_cannot_be_evaluated_are_refused(train, run_script, tiny_model
 
     assert "a run that did not finish (interrupted)" in refused(status="interrupted")
     gone = record["reference_model"] | {"adapter": str(tmp_path / "gone")}
-    assert f"its reference {tmp_path / 'gone'} is not there any more" in refused(reference_model=gone)
+    assert f"its reference {tmp_path / 'gone'} is no longer there" in refused(reference_model=gone)
     assert "does not say what its reference was" in refused(start=None, reference_model=None)
-    assert "is a run of sft, which has no pairs of its own" in refused(verb="sft")
+    assert "is a run of sft, which has no preference pairs" in refused(verb="sft")
     held_none = record["settings"] | {"validation_split": "none"}
     assert "held nothing out" in refused(settings=held_none)
     (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
-    assert "which is not there any more" in refused()
+    assert "which is no longer there" in refused()
 
 
 @pytest.mark.slow

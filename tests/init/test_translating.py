@@ -243,7 +243,7 @@ def test_each_line_is_translated_or_commented_and_the_result_runs(tool, foreign,
 
 def test_what_is_not_taken_over_says_why(foreign):
     text = translate_config(foreign("LLaMA-Factory")).text
-    assert "# pref_ftx: 0.5  # add the SFT term as a loss of its own: --loss_type sigmoid sft" in text
+    assert "# pref_ftx: 0.5  # add the SFT term as a second loss: --loss_type sigmoid sft" in text
     assert "# template: qwen  # the tokenizer's own chat template is used" in text
     text = translate_config(foreign("ms-swift", "label_smoothing: 0.1\nloss_type: ipo\n")).text
     assert "# label_smoothing: 0.1  # has no effect on ipo" in text  # which the checks of our own flags say

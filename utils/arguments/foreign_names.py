@@ -23,7 +23,7 @@ TEST_ROWS = (
 WHOLE_MODULES = (
     "training whole modules beside LoRA is not supported; leave it out, or train all weights without --use_lora"
 )
-LOSS_WEIGHT = "add the SFT term as a loss of its own: --loss_type sigmoid sft --loss_weights 1 "
+LOSS_WEIGHT = "add the SFT term as a second loss: --loss_type sigmoid sft --loss_weights 1 "
 REFERENCE_FREE = "every loss here reads a reference; losses without one (SimPO, ORPO, CPO) are not supported"
 KTO = "KTO, which learns from unpaired responses, is not supported"
 LORA_FLAGS = "the adapter is described by --use_lora, --lora_r, --lora_alpha, --lora_dropout, --lora_target_modules"

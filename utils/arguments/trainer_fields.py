@@ -22,7 +22,7 @@ SOURCES = {
 }
 
 NO_TENSOR_PARALLELISM = (
-    "tensor parallelism is not supported, as each process computes whole sequences of pairs of its own; where a model "
+    "tensor parallelism is not supported, as each process computes whole sequences of its own pairs; where a model "
     "does not fit one GPU, launch with examples/accelerate/fsdp2.yaml"
 )
 

@@ -126,7 +126,7 @@ def judges(candidate: Candidate) -> Iterator[str]:
             "give the plain URL, and the key as OPENAI_API_KEY"
         )
     if len(endpoints) > 1:
-        yield f"{label}: names {len(endpoints)} endpoints; ask one at a time, each into an --output_dir of its own"
+        yield f"{label}: names {len(endpoints)} endpoints; ask one at a time, each into its own --output_dir"
     if endpoints and candidate["judge_model"] is None:
         yield "--judge_model is missing: name the model at the endpoint"
     if not endpoints:

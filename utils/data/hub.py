@@ -56,7 +56,7 @@ def load_hub(name: str, config: str | None, **options: Any) -> Mapping[str, Any]
         if "scripts are no longer supported" not in str(error):
             raise
         raise UserError(
-            f"{flag}: is read by a Python script of its own, which the datasets library no longer runs; download its "
+            f"{flag}: needs its own Python loading script, which the datasets library no longer runs; download its "
             "data files and give their folder"
         ) from None
     except ValueError as error:

@@ -54,7 +54,7 @@ def find_remarks(rows: datasets.Dataset, unused: Sequence[str]) -> Iterator[Rema
             yield Remark(
                 "split_column",
                 f"{_rows(count)} that '{name}' marks as held out ({listed}): it is not read, train trains on them too",
-                "Write each split to a file of its own, train.jsonl and test.jsonl in one folder.",
+                "Write each split to its own file, train.jsonl and test.jsonl in one folder.",
                 count,
             )
 

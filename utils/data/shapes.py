@@ -151,7 +151,7 @@ SHAPES = (
     ),
     Shape(
         "messages with a prompt",
-        "messages, the prompt in a column of its own",
+        "messages, the prompt in its own column",
         lambda kinds, replies: "prompt" in kinds and _any_messages(kinds, ("prompt", *replies)),
         _split_with_prompt,
     ),

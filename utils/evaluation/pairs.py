@@ -61,12 +61,12 @@ def _read_own_or_say_why(settings: Settings, trained: TrainedModel) -> Preferenc
     if not trained.record:
         raise UserError(f"{missing} is not the folder of a run, so nothing says what to evaluate it on; name the pairs")
     if trained.record["verb"] != "train":
-        raise UserError(f"{missing} is a run of {trained.record['verb']}, which has no pairs of its own; name some")
+        raise UserError(f"{missing} is a run of {trained.record['verb']}, which has no preference pairs; name some")
     try:
         data = read_as_run(trained, settings.data.dataset_adapter)
     except UserError as error:
         advice = (
-            "the pairs of the run cannot be read any more; if they have moved, say where with --dataset_name (a "
+            "the pairs of the run can no longer be read; if they have moved, say where with --dataset_name (a "
             "relative path holds in the folder where the run was started)"
         )
         raise UserError(*error.faults, advice) from None

@@ -61,7 +61,7 @@ def find_reference(settings: Settings, trained: TrainedModel) -> ModelSource:
     for folder in (source.base, source.adapter):
         if folder is not None and looks_local(folder) and not Path(folder).is_dir():
             raise UserError(
-                f"{MODEL_FLAG} {trained.source.name}: its reference {folder} is not there any more; move it back, or "
+                f"{MODEL_FLAG} {trained.source.name}: its reference {folder} is no longer there; move it back, or "
                 f"name it with {REFERENCE_FLAG}"
             )
     return trained.find_reference()

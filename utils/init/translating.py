@@ -153,7 +153,7 @@ def _translate(tool: str, verb: str, entries: Mapping[str, Entry], folder: Path)
         if any(said.get(ours, texts) != texts for ours, texts in settings):
             lines.append((None, written, "a line above sets it otherwise"))
         elif not new:
-            lines.append((None, written, "said above" if settings else "already the default"))
+            lines.append((None, written, "set above" if settings else "already the default"))
         for ours, texts in new:
             said[ours] = texts
             comment = name if ours != name else ""

@@ -158,7 +158,7 @@ def _config_faults(config: dict[str, Any]) -> Iterator[str]:
             )
         if key == "transformers_weights":
             yield (
-                f"config.json: {key} is {json.dumps(value)[:80]}, a file to be read in place of model.safetensors, "
+                f"config.json: {key} is {json.dumps(value)[:80]}, a file to be read instead of model.safetensors, "
                 "which may be a pickle; remove the line"
             )
         if key in ("torch_dtype", "dtype") and isinstance(value, str) and not _is_dtype(value):

@@ -67,7 +67,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     except (OSError, Unreadable) as error:
         raise UserError(
             f"{checkpoint}: its {TRAINER_STATE} cannot be read back ({str(error)[:200]}); resume from an earlier "
-            "checkpoint, or start anew"
+            "checkpoint, or start over"
         ) from None
 
 

@@ -156,7 +156,7 @@ class CheckpointWriter:
         if fault is not None:
             raise UserError(
                 f"the best model so far, {best.name}, was damaged since it was saved: {fault}. The same command with "
-                "--resume_from_checkpoint auto goes on from an older checkpoint, and makes it again"
+                "--resume_from_checkpoint auto resumes from an older checkpoint, which makes it again"
             )
 
     def save_trainer_state(self, folder: Path, parts: Iterable[Any]) -> None:
