@@ -396,7 +396,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line(moved, tied_model, runs, run
     assert "but its run trained it on" in refused(moved)
     edit(moved / "run.json", start=record["start"])
     edit(moved / "adapter_config.json", base_model_name_or_path=str(tmp_path / "nowhere"))
-    assert "which is not there any more" in refused(moved)
+    assert "which is no longer there" in refused(moved)
     assert run_script("merge", "--model_name_or_path", runs["lora"], "--output_dir", tmp_path / "m")[0] == 0
     code, _, err = run_script("merge", "--model_name_or_path", tmp_path / "m", "--output_dir", tmp_path / "n")
     assert code == 2

@@ -197,7 +197,7 @@ def test_adapter_whose_base_is_gone(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter = make_adapter(tmp_path / "adapter", base)
     said = complaint(find_model, FLAG, str(adapter))
-    assert said.startswith(f"{FLAG} {adapter}: an adapter for {base}, which is not there any more")
+    assert said.startswith(f"{FLAG} {adapter}: an adapter for {base}, which is no longer there")
     assert "move it back, or fix base_model_name_or_path" in said
 
 

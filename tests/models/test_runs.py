@@ -96,7 +96,7 @@ def test_a_run_whose_base_was_moved_is_found_by_its_adapter_config(runs, tiny_mo
     (copy / "run.json").write_text(json.dumps(gone))
     config = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(UserError, match="which is not there any more"):
+    with pytest.raises(UserError, match="which is no longer there"):
         find_trained(FLAG, str(copy))
     shutil.copytree(tiny_model, base)
     (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))

@@ -342,7 +342,7 @@ def _base_of_adapter(flag: str, name: str, config: dict[str, Any]) -> tuple[str,
         beside = Path(name) / base
         if not beside.is_dir():
             raise UserError(
-                f"{flag} {name}: an adapter for {base}, which is not there any more; "
+                f"{flag} {name}: an adapter for {base}, which is no longer there; "
                 "move it back, or fix base_model_name_or_path in its adapter_config.json"
             )
         base = str(beside)
