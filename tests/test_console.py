@@ -15,6 +15,7 @@ from shared import runs
 from shared.pairs import make_pairs, write_lines
 from shared.runs import ROOT, read_record
 
+from utils import progress
 from utils.runtime import quiet_loaded_libraries
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such streams and signals")
@@ -31,6 +32,93 @@ def start(*arguments, environment=None, **options) -> subprocess.Popen:
 def training(model: Path, data: Path, output: Path, steps: int) -> list:
     quick = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--dtype", "float32"]
     return ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output, "--max_steps", steps, *quick]
+
+
+PHASES = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from utils.console import open_console
+from utils.progress import phase
+from utils.runtime import say
+open_console()
+with phase("scoring", 40, "pairs") as shown:
+    shown.reach(10)
+    time.sleep(0.2)
+    shown.reach(20)
+    say("a line of the log that is wider than the terminal is broken between its words, not within one of them")
+    say("next:\\n  a command that is wider than the terminal stays in one line, so that a person can copy it whole")
+    with phase("evaluating"):
+        print("a warning", file=sys.stderr)
+"""
+
+
+def run_phases(**environment) -> list[str]:
+    """What a terminal of 80 columns gets of PHASES."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    others = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "RANK")}
+    process = runs.start([sys.executable, "-c", PHASES, ROOT], stdout=theirs, stderr=theirs, env=others | environment)
+    os.close(theirs)
+    received = b""
+    try:
+        while part := os.read(ours, 65536):
+            received += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0, received
+    return received.decode().split("\r\n")
+
+
+@needs_posix
+def test_a_status_line_stands_below_all_lines_of_a_terminal_and_goes_without_a_trace():
+    lines = run_phases(TERM="xterm")
+    shown = [line.rpartition("\x1b[K")[2] for line in lines]  # what is left of each once all is written
+    assert shown == [
+        "a line of the log that is wider than the terminal is broken between its words,",
+        "      not within one of them",
+        "next:",
+        "  a command that is wider than the terminal stays in one line, so that a person can copy it whole",
+        "a warning",
+        "",
+    ]
+    painted = [part.rstrip("\r") for line in lines for part in line.split("\x1b[K")]
+    bar = "scoring [###############...............] 20 of 40 pairs, "
+    assert any(part.startswith(bar) and part.endswith(" left") for part in painted)
+    assert "evaluating ..." in painted
+    assert painted.index("evaluating ...") < painted.index("a warning")
+    assert max(len(part) for part in painted if "scoring" in part) < 80
+
+
+@needs_posix
+def test_a_terminal_that_cannot_and_a_pipe_get_plain_lines():
+    assert "\x1b" not in "".join(run_phases(TERM="dumb"))
+    piped = runs.start([sys.executable, "-c", PHASES, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = piped.communicate(timeout=60)
+    assert (out.decode().count("\n"), err) == (3, b"a warning\n")
+
+
+def test_a_phase_that_lasts_says_so_in_a_pipe_and_in_the_main_process_alone(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def work() -> None:
+        with progress.phase("scoring", 100, "pairs") as shown:
+            for seconds in (19.5, 0.5, 29.5, 0.5):
+                now[0] += seconds
+                shown.advance(10)
+
+    work()
+    lines = ["scoring: 20 of 100 pairs, 1.0/s, 1:20 left", "scoring: 40 of 100 pairs, 1.2 s each, 1:15 left"]
+    assert capsys.readouterr().err.splitlines() == lines
+    monkeypatch.setenv("RANK", "1")
+    work()
+    assert capsys.readouterr().err == ""
 
 
 @needs_posix

@@ -18,6 +18,7 @@ UTILS = ROOT / "utils"
 FLOOR = ["errors", "console", "interruptions", "runtime", "libraries", "engine", "objectives"]
 ORDER = [
     *FLOOR,
+    "progress",
     "distributed",
     "settings",
     "run",

@@ -18,7 +18,7 @@ from .errors import Interrupted, LocalError, ProcessLost, UserError, in_one_line
 from .interruptions import interrupt_on_signals
 from .run.processes import forget_lone_rank, tell_launcher
 from .run.program import explain_missing
-from .runtime import is_main_process, make_visible, say
+from .runtime import fit_terminal, is_main_process, make_visible, say
 from .settings.flags import SAVES
 from .settings.registry import VERBS
 
@@ -81,7 +81,7 @@ def report_faults(error: UserError) -> None:
         time.sleep(3)  # a launcher stops all processes when the first one ends; let the main one speak before that
         return
     lines = [f"error: {make_visible(fault)}" for fault in error.faults]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    print(fit_terminal("\n".join(lines), sys.stderr), file=sys.stderr, flush=True)
     tell_launcher("\n".join(lines))
 
 

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parse_arguments, words_of
+from .console import paints_status
 from .engine.memory import keep_freed_memory
 from .errors import Interrupted, ProcessLost, UserError
 from .interruptions import stop_if_asked
 from .libraries import imported_fast
+from .progress import phase
 from .run.metrics import read_json_lines
 from .run.names import METRICS, REPORT
 from .run.processes import check_launch_variables, forget_lone_rank
 from .run.program import check_installed
 from .run.record import read_record
-from .runtime import is_main_process, make_visible, quiet_libraries, quiet_loaded_libraries
-from .settings.flags import SCORES_ROWS, USES_MODEL
+from .runtime import is_main_process, make_visible, quiet_libraries, quiet_loaded_libraries, say
+from .settings.flags import SCORES_ROWS, TRAINS, USES_MODEL
 from .settings.registry import VERBS, load_named
 from .settings.training import Settings
 
@@ -109,7 +111,9 @@ def carry_out(settings: Settings, place: str | None = None) -> Any:
     if row.early is not None and is_main_process():  # what fails without the libraries
         check_installed()
         load_named(row.early)(settings)
-    with imported_fast():
+    if TRAINS in row.kinds and not paints_status():
+        say(f"{settings.verb}: {settings.model.model_name_or_path}: loading libraries")
+    with phase("loading libraries"), imported_fast():
         run = load_named(place or row.run)
     if "transformers" in sys.modules:
         quiet_loaded_libraries()

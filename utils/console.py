@@ -9,13 +9,19 @@ from __future__ import annotations
 import io
 import os
 import select
+import shutil
 import sys
 from typing import TYPE_CHECKING, TextIO, cast
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+CLEAR = b"\r\x1b[K"  # takes the cursor to the line's begin, and empties the line
+
 _lost: OSError | None = None  # what ended standard output
+_status = b""  # the line that stands below all others, for the time being
+_visible = False  # whether it does
+_within_line = False  # whether what was written last has no end of line yet
 
 
 def open_console() -> None:
@@ -62,6 +68,29 @@ def _open_writer(stream: TextIO | None, number: int) -> TextIO:
     )
 
 
+def terminal_width() -> int:
+    """Columns of the terminal."""
+    return shutil.get_terminal_size().columns
+
+
+def paints_status() -> bool:
+    """Whether a status line can stand below what is written: both streams are ours, and of a terminal that can."""
+    streams = (sys.stdout, sys.stderr)
+    ours = all(isinstance(getattr(stream, "buffer", None), _Writer) and stream.isatty() for stream in streams)
+    return ours and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def show_status(text: str) -> None:
+    """Puts a text in the place of the status line; an empty one takes the line away."""
+    global _status, _visible
+    if not (text or _status) or not paints_status():
+        return
+    _status = text[: terminal_width() - 1].encode(sys.stderr.encoding, "replace")
+    if not _within_line:  # else it is shown once the line has ended
+        _visible = bool(_status)
+        cast(_Writer, sys.stderr.buffer).put(CLEAR + _status)
+
+
 class _Writer(io.BufferedIOBase):
     """Writes to standard output or error, all at once, until that fails, and from then on to nowhere.
 
@@ -81,6 +110,15 @@ class _Writer(io.BufferedIOBase):
         return os.isatty(self.number)
 
     def write(self, content: ReadableBuffer) -> int:
+        global _visible, _within_line
+        text = bytes(content)
+        before, _within_line = CLEAR if _visible else b"", not text.endswith(b"\n")
+        _visible = bool(_status) and not _within_line
+        self.put(before + text + (_status if _visible else b""))
+        return len(text)
+
+    def put(self, content: ReadableBuffer) -> int:
+        """Writes past the status line."""
         left = memoryview(content).cast("B")
         size = len(left)
         while left:

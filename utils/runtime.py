@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,12 +39,38 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def fit_terminal(text: str, stream: TextIO) -> str:
+    """The text with lines broken between words where they are wider than the terminal; elsewhere as it is.
+
+    The indented lines below one that ends in a colon are commands, to be copied whole.
+    """
+    if not stream.isatty():
+        return text
+    width, fitted, whole = max(shutil.get_terminal_size().columns, 40), [], False
+    for line in text.split("\n"):
+        begin = line[: len(line) - len(line.lstrip())]
+        if len(line) <= width or (whole and begin):
+            fitted.append(line)
+        else:
+            fitted += textwrap.wrap(
+                line,
+                width,
+                subsequent_indent=begin or " " * HANGING,
+                break_long_words=False,
+                break_on_hyphens=False,
+                replace_whitespace=False,
+            )
+        whole = line.endswith(":") or (whole and bool(begin))
+    return "\n".join(fitted)
+
+
 def say(text: str = "") -> None:
     """Prints one line for the person, from the main process only, at once; names and texts in it steer no terminal."""
     if is_main_process():
-        print(make_visible(text), flush=True)
+        print(fit_terminal(make_visible(text), sys.stdout), flush=True)
 
 
+HANGING = 6  # columns that the further lines of a wrapped one are indented by
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -123,7 +151,7 @@ def tell_in_one_line() -> None:
         line = f"warning: {library}: {' '.join(text.split())}"
         if line not in told:
             told.add(line)
-            print(make_visible(line), file=sys.stderr, flush=True)
+            print(fit_terminal(make_visible(line), sys.stderr), file=sys.stderr, flush=True)
 
     def show(
         message: Warning | str,

@@ -43,8 +43,6 @@ TRAIN = [
     "16",
     "--per_device_eval_batch_size",
     "32",
-    "--logging_steps",
-    "10",
     "--eval_steps",
     "28",
 ]
@@ -59,7 +57,9 @@ def main() -> int:
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(HERE)]
     import advanced_dpo_script
+    from utils.console import open_console
 
+    open_console()
     print("Teaching a small language model to write positive reviews, from preference pairs.\n")
     code = advanced_dpo_script.main(TRAIN)
     if code:

@@ -31,6 +31,7 @@ def test_a_run_says_what_it_does_what_came_of_it_and_what_to_type_next(run_scrip
     flags += ("--gradient_accumulation_steps", 3, "--use_lora", "--warmup_steps", 0.5, "--learning_rate", 1e-3)
     code, out, err = run_script(*flags, "--max_steps", 4, "--output_dir", folder)
     assert code == 0, out + err
+    assert out.startswith(f"train: {tiny_model}: loading libraries\ndata: ")
     record = read_record(folder)
     counts = [record["model"][name] for name in ("trainable_parameters", "parameters")]
     share = f"{100 * counts[0] / counts[1]:.3g}%"

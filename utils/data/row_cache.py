@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from datasets.fingerprint import Hasher
 from datasets.table import MemoryMappedTable, concat_tables
 
 from ..errors import UserError
+from ..progress import phase
 from ..run.manifests import hash_file
 from ..run.writing import flush_folder, write_text
 from ..runtime import say
@@ -53,6 +55,7 @@ def map_rows(
     function: Callable[..., Any],
     decides: Iterable[Any],
     on_disk: bool | None = None,
+    doing: str = "reading",
     **options: Any,
 ) -> datasets.Dataset:
     """`rows.map(function)`, kept under the rows, what `decides`, and the code of the function's module.
@@ -61,16 +64,34 @@ def map_rows(
 
     Args:
         decides: all that the result depends on beside the rows and the code, in values that hash alike everywhere.
-        options: of `Dataset.map`.
+        doing: what a person calls it, while it lasts.
+        options: of `Dataset.map`, whose function gets batches.
     """
     key = make_key(rows._fingerprint, Hasher.hash(tuple(decides)), hash_code(function.__module__))
     if not (bool(rows.cache_files) if on_disk is None else on_disk):
-        return rows.map(function, new_fingerprint=key, **options)
+        return _map_shown(rows, function, doing, new_fingerprint=key, **options)
 
     def make(folder: Path) -> datasets.Dataset:
-        return rows.map(function, new_fingerprint=key, cache_file_name=str(folder / "rows.arrow"), **options)
+        file = str(folder / "rows.arrow")
+        return _map_shown(rows, function, doing, new_fingerprint=key, cache_file_name=file, **options)
 
     return keep_rows(key, make)
+
+
+def _map_shown(rows: datasets.Dataset, function: Callable[..., Any], doing: str, **options: Any) -> datasets.Dataset:
+    """`rows.map`, which says how far it is; not where processes share the work, whose rows are not counted here."""
+    if (options.get("num_proc") or 1) > 1:
+        with phase(doing):
+            return rows.map(function, **options)
+    with phase(doing, len(rows), "rows") as shown:
+
+        @functools.wraps(function)
+        def counted(batch: Any, *more: Any, **values: Any) -> Any:
+            result = function(batch, *more, **values)
+            shown.advance(len(batch[next(iter(batch))]))
+            return result
+
+        return rows.map(counted, **options)
 
 
 def flatten_rows(rows: datasets.Dataset) -> datasets.Dataset:

@@ -173,6 +173,7 @@ def tokenize_rows(
         _tokenize_batch,
         decides=(encoder, completions, max_length, LIBRARIES),
         batched=True,
+        doing="tokenizing",
         num_proc=num_proc,
         fn_kwargs={"encoder": encoder, "completions": completions, "max_length": max_length},
         remove_columns=rows.column_names,

@@ -21,6 +21,7 @@ from transformers import (
 from ..engine.adapters import keep_dora_norms
 from ..errors import UserError
 from ..libraries import import_bitsandbytes
+from ..progress import phase
 from ..run.processes import launched_with
 from ..runtime import Precision
 from ..settings.training import LoraSettings, ModelSettings, Settings
@@ -330,10 +331,11 @@ def _load_base(
     elif quantize:
         options["quantization_config"] = _quantization(settings, precision)
         options["device_map"] = {"": precision.device}
-    model, report = translating(
-        f"{flag} {source.base}: cannot be loaded",
-        lambda: AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options),
-    )
+    with phase(f"loading {source.base}"):
+        model, report = translating(
+            f"{flag} {source.base}: cannot be loaded",
+            lambda: AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options),
+        )
     # transformers would fill these with random numbers, another time with others.
     odd = sorted(report["mismatched_keys"])
     if odd:

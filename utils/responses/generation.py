@@ -29,6 +29,7 @@ from ..data.encoding import PromptEncoder
 from ..data.rendering import Turns
 from ..engine.memory import ran_out_of_memory
 from ..interruptions import stop_if_asked
+from ..progress import phase
 from ..settings.verbs import SamplingSettings
 from .drawing import DrawnToken, FiniteScores, PenaltyOnText, draw_numbers
 
@@ -80,21 +81,23 @@ def sample_continuations(
     keys = _number(prompts)
     waiting = sorted(range(len(prompts)), key=lambda place: len(prompt_ids[place]))
     continuations: dict[int, Continuation] = {}
-    while waiting:
-        stop_if_asked()
-        places = waiting[:batch_size]
-        rows = [prompt_ids[place] for place in places]
-        draws = [draw_numbers(seed, *keys[place], sampling.max_new_tokens) for place in places]
-        try:
-            written = _generate(model, encoder, rows, np.stack(draws), sampling)
-        except Exception as error:
-            if not ran_out_of_memory(error) or len(places) == 1:
-                raise
-            batch_size = len(places) // 2
-            continue
-        waiting = waiting[len(places) :]
-        for place, row, ids in zip(places, rows, written, strict=True):
-            continuations[place] = _read(prompts[place], row, ids, encoder)
+    with phase("generating", len(prompts), "responses") as shown:
+        while waiting:
+            stop_if_asked()
+            places = waiting[:batch_size]
+            rows = [prompt_ids[place] for place in places]
+            draws = [draw_numbers(seed, *keys[place], sampling.max_new_tokens) for place in places]
+            try:
+                written = _generate(model, encoder, rows, np.stack(draws), sampling)
+            except Exception as error:
+                if not ran_out_of_memory(error) or len(places) == 1:
+                    raise
+                batch_size = len(places) // 2
+                continue
+            waiting = waiting[len(places) :]
+            for place, row, ids in zip(places, rows, written, strict=True):
+                continuations[place] = _read(prompts[place], row, ids, encoder)
+            shown.advance(len(places))
     return [continuations[place] for place in range(len(prompts))]
 
 

@@ -249,7 +249,11 @@ class TrainingSettings:
         bound=AT_LEAST_ZERO,
     )
     lr_scheduler_type: str = flag("linear", "learning-rate schedule: linear, cosine, constant, ...")
-    logging_steps: float = flag(10, "steps between lines of training metrics", bound=STEPS_OR_SHARE)
+    logging_steps: float = flag(
+        0.025,
+        "steps between lines of training metrics; below 1: a share of all steps (default: 20 to 40 lines a run)",
+        bound=STEPS_OR_SHARE,
+    )
     eval_steps: float | None = flag(
         None,
         "steps between evaluations on the held-out data (default: before and after only)",

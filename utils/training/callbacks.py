@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..distributed import any_of
 from ..errors import UserError
 from ..interruptions import heeded_signals, let_no_second_hangup_count
+from ..progress import Phase
 from ..run.folder import clear_run, remove_leftovers
 from ..run.metrics import HELD_OUT, append_metrics, keep_rows_until, restore_metrics
 from ..run.state import keep_in_checkpoints, kept_in_checkpoint
@@ -83,6 +84,7 @@ class RunWatcher(TrainerCallback):
         self.interrupted = False  # whether the run stops, in all its processes
         self.begun = False  # whether everything that settings decide is made, so that what fails now is no setting
         self.shows_evaluations = True
+        self.shown: Phase | None = None  # how far training is, while it trains
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl, as far as alarms look at them
         self._max_kl = run.settings.run.max_kl
         self._saves_later = False
@@ -112,6 +114,8 @@ class RunWatcher(TrainerCallback):
             self.record.write_to(self.folder)
             self.report.write(now=True)
         self.begun = True
+        if self.shown is not None:
+            self.shown.begin_at(state.global_step, state.max_steps)
         self.stopwatch.start()
 
     def on_pre_optimizer_step(
@@ -153,6 +157,8 @@ class RunWatcher(TrainerCallback):
             if not control.should_save and not ends_epoch:
                 keep_in_checkpoints(state, STOPS, [*(kept_in_checkpoint(state, STOPS) or []), state.global_step])
             control.should_save = args.save_strategy != "no"
+        if self.shown is not None:
+            self.shown.reach(state.global_step, self.usage.seconds_left())
         self._saves_later = False
         if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
             # The evaluation at the end of the epoch belongs to this step too.

@@ -16,6 +16,7 @@ from ..distributed import LONG, agree, gather
 from ..errors import UserError
 from ..models.adapter_config import sort_modules
 from ..models.loading import TRAINED_ADAPTER
+from ..progress import phase
 from ..run.checkpoints import (
     begin_checkpoint,
     find_fault,
@@ -59,7 +60,7 @@ class CheckpointWriter:
         machine, step = self.machine, self.machine.state.global_step
         folder, saves = Path(machine.args.output_dir), machine.args.should_save
         partial = unfinished_checkpoint(folder, step)
-        with machine.stopwatch.paused("saving"):
+        with machine.stopwatch.paused("saving"), phase(f"saving checkpoint-{step}"):
             self.check_weights()
             if machine.state.best_global_step:
                 self.note_best(folder)

@@ -13,6 +13,7 @@ from ..engine.memory import ran_out_of_memory, release_memory
 from ..engine.shared_prefix import shared_prefix_active
 from ..errors import LocalError
 from ..interruptions import stop_if_asked
+from ..progress import phase
 from .batches import PairCollator, consecutive_batches
 from .machine import Machine
 
@@ -69,14 +70,18 @@ class PairsInBatches:
         """The pairs with these indices, on the device."""
         return self.machine.on_device(self.collator.whole([dataset[index] for index in indices]))
 
-    def score(self, dataset: Dataset, limit: int | None, most: int, score: Score) -> list[Any]:
+    def score(
+        self, dataset: Dataset, limit: int | None, most: int, score: Score, doing: str = "evaluating"
+    ) -> list[Any]:
         """The rows that `score` gives for batches of at most `limit` tokens, else of `most` pairs, in the order of the
         data set. Memory grows with the batch, not with the data."""
         rows: dict[int, Any] = {}
-        with self.attending():
-            for indices in self.own_batches(dataset, limit, most):
+        batches = self.own_batches(dataset, limit, most)
+        with self.attending(), phase(doing, sum(map(len, batches)), "pairs") as shown:
+            for indices in batches:
                 stop_if_asked()
                 rows |= self.within_memory(indices, score)
+                shown.advance(len(indices))
         return merge_rows(rows)
 
     def within_memory(self, indices: list[int], score: Score) -> dict[int, Any]:

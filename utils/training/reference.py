@@ -213,7 +213,7 @@ class ReferenceScores:
             return {}  # kept in 16 bytes a pair, not in a dictionary each
 
         with self._computing():
-            self.in_batches.score(dataset, limit, most or len(dataset), score)
+            self.in_batches.score(dataset, limit, most or len(dataset), score, "scoring the reference")
         for indices, values in gather((np.flatnonzero(own), scores[:, own])):
             scores[:, indices] = values
         return dict(zip(REFERENCE_COLUMNS, scores, strict=True))

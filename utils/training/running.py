@@ -12,6 +12,7 @@ from transformers import PrinterCallback
 from ..errors import Interrupted, ProcessLost, UserError
 from ..interruptions import stop_if_asked
 from ..models.reference import ReferencePlan
+from ..progress import phase
 from ..run.checkpoints import checkpoint_step, find_checkpoints
 from ..run.processes import command_to_go_on
 from ..run.record import read_record
@@ -49,6 +50,7 @@ class LiveRun:
             self.failing_in_good_order(),
             StopInGoodOrder(self.watcher),
             refusals_explained(self.run.settings, lambda: self.watcher.begun),
+            phase("training", unit="steps", plain=False) as self.watcher.shown,
         ):
             stop_if_asked()  # before; from here on signals are the watcher's
             self.trainer.train(resume_from_checkpoint=str(self.run.checkpoint) if self.run.checkpoint else None)

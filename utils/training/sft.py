@@ -19,6 +19,7 @@ from ..engine.memory import freed_memory_returned
 from ..engine.proving import most_of_trial
 from ..engine.scoring import score_tokens
 from ..interruptions import stop_if_asked
+from ..progress import phase
 from .batches import ROWS, TOKENS, UNCOUNTED, uncounted
 from .compiling import LayerCompiler
 from .in_batches import merge_rows, share_of_batches
@@ -118,10 +119,13 @@ class CompletionTask:
         size = args.per_device_eval_batch_size
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         rows: dict[int, dict[str, float]] = {}
-        for indices in share_of_batches(batches, args.process_index, args.world_size):
-            stop_if_asked()
-            inputs = self.machine.on_device(self.collator([dataset[index] for index in indices]))
-            rows |= dict(zip(indices, _score_batch(model, inputs), strict=True))
+        own = share_of_batches(batches, args.process_index, args.world_size)
+        with phase("evaluating", sum(map(len, own)), "rows") as shown:
+            for indices in own:
+                stop_if_asked()
+                inputs = self.machine.on_device(self.collator([dataset[index] for index in indices]))
+                rows |= dict(zip(indices, _score_batch(model, inputs), strict=True))
+                shown.advance(len(indices))
         return merge_rows(rows)
 
     def summarise(self, rows: list[dict[str, float]]) -> dict[str, float]:
