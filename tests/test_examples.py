@@ -140,7 +140,7 @@ def test_every_config_plans(name, stand_ins, run_script, tmp_path, monkeypatch):
     changed = ("--model_name_or_path", model, "--dataset_name", data, "--gpu_memory", 24, "--gpu_tflops", 100)
     code, out, err = run_script("plan", "--config", CONFIGS[name], *changed)
     assert code == 0, err
-    assert re.search(r"^policy: .* parameters, .* trained", out, flags=re.MULTILINE)
+    assert re.search(r"^model: .* parameters, .* trained", out, flags=re.MULTILINE)
     assert f"python advanced_dpo_script.py {values.get('verb', 'train')} " in out, "a ready command"
 
 

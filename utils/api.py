@@ -111,7 +111,7 @@ def carry_out(settings: Settings, place: str | None = None) -> Any:
     if row.early is not None and is_main_process():  # what fails without the libraries
         check_installed()
         load_named(row.early)(settings)
-    if TRAINS in row.kinds and not paints_status():
+    if row.early is not None and TRAINS in row.kinds and not paints_status():
         say(f"{settings.verb}: {settings.model.model_name_or_path}: loading libraries")
     with phase("loading libraries"), imported_fast():
         run = load_named(place or row.run)

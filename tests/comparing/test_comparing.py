@@ -31,6 +31,7 @@ from utils.comparing.measures import (
     share_repeated,
     wilson_interval,
 )
+from utils.comparing.questions import Questions
 from utils.comparing.rewards import implicit_rewards
 from utils.comparing.summary import describe_result
 from utils.models.side_by_side import Contender
@@ -178,7 +179,8 @@ def test_a_judge_that_goes_by_the_order_is_found_out(run_script, runs, tmp_path,
 def test_responses_that_are_the_same_are_a_tie_that_nobody_is_asked_about(endpoint, tmp_path):
     settings = parse_arguments(["compare", "m", "--judge", endpoint.url, "--judge_model", "same"])
     judge = Judge(endpoint.url, "an endpoint")
-    found = ask(judge, ["q", "q"], ["a long one", "same"], ["short", "same"], tmp_path, settings)
+    asked = Questions("", ["q", "q"], [{}, {}])
+    found = ask(judge, asked, ["a long one", "same"], ["short", "same"], tmp_path, settings)
     assert found.outcomes == [1, 0.5]
     assert (found.details["matches_with_both"], found.details["same_in_both_orders"]) == (1, 1)
     assert len(endpoint.seen) == 2

@@ -194,7 +194,7 @@ def test_an_optimizer_that_changed_weights_already_ends_the_run(
                               "--save_steps", 2, "--output_dir", tmp_path / "run")  # fmt: skip
     assert code == 2
     assert "step 3: memory ran out in the optimizer step" in err
-    assert f"the newest checkpoint, {tmp_path / 'run' / 'checkpoint-2'}, is sound" in err
+    assert f"the newest checkpoint, {tmp_path / 'run' / 'checkpoint-2'}, is intact" in err
     assert len(steps) == 3
     assert read_record(tmp_path / "run")["status"] == "failed"
 

@@ -148,7 +148,7 @@ def test_lora_trains_the_adapter_and_nothing_else(train, tiny_model):
     merged = tuned.unload().state_dict()
     assert all(torch.equal(frozen[name], merged[name]) for name in frozen)
     record = read_record(folder)
-    assert record["reference"] == "the base model, with the adapter switched off, scored once before training"
+    assert record["reference"] == "the base model, with the adapter disabled, scored once before training"
     assert record["model"]["trainable_parameters"] == sum(value.numel() for value in adapter.values())
 
 

@@ -105,8 +105,10 @@ def find_policy(settings: ModelSettings) -> ModelSource:
 
 
 def check_early(settings: Settings) -> None:
-    """`check_places`, for a verb that uses a model."""
-    check_places(settings.model)
+    """`check_places`, for a verb that uses a model; that of a run is looked at once its record is read."""
+    name = settings.model.model_name_or_path
+    if name is None or not (Path(_absolute_if_local(name)) / RECORD).is_file():
+        check_places(settings.model)
 
 
 def check_places(settings: ModelSettings) -> None:
