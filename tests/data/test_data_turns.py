@@ -13,6 +13,7 @@ from shared.runs import read_record
 from utils.data.calls import functions_of, plain_turns
 from utils.data.identity import read_pair_ids
 from utils.data.loading import fingerprint_rows, load_pairs
+from utils.data.writing import write_pairs
 from utils.errors import UserError
 from utils.settings.data import DataSettings
 
@@ -284,3 +285,21 @@ def test_rows_held_out_by_a_class_or_beside_numbers_are_counted(tmp_path):
     assert load(tmp_path / "saved").reading.remarks[0].rows == 2
     rows[0]["split"] = 7
     assert load(write_lines(tmp_path / "rows.jsonl", rows)).reading.remarks[0].rows == 2
+
+
+def test_pairs_with_calls_are_written_and_read_back_whatever_the_file(tmp_path):
+    def reply(arguments: dict) -> list[dict]:
+        call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": arguments}}
+        return [{"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    prompt = [{"role": "user", "content": "one and nothing?"}]
+    rows = [
+        {"prompt": prompt, "chosen": reply({"terms": [1, None]}), "rejected": reply({"terms": "1"})},
+        {"prompt": prompt[:1], "chosen": reply({}), "rejected": [{"role": "assistant", "content": "one"}]},
+    ]
+    read = load(write_lines(tmp_path / "rows.jsonl", rows)).train
+    for name in ("again.jsonl", "again.parquet"):
+        write_pairs(tmp_path / name, read)
+        again = load(tmp_path / name).train
+        for side in ("prompt", "chosen", "rejected"):
+            assert [plain_turns(turns) for turns in again[side][:]] == [row[side] for row in rows], name
